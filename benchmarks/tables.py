@@ -1,0 +1,159 @@
+"""Tables out of rows: Markdown, the same for the terminal and for docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .rows import Row
+from .targets import NEVER_SLOWER, TARGETS, Target, judge
+
+LIMITS = ("copy", "add")
+METRICS = {"x_limit": "x {limit}", "x_torch": "x torch", "x_compile": "x torch.compile"}
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """Markdown; the first column to the left, the others to the right."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, marks, *lines])
+
+
+def _of(rows: Iterable[Row], **columns: Any) -> list[Row]:
+    """The rows with figures that have these columns."""
+    return [r for r in rows if "absent" not in r and all(r.get(key) == value for key, value in columns.items())]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _judged(rows: Iterable[Row], target: Target) -> list[Row]:
+    """The rows under a target."""
+    return [r for r in rows if any(t["title"] == target.title and t["metric"] == target.metric for t in judge(r))]
+
+
+def targets(rows: Sequence[Row]) -> str:
+    """Every target beside what was measured: the worst and the best figure of the cases that it covers."""
+    lines = []
+    for target in (*TARGETS, NEVER_SLOWER):
+        under = [r for r in _judged(rows, target) if target is NEVER_SLOWER or r["suite"] == target.suite]
+        values = sorted((r[target.metric] for r in under), reverse=target.at_most)
+        limit = under[0].get("limit", "copy") if under else "add" if "backward" in target.title else "copy"
+        asked = f"{'<=' if target.at_most else '>='} {target.bound:.3g} {METRICS[target.metric].format(limit=limit)}"
+        met = sum(target.met(r) for r in under)
+        measured = f"{_number(values[0])} to {_number(values[-1])}" if values else "not measured"
+        verdict = f"{'yes' if met == len(under) else 'no'}, {met} of {len(under)}" if under else ""
+        lines.append((target.title, target.suite or "all", asked, measured, verdict))
+    return table(("", "figure", "target", "measured, worst to best", "met"), lines)
+
+
+def kernel(rows: Sequence[Row]) -> str:
+    """Times the limit's time, for torch and ours; errors in units in the last place."""
+    header = ["shape", "dtype", "order", "direction", "limit, ms", "torch, x limit", "ours, x limit", "ours, x torch"]
+    lines = []
+    for limit in (r for r in _of(rows, suite="kernel") if r["contestant"] in LIMITS):
+        key = {k: limit[k] for k in ("suite", "shape", "dtype", "order", "fusion", "direction")}
+        theirs, ours = (next(iter(_of(rows, **key, contestant=name)), {}) for name in ("torch", "ours"))
+        figures = (theirs.get("x_limit"), *(ours.get(k) for k in ("x_limit", "x_torch")))
+        errors = (theirs.get("error"), ours.get("error"))
+        lines.append((*_case(limit), limit["direction"], _number(limit["ms"]), *map(_number, (*figures, *errors))))
+    return table((*header, "torch's error", "our error"), lines)
+
+
+def wall(rows: Sequence[Row]) -> str:
+    """Times as fast as torch eager: forward, backward, both."""
+    header = (
+        "shape", "dtype", "order", "fusion", "contestant", "torch, ms", "forward, x torch", "backward, x torch",
+        "both, x torch",
+    )  # fmt: skip
+    lines = []
+    wanted = [r for r in _of(rows, suite="wall") if r["direction"] in ("forward+backward", "inference")]
+    for row in (r for r in wanted if r["contestant"] != "torch"):
+        key = {k: row[k] for k in ("suite", "shape", "dtype", "order", "fusion")}
+        by = {r["direction"]: r.get("x_torch") for r in _of(rows, **key, contestant=row["contestant"])}
+        torch_ms = next((r["ms"] for r in _of(rows, **key, contestant="torch", direction=row["direction"])), None)
+        fusion = row["fusion"] + (", inference" if row["direction"] == "inference" else "")
+        forward = by.get("inference") if row["direction"] == "inference" else by.get("forward")
+        rest = (None, None) if row["direction"] == "inference" else (by.get("backward"), by.get("forward+backward"))
+        lines.append((*_case(row), fusion, row["contestant"], *map(_number, (torch_ms, forward, *rest))))
+    return table(header, lines)
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """Training steps: times as fast as torch's layers, and peak memory over theirs."""
+    header = ("network", "input", "dtype", "contestant", "step, ms", "x torch", "peak memory, MB", "of torch's")
+    lines = []
+    for row in _of(rows, suite="step"):
+        key = {k: row[k] for k in ("network", "dtype", "contestant")}
+        peak: Row = next(iter(_of(rows, suite="memory", **key)), {})
+        used = f"{peak['bytes'] / 1e6:.0f}" if peak else ""
+        of_torch = f"{peak['of_torch']:.0%}" if peak else ""
+        shape = tuple(row["shape"])
+        times = (_number(row["ms"]), _number(row.get("x_torch", 1.0)))
+        lines.append((row["network"], shape, row["dtype"], row["contestant"], *times, used, of_torch))
+    return table(header, lines)
+
+
+def peers(rows: Sequence[Row]) -> str:
+    """JAX, and the same under other allocators: times as fast as torch there; BN + ReLU, forward + backward."""
+    header = ("shape", "dtype", "order", "allocator", "contestant", "ms", "x torch")
+    wanted = [r for suite in ("peers", "allocator") for r in _of(rows, suite=suite, direction="forward+backward")]
+    return table(
+        header,
+        (
+            (
+                *_case(r), r.get("allocator", "default"), r["contestant"], _number(r["ms"]),
+                _number(r.get("x_torch", 1.0)),
+            )
+            for r in wanted
+        ),
+    )  # fmt: skip
+
+
+def absent(rows: Sequence[Row]) -> str:
+    """What there is no figure of, and why; each reason once."""
+    reasons = dict.fromkeys(f"{r['suite']}, {r['contestant']}: {r['absent']}" for r in rows if "absent" in r)
+    return "\n".join(f"- {reason}" for reason in reasons) or "Nothing."
+
+
+def environment(rows: Sequence[Row]) -> str:
+    """What the figures are true for, each set of columns once."""
+    lines = []
+    for r in rows:
+        caches = ", ".join(f"{level} {size // 1024} KB" for level, size in r["caches"].items())
+        lines.append(
+            f"{r['processor']}, {r['machine_threads']} threads, {caches}; instructions: ours {r['instructions']}, "
+            f"torch {r['torch_instructions']}; huge pages: {r['huge_pages']}; torch {r['torch']}, "
+            f"Python {r['python']}, batchnorm {r['batchnorm']} at {r['revision']}, {r['date'][:10]}"
+            f"{', a quick run' if r['quick'] else ''}."
+        )
+    return "\n\n".join(dict.fromkeys(lines))
+
+
+def slower(rows: Sequence[Row]) -> str:
+    """The cases in which ours takes over 5 % longer than torch: defects."""
+    header = ("case", "figure", "contestant", "x torch")
+    found = [r for r in _judged(rows, NEVER_SLOWER) if not NEVER_SLOWER.met(r)]
+    lines = []
+    for r in sorted(found, key=lambda r: r["x_torch"]):
+        case = r["network"] if "network" in r else tuple(r["shape"])
+        words = (str(case), r["dtype"], r.get("order", ""), r.get("fusion", ""), r["direction"])
+        lines.append((" ".join(w for w in words if w), r["suite"], r["contestant"], _number(r["x_torch"])))
+    return table(header, lines) if lines else "None."
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """For the terminal: the targets, what is slower than torch, what is absent."""
+    parts = {"Targets": targets(rows), "Slower than torch": slower(rows), "Absent": absent(rows)}
+    return "\n\n".join(f"{title}\n{text}" for title, text in parts.items())
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return tuple(row["shape"]), row["dtype"], row["order"]
+
+
+BLOCKS = {
+    "environment": environment, "targets": targets, "slower": slower, "kernel": kernel, "wall": wall, "steps": steps,
+    "peers": peers, "absent": absent,
+}  # fmt: skip
+"""The generated parts of the page, by name."""

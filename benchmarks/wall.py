@@ -1,0 +1,148 @@
+"""The wall figures: a module as a user calls it, with gradients and fresh outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchnorm
+
+from . import oracle
+from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, SMALL, Case, Data, draw, grid
+from .rows import Row, compare
+from .timing import PAUSE, Phases, alternate
+
+TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+OURS = {
+    2: batchnorm.BatchNorm1d, 3: batchnorm.BatchNorm1d, 4: batchnorm.BatchNorm2d, 5: batchnorm.BatchNorm3d,
+}  # fmt: skip
+BOTH = "forward+backward"
+
+
+class Apart(nn.Module):
+    """Batch norm, then the addition and the activation in place, as torchvision writes them."""
+
+    def __init__(self, norm: nn.Module, activation: str | None) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        if residual is not None:
+            y += residual
+        return y if self.activation is None else getattr(F, self.activation)(y, inplace=True)
+
+
+def module(name: str, case: Case, data: Data) -> nn.Module:
+    """The contestant `name`: torch, compile, ours (not fused), ours fused."""
+    rank, channels = len(case.shape), case.shape[1]
+    if name == "ours fused":
+        norm = built = OURS[rank](channels, eps=EPS, activation=case.activation)
+    else:
+        norm = (OURS if name == "ours" else TORCH)[rank](channels, eps=EPS)
+        built = Apart(norm, case.activation) if case.activation or case.adds else norm
+    with torch.no_grad():
+        norm.weight.copy_(data.weight)
+        norm.bias.copy_(data.bias)
+    if name == "compile":
+        torch._dynamo.reset()
+        built.compile(fullgraph=True, dynamic=False)
+    return built
+
+
+class Step:
+    """Forward and backward of one module on one case."""
+
+    def __init__(self, name: str, case: Case, data: Data) -> None:
+        self.module, self.case = module(name, case, data), case
+        self.x, self.dy = data.x.detach().requires_grad_(), data.dy
+        self.inputs = (self.x, data.residual.detach().requires_grad_()) if case.adds else (self.x,)
+        self.leaves = [*self.inputs, *self.module.parameters()]
+
+    def run(self) -> Phases:
+        """The phases' times; releasing the results is nobody's."""
+        begin = time.perf_counter()
+        y = self.module(*self.inputs)
+        middle = time.perf_counter()
+        y.backward(self.dy)
+        end = time.perf_counter()
+        for leaf in self.leaves:
+            leaf.grad = None
+        return {"forward": middle - begin, "backward": end - middle, BOTH: end - begin}
+
+    def result(self) -> dict[str, Tensor]:
+        """What the gate looks at."""
+        y = self.module(*self.inputs)
+        y.backward(self.dy)
+        grads = [leaf.grad for leaf in self.leaves]
+        for leaf in self.leaves:
+            leaf.grad = None
+        names = ["dx", *(["residual"] if self.case.adds else []), "weight", "bias"]
+        return {"y": y, **dict(zip(names, grads, strict=True))}
+
+
+class Inference:
+    """One module in evaluation mode, without gradients."""
+
+    def __init__(self, name: str, case: Case, data: Data) -> None:
+        self.module, self.x = module(name, case, data).eval(), data.x
+
+    def run(self) -> Phases:
+        with torch.no_grad():
+            begin = time.perf_counter()
+            y = self.module(self.x)
+            took = time.perf_counter() - begin
+        del y
+        return {"inference": took}
+
+    def result(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"y": self.module(self.x)}
+
+
+def measure(
+    case: Case, contestants: tuple[str, ...], seconds: float, suite: str = "wall", inference: bool = False
+) -> Iterator[Row]:
+    """The rows of a case: of the contestants whose result is right."""
+    data, columns = draw(case), {"suite": suite, **case.columns()}
+    make = Inference if inference else Step
+    runs: dict[str, Callable[[], Phases]] = {}
+    errors = {}
+    for name in contestants:
+        contestant = make(name, case, data)
+        try:
+            errors[name] = oracle.check(case, name, contestant.result(), population=inference)
+        except oracle.WrongResultError as wrong:
+            yield {**columns, "direction": "inference" if inference else BOTH, "contestant": name, "absent": str(wrong)}
+        else:
+            runs[name] = contestant.run
+    times, rounds = alternate(runs, seconds, pause=PAUSE if "compile" in runs else 0)
+    yield from compare({**columns, "rounds": rounds}, times, errors)
+
+
+COMPILED = (
+    Case(CONVOLUTIONS[0], "float32", "planar", "bn+add+relu"),
+    Case(CONVOLUTIONS[2], "float32", "planar", "bn+relu"),
+    Case(CONVOLUTIONS[2], "bfloat16", "channels_last", "bn+add+relu"),
+    Case(SMALL[0], "float32", "dense", "bn+relu"),
+)
+"""The cases that torch.compile takes part in: compiling one takes about as long as all other figures of five."""
+
+
+def cases(quick: bool) -> list[tuple[Case, tuple[str, ...], bool]]:
+    """Case, contestants, and whether it is inference."""
+    shapes = (CONVOLUTIONS[2], *SMALL) if quick else (*CONVOLUTIONS, DENSE, *SMALL)
+    fusions = ("bn", "bn+relu") if quick else FUSIONS
+    found = []
+    for case in grid(shapes, ("float32", "bfloat16"), fusions):
+        fused = ("ours fused",) if case.fusion != "bn" else ()
+        compiled = ("compile",) if case in COMPILED and (not quick or case.shape in SMALL) else ()
+        found.append((case, ("torch", *compiled, "ours", *fused), False))
+    convolutions = CONVOLUTIONS[2:3] if quick else (*CONVOLUTIONS, DENSE)
+    for case in grid(convolutions, ("float32", "bfloat16"), ("bn+relu",)):
+        found.append((case, ("torch", "ours", "ours fused"), True))
+    return found

@@ -1,0 +1,312 @@
+// Vectors of the width that BATCHNORM_VECTOR_BYTES says, on the compiler's vector extension. Everything here lives in
+// a namespace of the instruction set, so that no function compiled for one set is linked in place of another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define VB BATCHNORM_VECTOR_BYTES
+#define INLINE inline __attribute__((always_inline))
+
+namespace batchnorm::BATCHNORM_ISA {
+
+using i64 = int64_t;
+typedef float f32 __attribute__((vector_size(VB)));
+typedef double f64 __attribute__((vector_size(VB)));
+typedef uint32_t u32 __attribute__((vector_size(VB)));
+typedef int32_t i32 __attribute__((vector_size(VB)));
+typedef int64_t s64 __attribute__((vector_size(VB)));
+typedef uint16_t u16 __attribute__((vector_size(VB / 2)));
+typedef float half_f32 __attribute__((vector_size(VB / 2)));
+constexpr int kLanes32 = VB / 4, kLanes64 = VB / 8;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class V>
+INLINE V load_bytes(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+INLINE void store_bytes(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+// ---- the lanes of a float32 vector's two halves
+#if VB == 16
+#define LOW_LANES 0, 1
+#define HIGH_LANES 2, 3
+#elif VB == 32
+#define LOW_LANES 0, 1, 2, 3
+#define HIGH_LANES 4, 5, 6, 7
+#else
+#define LOW_LANES 0, 1, 2, 3, 4, 5, 6, 7
+#define HIGH_LANES 8, 9, 10, 11, 12, 13, 14, 15
+#endif
+
+// Half a vector of float32 as float64, and back. By name, because GCC splits a generic conversion in two.
+INLINE f64 widen(half_f32 v) {
+#if VB == 64
+  return (f64)_mm512_cvtps_pd((__m256)v);
+#elif VB == 32
+  return (f64)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, f64);
+#endif
+}
+INLINE half_f32 narrow(f64 v) {
+#if VB == 64
+  return (half_f32)_mm512_cvtpd_ps((__m512d)v);
+#elif VB == 32
+  return (half_f32)_mm256_cvtpd_ps((__m256d)v);
+#else
+  return __builtin_convertvector(v, half_f32);
+#endif
+}
+
+// 16-bit integers as 32-bit ones, and back; by name for the same reason.
+INLINE u32 zero_extended(const void* p) {
+#if VB == 64
+  return (u32)_mm512_cvtepu16_epi32(load_bytes<__m256i>(p));
+#elif VB == 32
+  return (u32)_mm256_cvtepu16_epi32(load_bytes<__m128i>(p));
+#else
+  return __builtin_convertvector(load_bytes<u16>(p), u32);
+#endif
+}
+INLINE u16 low_halves(u32 v) {  // of values below 2^16
+#if VB == 64
+  return (u16)_mm512_cvtepi32_epi16((__m512i)v);
+#elif VB == 32
+  return (u16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, u16);
+#endif
+}
+
+// ---- elements in memory as vectors: V of float32, or of float64 for float64
+template <class T>
+struct Lane;
+
+template <>
+struct Lane<float> {
+  using V = f32;
+  using S = float;
+  static constexpr int width = kLanes32;
+  static INLINE V load(const float* p) { return load_bytes<V>(p); }
+  static INLINE void store(float* p, V v) { store_bytes(p, v); }
+  static INLINE S scalar(float v) { return v; }
+};
+
+template <>
+struct Lane<double> {
+  using V = f64;
+  using S = double;
+  static constexpr int width = kLanes64;
+  static INLINE V load(const double* p) { return load_bytes<V>(p); }
+  static INLINE void store(double* p, V v) { store_bytes(p, v); }
+  static INLINE S scalar(double v) { return v; }
+};
+
+template <>
+struct Lane<bf16> {
+  using V = f32;
+  using S = float;
+  static constexpr int width = kLanes32;
+  static INLINE V load(const bf16* p) { return (V)(zero_extended(p) << 16); }
+  // To nearest, ties to even. A NaN stays one, as long as the lower half of its bits is empty: so it is in all that
+  // come of bfloat16 values and of the coefficients.
+  static INLINE void store(bf16* p, V v) {
+    u32 bits = (u32)v;
+    store_bytes(p, low_halves((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
+  }
+  static INLINE S scalar(bf16 v) {
+    uint32_t bits = uint32_t(v.bits) << 16;
+    S s;
+    std::memcpy(&s, &bits, 4);
+    return s;
+  }
+};
+
+INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000u) << 16, rest = uint32_t(h & 0x7fffu) << 13;
+  float magnitude;
+  std::memcpy(&magnitude, &rest, 4);
+  magnitude *= 0x1p112f;  // rebias; makes denormals right as well
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, 4);
+  if ((h & 0x7c00u) == 0x7c00u) bits = 0x7f800000u | (rest & 0x7fffffu);
+  bits |= sign;
+  std::memcpy(&magnitude, &bits, 4);
+  return magnitude;
+}
+
+template <>
+struct Lane<f16> {
+  using V = f32;
+  using S = float;
+  static constexpr int width = kLanes32;
+#if VB == 64
+  static INLINE V load(const f16* p) { return (V)_mm512_cvtph_ps(load_bytes<__m256i>(p)); }
+  static INLINE void store(f16* p, V v) { store_bytes(p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__F16C__)
+  static INLINE V load(const f16* p) { return (V)_mm256_cvtph_ps(load_bytes<__m128i>(p)); }
+  static INLINE void store(f16* p, V v) { store_bytes(p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+  static INLINE V load(const f16* p) {
+    u32 h = __builtin_convertvector(load_bytes<u16>(p), u32);
+    u32 rest = (h & 0x7fffu) << 13;
+    u32 bits = (u32)((f32)rest * 0x1p112f);
+    u32 special = (u32)((i32)(h & 0x7c00u) == (i32)(u32{} + 0x7c00u));
+    bits = (special & (0x7f800000u | (rest & 0x7fffffu))) | (~special & bits);
+    return (V)(bits | ((h & 0x8000u) << 16));
+  }
+  static INLINE void store(f16* p, V v) {  // to nearest, ties to even
+    u32 bits = (u32)v, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    u32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    u32 denormal = (u32)((f32)magnitude + 0.5f) - 0x3f000000u;  // the addition rounds at 2^-24
+    u32 small = (u32)((i32)magnitude < (i32)(u32{} + 0x38800000u));
+    u32 large = (u32)((i32)magnitude >= (i32)(u32{} + 0x477ff000u));
+    u32 nan = (u32)(v != v);
+    u32 half = (small & denormal) | (~small & normal);
+    half = (large & 0x7c00u) | (~large & half);
+    half = (nan & 0x7e00u) | (~nan & half);
+    store_bytes(p, __builtin_convertvector(half | sign, u16));
+  }
+#endif
+  static INLINE S scalar(f16 v) { return half_to_float(v.bits); }
+};
+
+// Writes around the cache where the address allows it.
+template <class T, class V>
+INLINE void stream(T* p, V v) {
+#if VB == 32 && defined(__AVX2__)
+  if constexpr (sizeof(T) == sizeof(typename Lane<T>::S)) {
+    _mm256_stream_si256((__m256i*)p, (__m256i)v);
+    return;
+  }
+#elif VB == 64
+  if constexpr (sizeof(T) == sizeof(typename Lane<T>::S)) {
+    _mm512_stream_si512((__m512i*)p, (__m512i)v);
+    return;
+  }
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == sizeof(typename Lane<T>::S)) {
+    _mm_stream_si128((__m128i*)p, (__m128i)v);
+    return;
+  }
+#endif
+  Lane<T>::store(p, v);
+}
+
+template <class M, class V>
+INLINE V select(M condition, V yes, V no) {
+  return condition ? yes : no;
+}
+
+template <class V>
+INLINE V vmax(V a, V b) {  // NaN in a stays
+  return select(a < b, b, a);
+}
+template <class V>
+INLINE V vmin(V a, V b) {
+  return select(a > b, b, a);
+}
+
+// ---- a vector of elements in the compute type: float64 for float32 and float64, float32 for 16 bits
+template <class T>
+struct Pack {  // bf16, f16
+  using L = Lane<T>;
+  using V = typename L::V;
+  using C = f32;
+  using S = float;
+  static constexpr int parts = 1, width = L::width, lanes = kLanes32;
+  C part[1];
+  static INLINE Pack of(V v) { return {{v}}; }
+  static INLINE Pack load(const T* p) { return {{L::load(p)}}; }
+  INLINE V rounded() const { return part[0]; }
+};
+
+template <>
+struct Pack<float> {
+  using L = Lane<float>;
+  using V = f32;
+  using C = f64;
+  using S = double;
+  static constexpr int parts = 2, width = kLanes32, lanes = kLanes64;
+  C part[2];
+  static INLINE Pack of(V v) {
+    return {{widen(__builtin_shufflevector(v, v, LOW_LANES)), widen(__builtin_shufflevector(v, v, HIGH_LANES))}};
+  }
+  static INLINE Pack load(const float* p) {
+    return {{widen(load_bytes<half_f32>(p)), widen(load_bytes<half_f32>(p + kLanes64))}};
+  }
+  INLINE V rounded() const { return __builtin_shufflevector(narrow(part[0]), narrow(part[1]), LOW_LANES, HIGH_LANES); }
+};
+
+template <>
+struct Pack<double> {
+  using L = Lane<double>;
+  using V = f64;
+  using C = f64;
+  using S = double;
+  static constexpr int parts = 1, width = kLanes64, lanes = kLanes64;
+  C part[1];
+  static INLINE Pack of(V v) { return {{v}}; }
+  static INLINE Pack load(const double* p) { return {{L::load(p)}}; }
+  INLINE V rounded() const { return part[0]; }
+};
+
+template <class V>
+struct Masks;  // the integer vector of a comparison
+template <>
+struct Masks<f32> {
+  typedef i32 type;
+};
+template <>
+struct Masks<f64> {
+  typedef s64 type;
+};
+
+// 0, 1, 2, ...
+template <class V>
+INLINE typename Masks<V>::type lane_numbers() {
+  typename Masks<V>::type v{};
+  for (int i = 0; i < int(sizeof(V) / sizeof(v[0])); ++i) v[i] = i;
+  return v;
+}
+
+// Bit i of the result: whether lane i of the mask is set.
+INLINE unsigned bits_of(i32 mask) {
+#if VB == 64
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif VB == 32
+  return unsigned(_mm256_movemask_ps((__m256)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes32; ++i) bits |= unsigned(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+INLINE unsigned bits_of(s64 mask) {
+#if VB == 64
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif VB == 32
+  return unsigned(_mm256_movemask_pd((__m256d)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes64; ++i) bits |= unsigned(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,199 @@
+// The formulas of batchnorm.h in long double, each value with the error that the core is allowed.
+//
+// The budget is derived, not tuned. The core computes in a wider type than the elements: float32 for 16 bits, float64
+// for the others; u is its unit roundoff. mean, scale, shift, k1, k2 and k3 are computed in float64 and rounded to that
+// type, so they carry an error of u (where it is float64: the roundings of their own formulas). From there on each
+// operation adds u of its result. Activations and their derivatives are taken of z rounded to float32 (float64 for
+// float64 elements), with a few units of that type, as stated at their place. An element that is stored adds half a
+// unit in the last place of its own type. Where a derivative jumps, either side counts only within z's own error of the
+// jump.
+#pragma once
+
+#include "elements.h"
+
+namespace test {
+
+using batchnorm::Activation;
+
+constexpr Real kCoefficientRoundings = 12;  // gamma / sqrt(var + eps)^3 * (sum / m), in float64
+
+// Error of a sum of `count` terms, relative to the sum of their magnitudes. In float64 far above the 2^-53 sqrt(count)
+// of its additions. The moments of many 16-bit elements are added up in float32, a few terms at a time.
+constexpr int64_t kManyValues = 8192;
+inline bool in_float32(Dtype element, int64_t count) { return format_of(element).size == 2 && count >= kManyValues; }
+inline Real moments_error(Dtype element, int64_t count) { return in_float32(element, count) ? 20 * 0x1p-24L : 1e-12L; }
+constexpr Real kReductionError = 1e-12L;
+constexpr Real kSmallestDouble = 0x1p-1074L;
+// What a sum may lose of each term that is too small for its type.
+inline Real smallest_term(Dtype element, int64_t count) {
+  return in_float32(element, count) ? 0x1p-149L : kSmallestDouble;
+}
+
+struct Bounded {
+  Real value = 0, error = 0;
+  Real limit = std::numeric_limits<Real>::infinity();  // from here on the element type has infinity alone
+  bool allows(double given) const {
+    if (std::isinf(given)) return std::signbit(given) == std::signbit(value) && std::fabs(value) + error >= limit;
+    return std::fabs(given - value) <= error;  // false for NaN
+  }
+};
+
+struct Precision {
+  Real unit, coefficient, tiny;      // of the compute type, its coefficients, its smallest value
+  Real activation, tiny_activation;  // of the type that activations are computed in, its smallest normal value
+  explicit Precision(Dtype element) {
+    const Format& compute = format_of(format_of(element).size == 2 ? Dtype::float32 : Dtype::float64);
+    const Format& inner = format_of(element == Dtype::float64 ? Dtype::float64 : Dtype::float32);
+    unit = compute.unit_roundoff;
+    coefficient = compute.size == 8 ? kCoefficientRoundings * unit : unit;
+    tiny = compute.smallest;
+    activation = inner.unit_roundoff;
+    tiny_activation = inner.smallest_normal;
+  }
+};
+
+// What one channel of one pool is normalized with.
+struct Coefficients {
+  Real mean, var, gamma, beta, eps;
+  Real scale() const { return gamma / std::sqrt(var + eps); }
+};
+
+// The mean as the compute type holds it; the rest of it is carried by the shift.
+inline Real high_part(Real mean, Dtype element) { return format_of(element).size == 2 ? Real(float(mean)) : mean; }
+
+// z = (x - mean) * scale + beta + residual
+inline Bounded pre_activation(const Coefficients& k, Dtype element, Real x, Real residual) {
+  const Precision p(element);
+  const Real scale = k.scale(), high = high_part(k.mean, element), low = high - k.mean;
+  const Real product = std::fabs((x - high) * scale), shift = std::fabs(k.beta) + std::fabs(low * scale);
+  const Real linear = (x - k.mean) * scale + k.beta, z = linear + residual;
+  const Real error = (p.coefficient + 2 * p.unit) * product + p.coefficient * shift +
+                     p.unit * (std::fabs(linear) + std::fabs(z)) + p.tiny * (std::fabs(scale) + 4);
+  return {z, 1.01L * error};
+}
+
+// ---------------------------------------------------------------------------------------------- activations
+inline Real sigmoid(Real z) { return 1 / (1 + std::exp(-z)); }
+inline Real normal_cdf(Real z) { return 0.5L * std::erfc(-z * 0.70710678118654752440L); }
+inline Real normal_pdf(Real z) { return 0.39894228040143267794L * std::exp(-0.5L * z * z); }
+
+inline Real activation_at(Activation a, Real z, Real slope) {
+  switch (a) {
+    case Activation::identity: return z;
+    case Activation::relu: return z < 0 ? 0 : z;
+    case Activation::relu6: return z < 0 ? 0 : z > 6 ? 6 : z;
+    case Activation::leaky_relu: return z < 0 ? slope * z : z;
+    case Activation::silu: return z * sigmoid(z);
+    case Activation::gelu: return z * normal_cdf(z);
+    case Activation::hardswish: return z < -3 ? 0 : z > 3 ? z : z * (z + 3) / 6;
+    case Activation::sigmoid: return sigmoid(z);
+    case Activation::tanh: return std::tanh(z);
+  }
+  return z;
+}
+
+// At a corner: what torch takes.
+inline Real derivative_at(Activation a, Real z, Real slope) {
+  switch (a) {
+    case Activation::identity: return 1;
+    case Activation::relu: return z > 0 ? 1 : 0;
+    case Activation::relu6: return z > 0 && z < 6 ? 1 : 0;
+    case Activation::leaky_relu: return z > 0 ? 1 : slope;
+    case Activation::silu: return sigmoid(z) * (1 + z * sigmoid(-z));
+    case Activation::gelu: return normal_cdf(z) + z * normal_pdf(z);
+    case Activation::hardswish: return z <= -3 ? 0 : z < 3 ? z / 3 + 0.5L : 1;
+    case Activation::sigmoid: return sigmoid(z) * sigmoid(-z);
+    case Activation::tanh: return 1 - std::tanh(z) * std::tanh(z);
+  }
+  return 1;
+}
+
+// Error of the core's own formula, in units u of the value. exp(-z^2 / 2) loses z^2 u by the rounding of z^2.
+inline Real activation_roundings(Activation a, Real z) {
+  switch (a) {
+    case Activation::identity:
+    case Activation::relu:
+    case Activation::relu6: return 0;
+    case Activation::leaky_relu: return 2;  // of slope, of the product
+    case Activation::hardswish: return 4;
+    case Activation::gelu: return 8 + 2 * z * z;
+    default: return 8;
+  }
+}
+
+// The same for the derivative, in units u of 1. silu: z * (1 - s), where 1 - s is known to u; nothing is left of it
+// beyond 20.
+inline Real derivative_roundings(Activation a, Real z) {
+  switch (a) {
+    case Activation::identity:
+    case Activation::relu:
+    case Activation::relu6: return 0;
+    case Activation::leaky_relu: return 1;
+    case Activation::hardswish: return 4;
+    case Activation::silu: return 8 * (1 + std::min<Real>(std::fabs(z), 20));
+    case Activation::gelu:
+    case Activation::sigmoid: return 12;
+    case Activation::tanh: return 16;
+  }
+  return 0;
+}
+
+// How far a function moves within the error of its argument.
+template <class F>
+Real spread(F f, const Bounded& z) {
+  const Real at = f(z.value);
+  return std::max(std::fabs(f(z.value - z.error) - at), std::fabs(f(z.value + z.error) - at));
+}
+
+struct Curve {
+  Activation activation;
+  double slope;
+  Precision precision;
+
+  bool is_exact() const { return activation <= Activation::relu6; }
+  Bounded rounded(const Bounded& z) const { return {z.value, z.error + precision.activation * std::fabs(z.value)}; }
+
+  Bounded value(const Bounded& z) const {
+    auto f = [&](Real v) { return activation_at(activation, v, slope); };
+    const Real v = f(z.value);
+    if (is_exact()) return {v, spread(f, z)};
+    const Real own = activation_roundings(activation, z.value) * precision.activation * std::fabs(v);
+    return {v, own + spread(f, rounded(z)) + precision.tiny_activation * (1 + std::fabs(z.value))};
+  }
+  Bounded derivative(const Bounded& z) const {
+    auto f = [&](Real v) { return derivative_at(activation, v, slope); };
+    if (activation == Activation::identity) return {1, 0};
+    return {f(z.value), derivative_roundings(activation, z.value) * precision.activation + spread(f, rounded(z))};
+  }
+  // dz = dy * derivative
+  Bounded gated(const Bounded& derivative, Real dy) const {
+    const Real dz = dy * derivative.value, rounding = precision.activation * std::fabs(dz) + precision.tiny_activation;
+    return {dz, std::fabs(dy) * derivative.error + (is_exact() ? 0 : rounding)};
+  }
+  // The bit of an element: 1, 0, or -1 where its error leaves both.
+  int sign(const Bounded& z) const {
+    const auto inside = [&](Real v) { return v > 0 && (activation != Activation::relu6 || v < 6); };
+    const bool low = inside(z.value - z.error), high = inside(z.value + z.error);
+    return low == high ? int(inside(z.value)) : -1;
+  }
+};
+
+// dx = k1 * dz + k2 * (x - mean) + k3
+inline Bounded input_gradient(const Bounded& dz, Real k1, Real k2, Real k3, Real x, Real mean, Dtype element) {
+  const Precision p(element);
+  const Real high = high_part(mean, element), first = std::fabs(k1 * dz.value), second = std::fabs(k2 * (x - high)),
+             third = std::fabs(k3) + std::fabs(k2 * (high - mean));
+  const Real error = std::fabs(k1) * dz.error + (p.coefficient + 3 * p.unit) * first +
+                     (p.coefficient + 4 * p.unit) * second + (p.coefficient + 2 * p.unit) * third +
+                     p.tiny * (std::fabs(dz.value) + std::fabs(x - high) + 4);
+  return {k1 * dz.value + k2 * (x - mean) + k3, 1.01L * error};
+}
+
+// The same value stored as an element.
+inline Bounded stored(const Bounded& v, Dtype element) {
+  const Format& f = format_of(element);
+  const Real half_unit = f.unit_roundoff * (std::fabs(v.value) + v.error) + f.smallest / 2;
+  return {v.value, v.error + half_unit, f.largest * (1 + f.unit_roundoff / 2)};
+}
+
+}  // namespace test

@@ -1,0 +1,503 @@
+// The CPU implementations of the operators whose schemas are in src/batchnorm/ops/schemas.py, through LibTorch's
+// stable ABI: tensors become operands, memory is allocated, torch's own threads run the core.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "batchnorm.h"
+
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+batchnorm::Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return batchnorm::Dtype::float32;
+    case ScalarType::Double: return batchnorm::Dtype::float64;
+    case ScalarType::BFloat16: return batchnorm::Dtype::bfloat16;
+    case ScalarType::Half: return batchnorm::Dtype::float16;
+    default: throw std::runtime_error("batchnorm: expected a float32, float64, bfloat16 or float16 tensor");
+  }
+}
+
+batchnorm::Vector vector_of(const OptionalTensor& t) {
+  if (!t) return {};
+  return {t->const_data_ptr(), dtype_of(*t)};
+}
+
+// gamma and beta are nearly always contiguous; where not, a copy is kept alive here.
+OptionalTensor contiguous(const OptionalTensor& t) {
+  if (!t || t->is_contiguous()) return t;
+  return torch::stable::contiguous(*t);
+}
+
+// Fresh memory. By the shim, which does not look the operator up by its name at each call.
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
+  int32_t code = 0;
+  switch (dtype) {
+    case ScalarType::Float: code = aoti_torch_dtype_float32(); break;
+    case ScalarType::Double: code = aoti_torch_dtype_float64(); break;
+    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
+    case ScalarType::Half: code = aoti_torch_dtype_float16(); break;
+    default: code = aoti_torch_dtype_uint8();
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_of(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8] = {}, next = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = next;
+    next *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  return empty_strided(sizes.begin(), strides, int64_t(sizes.size()), dtype);
+}
+
+// Values of one sample and channel.
+int64_t inner_of(const Tensor& t) {
+  int64_t inner = 1;
+  for (int64_t i = 2; i < t.dim(); ++i) inner *= t.size(i);
+  return inner;
+}
+
+// ---------------------------------------------------------------------------------------------- huge pages
+bool use_huge_pages = true;
+
+// A fresh large block costs a page fault every 4 KB; one of 2 MB costs a five-hundredth of them.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = 2 << 20;
+  const size_t bytes = size_t(t.numel()) * t.element_size();
+  if (!use_huge_pages || bytes < 2 * huge) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + bytes;
+  const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------- memory orders
+// How a tensor (N, C, *space) lies in memory, where it can be walked as planar or interleaved; see batchnorm.h.
+struct Walk {
+  batchnorm::Order order;
+  int64_t sample_stride, channel_stride;
+};
+
+// Stride of the axes [begin, end) seen as one, or -1; 0 axes or one element: `otherwise`.
+int64_t joined_stride(const Tensor& t, int64_t begin, int64_t end, int64_t otherwise) {
+  int64_t stride = -1, expected = -1;
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const int64_t size = t.size(i);
+    if (size == 1) continue;
+    if (stride < 0)
+      stride = t.stride(i);
+    else if (t.stride(i) != expected)
+      return -1;
+    expected = t.stride(i) * size;
+  }
+  return stride < 0 ? otherwise : stride;
+}
+
+std::optional<Walk> interleaved_walk(const Tensor& t) {
+  if (t.size(1) > 1 && t.stride(1) != 1) return std::nullopt;
+  int64_t row = joined_stride(t, 2, t.dim(), -2);
+  if (row == -1) return std::nullopt;
+  if (row == -2)
+    row = t.size(0) == 1 ? t.size(1) : t.stride(0);
+  else if (t.size(0) > 1 && t.stride(0) != row * inner_of(t))
+    return std::nullopt;
+  return Walk{batchnorm::Order::interleaved, row, 1};
+}
+
+std::optional<Walk> planar_walk(const Tensor& t) {
+  if (joined_stride(t, 2, t.dim(), 1) != 1) return std::nullopt;
+  return Walk{batchnorm::Order::planar, t.stride(0), t.stride(1)};
+}
+
+std::optional<Walk> walk_as(const Tensor& t, batchnorm::Order order) {
+  return order == batchnorm::Order::planar ? planar_walk(t) : interleaved_walk(t);
+}
+
+// The memory format that torch gives the results of its own batch normalization: channels last where x is, else
+// contiguous (the rule of at::Tensor::suggest_memory_format).
+MemoryFormat suggested_format(const Tensor& t) {
+  if (t.dim() != 4 && t.dim() != 5) return MemoryFormat::Contiguous;
+  if (t.stride(1) == 0) return MemoryFormat::Contiguous;
+  int64_t smallest = 0;
+  const int64_t last[] = {1, t.dim() - 1, t.dim() - 2, t.dim() - 3, 0};
+  for (int k = 0; k < t.dim(); ++k) {
+    const int64_t axis = k + 1 == t.dim() ? 0 : last[k], size = t.size(axis), stride = t.stride(axis);
+    if (size == 0 || stride < smallest) return MemoryFormat::Contiguous;
+    // N111 and the like fit every format: contiguous, unless the batch says otherwise.
+    if (axis == 0 && smallest == t.stride(1)) return MemoryFormat::Contiguous;
+    smallest = stride * (size > 1 ? size : 1);
+  }
+  return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+Tensor empty_as(const Tensor& t, MemoryFormat format) {
+  constexpr int64_t most = 16;
+  const int64_t dim = t.dim();
+  if (dim > most) return torch::stable::empty(t.sizes(), t.scalar_type());
+  int64_t sizes[most], strides[most], next = 1;
+  for (int64_t i = 0; i < dim; ++i) sizes[i] = t.size(i);
+  auto place = [&](int64_t axis) {
+    strides[axis] = next;
+    next *= std::max<int64_t>(sizes[axis], 1);
+  };
+  if (format != MemoryFormat::Contiguous) place(1);
+  for (int64_t i = dim - 1; i > 1; --i) place(i);
+  if (format == MemoryFormat::Contiguous && dim > 1) place(1);
+  place(0);
+  return empty_strided(sizes, strides, dim, t.scalar_type());
+}
+
+batchnorm::Operand operand(const Tensor& t, const Walk& walk) {
+  return {t.data_ptr(), walk.sample_stride, walk.channel_stride};
+}
+
+// ---------------------------------------------------------------------------------------------- one call
+struct Threads {
+  static void run(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  }
+  static batchnorm::Parallel parallel() { return {&Threads::run, nullptr}; }
+};
+
+// The input of a call, and the order that it is walked in: that of the results. Other operands are brought into it.
+class Call {
+ public:
+  Call(const Tensor& x, int64_t pool_size) : x_(x), format_(suggested_format(x)) {
+    const int64_t samples = x.size(0), inner = inner_of(x);
+    const int64_t pool = pool_size <= 0 || pool_size >= samples ? samples : pool_size;
+    const bool rows = inner == 1 || (format_ != MemoryFormat::Contiguous && x.size(1) > 1);
+    shape.order = rows ? batchnorm::Order::interleaved : batchnorm::Order::planar;
+    shape.dtype = dtype_of(x);
+    shape.channels = x.size(1);
+    shape.samples = rows ? samples * inner : samples;
+    shape.pool_size = rows ? pool * inner : pool;
+    shape.inner = rows ? 1 : inner;
+    input_ = read(x);
+    workspace_.reset(new double[batchnorm::workspace_size(shape)]);
+  }
+
+  batchnorm::Shape shape;
+
+  const Tensor& x() const { return x_; }
+  double* workspace() const { return workspace_.get(); }
+  batchnorm::Operand input() const { return input_; }
+
+  // An operand that is read; copied where it lies in another order.
+  batchnorm::Operand read(const OptionalTensor& t) {
+    if (!t) return {};
+    if (auto walk = walk_as(*t, shape.order)) return operand(*t, *walk);
+    Tensor copy = empty();
+    torch::stable::copy_(copy, *t);
+    kept_.push_back(copy);
+    return operand(copy, *walk_as(copy, shape.order));
+  }
+
+  // A result: of the shape, dtype and memory format of x.
+  Tensor empty() const {
+    Tensor t = empty_as(x_, format_);
+    advise_huge_pages(t);
+    return t;
+  }
+  batchnorm::Operand write(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
+
+  Tensor statistics() const { return empty_of({shape.pools(), shape.channels}, ScalarType::Double); }
+
+ private:
+  Tensor x_;
+  MemoryFormat format_;
+  batchnorm::Operand input_;
+  std::unique_ptr<double[]> workspace_;
+  std::vector<Tensor> kept_;
+};
+
+batchnorm::Fusion fusion_of(Call& call, const OptionalTensor& residual, int64_t activation, double slope,
+                            const OptionalTensor& signs) {
+  batchnorm::Fusion f;
+  f.activation = static_cast<batchnorm::Activation>(activation);
+  f.slope = slope;
+  f.residual = call.read(residual);
+  if (signs && signs->numel() > 0) f.signs = static_cast<uint8_t*>(signs->data_ptr());
+  return f;
+}
+
+// One bit an element, each plane or row from a whole byte on; the size depends on the shape alone.
+Tensor make_signs(const Tensor& x, bool save) {
+  if (!save) return empty_of({0}, ScalarType::Byte);
+  const int64_t n = x.size(0), c = x.size(1), inner = inner_of(x);
+  const int64_t size = std::max({n * c * ((inner + 7) / 8), n * inner * ((c + 7) / 8), c * ((n * inner + 7) / 8)});
+  Tensor signs = empty_of({size}, ScalarType::Byte);
+  std::memset(signs.data_ptr(), 0, size_t(size));  // the bits between runs too: the same bits each time
+  return signs;
+}
+
+// The values of a contiguous tensor of any floating dtype, as float64.
+class Values {
+ public:
+  explicit Values(const Tensor& t) : data_(t.data_ptr()), dtype_(t.scalar_type()) {}
+  double operator[](int64_t i) const {
+    switch (dtype_) {
+      case ScalarType::Double: return static_cast<const double*>(data_)[i];
+      case ScalarType::Float: return static_cast<const float*>(data_)[i];
+      case ScalarType::BFloat16: return float(static_cast<const torch::headeronly::BFloat16*>(data_)[i]);
+      case ScalarType::Half: return float(static_cast<const torch::headeronly::Half*>(data_)[i]);
+      default: throw std::runtime_error("batchnorm: expected floating-point values");
+    }
+  }
+  void set(int64_t i, double v) {
+    switch (dtype_) {
+      case ScalarType::Double: static_cast<double*>(data_)[i] = v; break;
+      case ScalarType::Float: static_cast<float*>(data_)[i] = float(v); break;
+      case ScalarType::BFloat16:
+        static_cast<torch::headeronly::BFloat16*>(data_)[i] = torch::headeronly::BFloat16(float(v));
+        break;
+      case ScalarType::Half: static_cast<torch::headeronly::Half*>(data_)[i] = torch::headeronly::Half(float(v)); break;
+      default: throw std::runtime_error("batchnorm: expected floating-point values");
+    }
+  }
+
+ private:
+  void* data_;
+  ScalarType dtype_;
+};
+
+// Statistics in any dtype, (C) or (pools, C), as float64 (pools, C).
+class Statistics {
+ public:
+  Statistics(const Tensor& t, const batchnorm::Shape& shape) {
+    const int64_t count = shape.pools() * shape.channels, given = t.numel();
+    if (t.scalar_type() == ScalarType::Double && t.is_contiguous() && given == count) {
+      data_ = static_cast<const double*>(t.const_data_ptr());
+      return;
+    }
+    const Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
+    const Values values(dense);
+    copy_.resize(count);
+    for (int64_t i = 0; i < count; ++i) copy_[i] = values[i % given];
+    data_ = copy_.data();
+  }
+  const double* data() const { return data_; }
+
+ private:
+  const double* data_;
+  std::vector<double> copy_;
+};
+
+// ---------------------------------------------------------------------------------------------- the operators
+std::tuple<Tensor, Tensor> moments(Tensor x, int64_t pool_size) {
+  Call call(x, pool_size);
+  Tensor mean = call.statistics(), m2 = call.statistics();
+  batchnorm::moments(call.shape, call.input(), static_cast<double*>(mean.data_ptr()),
+                     static_cast<double*>(m2.data_ptr()), call.workspace(), Threads::parallel());
+  return {mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                                   OptionalTensor residual, int64_t pool_size, double eps,
+                                                   int64_t activation, double slope, bool save_signs) {
+  Call call(x, pool_size);
+  Tensor y = call.empty();
+  Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(x, save_signs);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  const auto fusion = fusion_of(call, residual, activation, slope, signs);
+  batchnorm::forward(call.shape, call.input(), call.write(y), static_cast<double*>(mean.data_ptr()),
+                     static_cast<double*>(var.data_ptr()), vector_of(weight), vector_of(bias), eps, fusion,
+                     call.workspace(), Threads::parallel());
+  return {y, mean, var, signs};
+}
+
+std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor bias,
+                                     OptionalTensor residual, int64_t pool_size, double eps, int64_t activation,
+                                     double slope, bool save_signs) {
+  Call call(x, pool_size);
+  Tensor y = call.empty();
+  Tensor signs = make_signs(x, save_signs);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  const auto fusion = fusion_of(call, residual, activation, slope, signs);
+  const Statistics means(mean, call.shape), vars(var, call.shape);
+  batchnorm::normalize(call.shape, call.input(), call.write(y), means.data(), vars.data(), vector_of(weight),
+                       vector_of(bias), eps, fusion, call.workspace(), Threads::parallel());
+  return {y, signs};
+}
+
+std::tuple<Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                           OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
+                                           int64_t pool_size, double eps, int64_t activation, double slope) {
+  Call call(x, pool_size);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  const auto fusion = fusion_of(call, residual, activation, slope, signs);
+  const Statistics means(mean, call.shape), vars(var, call.shape);
+  Tensor sum = call.statistics(), centered = call.statistics();
+  batchnorm::backward_reduce(call.shape, call.read(dy), call.input(), means.data(), vars.data(), vector_of(weight),
+                             vector_of(bias), eps, fusion, static_cast<double*>(sum.data_ptr()),
+                             static_cast<double*>(centered.data_ptr()), call.workspace(), Threads::parallel());
+  return {sum, centered};
+}
+
+std::tuple<Tensor, Tensor> backward_apply(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                          OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
+                                          Tensor k1, Tensor k2, Tensor k3, int64_t pool_size, double eps,
+                                          int64_t activation, double slope, bool want_residual) {
+  Call call(x, pool_size);
+  Tensor dx = call.empty();
+  OptionalTensor d_residual;
+  if (want_residual) d_residual = call.empty();
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  const auto fusion = fusion_of(call, residual, activation, slope, signs);
+  const Statistics means(mean, call.shape), vars(var, call.shape);
+  const Statistics c1(k1, call.shape), c2(k2, call.shape), c3(k3, call.shape);
+  batchnorm::backward_apply(call.shape, call.read(dy), call.input(), call.write(dx),
+                            d_residual ? call.write(*d_residual) : batchnorm::Operand{}, means.data(), vars.data(),
+                            vector_of(weight), vector_of(bias), eps, fusion, c1.data(), c2.data(), c3.data(),
+                            call.workspace(), Threads::parallel());
+  return {dx, d_residual ? *d_residual : empty_of({0}, x.scalar_type())};
+}
+
+// The gradients with respect to x, residual, weight and bias; those not wanted, and those of absent parameters, are
+// empty tensors.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
+                                                    OptionalTensor residual, OptionalTensor signs, Tensor mean,
+                                                    Tensor var, int64_t pool_size, double eps, int64_t activation,
+                                                    double slope, bool population, bool want_x, bool want_residual) {
+  Call call(x, pool_size);
+  const auto nothing = [&] { return empty_of({0}, x.scalar_type()); };
+  OptionalTensor dx, d_residual;
+  if (want_x || want_residual) dx = call.empty();
+  if (want_residual) d_residual = call.empty();
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  const auto fusion = fusion_of(call, residual, activation, slope, signs);
+  const Statistics means(mean, call.shape), vars(var, call.shape);
+  const int64_t channels = call.shape.channels, pools = call.shape.pools();
+  std::vector<double> sums(2 * pools * channels);
+  double *sum = sums.data(), *centered = sum + pools * channels;
+  batchnorm::backward(call.shape, call.read(dy), call.input(), dx ? call.write(*dx) : batchnorm::Operand{},
+                      d_residual ? call.write(*d_residual) : batchnorm::Operand{}, means.data(), vars.data(),
+                      vector_of(weight), vector_of(bias), eps, fusion, population, sum, centered, call.workspace(),
+                      Threads::parallel());
+  Tensor d_weight = weight ? empty_of({channels}, weight->scalar_type()) : nothing();
+  Tensor d_bias = bias ? empty_of({channels}, bias->scalar_type()) : nothing();
+  if (weight || bias) {
+    Values gammas(d_weight), betas(d_bias);
+    for (int64_t c = 0; c < channels; ++c) {
+      double gamma = 0, beta = 0;
+      for (int64_t p = 0; p < pools; ++p) {
+        gamma += centered[p * channels + c] / std::sqrt(vars.data()[p * channels + c] + eps);
+        beta += sum[p * channels + c];
+      }
+      if (weight) gammas.set(c, gamma);
+      if (bias) betas.set(c, beta);
+    }
+  }
+  return {want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), d_weight, d_bias};
+}
+
+// running = (1 - momentum) * running + momentum * batch, the batch being all pools merged; without a momentum the
+// cumulative average. Counts one batch.
+void update_statistics(OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                       Tensor mean, Tensor var, int64_t count, int64_t pool_count, std::optional<double> momentum,
+                       bool unbiased) {
+  double share = momentum.value_or(1.0);
+  if (num_batches_tracked) {
+    int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->data_ptr());
+    ++batches;
+    if (!momentum) share = 1.0 / double(batches);
+  }
+  const int64_t pools = mean.dim() == 2 ? mean.size(0) : 1, channels = mean.size(-1);
+  const double *means = static_cast<const double*>(mean.const_data_ptr()),
+               *vars = static_cast<const double*>(var.const_data_ptr());
+  std::optional<Values> means_kept, vars_kept;
+  if (running_mean) means_kept.emplace(*running_mean);
+  if (running_var) vars_kept.emplace(*running_var);
+  const double correction = unbiased && count > 1 ? double(count) / double(count - 1) : 1.0;
+  for (int64_t c = 0; c < channels; ++c) {
+    double n = 0, m = 0, m2 = 0;  // Chan's merge over the pools
+    for (int64_t p = 0; p < pools; ++p) {
+      const double part = double(std::min(pool_count, count - p * pool_count));
+      const double delta = means[p * channels + c] - m;
+      m2 += vars[p * channels + c] * part + delta * delta * n * part / (n + part);
+      n += part;
+      m += delta * part / n;
+    }
+    if (running_mean) means_kept->set(c, (1 - share) * (*means_kept)[c] + share * m);
+    if (running_var) vars_kept->set(c, (1 - share) * (*vars_kept)[c] + share * (m2 / n) * correction);
+  }
+}
+
+// The same into tensors of the caller's, of the shape and memory format of x: what a kernel costs without its memory.
+void forward_out(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, Tensor mean,
+                 Tensor var, int64_t pool_size, double eps, int64_t activation, double slope) {
+  Call call(x, pool_size);
+  const auto fusion = fusion_of(call, residual, activation, slope, std::nullopt);
+  batchnorm::forward(call.shape, call.input(), call.write(y), static_cast<double*>(mean.data_ptr()),
+                     static_cast<double*>(var.data_ptr()), vector_of(weight), vector_of(bias), eps, fusion,
+                     call.workspace(), Threads::parallel());
+}
+
+void backward_out(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor var, Tensor dx,
+                  Tensor sum_dz, Tensor sum_dz_centered, int64_t pool_size, double eps, int64_t activation,
+                  double slope) {
+  Call call(x, pool_size);
+  const auto fusion = fusion_of(call, std::nullopt, activation, slope, std::nullopt);
+  batchnorm::backward(call.shape, call.read(dy), call.input(), call.write(dx), {},
+                      static_cast<double*>(mean.data_ptr()), static_cast<double*>(var.data_ptr()), vector_of(weight),
+                      vector_of(bias), eps, fusion, false, static_cast<double*>(sum_dz.data_ptr()),
+                      static_cast<double*>(sum_dz_centered.data_ptr()), call.workspace(), Threads::parallel());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
+  m.impl("moments", TORCH_BOX(&moments));
+  m.impl("normalize", TORCH_BOX(&normalize));
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward_reduce", TORCH_BOX(&backward_reduce));
+  m.impl("backward_apply", TORCH_BOX(&backward_apply));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("forward_out", TORCH_BOX(&forward_out));
+  m.impl("backward_out", TORCH_BOX(&backward_out));
+  m.impl("update_statistics", TORCH_BOX(&update_statistics));
+}
+
+// For kernels/cpu.py, by ctypes.
+extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {
+  return batchnorm::instruction_set();
+}
+extern "C" __attribute__((visibility("default"))) bool batchnorm_select_instruction_set(const char* name) {
+  return batchnorm::select_instruction_set(name);
+}
+extern "C" __attribute__((visibility("default"))) bool batchnorm_huge_pages(bool on) {
+  const bool before = use_huge_pages;
+  use_huge_pages = on;
+  return before;
+}
+extern "C" __attribute__((visibility("default"))) int64_t batchnorm_cache_size(int level) {
+  const batchnorm::Caches& c = batchnorm::caches();
+  return level == 1 ? c.l1 : level == 2 ? c.l2 : c.l3;
+}

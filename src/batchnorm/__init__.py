@@ -1,0 +1,104 @@
+"""Batch normalization as a system: exact, fused, and for a network's whole life."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names of the public face, and the module that each comes from. Loaded on first use, so that
+# `import batchnorm` costs little more than `import torch`.
+_PUBLIC = {
+    "BatchNorm1d": "batchnorm.nn.batch_norm",
+    "BatchNorm2d": "batchnorm.nn.batch_norm",
+    "BatchNorm3d": "batchnorm.nn.batch_norm",
+    "BatchNormError": "batchnorm.errors",
+    "Moments": "batchnorm.moments",
+    "Renorm": "batchnorm.nn.renormalization",
+    "Standardize": "batchnorm.nn.standardization",
+    "accelerate": "batchnorm.surgery.acceleration",
+    "accumulate": "batchnorm.nn.modes",
+    "accumulate_exact": "batchnorm.nn.accumulation",
+    "adapt": "batchnorm.population.adaptation",
+    "average_statistics": "batchnorm.population.averaging",
+    "calibrate": "batchnorm.population.calibration",
+    "convert": "batchnorm.surgery.conversion",
+    "fold": "batchnorm.surgery.folding",
+    "freeze": "batchnorm.surgery.freezing",
+    "insert": "batchnorm.surgery.insertion",
+    "load_flax": "batchnorm.population.checkpoints",
+    "load_keras": "batchnorm.population.checkpoints",
+    "mode": "batchnorm.nn.modes",
+    "no_update": "batchnorm.nn.modes",
+    "param_groups": "batchnorm.surgery.parameter_groups",
+    "preview_export": "batchnorm.surgery.exporting",
+    "restore": "batchnorm.population.adaptation",
+    "revert": "batchnorm.surgery.conversion",
+    "save_keras": "batchnorm.population.checkpoints",
+    "set_mode": "batchnorm.nn.modes",
+    "show_config": "batchnorm.ops.configuration",
+    "standardize": "batchnorm.nn.standardization",
+    "summary": "batchnorm.diagnosis.summary",
+    "to_flax": "batchnorm.population.checkpoints",
+    "to_keras": "batchnorm.population.checkpoints",
+    "transaction": "batchnorm.nn.modes",
+    "tune_example_weight": "batchnorm.population.weighing",
+    "unfreeze": "batchnorm.surgery.freezing",
+}
+
+_MODULES = ("errors", "functional", "lab", "nn", "training")
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"batchnorm.{name}")
+    raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_PUBLIC) | set(_MODULES))
+
+
+if TYPE_CHECKING:
+    from batchnorm.diagnosis.summary import summary as summary
+    from batchnorm.errors import BatchNormError as BatchNormError
+    from batchnorm.moments import Moments as Moments
+    from batchnorm.nn.accumulation import accumulate_exact as accumulate_exact
+    from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
+    from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
+    from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn.modes import accumulate as accumulate
+    from batchnorm.nn.modes import mode as mode
+    from batchnorm.nn.modes import no_update as no_update
+    from batchnorm.nn.modes import set_mode as set_mode
+    from batchnorm.nn.modes import transaction as transaction
+    from batchnorm.nn.renormalization import Renorm as Renorm
+    from batchnorm.nn.standardization import Standardize as Standardize
+    from batchnorm.nn.standardization import standardize as standardize
+    from batchnorm.ops.configuration import show_config as show_config
+    from batchnorm.population.adaptation import adapt as adapt
+    from batchnorm.population.adaptation import restore as restore
+    from batchnorm.population.averaging import average_statistics as average_statistics
+    from batchnorm.population.calibration import calibrate as calibrate
+    from batchnorm.population.checkpoints import load_flax as load_flax
+    from batchnorm.population.checkpoints import load_keras as load_keras
+    from batchnorm.population.checkpoints import save_keras as save_keras
+    from batchnorm.population.checkpoints import to_flax as to_flax
+    from batchnorm.population.checkpoints import to_keras as to_keras
+    from batchnorm.population.weighing import tune_example_weight as tune_example_weight
+    from batchnorm.surgery.acceleration import accelerate as accelerate
+    from batchnorm.surgery.conversion import convert as convert
+    from batchnorm.surgery.conversion import revert as revert
+    from batchnorm.surgery.exporting import preview_export as preview_export
+    from batchnorm.surgery.folding import fold as fold
+    from batchnorm.surgery.freezing import freeze as freeze
+    from batchnorm.surgery.freezing import unfreeze as unfreeze
+    from batchnorm.surgery.insertion import insert as insert
+    from batchnorm.surgery.parameter_groups import param_groups as param_groups

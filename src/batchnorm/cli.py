@@ -1,0 +1,469 @@
+"""The command line: each command is one function call and one report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm.errors import BatchNormError, InputError
+from batchnorm.training.config import (
+    BATCH_SIZE,
+    LEARNING_RATE,
+    METHODS,
+    MOMENTUM,
+    OPTIMIZERS,
+    OTHER_STEPS,
+    PLACEMENTS,
+    SEED,
+    STEPS,
+    THREADS,
+    TrainConfig,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from batchnorm.training.results import Curve, TrainResult
+
+INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
+
+app = typer.Typer(
+    name="batchnorm",
+    help="Batch normalization for a network's whole life: insert, train, calibrate, fold, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done. 1: done, but the network diverged or a file failed its check. 2: wrong usage or input,
+    one message on stderr. 130: interrupted, with a checkpoint to resume from.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # for package.module:name beside the user
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="batchnorm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BatchNormError as error:
+        interrupted = type(error).__name__ == "Interrupted"
+        sys.stderr.write(f"batchnorm: {'' if interrupted else 'error: '}{error}\n")
+        return INTERRUPTED if interrupted else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("batchnorm: interrupted.\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _table(values: dict[str, Any], other: object = None) -> str:
+    """Defaults by network or optimizer, for the help."""
+    texts = [f"{name}: {value}" for name, value in values.items()]
+    return ", ".join([*texts, f"else {other}"] if other is not None else texts)
+
+
+NETWORK_HELP = (
+    "figure1 (784-100-100-100-10 sigmoids), convnet, or package.module:factory. The factory is "
+    "called with those of num_features, in_channels, input_shape and num_classes that it names."
+)
+DATA_HELP = (
+    "mnist5k, digits, FILE.npz with x and y (and x_test, y_test), FILE.npy with --labels, or "
+    "package.module:loader that returns (x, y) or (x, y, x_test, y_test)."
+)
+
+
+@app.command(
+    epilog="""**Examples**
+
+`batchnorm train` - the default: Figure 1 of Ioffe & Szegedy on 5,000 MNIST digits
+
+`batchnorm train --network convnet --data digits --steps 500`
+
+`batchnorm train --data table.npz --lr 0.05 --out runs/table`
+
+`batchnorm train --network mymodels:resnet --data mydata:load --baseline`
+
+`batchnorm train --resume runs/figure1-mnist5k-1` - go on after Ctrl-C, to the same bits
+"""
+)
+def train(
+    context: typer.Context,
+    network: Annotated[str, typer.Option(help=NETWORK_HELP)] = TrainConfig.network,
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = TrainConfig.data,
+    labels: Annotated[str | None, typer.Option(help="The .npy file of the labels, with --data FILE.npy.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="The run folder.", show_default="runs/<network>-<data>-<n>"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in a folder that is not empty.")
+    ] = False,
+    baseline: Annotated[
+        bool | None,
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Train the same network without batch norm beside it, from the same weights on the same batches.",
+            show_default="on for built-in networks",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Updates of each network.", show_default=_table(STEPS, OTHER_STEPS)),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = BATCH_SIZE,
+    optimizer: Annotated[str, typer.Option(help=" or ".join(OPTIMIZERS) + ".")] = "sgd",
+    lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = LEARNING_RATE,
+    baseline_lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of the baseline.", show_default="that of --lr"),
+    ] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option(help="Of SGD; beta1 of Adam.", show_default=_table(MOMENTUM)),
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of weights; never of biases, gamma and beta.")] = 0.0,
+    placement: Annotated[
+        str, typer.Option(help="Of batch norm: " + " or ".join(PLACEMENTS) + ".")
+    ] = "before_activation",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Of the population statistics: "
+            + " or ".join(METHODS)
+            + ". pooled: the variance over all samples; ioffe: Procedure 2, line 10; sequential: layer "
+            "by layer."
+        ),
+    ] = "pooled",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bits again.")] = SEED,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads.", show_default=_table(THREADS, "torch's choice")),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between two measurements.", show_default="a hundredth of --steps"),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="A run folder to go on from; only --steps may be given with it."),
+    ] = None,
+) -> None:
+    """Train a network with batch norm, and make it a proven network for inference.
+
+    Procedure 2 of Ioffe & Szegedy (2015), end to end: insert batch norm and drop the biases that it
+    makes redundant, train, compute exact population statistics, freeze, fold, verify, and export
+    (safetensors, torch.export, ONNX). The run folder gets all of these, metrics.json,
+    certificate.json, a checkpoint, plots, and report.html, which says how it went.
+    """
+    if resume is not None:
+        _refuse_beside_resume(context)
+    from batchnorm.report import write_report
+
+    with _progress() as progress:
+        if resume is not None:
+            from batchnorm.training import resume as go_on
+
+            result = go_on(resume, steps=steps, progress=progress)
+        else:
+            from batchnorm.training import train as run
+
+            values = {name: value for name, value in context.params.items() if name != "resume"}
+            result = run(TrainConfig(**values), progress=progress)
+        progress.stage("writing the report")
+        report = write_report(result, result.folder)
+    _print_result(result, report)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _refuse_beside_resume(context: typer.Context) -> None:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    extra = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "steps")]
+    if extra:
+        raise InputError(
+            f"train --resume: {', '.join(extra)} cannot be changed in the middle of a run. "
+            "Leave it out (only --steps may be given), or start a new run."
+        )
+
+
+def _print_result(result: TrainResult, report: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from batchnorm.report import verdict
+
+    console = Console(highlight=False)
+    findings = Table.grid(padding=(0, 2))
+    styles = {"win": "bold green", "tie": "bold yellow", "loss": "bold red", "note": "bold"}
+    for finding in verdict(result):
+        findings.add_row(Text(finding.kind, styles[finding.kind]), Text(finding.text))
+    console.print(findings)
+    for export in result.exports:
+        console.print(Text(f"  {result.folder / export.file}: {export.status}"))
+    console.print(Text(f"\nReport: {report}"))
+
+
+class _Bar:
+    """Stages as lines, training as a bar with loss, accuracy, rate and time left."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.task: Any = None
+
+    def stage(self, text: str) -> None:
+        self.bar.console.print(text)
+
+    def step(self, step: int, steps: int, curves: dict[str, Curve]) -> None:
+        if self.task is None:
+            self.task = self.bar.add_task("", total=steps, completed=step, figures="")
+        figures = []
+        for name, curve in curves.items():
+            loss = curve.train_loss[-1]
+            figures.append(
+                f"{name}: "
+                + (f"loss {loss:.3f}, " if loss is not None else "")
+                + f"{100 * curve.test_accuracy[-1]:.1f} %"
+                + (" (diverged)" if curve.diverged_at is not None else "")
+            )
+        self.bar.update(self.task, completed=step, figures="; ".join(figures))
+
+
+@contextmanager
+def _progress() -> Iterator[_Bar]:
+    """A bar on stderr, so that stdout is the result alone."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:,.0f} steps/s" if task.speed else "")
+
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[figures]}"),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, refresh_per_second=5) as bar:
+        yield _Bar(bar)
+
+
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(help="Weights of the network: .safetensors, or a .pt state dict (weights_only)."),
+]
+FactoryOption = Annotated[str, typer.Option(help="package.module:factory of the network.")]
+ShapeOption = Annotated[str, typer.Option(help="Shape of an example input, the batch first, as in 2,3,32,32.")]
+OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
+
+
+@app.command(epilog="`batchnorm summary --network mymodels:resnet --shape 2,3,32,32 --html layers.html`")
+def summary(
+    network: FactoryOption,
+    shape: ShapeOption,
+    weights: WeightsOption = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the table as a page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Show a network's batch norm layers: four vectors a layer, two trained, two not."""
+    from batchnorm import summary as summarize
+
+    net, example = _load(network, shape, weights)
+    found = summarize(net, example)
+    if html is not None:
+        _write(html, found.to_html().encode())
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(found)
+    else:
+        typer.echo(str(found))
+
+
+@app.command(
+    epilog="`batchnorm calibrate --network mymodels:resnet --weights net.pt --data train.npz "
+    "--out calibrated.safetensors`"
+)
+def calibrate(
+    network: FactoryOption,
+    data: Annotated[str, typer.Option(help=DATA_HELP + " The training part is used.")],
+    out: OutOption,
+    weights: WeightsOption = None,
+    labels: Annotated[str | None, typer.Option(help="With --data FILE.npy.")] = None,
+    method: Annotated[str, typer.Option(help=" or ".join(METHODS) + ".")] = "pooled",
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = BATCH_SIZE,
+    seed: Annotated[int, typer.Option(help="Of the split, where the data has none.")] = SEED,
+) -> None:
+    """Compute exact population statistics of a network's batch norm layers over data."""
+    from batchnorm import calibrate as compute
+    from batchnorm.training import load_data
+
+    samples = load_data(data, seed=seed, labels=labels)
+    net = _build(network, samples.input_shape, samples.num_classes, weights)
+    size = len(samples.x_train)
+    starts = range(0, size - batch_size + 1 if method == "ioffe" else size, max(1, batch_size))
+    batches = [samples.x_train[i : i + batch_size] for i in starts]
+    compute(net, batches, method=method)  # type: ignore[arg-type]  # which checks it
+    _save(net, out)
+
+
+@app.command(
+    epilog="""**Examples**
+
+`batchnorm fold --network mymodels:resnet --weights net.safetensors --shape 2,3,32,32 --out folded.safetensors`
+
+`batchnorm fold model.onnx --out folded.onnx`
+
+`batchnorm fold model.pt2 --out folded.pt2`
+"""
+)
+def fold(
+    out: OutOption,
+    file: Annotated[Path | None, typer.Argument(help="An .onnx file or a torch.export archive (.pt2).")] = None,
+    network: Annotated[str | None, typer.Option(help="package.module:factory, instead of a file.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Shape of an example input, with --network.")] = None,
+    weights: WeightsOption = None,
+) -> None:
+    """Fold batch norm into the layers around it, prove the result, and write it."""
+    if (file is None) == (network is None):
+        raise InputError("fold: give either a file (.onnx, .pt2) or --network.")
+    if file is not None:
+        if shape is not None or weights is not None:
+            raise InputError("fold: --shape and --weights go with --network; a file has its own.")
+        typer.echo(str(_fold_file(file, out)))
+        return
+    if network is None or shape is None:
+        raise InputError("fold: --network needs --shape, the shape of an example input.")
+    from batchnorm import fold as fold_into
+
+    net, example = _load(network, shape, weights)
+    folded = fold_into(net.eval(), example)
+    _save(folded.model, out)
+    typer.echo(str(folded.certificate))
+
+
+@app.command(
+    epilog="`batchnorm convert --network mymodels:resnet --weights net.pt --set nonfinite=skip --out net.safetensors`"
+)
+def convert(
+    network: FactoryOption,
+    shape: ShapeOption,
+    out: OutOption,
+    weights: WeightsOption = None,
+    to: Annotated[str, typer.Option(help="batchnorm, torch or sync.")] = "batchnorm",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of every layer, NAME=VALUE; may be repeated.")
+    ] = None,
+) -> None:
+    """Give every batch norm layer the same options or class, check the network, and write its weights."""
+    from batchnorm import convert as convert_all
+
+    net, example = _load(network, shape, weights)
+    values = dict(_assignment(text) for text in options or ())
+    convert_all(net, example, to=to, **values)
+    _save(net, out)
+    typer.echo(str(net))
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value a number, true, false, null or text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set {text!r}: expected NAME=VALUE, as in nonfinite=skip.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _fold_file(file: Path, out: Path) -> Any:
+    """Fold an ONNX file or an archive into `out`, of the same kind; the certificate."""
+    if file.suffix not in (".onnx", ".pt2") or out.suffix != file.suffix:
+        raise InputError(f"fold: {file} to {out}: expected .onnx to .onnx, or .pt2 to .pt2.")
+    from batchnorm.surgery.files import fold_archive, fold_onnx
+
+    if file.suffix == ".onnx":
+        model, certificate = fold_onnx(file)
+        _write(out, model.SerializeToString())
+        return certificate
+    import io
+
+    import torch
+
+    program, certificate = fold_archive(file)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    _write(out, buffer.getvalue())
+    return certificate
+
+
+def _write(out: Path, content: bytes) -> None:
+    """Under a temporary name first."""
+    from batchnorm.training.files import write_atomically
+
+    try:
+        write_atomically(out, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        raise InputError(f"{out}: it cannot be written ({error}).") from error
+    typer.echo(f"Written: {out}")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, kernels and optional parts: what is there, and why something is not."""
+    from batchnorm import show_config
+
+    show_config()
+
+
+def _load(network: str, shape: str, weights: Path | None) -> tuple[nn.Module, Tensor]:
+    """The network, and a random example of `shape`."""
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise InputError(f"--shape {shape!r}: expected sizes like 2,3,32,32, the batch first.")
+    net = _build(network, tuple(sizes[1:]), None, weights)
+
+    import torch
+
+    return net, torch.randn(sizes, generator=torch.Generator().manual_seed(SEED))
+
+
+def _build(network: str, sample_shape: tuple[int, ...], num_classes: int | None, weights: Path | None) -> nn.Module:
+    from batchnorm.training.networks import build_network, load_weights
+
+    net = build_network(network, sample_shape, num_classes)
+    if weights is not None:
+        load_weights(net, weights)
+    return net
+
+
+def _save(net: nn.Module, out: Path) -> None:
+    from batchnorm.training.export import save_weights
+
+    save_weights(net, out)
+    typer.echo(f"Written: {out}")

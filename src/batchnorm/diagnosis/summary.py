@@ -1,0 +1,296 @@
+"""A network's batch normalization at a glance: one row a layer, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import SurgeryError
+from batchnorm.surgery.folding import uses_batch_statistics
+from batchnorm.surgery.freezing import is_frozen
+from batchnorm.surgery.graph import DataFlow, capture, data_inputs, rank, unwrap, value_of
+from batchnorm.surgery.roles import (
+    is_activation,
+    is_layer,
+    is_normalization,
+    is_weighted,
+    reach,
+    users,
+)
+
+_STYLE = (
+    "body{font:14px/1.4 system-ui,sans-serif;margin:2em}div{overflow-x:auto}table{border-collapse:collapse}"
+    "th,td{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc;white-space:nowrap}"
+    "tr:not(.good) td:last-child{color:#b00;font-weight:bold}"
+)
+_DEAD = 1e-2  # a running variance below this share of eps
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One batch normalization layer. What comes from the data flow is None where it is unknown.
+
+    Attributes:
+        name: qualified name; type: its class; features: number of channels C.
+        fed_by: the modules or calls whose output it normalizes; followed_by: what takes its own.
+        placement: ``"before activation"``, ``"after activation"`` or ``"no activation"``.
+        redundant_bias: whether the layer before it adds a bias that the normalization removes.
+        trained: values that are trained (gamma and beta: 2 C); not_trained: all others (running
+            mean and variance: 2 C; gamma and beta too where they take no gradient).
+        values_per_channel: size of the pool on the example, the smallest where it is called often.
+        source: the statistics that normalize in the mode it is in: ``"batch"`` or ``"running"``.
+        frozen: whether ``freeze`` holds it.
+        health: ``"good"``; ``"broken"`` (values that are not finite, a negative variance),
+            ``"untracked"`` (no running statistics), ``"starved"`` (one value per channel and
+            normalized by it), ``"untrained"`` (running statistics never updated), ``"dead"`` (a
+            channel whose running variance is below eps / 100).
+    """
+
+    name: str
+    type: str
+    features: int
+    fed_by: tuple[str, ...] | None
+    followed_by: tuple[str, ...] | None
+    placement: str | None
+    redundant_bias: bool | None
+    trained: int
+    not_trained: int
+    values_per_channel: int | None
+    source: str
+    frozen: bool
+    health: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers in the order of the data (of registration without an example), and totals.
+
+    Attributes:
+        layers: one ``LayerSummary`` a batch normalization layer.
+        trainable: parameters that take a gradient; shared ones count once.
+        non_trainable: all other parameters, and the layers' running means and variances, as Keras
+            counts (``num_batches_tracked`` is no parameter).
+        note: why the data flow is unknown, or None.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    trainable: int
+    non_trainable: int
+    note: str | None = None
+
+    @property
+    def total(self) -> int:
+        return self.trainable + self.non_trainable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table: column title to text, one mapping a layer."""
+        return [_row(layer) for layer in self.layers]
+
+    def to_html(self) -> str:
+        """A page of its own, nothing loaded from elsewhere."""
+        rows = self.rows()
+        head = "".join(f"<th>{escape(title)}</th>" for title in (rows[0] if rows else {}))
+        body = "".join(
+            f'<tr class="{escape(layer.health)}">'
+            + "".join(f"<td>{escape(text)}</td>" for text in row.values())
+            + "</tr>"
+            for layer, row in zip(self.layers, rows, strict=True)
+        )
+        notes = "".join(f"<p>{escape(line)}</p>" for line in self._footer())
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Batch normalization</title>'
+            f"<style>{_STYLE}</style><div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"
+        )
+
+    def __rich__(self) -> Any:
+        """A table of rich, with what is not well in red."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table()
+        rows = self.rows()
+        for title in rows[0] if rows else ():
+            table.add_column(title)
+        for layer, row in zip(self.layers, rows, strict=True):
+            table.add_row(*row.values(), style=None if layer.health == "good" else "red")
+        return Group(table, *self._footer())
+
+    def _footer(self) -> list[str]:
+        lines = [
+            f"Total params: {self.total:,}",
+            f"Trainable params: {self.trainable:,}",
+            f"Non-trainable params: {self.non_trainable:,}",
+        ]
+        return lines + ([self.note] if self.note else [])
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        lines = []
+        if rows:
+            table = [list(rows[0]), *(list(row.values()) for row in rows)]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            for cells in table:
+                padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+                lines.append("  ".join(padded).rstrip())
+            lines.insert(1, "-" * max(map(len, lines)))
+        else:
+            lines.append("no batch normalization")
+        return "\n".join(lines + self._footer())
+
+
+def summary(net: nn.Module, example: Any = None) -> Summary:
+    """The batch normalization layers of ``net``: what feeds them, what follows, state and counts.
+
+    A layer holds four vectors of C values, two trained (gamma, beta) and two not (running mean and
+    running variance, in torch the *unbiased* one). ``net`` is not changed.
+
+    Args:
+        net: the network.
+        example: an input: a tensor, a tuple of positional or a mapping of keyword arguments.
+            Without it, what depends on the data flow stays unknown.
+
+    Raises:
+        InputError: when ``net`` is no module or fails on the example.
+    """
+    root = unwrap(net, "summary")
+    flow, note = None, None
+    if example is not None:
+        try:
+            flow = capture(root, example)
+        except SurgeryError as error:
+            note = str(error)
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
+    if flow is not None:
+        order = {flow.name(n): i for i, n in enumerate(flow.nodes) if n.op == "call_module"}
+        layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    trainable, non_trainable = _totals(root)
+    rows = tuple(_summarize(flow, name, layer) for name, layer in layers.items())
+    return Summary(rows, trainable, non_trainable, note)
+
+
+def _totals(net: nn.Module) -> tuple[int, int]:
+    parameters = list(net.parameters())
+    statistics = {
+        id(tensor): tensor
+        for module in net.modules()
+        if isinstance(module, _BatchNorm)
+        for tensor in _statistics(module)
+    }
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    fixed = sum(p.numel() for p in parameters if not p.requires_grad)
+    return trainable, fixed + sum(t.numel() for t in statistics.values())
+
+
+def _statistics(layer: _BatchNorm) -> list[Tensor]:
+    return [t for t in (layer.running_mean, layer.running_var) if t is not None]
+
+
+def _summarize(flow: DataFlow | None, name: str, layer: _BatchNorm) -> LayerSummary:
+    calls = [] if flow is None else flow.calls(name)
+    pool = min((size for call in calls if (size := _pool(call, layer))), default=None)
+    trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    fixed = sum(p.numel() for p in layer.parameters() if not p.requires_grad)
+    return LayerSummary(
+        name=name,
+        type=type(layer).__name__,
+        features=layer.num_features,
+        fed_by=_described(flow, [n for call in calls for n in data_inputs(call)[:1]]),
+        followed_by=_described(flow, [n for call in calls for n in call.users]),
+        placement=_placement(flow, calls[0], layer) if flow is not None and calls else None,
+        redundant_bias=(
+            any(_has_redundant_bias(flow, call, layer) for call in calls) if flow is not None and calls else None
+        ),
+        trained=trained,
+        not_trained=fixed + sum(t.numel() for t in _statistics(layer)),
+        values_per_channel=pool,
+        source="batch" if uses_batch_statistics(layer) else "running",
+        frozen=is_frozen(layer),
+        health=_health(layer, pool),
+    )
+
+
+def _described(flow: DataFlow | None, nodes: list[fx.Node]) -> tuple[str, ...] | None:
+    if flow is None:
+        return None
+    return tuple(dict.fromkeys(flow.describe(node) for node in nodes))
+
+
+def _pool(call: fx.Node, layer: _BatchNorm) -> int | None:
+    value = value_of(data_inputs(call)[0]) if data_inputs(call) else None
+    return value.numel() // layer.num_features if isinstance(value, Tensor) else None
+
+
+def _placement(flow: DataFlow, call: fx.Node, layer: _BatchNorm) -> str:
+    """Where the activation is that comes next, or came last, without weights between."""
+
+    def ends(node: fx.Node) -> bool:
+        return is_activation(flow, node) or is_weighted(flow, node) or is_normalization(flow, node)
+
+    if getattr(layer, "activation", None):
+        return "before activation"
+    if any(is_activation(flow, node) for node in reach(call, users, ends)):
+        return "before activation"
+    if any(is_activation(flow, node) for node in reach(call, data_inputs, ends)):
+        return "after activation"
+    return "no activation"
+
+
+def _has_redundant_bias(flow: DataFlow, call: fx.Node, layer: _BatchNorm) -> bool:
+    source = data_inputs(call)[0]
+    while isinstance(flow.module(source), nn.Identity) and len(source.users) == 1:
+        source = data_inputs(source)[0]
+    before = flow.module(source)
+    if before is None or not is_layer(before) or before.bias is None or len(source.users) > 1:
+        return False
+    if isinstance(before, nn.Linear):
+        return rank(source) == 2 or bool(getattr(layer, "channels_last", False))
+    return True
+
+
+def _health(layer: _BatchNorm, pool: int | None) -> str:
+    mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    values = [*layer.parameters(), *_statistics(layer)]
+    if not all(bool(value.isfinite().all()) for value in values):
+        return "broken"
+    if pool == 1 and uses_batch_statistics(layer):
+        return "starved"
+    if mean is None or var is None:
+        return "untracked"
+    if bool((var < 0).any()):
+        return "broken"
+    if counter is not None and int(counter) == 0:
+        return "untrained"
+    return "dead" if bool((var < _DEAD * layer.eps).any()) else "good"
+
+
+def _row(layer: LayerSummary) -> dict[str, str]:
+    def text(value: Any) -> str:
+        if value is None:
+            return "?"
+        if isinstance(value, tuple):
+            return ", ".join(value) or "-"
+        return {True: "redundant", False: "-"}[value] if isinstance(value, bool) else f"{value:,}"
+
+    return {
+        "layer": layer.name or "(the network)",
+        "type": layer.type,
+        "features": f"{layer.features:,}",
+        "fed by": text(layer.fed_by),
+        "followed by": text(layer.followed_by),
+        "placement": layer.placement or "?",
+        "bias before": text(layer.redundant_bias),
+        "params": f"{layer.trained + layer.not_trained:,}",
+        "trained": f"{layer.trained:,}",
+        "values/channel": text(layer.values_per_channel),
+        "statistics": layer.source + (" (frozen)" if layer.frozen else ""),
+        "health": layer.health,
+    }

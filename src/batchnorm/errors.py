@@ -1,0 +1,25 @@
+"""One base error. A message tells what was called, what was given, what was expected, and how to mend it."""
+
+
+class BatchNormError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(BatchNormError, ValueError):
+    """A value or shape that the called function cannot take."""
+
+
+class DtypeError(BatchNormError, NotImplementedError):  # which is a RuntimeError
+    """A dtype, device or layout that the called function cannot take."""
+
+
+class SurgeryError(BatchNormError, RuntimeError):
+    """An edit of a network that cannot be done exactly; the network is left as it was."""
+
+
+class DataError(BatchNormError, ValueError):
+    """A file or data set that cannot be used."""
+
+
+class MissingDependencyError(BatchNormError, ImportError):
+    """An optional package that the called function needs is not installed."""

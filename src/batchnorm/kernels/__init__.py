@@ -1,0 +1,1 @@
+"""Implementations of the operators, one module each. They never import one another."""

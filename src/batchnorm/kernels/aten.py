@@ -1,0 +1,320 @@
+"""The operators on ATen: for every device and dtype without kernels of its own, and differentiable throughout.
+
+Statistics are summed in float64 (float32 where the device lacks it). The same functions, called with gradients
+enabled, are what second and higher derivatives are made of.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for bfloat16 and float16, else the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def activate(z: Tensor, activation: str, slope: float) -> Tensor:
+    """The activation at z."""
+    if activation == "identity":
+        return z
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, slope)
+    function = getattr(torch, activation, None) or getattr(F, activation)
+    return function(z)  # type: ignore[no-any-return]
+
+
+def derivative(z: Tensor, activation: str, slope: float) -> Tensor:
+    """The activation's derivative at z, itself differentiable; at a kink what torch takes."""
+    if activation == "identity":
+        return torch.ones_like(z)
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    if activation == "relu6":
+        return ((z > 0) & (z < 6)).to(z.dtype)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, 1.0, slope).to(z.dtype)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    if activation == "gelu":
+        cdf = 0.5 * torch.erfc(-z * math.sqrt(0.5))
+        return cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    if activation == "hardswish":
+        inner = torch.where(z < 3, z / 3 + 0.5, torch.ones_like(z))
+        return torch.where(z <= -3, torch.zeros_like(z), inner)
+    if activation == "sigmoid":
+        s = torch.sigmoid(z)
+        return s * (1 - s)
+    if activation == "tanh":
+        return 1 - torch.tanh(z) ** 2
+    raise AssertionError(activation)
+
+
+class Pools:
+    """Which pool each sample of x (N, C, *space) belongs to; sums over pools and their expansion."""
+
+    def __init__(self, x: Tensor, pool_size: int) -> None:
+        self.samples, self.channels = x.shape[0], x.shape[1]
+        self.space = tuple(range(2, x.ndim))
+        self.size = pool_size if 0 < pool_size < self.samples else max(self.samples, 1)
+        self.pools = max((self.samples + self.size - 1) // self.size, 1)
+        self.wide = torch.float32 if x.device.type == "mps" else torch.float64
+        self.shape = (self.samples, self.channels) + (1,) * len(self.space)
+        inner = math.prod(x.shape[2:])
+        last = self.samples - (self.pools - 1) * self.size
+        counts = [self.size * inner] * (self.pools - 1) + [last * inner]
+        self.count: Tensor | float
+        if self.pools == 1:
+            self.count = float(counts[0])
+        else:
+            self.count = torch.tensor(counts, dtype=self.wide, device=x.device)[:, None]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(N, C, *space) to (pools, C), in float64."""
+        if self.pools == 1:
+            return values.sum((0, *self.space), dtype=self.wide)[None]
+        each = values.sum(self.space, dtype=self.wide) if self.space else values.to(self.wide)
+        index = torch.arange(self.samples, device=values.device) // self.size
+        return each.new_zeros((self.pools, self.channels)).index_add(0, index, each)
+
+    def expand(self, statistic: Tensor, dtype: torch.dtype) -> Tensor:
+        """(pools, C) or (C,) to what broadcasts against (N, C, *space)."""
+        if statistic.ndim == 1 or self.pools == 1:
+            return statistic.reshape(1, self.channels, *self.shape[2:]).to(dtype)
+        each = statistic.repeat_interleave(self.size, 0)[: self.samples]
+        return each.reshape(self.shape).to(dtype)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Sum over each pool, divided by its count (an empty pool: 0)."""
+        count = max(self.count, 1.0) if isinstance(self.count, float) else self.count
+        return self.sum(values) / count
+
+
+def batch_statistics(x: Tensor, pools: Pools) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every pool and channel, in two passes."""
+    mean = pools.mean(x)
+    centered = x.to(compute_dtype(x.dtype)) - pools.expand(mean, compute_dtype(x.dtype))
+    # What rounding of the mean left: its square belongs to the variance no more than to the mean.
+    rest = pools.mean(centered)
+    return mean, (pools.mean(centered.square()) - rest.square()).clamp_min(0)
+
+
+def standardized(x: Tensor, mean: Tensor, var: Tensor, eps: float, pools: Pools) -> tuple[Tensor, Tensor]:
+    """xhat = (x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps), in the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    inv_std = torch.rsqrt(var.to(pools.wide) + eps)
+    scale = pools.expand(inv_std, dtype)
+    return (x.to(dtype) - pools.expand(mean, dtype)) * scale, scale
+
+
+def pre_activation(
+    xhat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, pools: Pools
+) -> Tensor:
+    """z = gamma * xhat + beta + residual."""
+    if weight is not None:
+        xhat = xhat * pools.expand(weight, xhat.dtype)
+    if bias is not None:
+        xhat = xhat + pools.expand(bias, xhat.dtype)
+    return xhat if residual is None else xhat + residual.to(xhat.dtype)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+    population: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, d_residual, d_gamma and d_beta by the compact formula (MATH: Gradient), differentiable."""
+    pools = Pools(x, pool_size)
+    xhat, scale = standardized(x, mean, var, eps, pools)
+    dz = dy.to(xhat.dtype)
+    if activation != "identity":
+        z = pre_activation(xhat, weight, bias, residual, pools)
+        dz = dz * derivative(z, activation, slope)
+    factor = scale if weight is None else scale * pools.expand(weight, xhat.dtype)
+    sum_dz, sum_dz_xhat = pools.sum(dz), pools.sum(dz * xhat)
+    inner = dz
+    if not population:
+        count = max(pools.count, 1.0) if isinstance(pools.count, float) else pools.count
+        inner = inner - pools.expand(sum_dz / count, xhat.dtype)
+        inner = inner - xhat * pools.expand(sum_dz_xhat / count, xhat.dtype)
+    dx = (factor * inner).to(x.dtype)
+    return dx, dz.to(x.dtype), sum_dz_xhat.sum(0), sum_dz.sum(0)
+
+
+def tangent(
+    tangents: tuple[Tensor | None, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+    population: bool,
+) -> Tensor:
+    """The forward-mode derivative of activation(gamma * xhat + beta + residual), from those of its four tensors."""
+    dx, d_weight, d_bias, d_residual = tangents
+    pools = Pools(x, pool_size)
+    xhat, scale = standardized(x, mean, var, eps, pools)
+    dz = torch.zeros_like(xhat)
+    if dx is not None:
+        inner = dx.to(xhat.dtype)
+        if not population:
+            inner = inner - pools.expand(pools.mean(inner), xhat.dtype)
+            inner = inner - xhat * pools.expand(pools.mean(inner * xhat), xhat.dtype)
+        dz = scale * inner
+        if weight is not None:
+            dz = dz * pools.expand(weight, xhat.dtype)
+    if d_weight is not None:
+        dz = dz + xhat * pools.expand(d_weight, xhat.dtype)
+    if d_bias is not None:
+        dz = dz + pools.expand(d_bias, xhat.dtype)
+    if d_residual is not None:
+        dz = dz + d_residual.to(xhat.dtype)
+    if activation != "identity":
+        z = pre_activation(xhat, weight, bias, residual, pools)
+        dz = dz * derivative(z, activation, slope)
+    return dz.to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------- the operators
+
+
+def moments(x: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations, (pools, C)."""
+    pools = Pools(x, pool_size)
+    mean, var = batch_statistics(x, pools)
+    return mean, var * pools.count
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """activation((x - mean) / sqrt(var + eps) * gamma + beta + residual)."""
+    pools = Pools(x, pool_size)
+    xhat, _ = standardized(x, mean, var, eps, pools)
+    z = pre_activation(xhat, weight, bias, residual, pools)
+    return activate(z, activation, slope).to(x.dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`normalize` by the batch's own statistics; returns those as well."""
+    mean, var = batch_statistics(x, Pools(x, pool_size))
+    y = normalize(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope)
+    return y, mean, var
+
+
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """Sums over each pool of dz and dz * (x - mean)."""
+    pools = Pools(x, pool_size)
+    xhat, _ = standardized(x, mean, var, eps, pools)
+    dz = dy.to(xhat.dtype)
+    if activation != "identity":
+        z = pre_activation(xhat, weight, bias, residual, pools)
+        dz = dz * derivative(z, activation, slope)
+    centered = x.to(xhat.dtype) - pools.expand(mean, xhat.dtype)
+    return pools.sum(dz), pools.sum(dz * centered)
+
+
+def backward_apply(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    k3: Tensor,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """dx = k1 * dz + k2 * (x - mean) + k3, and dz."""
+    pools = Pools(x, pool_size)
+    xhat, _ = standardized(x, mean, var, eps, pools)
+    dz = dy.to(xhat.dtype)
+    if activation != "identity":
+        z = pre_activation(xhat, weight, bias, residual, pools)
+        dz = dz * derivative(z, activation, slope)
+    centered = x.to(xhat.dtype) - pools.expand(mean, xhat.dtype)
+    q1, q2, q3 = (pools.expand(k, xhat.dtype) for k in (k1, k2, k3))
+    return (q1 * dz + q2 * centered + q3).to(x.dtype), dz.to(x.dtype)
+
+
+def update_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    pool_count: int,
+    momentum: float | None,
+    unbiased: bool,
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch; no value is read back to Python."""
+    share: float | Tensor = 1.0 if momentum is None else momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            share = 1.0 / num_batches_tracked.to(mean.dtype)
+    pools = mean.shape[0] if mean.ndim == 2 else 1
+    counts = torch.full((pools, 1), float(pool_count), dtype=mean.dtype, device=mean.device)
+    counts[-1] = count - (pools - 1) * pool_count
+    means, vars_ = mean.reshape(pools, -1), var.reshape(pools, -1)
+    merged = (counts * means).sum(0) / count
+    m2 = (counts * (vars_ + (means - merged).square())).sum(0)
+    merged_var = m2 / (count - 1 if unbiased and count > 1 else count)
+    for running, batch in ((running_mean, merged), (running_var, merged_var)):
+        if running is not None:
+            running.copy_((1 - share) * running.to(batch.dtype) + share * batch)

@@ -1,0 +1,87 @@
+"""How a layer's running statistics take in a batch, where more than a plain moving average is asked for.
+
+Only tensor operations: no value is read back to Python, so the same code runs eagerly, compiled and exported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops.schemas import statistics_dtype
+
+if TYPE_CHECKING:
+    from batchnorm.nn.batch_norm import _BatchNorm
+
+ESTIMATORS = ("ema", "debiased", "cumulative")
+VARIANCES = ("unbiased", "biased")
+NONFINITE = ("propagate", "skip", "skip_channel")
+
+
+def recomputing() -> bool:
+    """Whether a backward is running: a forward inside it is a recomputation, not a new batch."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Accumulator:
+    """Moments of the micro-batches so far, merged in place (Chan, Golub & LeVeque 1983)."""
+
+    def __init__(self, like: Tensor) -> None:
+        wide = statistics_dtype(like.device)
+        self.count = torch.zeros((), dtype=wide, device=like.device)
+        self.mean = torch.zeros(like.shape, dtype=wide, device=like.device)
+        self.m2 = torch.zeros(like.shape, dtype=wide, device=like.device)
+
+    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Merges a batch of ``count`` values a channel; ``var`` is biased."""
+        total = self.count + count
+        delta, share = mean - self.mean, count / total.clamp(min=1)
+        self.m2.add_(var * count + delta * self.count * share * delta)
+        self.mean.add_(delta * share)
+        self.count.copy_(total)
+
+
+def update(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Mixes mean and *biased* variance (C,) of ``count`` values a channel into the buffers, as the layer's options say.
+
+    The share of the batch is the momentum m ("ema"), m / (1 - (1 - m)^t) ("debiased"), which makes the buffer the
+    moving average from zero divided by 1 - (1 - m)^t (Kingma & Ba 2015, section 3), or 1/t ("cumulative"); t counts
+    the batches that a channel took in.
+    """
+    if layer.running_var_kind == "unbiased":
+        var = var * torch.where(count > 1, count / (count - 1).clamp(min=1), 1.0)
+    running_mean, running_var, batches = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if running_mean is None or running_var is None:
+        return
+    accepted = counted = count > 0
+    skipped: Tensor | int = 0  # of the batches counted
+    if layer.nonfinite != "propagate":
+        finite = torch.isfinite(mean.to(running_mean.dtype)) & torch.isfinite(var.to(running_var.dtype))
+        refused = ~finite if layer.nonfinite == "skip_channel" else (~finite).any()
+        layer.num_batches_skipped.add_((refused & counted).to(layer.num_batches_skipped.dtype))
+        accepted = counted & ~refused
+        if layer.nonfinite == "skip":
+            counted = accepted
+        else:
+            skipped = layer.num_batches_skipped
+    if batches is not None:
+        batches.add_(counted.to(batches.dtype))
+    share = _share(layer, batches, skipped, mean)
+    for running, batch in ((running_mean, mean), (running_var, var)):
+        mixed = (1 - share) * running.to(batch.dtype) + share * batch
+        running.copy_(torch.where(accepted, mixed, running.to(mixed.dtype)))
+
+
+def _share(layer: _BatchNorm, batches: Tensor | None, skipped: Tensor | int, like: Tensor) -> Tensor | float:
+    """The share of the batch in the new running statistics."""
+    momentum = None if layer.running == "cumulative" else layer.momentum
+    if batches is None:
+        return 0.0 if momentum is None else momentum
+    t = (batches - skipped).clamp(min=1).to(like.dtype)
+    if momentum is None:
+        return 1.0 / t
+    if layer.running == "debiased" and momentum > 0:
+        return torch.as_tensor(momentum / (1 - (1 - momentum) ** t))
+    return momentum

@@ -1,0 +1,374 @@
+"""The operators with gradients: reverse and forward mode, any order, and under vmap.
+
+The first derivative runs on the kernels. Where a derivative of the derivative may be asked for, the same gradient is
+made of differentiable operations instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+
+from batchnorm.kernels import aten
+from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
+
+_ops = torch.ops.batchnorm
+
+
+class Settings(NamedTuple):
+    """What is not a tensor: samples a pool (0: all), eps, the activation's name and its slope."""
+
+    pool_size: int
+    eps: float
+    activation: str
+    slope: float
+
+    @property
+    def arguments(self) -> tuple[int, float, int, float]:
+        """As the operators take them."""
+        return self.pool_size, self.eps, ACTIVATIONS.index(self.activation), self.slope
+
+
+def _saves_signs(residual: Tensor | None, activation: str) -> bool:
+    """Whether one bit an element stands in for the residual in the backward."""
+    return residual is not None and activation in PIECEWISE_LINEAR
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    settings: Settings,
+    statistics: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Keeps what the backward needs, and no more: the residual only where one bit an element is not enough for it."""
+    has_signs = False
+    if residual is not None:
+        has_signs = settings.activation in PIECEWISE_LINEAR
+        if has_signs or settings.activation == "identity":
+            residual = None
+    tensors = (x, weight, bias, residual)
+    ctx.save_for_backward(*tensors)
+    ctx.statistics = statistics  # mean, biased variance and signs: made here, so nobody else can change them
+    ctx.settings = settings
+    ctx.has_signs = has_signs
+    if has_signs:  # the bits lie in the order of x
+        ctx.format = suggest_memory_format(x)
+    ctx.set_materialize_grads(False)
+    ctx.wanted = ctx.needs_input_grad[:4]
+    return tensors
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """x, weight, bias and residual; x in its own memory order, which hooks on saved tensors may have changed."""
+    x, weight, bias, residual = ctx.saved_tensors
+    if ctx.has_signs and suggest_memory_format(x) != ctx.format:
+        x = x.contiguous(memory_format=ctx.format)
+    return x, weight, bias, residual
+
+
+def _gate(ctx: Any) -> Tensor:
+    """The derivative of a piecewise linear activation, from its bits: a constant of both modes."""
+    x, weight, bias, _ = _saved(ctx)
+    mean, var, signs = ctx.statistics
+    with torch.no_grad():
+        one, zero = torch.ones_like(mean), torch.zeros_like(mean)
+        args = (x, weight, bias, None, signs, mean, var, one, zero, zero)
+        gate: Tensor = _ops.backward_apply.default(torch.ones_like(x), *args, *ctx.settings.arguments, False)[0]
+    return gate
+
+
+def _gradients(ctx: Any, dy: Tensor | None, population: bool) -> tuple[Tensor | None, ...]:
+    """With respect to x, weight, bias and residual."""
+    want_x, want_weight, want_bias, want_residual = ctx.wanted
+    if dy is None:
+        return None, None, None, None
+    x, weight, bias, residual = _saved(ctx)
+    mean, var, signs = ctx.statistics
+    settings: Settings = ctx.settings
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if ctx.has_signs:
+            dy, settings = dy * _gate(ctx), settings._replace(activation="identity")
+        if not population:
+            mean, var = aten.batch_statistics(x, aten.Pools(x, settings.pool_size))
+        d_x, d_residual, d_weight, d_bias = aten.gradients(
+            dy, x, weight, bias, residual, mean, var, *settings, population
+        )
+    else:
+        passes_through = settings.activation == "identity"  # then the residual's gradient is dy itself
+        d_x, d_residual, d_weight, d_bias = _ops.backward.default(
+            dy,
+            x,
+            weight,
+            bias,
+            residual,
+            signs,
+            mean,
+            var,
+            *settings.arguments,
+            population,
+            want_x,
+            want_residual and not passes_through,
+        )
+        if passes_through:
+            d_residual = dy
+    return (
+        d_x if want_x else None,
+        _cast(d_weight, weight) if want_weight else None,
+        _cast(d_bias, bias) if want_bias else None,
+        d_residual if want_residual else None,
+    )
+
+
+def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:
+    assert parameter is not None
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
+
+
+def _tangent(ctx: Any, tangents: tuple[Tensor | None, ...], population: bool) -> Tensor:
+    """Of the output, from those of x, weight, bias and residual."""
+    x, weight, bias, residual = ctx.saved_tensors
+    mean, var, _ = ctx.statistics
+    settings: Settings = ctx.settings
+    if not population:
+        mean, var = aten.batch_statistics(x, aten.Pools(x, settings.pool_size))
+    if ctx.has_signs:
+        linear = settings._replace(activation="identity")
+        d_z = aten.tangent(tangents, x, weight, bias, None, mean, var, *linear, population)
+        return d_z * _gate(ctx)
+    return aten.tangent(tangents, x, weight, bias, residual, mean, var, *settings, population)
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
+    """Joins the mapped axis to the channels: (..., C, ...) and (size,) to (..., size * C, ...)."""
+    if x is None:
+        return None
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.movedim(0, channel).flatten(channel, channel + 1)
+
+
+def _unfold(x: Tensor, size: int, channel: int) -> Tensor:
+    """The inverse of `_fold`; the mapped axis comes first."""
+    unfolded: Tensor = x.unflatten(channel, (size, x.shape[channel] // size))
+    return unfolded.movedim(channel, 0)
+
+
+class BatchStatistics(torch.autograd.Function):
+    """activation(BN(x) + residual) by the statistics of x; also returns mean, biased variance and signs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        pool_size: int,
+        eps: float,
+        activation: str,
+        slope: float,
+    ) -> tuple[Tensor, ...]:
+        settings = Settings(pool_size, eps, activation, slope)
+        y, mean, var, signs = _ops.forward.default(
+            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, activation)
+        )
+        ctx.mark_non_differentiable(mean, var, signs)
+        _save(ctx, x, weight, bias, residual, settings, (mean, var, signs))
+        return y, mean, var, signs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, dy, False), None, None, None, None
+
+
+class EagerBatchStatistics(torch.autograd.Function):
+    """`BatchStatistics` where nothing is traced or transformed: y alone goes through autograd, the rest into a list.
+
+    Each output of a function costs as much as a small kernel, and so does each look at its signature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        settings: Settings,
+        measured: list[Tensor],
+    ) -> Tensor:
+        y: Tensor
+        y, mean, var, signs = _ops.forward.default(
+            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, settings.activation)
+        )
+        measured += (mean, var, signs)
+        _save(ctx, x, weight, bias, residual, settings, (mean, var, signs))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return *_gradients(ctx, dy, False), None, None
+
+
+# `Function.apply` without its Python part, which looks for transforms: there are none here.
+_eager_by_batch = super(torch.autograd.Function, EagerBatchStatistics).apply
+
+
+class PopulationStatistics(torch.autograd.Function):
+    """activation(BN(x) + residual) by given statistics (C,) or (pools, C), which are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        pool_size: int,
+        eps: float,
+        activation: str,
+        slope: float,
+    ) -> tuple[Tensor, ...]:
+        settings = Settings(pool_size, eps, activation, slope)
+        save_signs = _saves_signs(residual, activation)
+        y, signs = _ops.normalize.default(x, mean, var, weight, bias, residual, *settings.arguments, save_signs)
+        ctx.mark_non_differentiable(signs)
+        if any(ctx.needs_input_grad):  # running statistics may move on before the backward
+            mean, var = mean.clone(), var.clone()
+        _save(ctx, x, weight, bias, residual, settings, (mean, var, signs))
+        return y, signs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, dy, True), None, None, None, None, None, None
+
+
+class TransformedBatchStatistics(torch.autograd.Function):
+    """`BatchStatistics` under functorch's transforms and in forward mode."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Any, bias: Any, residual: Any, pool_size: int, eps: float, activation: str, slope: float
+    ) -> tuple[Tensor, ...]:
+        settings = Settings(pool_size, eps, activation, slope)
+        result: tuple[Tensor, ...] = _ops.forward.default(
+            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, activation)
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, mean, var, signs = output
+        ctx.mark_non_differentiable(mean, var, signs)
+        x, weight, bias, residual, *settings = inputs
+        saved = _save(ctx, x, weight, bias, residual, Settings(*settings), (mean, var, signs))
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, dy, False), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _tangent(ctx, tangents[:4], population=False), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
+        size = info.batch_size
+        weight, bias, residual, *settings = rest
+        y, mean, var, signs = TransformedBatchStatistics.apply(
+            _fold(x, in_dims[0], size, 1),
+            _fold(weight, in_dims[1], size, 0),
+            _fold(bias, in_dims[2], size, 0),
+            _fold(residual, in_dims[3], size, 1),
+            *settings,
+        )
+        folded = (_unfold(y, size, 1), _unfold(mean, size, 1), _unfold(var, size, 1), signs)
+        return folded, (0, 0, 0, None)
+
+
+class TransformedPopulationStatistics(torch.autograd.Function):
+    """`PopulationStatistics` under functorch's transforms and in forward mode."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        residual: Any,
+        mean: Tensor,
+        var: Tensor,
+        pool_size: int,
+        eps: float,
+        activation: str,
+        slope: float,
+    ) -> tuple[Tensor, ...]:
+        settings = Settings(pool_size, eps, activation, slope)
+        save_signs = _saves_signs(residual, activation)
+        result: tuple[Tensor, ...] = _ops.normalize.default(
+            x, mean, var, weight, bias, residual, *settings.arguments, save_signs
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, residual, mean, var, *settings = inputs
+        signs = output[1]
+        ctx.mark_non_differentiable(signs)
+        statistics = (mean.clone(), var.clone(), signs)
+        saved = _save(ctx, x, weight, bias, residual, Settings(*settings), statistics)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, dy, True), None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _tangent(ctx, tangents[:4], population=True), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> Any:
+        size = info.batch_size
+        weight, bias, residual, mean, var, *settings = rest
+        y, signs = TransformedPopulationStatistics.apply(
+            _fold(x, in_dims[0], size, 1),
+            _fold(weight, in_dims[1], size, 0),
+            _fold(bias, in_dims[2], size, 0),
+            _fold(residual, in_dims[3], size, 1),
+            _fold(mean, in_dims[4], size, mean.ndim - 1 - (in_dims[4] is not None)),
+            _fold(var, in_dims[5], size, var.ndim - 1 - (in_dims[5] is not None)),
+            *settings,
+        )
+        return (_unfold(y, size, 1), signs), (0, None)
+
+
+def _is_transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def by_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`BatchStatistics` on weight, bias, residual, and the settings: y, mean, biased variance, signs."""
+    if torch.compiler.is_compiling():  # Dynamo does not trace a function with a jvp
+        return tuple(BatchStatistics.apply(x, *arguments))
+    if _is_transformed():
+        return tuple(TransformedBatchStatistics.apply(x, *arguments))
+    measured: list[Tensor] = []
+    y = _eager_by_batch(x, *arguments[:3], Settings(*arguments[3:]), measured)
+    return y, *measured
+
+
+def by_population(x: Tensor, *arguments: Any) -> Tensor:
+    """`PopulationStatistics` on weight, bias, residual, mean, variance, and the settings: y."""
+    transformed = not torch.compiler.is_compiling() and _is_transformed()
+    function = TransformedPopulationStatistics if transformed else PopulationStatistics
+    y: Tensor = function.apply(x, *arguments)[0]
+    return y

@@ -1,0 +1,110 @@
+"""Registers the implementations: ATen for every device, Triton for CUDA, then the native library for the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import aten, cpu
+from batchnorm.ops import cuda
+from batchnorm.ops.schemas import ACTIVATIONS, LIBRARY, empty_like, signs_size
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0)
+
+
+def _no_signs(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def _normalize(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, residual, pool_size, eps, activation, slope, save_signs = args
+    y = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope)
+    return _like(y, x), _pack(x, mean, var, *args) if save_signs else _no_signs(x)
+
+
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, bias, residual, pool_size, eps, activation, slope, save_signs = args
+    y, mean, var = aten.forward(x, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope)
+    signs = _pack(x, mean, var, *args) if save_signs else _no_signs(x)
+    return _like(y, x), mean, var, signs
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y with the strides that the fake kernels promise."""
+    out = empty_like(x)
+    return y if out.stride() == y.stride() else out.copy_(y)
+
+
+def _pack(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> Tensor:
+    """One bit an element, in the order of the tensor's elements."""
+    weight, bias, residual, pool_size, eps, activation, slope, _ = args
+    z = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, "identity", slope)
+    on = aten.derivative(z, ACTIVATIONS[activation], 0.0).ne(0).flatten()
+    weights = 2 ** torch.arange(8, device=x.device, dtype=torch.uint8)
+    bits = torch.nn.functional.pad(on.to(torch.uint8), (0, -on.numel() % 8)).reshape(-1, 8)
+    packed = (bits * weights).sum(1, dtype=torch.uint8)
+    return torch.nn.functional.pad(packed, (0, signs_size(x) - packed.numel()))
+
+
+def _gate(dy: Tensor, x: Tensor, signs: Tensor | None, activation: int, slope: float) -> Any:
+    """dy and the activation that is left, after the bits have been applied where there are some."""
+    if signs is None or not signs.numel():
+        return dy, ACTIVATIONS[activation]
+    shifts = torch.arange(8, device=x.device, dtype=torch.uint8)
+    on = (signs[:, None] >> shifts & 1).flatten()[: x.numel()].reshape(x.shape).bool()
+    off = slope if ACTIVATIONS[activation] == "leaky_relu" else 0.0
+    return dy * torch.where(on, 1.0, off).to(dy.dtype), "identity"
+
+
+def _backward_reduce(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, residual, signs, mean, var, pool_size, eps, activation, slope = args
+    dy, left = _gate(dy, x, signs, activation, slope)
+    return aten.backward_reduce(dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope)
+
+
+def _backward_apply(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, residual, signs, mean, var, k1, k2, k3, *rest = args
+    pool_size, eps, activation, slope, want_residual = rest
+    dy, left = _gate(dy, x, signs, activation, slope)
+    dx, dz = aten.backward_apply(dy, x, weight, bias, residual, mean, var, k1, k2, k3, pool_size, eps, left, slope)
+    return _like(dx, x), _like(dz, x) if want_residual else _nothing(x)
+
+
+def _backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, bias, residual, signs, mean, var, *rest = args
+    pool_size, eps, activation, slope, population, want_x, want_residual = rest
+    dy, left = _gate(dy, x, signs, activation, slope)
+    dx, dz, d_weight, d_bias = aten.gradients(
+        dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope, population
+    )
+    if dz is dy:
+        dz = dz.clone()
+    return (
+        _like(dx, x) if want_x else _nothing(x),
+        _like(dz, x) if want_residual else _nothing(x),
+        _nothing(x) if weight is None else d_weight.to(weight.dtype),
+        _nothing(x) if bias is None else d_bias.to(bias.dtype),
+    )
+
+
+_operators: dict[str, Callable[..., Any]] = {
+    "moments": aten.moments,
+    "normalize": _normalize,
+    "forward": _forward,
+    "backward_reduce": _backward_reduce,
+    "backward_apply": _backward_apply,
+    "backward": _backward,
+    "update_statistics": aten.update_statistics,
+}
+for _name, _function in _operators.items():
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    # Gradients are the autograd functions' affair: nothing to do here, and no time to lose.
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    LIBRARY.impl(_name, cuda.implementation(_name, _function), "CUDA")
+
+cpu.load()

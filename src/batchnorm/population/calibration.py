@@ -1,0 +1,473 @@
+"""Exact population statistics for every batch-norm layer of a network, by a pass over data."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+from batchnorm.errors import InputError
+from batchnorm.functional import moments
+from batchnorm.moments import Moments
+from batchnorm.nn.batch_norm import _BatchNorm as Ours
+
+Method = Literal["pooled", "ioffe", "sequential"]
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def calibrate(
+    net: Net,
+    batches: Iterable[Any],
+    *,
+    method: Method = "pooled",
+    forward: Callable[[Net, Any], Any] | None = None,
+    samples: int | None = None,
+    progress: bool = False,
+    process_group: dist.ProcessGroup | Literal["world"] | None = None,
+) -> Net:
+    """Replace the running statistics of every batch-norm layer by exact ones, measured on data.
+
+    The network is run over the batches without gradients. All of it is in evaluation mode (no
+    dropout), but each batch-norm layer normalizes by the statistics of its batch, as in training,
+    while the moments (n, mean, M2) of its input are measured in float64. From these:
+
+    - `"pooled"`: all batches of a layer are merged into one pool, whatever their sizes. The
+      variance *between* batches is in it: the statistics of the concatenated inputs.
+    - `"ioffe"`: E = mean of mu_B, Var = m/(m-1) mean of v_B, the variance *within* batches alone.
+      Unequal batches count with their m: Var = sum M2_B / sum (m_B - 1).
+    - `"sequential"`: as pooled, but each layer's input is measured under the final statistics of
+      the layers that run before it, so the statistics are those of inference. One pass a layer.
+
+    `running_var` gets the *unbiased* variance, as torch keeps it (the *biased* one in layers with
+    `running_var="biased"`), and `num_batches_tracked` the
+    number of batches that a layer was measured on. A layer that runs several times in a forward
+    pass pools all its uses, each normalized by its own statistics (and counted as a batch). A
+    batch of one value per channel counts too; the layer's output is then its bias, as x = mean.
+    The batch's statistics take effect in the dtype of the layer's buffers.
+
+    Arguments:
+        net: any network with batch-norm layers (torch's, SyncBatchNorm included, or ours).
+        batches: an iterable of what the network takes; a tensor is one batch. `"sequential"` needs
+            one that can be read again, such as a list or a DataLoader.
+        forward: called as `forward(net, batch)` to run the network on a batch. By default a tuple
+            or list feeds its first element, a dict the entries that `net.forward` has names for
+            (so labels are ignored), and tensors are moved to the network's device.
+        samples: stop at the first batch with which this many samples have been seen, in each
+            pass; by default all batches are read. A batch's samples are the length of its first
+            tensor.
+        progress: show a progress bar on standard error.
+        process_group: `"world"` or a group of torch.distributed, every rank of which calls this
+            with its part of the data: all parts are merged, and every rank gets the same bits. A
+            rank may have no data, and an error on one is an error on all. None: this process.
+
+    Returns:
+        The network, its statistics replaced and all else (modes, hooks, momentum) as it was.
+
+    Raises:
+        InputError: no batch-norm layer, no batch, a one-shot iterator for `"sequential"`, an input
+            that is not finite (named by layer and batch), too few values for a variance. On this
+            and any other error, Ctrl-C included, the network is left exactly as it was.
+
+    Warns:
+        UserWarning: layers without running statistics, or that no batch reached, are left alone.
+
+    Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 10; Chan, Golub & LeVeque 1983 (merging).
+
+    >>> net = nn.Sequential(nn.BatchNorm1d(1))
+    >>> batches = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0]])]
+    >>> calibrate(net, batches)[0].running_mean
+    tensor([4.])
+    """
+    if method not in get_args(Method):
+        raise InputError(f"calibrate: got method={method!r}; expected one of {get_args(Method)}")
+    if samples is not None and samples < 1:
+        raise InputError(f"calibrate: got samples={samples}; expected at least 1, or None for all")
+    layers = _layers_with_statistics(net)
+    if isinstance(batches, Tensor):
+        batches = [batches]
+    if isinstance(batches, Mapping):
+        raise InputError("calibrate: got one dict for batches; expected an iterable, such as [dict]")
+    if method == "sequential" and len(layers) > 1 and iter(batches) is batches:
+        raise InputError(
+            f"calibrate: got a one-shot {type(batches).__name__} for method='sequential', which "
+            "reads the batches once a layer; expected a list, a DataLoader, or the like"
+        )
+    run = forward or _feed
+    with (
+        torch.no_grad(),
+        _eager(),
+        _progress_bar(progress, batches, samples) as advance,
+        _Measurement(net, layers) as measurement,
+    ):
+
+        def measure() -> dict[str, _Estimate]:
+            read = _read(batches, samples, advance)
+            if process_group is None:
+                return measurement.over(read, lambda batch: run(net, batch))
+            return _over_ranks(
+                lambda: measurement.over(read, lambda batch: run(net, batch), may_be_empty=True),
+                layers,
+                None if process_group == "world" else process_group,
+            )
+
+        estimates = _one_by_one(measurement, measure) if method == "sequential" else measure()
+        new = {name: e.statistics(name, method, _keeps_biased(layers[name])) for name, e in estimates.items()}
+    if not new:
+        raise InputError("calibrate: the batches reached no batch-norm layer of the network")
+    _warn("were not reached by the batches", [name for name in layers if name not in new])
+    _commit([(layers[name], name, *new[name], estimates[name].uses) for name in new])
+    return net
+
+
+def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch-norm layers that keep running statistics, by name; warns of those that do not."""
+    if not isinstance(net, nn.Module):
+        raise InputError(f"calibrate: got a {type(net).__name__}; expected a torch.nn.Module")
+    found = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
+    if not found:
+        raise InputError(f"calibrate: {type(net).__name__} has no batch-norm layer")
+    kept = {
+        name: layer for name, layer in found.items() if layer.track_running_stats and layer.running_mean is not None
+    }
+    if not kept:
+        raise InputError(
+            f"calibrate: no batch-norm layer of {type(net).__name__} keeps running statistics "
+            "(track_running_stats=False), so there is nothing to replace"
+        )
+    lazy = [name for name, layer in kept.items() if is_lazy(_buffers(layer)[0])]
+    if lazy:
+        raise InputError(f"calibrate: layers {lazy} are not initialized; run the network on a batch first")
+    _warn("keep no running statistics", [name for name in found if name not in kept])
+    return kept
+
+
+def _keeps_biased(layer: _BatchNorm) -> bool:
+    return isinstance(layer, Ours) and layer.running_var_kind == "biased"
+
+
+def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    mean, var = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert var is not None
+    return mean, var
+
+
+def _warn(what: str, names: list[str]) -> None:
+    if names:
+        warnings.warn(f"calibrate: layers {names} {what} and are left alone", stacklevel=3)
+
+
+# Reading batches
+
+
+def _read(batches: Iterable[Any], samples: int | None, advance: Callable[[int], None]) -> Iterator[Any]:
+    """One pass over the batches, up to the number of samples."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        size = 1 if samples is None else _sample_count(batch)
+        advance(size)
+        seen += size
+        if samples is not None and seen >= samples:
+            return
+
+
+def _sample_count(batch: Any) -> int:
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    for leaf in leaves:
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return len(leaf)
+    raise InputError(
+        f"calibrate: got samples=, and a batch of type {type(batch).__name__} without a tensor to "
+        "count its samples by; leave samples out, or cut the batches yourself"
+    )
+
+
+def _feed(net: nn.Module, batch: Any) -> Any:
+    """Run the network on the inputs of a batch, and ignore its labels."""
+    device = next(iter([*net.parameters(), *net.buffers()])).device
+
+    def to_device(leaf: Any) -> Any:
+        movable = isinstance(leaf, (Tensor, PackedSequence))
+        return leaf.to(device) if movable else leaf
+
+    if isinstance(batch, Mapping):
+        return net(**tree_map(to_device, _named_inputs(net, batch)))
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        if not batch:
+            raise InputError(f"calibrate: got an empty {type(batch).__name__} for a batch")
+        return net(tree_map(to_device, batch[0]))
+    return net(tree_map(to_device, batch))
+
+
+def _named_inputs(net: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that the network's forward has a parameter for; all, if it takes any keyword."""
+    parameters = inspect.signature(getattr(net, "_orig_mod", net).forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(batch)
+    taken = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    inputs = {name: value for name, value in batch.items() if name in taken}
+    if not inputs:
+        raise InputError(
+            f"calibrate: got a batch with the keys {list(batch)}, none of which the network's "
+            f"forward takes ({sorted(taken)}); pass forward=lambda net, batch: ..."
+        )
+    return inputs
+
+
+@contextlib.contextmanager
+def _progress_bar(show: bool, batches: Iterable[Any], samples: int | None) -> Iterator[Callable[[int], None]]:
+    """A function to call with the batches done, or with the samples where their number is given."""
+    if not show:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    total = samples or (len(batches) if isinstance(batches, Sized) else None)
+    unit = TextColumn("samples" if samples else "batches")
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), unit, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("calibrate", total=total)
+
+        def advance(done: int) -> None:
+            if bar.tasks[0].finished:  # the next pass of several
+                bar.reset(task)
+            bar.advance(task, done)
+
+        yield advance
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled networks run eagerly: compiled code does not call hooks that came after it."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
+# Measuring
+
+
+@dataclass
+class _Estimate:
+    """What has been measured of one layer's input: all of it, and the sum within the batches."""
+
+    pooled: Moments
+    m2_within: Tensor
+    degrees_within: Tensor
+    uses: int = 1
+
+    @classmethod
+    def of(cls, batch: Moments) -> _Estimate:
+        return cls(batch, batch.m2, (batch.count - 1).clamp(min=0))
+
+    @classmethod
+    def empty(cls, like: Tensor) -> _Estimate:
+        none = Moments.empty(tuple(like.shape), device=like.device)
+        return cls(none, none.m2, none.count, 0)
+
+    def all_reduce(self, group: dist.ProcessGroup | None) -> _Estimate:
+        """That of all ranks; the same bits on each."""
+        degrees = self.degrees_within.expand_as(self.m2_within)
+        uses = torch.full_like(self.m2_within, self.uses)
+        sums = torch.stack([self.m2_within, degrees, uses])
+        dist.all_reduce(sums, group=group)
+        return _Estimate(self.pooled.all_reduce(group), sums[0], sums[1], int(sums[2].flatten()[0]))
+
+    def merge(self, batch: Moments) -> _Estimate:
+        new = _Estimate.of(batch)
+        return _Estimate(
+            self.pooled + new.pooled,
+            self.m2_within + new.m2_within,
+            self.degrees_within + new.degrees_within,
+            self.uses + 1,
+        )
+
+    def statistics(self, name: str, method: Method, biased: bool = False) -> tuple[Tensor, Tensor]:
+        """(mean, unbiased variance, or the biased one where asked for), both float64.
+
+        Pooled: M2/(n - 1) of all values. Ioffe: sum M2_B / sum (m_B - 1) (Algorithm 2, line 10).
+        """
+        degrees = self.degrees_within if method == "ioffe" else self.pooled.count - 1
+        if (degrees <= 0).any():
+            raise InputError(
+                f"calibrate: layer {name!r} got {int(self.pooled.count)} value(s) per channel in "
+                f"{self.uses} batch(es), too few for a variance with method={method!r}; give more "
+                "samples" + (" or larger batches" if method == "ioffe" else "")
+            )
+        m2 = self.m2_within if method == "ioffe" else self.pooled.m2
+        var = m2 / degrees
+        return self.pooled.mean, var * (1 - 1 / self.pooled.count) if biased else var
+
+
+def _over_ranks(
+    measure: Callable[[], dict[str, _Estimate]], layers: dict[str, _BatchNorm], group: dist.ProcessGroup | None
+) -> dict[str, _Estimate]:
+    """What all ranks measure together, in one order for all."""
+    error: BaseException | None = None
+    mine: dict[str, _Estimate] = {}
+    try:
+        mine = measure()
+    except BaseException as raised:
+        error = raised
+    device = _buffers(next(iter(layers.values())))[0].device
+    # How many ranks failed; then where each layer ran, so that all take the layers in one order.
+    failed = torch.tensor([error is not None], dtype=torch.long, device=device)
+    dist.all_reduce(failed, group=group)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise InputError(f"calibrate: {failed.item()} other rank(s) failed; the network is unchanged")
+    order = list(mine)
+    places = [order.index(name) if name in mine else len(layers) for name in layers]
+    first = torch.tensor(places, dtype=torch.long, device=device)
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+    merged: dict[str, _Estimate] = {}
+    for place, name in sorted(zip(first.tolist(), layers, strict=True), key=lambda pair: pair[0]):
+        if place < len(layers):
+            part = mine.get(name) or _Estimate.empty(_buffers(layers[name])[0])
+            merged[name] = part.all_reduce(group)
+    return merged
+
+
+class _Measurement:
+    """A network in evaluation mode whose batch-norm layers are measured; all undone on leaving.
+
+    A layer in evaluation mode normalizes by its buffers. So before each call these are replaced by
+    the statistics of that very input: it is then normalized as in training, without an update, by
+    any kind of layer (also SyncBatchNorm on a CPU), and for a single value per channel, too.
+    """
+
+    def __init__(self, net: nn.Module, layers: dict[str, _BatchNorm]) -> None:
+        self._layers = layers
+        self._modes = [(module, module.training) for module in net.modules()]
+        self._buffers = {name: _buffers(layer) for name, layer in layers.items()}
+        self._options = {name: dict(layer.__dict__) for name, layer in layers.items()}
+        self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._estimates: dict[str, _Estimate] = {}
+        self._batch = 0
+
+    def __enter__(self) -> _Measurement:
+        try:
+            for module, _ in self._modes:
+                module.training = False
+            for name, layer in self._layers.items():
+                if isinstance(layer, Ours):  # the buffers alone are to normalize
+                    layer.source, layer.update, layer.example_weight = "running", "never", 0.0
+                hook = self._hook(name)
+                self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def over(
+        self, batches: Iterable[Any], run: Callable[[Any], Any], may_be_empty: bool = False
+    ) -> dict[str, _Estimate]:
+        """What one pass measures, by layer, in the order in which the layers first ran."""
+        self._estimates, self._batch = {}, 0
+        for batch in batches:
+            run(batch)
+            self._batch += 1
+        if not self._batch and not may_be_empty:
+            raise InputError("calibrate: got no batches; expected at least one")
+        return self._estimates
+
+    def finish(self, name: str, mean: Tensor, var: Tensor) -> None:
+        """Measure this layer no longer: it normalizes by these statistics from now on."""
+        self._hooks[name].remove()
+        self._set_buffers(name, mean, var)
+
+    def keeps_biased(self, name: str) -> bool:
+        return _keeps_biased(self._layers[name])
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def measure(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            batch = moments(x)
+            if not (torch.isfinite(batch.mean) & torch.isfinite(batch.m2)).all():
+                raise InputError(
+                    f"calibrate: the input of layer {name!r} has values that are not finite in "
+                    f"batch {self._batch} (counted from 0); the network is unchanged"
+                )
+            before = self._estimates.get(name)
+            self._estimates[name] = before.merge(batch) if before else _Estimate.of(batch)
+            self._set_buffers(name, batch.mean, batch.variance(unbiased=False))
+
+        return measure
+
+    def _set_buffers(self, name: str, mean: Tensor, var: Tensor) -> None:
+        old_mean, old_var = self._buffers[name]
+        self._layers[name].running_mean = mean.to(old_mean)
+        self._layers[name].running_var = var.to(old_var)
+
+    def _restore(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        for name, (mean, var) in self._buffers.items():
+            layer = self._layers[name]
+            layer.running_mean, layer.running_var = mean, var
+            if isinstance(layer, Ours):
+                for option in ("source", "update", "example_weight"):
+                    setattr(layer, option, self._options[name][option])
+        for module, training in self._modes:
+            module.training = training
+
+
+def _one_by_one(measurement: _Measurement, measure: Callable[[], dict[str, _Estimate]]) -> dict[str, _Estimate]:
+    """Measure the first layer that runs, fix its statistics, measure the next, and so on."""
+    estimates = measure()
+    reached, final = list(estimates), dict[str, _Estimate]()
+    while estimates:
+        name, estimate = next(iter(estimates.items()))
+        final[name] = estimate
+        measurement.finish(name, *estimate.statistics(name, "sequential", measurement.keeps_biased(name)))
+        estimates = measure() if len(final) < len(reached) else {}
+    return final
+
+
+def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int]]) -> None:
+    """Write the statistics into the layers' own buffers: all of them, or none."""
+    for layer, name, *statistics, _ in updates:
+        for value, buffer in zip(statistics, _buffers(layer), strict=True):
+            if not torch.isfinite(value.to(buffer)).all():
+                raise InputError(
+                    f"calibrate: the statistics of layer {name!r} overflow its buffers of "
+                    f"{buffer.dtype}; keep them in float32"
+                )
+    changed = [buffer for layer, *_ in updates for buffer in layer.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in changed]
+    try:
+        for layer, _, mean, var, uses in updates:
+            running_mean, running_var = _buffers(layer)
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(uses)
+    except BaseException:
+        for buffer, old in zip(changed, before, strict=True):
+            buffer.copy_(old)
+        raise

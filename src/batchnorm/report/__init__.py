@@ -1,0 +1,8 @@
+"""Tables, plots and pages out of the data that the other parts return."""
+
+from batchnorm.report.page import command as command
+from batchnorm.report.page import write_report as write_report
+from batchnorm.report.verdict import Finding as Finding
+from batchnorm.report.verdict import verdict as verdict
+
+__all__ = ["Finding", "command", "verdict", "write_report"]

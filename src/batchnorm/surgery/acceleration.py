@@ -1,0 +1,400 @@
+"""Acceleration: torch's batch normalization, residual and activation become one fused layer."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from batchnorm.errors import InputError, SurgeryError
+from batchnorm.surgery import activations
+from batchnorm.surgery.activations import Activation
+from batchnorm.surgery.comparison import Example, copy_of, distances, random_state_kept, run_example
+from batchnorm.surgery.conversion import Absorbed, becoming, our_class, refusal, replacing
+from batchnorm.surgery.folding import TOLERANCE
+from batchnorm.surgery.graph import DataFlow, capture, has_hooks, is_leaf, obstacle, operation, unwrap
+from batchnorm.surgery.plan import Plan, Step
+
+_EXACT = 1e-7  # of the largest value, in float64
+
+
+def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Module:
+    """Make batch normalization, the addition of a residual and the activation after it one fused layer.
+
+    Every ``torch.nn.BatchNorm*d`` becomes this package's layer of the same name: the same object with the same
+    parameters, statistics and ``state_dict`` keys. Where it alone feeds
+
+    - an activation module that is called once, the activation moves into the layer, and an identity takes its place;
+    - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
+      makes the call is generated anew from its captured graph, with one call of the fused layer in their place. The
+      module stays the same object; its class becomes a subclass of its own. This is done where the forward is the
+      same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``.
+
+    The result is verified on the example: outputs in evaluation mode; outputs, running statistics and all gradients
+    for a random upstream gradient in training mode, in float64 to 1e-7 of the largest value. ``revert`` undoes it.
+
+    Args:
+        net: the network.
+        example: an input that it can also be trained on: a tensor, a tuple of positional or a mapping of keyword
+            arguments.
+        inplace: change ``net``, or a copy of it.
+
+    Returns:
+        ``net``, or the copy.
+
+    Raises:
+        InputError: when ``net`` is no module, or fails on the example in either mode.
+        SurgeryError: when there is no batch normalization, the network cannot be captured, or the result differs;
+            ``net`` is then as it was.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> accelerate(net, torch.randn(2, 3, 8, 8))[1].activation
+        'relu'
+    """
+    root = unwrap(net, "accelerate")
+    if not inplace:
+        root = net = copy_of(root)
+    plan_acceleration(root, example).apply()
+    return net
+
+
+def plan_acceleration(net: nn.Module, example: Any) -> Plan:
+    """What ``accelerate`` would do, as a plan to read (``print(plan)``) and to ``apply``."""
+    net = unwrap(net, "accelerate")
+    given = Example.of(example)
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
+    if not layers:
+        raise SurgeryError("accelerate: the network has no batch normalization")
+    skipped = {name: reason for name, layer in layers.items() if (reason := refusal(layer) or _no_class(layer))}
+    fusions = Fusions(net, layers.keys() - skipped.keys())
+    fusions.find(given)
+    steps = []
+    for name in layers.keys() - skipped.keys():
+        fused = fusions.fused.get(name)
+        options = {} if fused is None else {"activation": fused.name, "negative_slope": fused.slope}
+        kind = our_class(layers[name])
+        assert kind is not None
+        if options or type(layers[name]) is not kind:
+            steps.append(Step(f"{name}: {kind.__name__} {options or ''}", becoming(layers[name], kind, options)))
+    for name in fusions.absorbed:
+        module = net.get_submodule(name)
+        steps.append(Step(f"{name}: computed by the layer before", replacing(net, module, Absorbed(module))))
+    for name, forward in fusions.forwards.items():
+        steps.append(Step(f"{name or 'the network'}: calls fused layers", _generated(net.get_submodule(name), forward)))
+    original = copy_of(net)
+    return Plan(net, steps, lambda: _verify(original, net, given), skipped=skipped | fusions.refused)
+
+
+@dataclass
+class Fusions:
+    """The patterns that were found, by qualified names.
+
+    Attributes:
+        candidates: batch normalization layers that may be changed.
+        fused: the activation that each layer takes in.
+        absorbed: activation modules that become identities.
+        forwards: new forwards of modules.
+        refused: modules whose forward could not be generated anew although there is something to fuse, and why.
+    """
+
+    net: nn.Module
+    candidates: Any
+    fused: dict[str, Activation] = field(default_factory=dict)
+    absorbed: list[str] = field(default_factory=list)
+    forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+    def find(self, example: Example) -> None:
+        flows = [capture(copy_of(self.net).train(mode), example) for mode in (False, True)]
+        free = {
+            name
+            for name in self.candidates
+            if not any(obstacle(flow, name) for flow in flows)
+            and getattr(self.net.get_submodule(name), "activation", None) is None
+        }
+        for name in sorted(free):
+            self.absorb(name, flows)
+        inputs = _inputs(self.net, example)
+        names = {id(module): name for name, module in self.net.named_modules()}
+        for name, module in reversed(list(self.net.named_modules())):
+            if name in inputs and free - self.taken:
+                self.rewrite(name, module, inputs[name], free, names)
+
+    def absorb(self, name: str, flows: list[DataFlow]) -> None:
+        """An activation module right after the layer, in both modes."""
+        found = {activations.following(flow, flow.calls(name)[0]) for flow in flows}
+        (after, *others) = found
+        if not others and isinstance(after, tuple):
+            self.fused[name] = after[1]
+            self.absorbed.append(after[0])
+            self.taken.add(name)
+
+    def rewrite(
+        self, name: str, module: nn.Module, inputs: tuple[Any, Any], free: set[str], names: dict[int, str]
+    ) -> None:
+        """Additions and calls of activations in a module's own forward."""
+        try:
+            graphs = [_own_graph(module, mode) for mode in (False, True)]
+            _record(module, graphs[0], inputs)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            self.refused[name] = f"its forward cannot be captured by itself ({type(error).__name__}: {first})"
+            return
+        graph = graphs[0]
+        found = {}
+        for node in list(graph.nodes):
+            if node.op != "call_module":
+                continue
+            layer = names.get(id(module.get_submodule(str(node.target))))
+            if layer in free - self.taken and (pattern := _pattern(module, node)) is not None:
+                found[layer] = pattern
+        if not found:
+            return
+        if str(graphs[0]) != str(graphs[1]):
+            self.refused[name] = "its forward is another one in training mode"
+            return
+        for layer, pattern in found.items():
+            if pattern.replace(graph):
+                self.taken.add(layer)
+                if pattern.activation is not None:
+                    self.fused[layer] = pattern.activation
+        graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
+        graph.lint()
+        self.forwards[name] = type(fx.GraphModule(module, graph)).forward
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """activation(norm(x) + residual) in a graph: the nodes from the layer's call to the last one."""
+
+    norm: fx.Node
+    last: fx.Node
+    residual: fx.Node | None
+    activation: Activation | None
+
+    def replace(self, graph: fx.Graph) -> bool:
+        nodes = set(graph.nodes)
+        if self.norm.args[1:] or self.norm.kwargs or not {self.norm, self.last} <= nodes:
+            return False  # another layer has taken the addition
+        with graph.inserting_before(self.last):
+            kwargs: dict[str, Any] = {} if self.residual is None else {"residual": self.residual}
+            fused = graph.call_module(str(self.norm.target), self.norm.args, kwargs)
+        fused.meta.update(self.last.meta)
+        self.last.replace_all_uses_with(fused)
+        node = self.last
+        while node is not self.norm:
+            before = next(n for n in node.all_input_nodes if n is not self.residual)
+            graph.erase_node(node)
+            node = before
+        graph.erase_node(self.norm)
+        return True
+
+
+def _pattern(module: nn.Module, node: fx.Node) -> Pattern | None:
+    """What follows a layer in a module's own graph and can be fused into it."""
+    last, residual = node, None
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if user.op in ("call_function", "call_method") and operation(user) == "add":
+        residual = _other(user, node)
+        if residual is None or residual.meta.get("shape") != node.meta.get("shape"):
+            return None
+        last = user
+    activation = None
+    if len(last.users) == 1:
+        (user,) = last.users
+        activation = _activation(module, user)
+        last = user if activation is not None else last
+    return None if last is node else Pattern(node, last, residual, activation)
+
+
+def _other(add: fx.Node, node: fx.Node) -> fx.Node | None:
+    operands = add.args
+    if len(operands) != 2 or add.kwargs or not all(isinstance(x, fx.Node) for x in operands):
+        return None
+    (other,) = [x for x in operands if x is not node] or [None]
+    return other if isinstance(other, fx.Node) else None
+
+
+def _activation(module: nn.Module, node: fx.Node) -> Activation | None:
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        return None if has_hooks(called) else activations.of_module(called)
+    return activations.of_call(node)
+
+
+class _OwnTracer(fx.Tracer):
+    """Follows a module's own forward, and plain containers in it; every other module is one call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).forward is not nn.Sequential.forward or has_hooks(m)
+
+
+def _own_graph(module: nn.Module, training: bool) -> fx.Graph:
+    twin = copy_of(module).train(training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _OwnTracer().trace(twin)
+
+
+def _inputs(net: nn.Module, example: Example) -> dict[str, tuple[Any, Any]]:
+    """What every module with a forward of its own that calls other modules is given on the example."""
+    watched = copy_of(net).eval()
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, module in watched.named_modules():
+        inner = any(True for _ in module.children())
+        if inner and not is_leaf(module) and type(module).forward is not nn.Sequential.forward:
+            module.register_forward_pre_hook(_noting(found, name), with_kwargs=True)
+    run_example(watched, example)
+    own = dict(net.named_modules())
+    return {name: value for name, value in found.items() if not has_hooks(own[name])}
+
+
+def _noting(found: dict[str, tuple[Any, Any]], name: str) -> Callable[..., None]:
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.setdefault(name, pytree.tree_map(lambda x: x, (args, kwargs)))  # lists may grow afterwards
+
+    return note
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["shape"] = (value.shape, value.dtype) if isinstance(value, Tensor) else None
+        return value
+
+
+def _record(module: nn.Module, graph: fx.Graph, inputs: tuple[Any, Any]) -> None:
+    """Note the shapes on the example in ``graph``; without them nothing is fused."""
+    args, kwargs = copy.copy(inputs)
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    values = list(args)
+    for node in placeholders[len(values) :]:
+        values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
+    twin = copy_of(module).eval()
+    with random_state_kept(module), torch.no_grad():
+        _ShapeRecorder(twin, graph=graph).run(*[x.clone() if isinstance(x, Tensor) else x for x in values])
+
+
+def _generated(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Give the module a class of its own, a subclass of its class with another forward."""
+
+    def do() -> None:
+        kind = type(module)
+        forward.__module__ = "accelerated"
+        members = {
+            "forward": forward,
+            "original_kind": kind,
+            "__module__": kind.__module__,
+            "__doc__": kind.__doc__,
+            "__deepcopy__": _deepcopy,
+            "__reduce_ex__": _no_pickle,
+        }
+        module.__class__ = type(f"Accelerated{kind.__name__}", (kind,), members)
+
+    return do
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = self.__new__(type(self))
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _no_pickle(self: nn.Module, protocol: int) -> Any:
+    kind = vars(type(self))["original_kind"]
+    raise SurgeryError(
+        f"an accelerated {kind.__name__} has a generated forward and cannot be pickled; "
+        "save its state_dict, or bn.revert(net) first"
+    )
+
+
+def _no_class(layer: nn.Module) -> str | None:
+    return None if our_class(layer) is not None else "is a SyncBatchNorm; convert it first"
+
+
+def _verify(original: nn.Module, net: nn.Module, example: Example) -> None:
+    """Evaluation mode in the network's dtype; both modes in float64, with gradients."""
+    before, after = copy_of(original).eval(), copy_of(net).eval()
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    expected = run_example(before, example)
+    wide = example.to(torch.float64)
+    try:
+        truth = wide.run(copy_of(before).double())
+        rounding = [d.relative for d in distances(truth, expected, dtype=torch.float64)]
+    except Exception:  # a network that casts by itself
+        truth, rounding = None, []
+    limit = max([TOLERANCE.get(dtype, 1e-2), *(4 * r for r in rounding if r < 0.1)])
+    _compare("in evaluation mode", distances(expected, run_example(after, example)), limit)
+    if truth is None:
+        results = [_trained(copy_of(n), example) for n in (original, net)]
+        limit = 100 * limit
+    else:
+        results = [_trained(copy_of(n).double(), wide) for n in (original, net)]
+        limit = _EXACT
+    outputs, states = zip(*results, strict=True)
+    _compare("in training mode", distances(*outputs), limit)
+    _compare_states(states[0], states[1], limit)
+
+
+def _compare(where: str, differences: Any, limit: float) -> None:
+    for d in differences:
+        if not d.relative <= limit:
+            raise SurgeryError(
+                f"accelerate: {d.output} {where} differs by {d.relative:.1e} of its largest value (accepted "
+                f"{limit:.0e}); nothing was changed"
+            )
+
+
+def _trained(net: nn.Module, example: Example) -> tuple[Any, dict[str, Tensor]]:
+    """Output, gradients and buffers after one forward and backward in training mode, always the same randomness."""
+    net.train()
+    given = example.map(lambda x: x.detach().clone())
+    with random_state_kept(net), torch.enable_grad():
+        torch.manual_seed(0)
+        try:
+            output = net(*given.args, **given.kwargs)
+        except Exception as error:
+            raise InputError(
+                f"accelerate: the network fails on the example in training mode ({example.describe()}): {error}. "
+                "Give a batch that it can be trained on."
+            ) from error
+        torch.manual_seed(1)
+        losses = [(x * torch.randn_like(x)).sum() for x in _differentiable(output)]
+        if losses:
+            torch.stack(losses).sum().backward()
+    state = {f"the gradient of {k}": p.grad for k, p in net.named_parameters() if p.grad is not None}
+    detached = Example.of((output,)).map(lambda x: x.detach()).args[0]
+    return detached, state | dict(net.named_buffers())
+
+
+def _differentiable(output: Any) -> Iterator[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return (x for x in leaves if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point())
+
+
+def _compare_states(before: dict[str, Tensor], after: dict[str, Tensor], limit: float) -> None:
+    names = [name for name in before if not name.endswith("num_batches_skipped")]
+    if set(names) - after.keys():
+        raise SurgeryError(f"accelerate: {sorted(set(names) - after.keys())} got lost; nothing was changed")
+    largest = max((float(before[n].double().abs().max()) for n in names if before[n].numel()), default=0.0)
+    for name in names:
+        x, y = before[name].double(), after[name].double()
+        if not x.numel():
+            continue
+        size = max(float(x.abs().max()), 1e-6 * largest)
+        if not float((x - y).abs().max()) <= limit * size:
+            raise SurgeryError(
+                f"accelerate: {name} in training mode differs by {float((x - y).abs().max()):.1e}; nothing was changed"
+            )

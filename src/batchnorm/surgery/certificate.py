@@ -1,0 +1,102 @@
+"""What a fold did, and the proof that the network computes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One batch normalization that is now part of the layer or layers ``into``."""
+
+    layer: str
+    into: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One batch normalization that stayed in the network, why, and what took its place, if anything."""
+
+    layer: str
+    reason: str
+    becomes: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Folded against unfolded network for one output.
+
+    Attributes:
+        inputs: ``"example"``; ``"random 1"``, ``"random 2"``: normal values with the example's mean and standard
+            deviation; ``"doubled batch"``: the example twice along its first axis, where the network takes it.
+        dtype: the dtype both networks ran in. ``float64 unrounded``, with weights that were not rounded, shows that
+            the edit is exact; the network's own dtype shows what its user gets; ``bfloat16``, for a wider network, is
+            the error of the folded network rounded to it, against float64.
+        output: path of the output in the network's result.
+        absolute: largest absolute difference.
+        relative: the same divided by the output's largest magnitude.
+        rounding: the unfolded network's own error against float64, relative in the same way, where float64 could
+            be run.
+        tolerance: the largest ``relative`` that is accepted.
+    """
+
+    inputs: str
+    dtype: str
+    output: str
+    absolute: float
+    relative: float
+    rounding: float | None
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was folded, what was kept and why, and how far the outputs are apart.
+
+    Attributes:
+        folded: each batch normalization that is gone, and the layer that it went into.
+        kept: each that stayed, why, and the scale and shift that it became where it could.
+        differences: every comparison that was made; all have passed.
+        captured_by: ``"torch.fx"``, or ``"torch.export"``: then for the example's shapes alone.
+        tolerance: the largest relative difference that was accepted in the network's dtype.
+        dtype: the network's dtype.
+    """
+
+    folded: tuple[Folded, ...]
+    kept: tuple[Kept, ...]
+    differences: tuple[Difference, ...]
+    captured_by: str
+    tolerance: float
+    dtype: str = "float32"
+
+    @property
+    def absolute(self) -> float:
+        """Largest absolute difference in the network's own dtype."""
+        return max((d.absolute for d in self.differences if d.dtype == self.dtype), default=0.0)
+
+    @property
+    def relative(self) -> float:
+        """Largest relative difference in the network's own dtype."""
+        return max((d.relative for d in self.differences if d.dtype == self.dtype), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.folded)} folded, {len(self.kept)} kept ({self.captured_by})"]
+        lines += [f"  {item.layer} -> {item.into}" for item in self.folded]
+        for item in self.kept:
+            becomes = f"; it became a {item.becomes}" if item.becomes else ""
+            lines.append(f"  {item.layer} kept: {item.reason}{becomes}")
+        lines += [
+            f"  {d.inputs}, {d.dtype}, {d.output}: absolute {d.absolute:.2e}, "
+            f"relative {d.relative:.2e} (accepted {d.tolerance:.0e})"
+            for d in self.differences
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""Example inputs, running a network without a trace, and the differences between two outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from batchnorm.errors import InputError, SurgeryError
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a network is called with: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, value: Any) -> Example:
+        """A tuple holds positional arguments, a mapping keyword ones, all else is the input."""
+        if isinstance(value, Example):
+            return value
+        if isinstance(value, Mapping):
+            return cls((), {str(key): item for key, item in value.items()})
+        return cls(tuple(value) if isinstance(value, tuple) else (value,), {})
+
+    def leaves(self) -> list[Any]:
+        return list(pytree.tree_leaves((self.args, self.kwargs)))
+
+    def with_leaves(self, leaves: Sequence[Any]) -> Example:
+        args, kwargs = pytree.tree_unflatten(list(leaves), pytree.tree_structure((self.args, self.kwargs)))
+        return Example(args, kwargs)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        return self.with_leaves([change(x) if isinstance(x, Tensor) else x for x in self.leaves()])
+
+    def to(self, dtype: torch.dtype) -> Example:
+        """The same with floating-point tensors in ``dtype``."""
+        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def randomized(self, seed: int) -> Example:
+        """Normal values with each floating-point tensor's own mean and standard deviation; where
+        there is none, the integers of the example in another order."""
+        generator = torch.Generator().manual_seed(seed)
+        floating = any(isinstance(x, Tensor) and x.is_floating_point() for x in self.leaves())
+
+        def draw(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                values = x.double()
+                spread = values.std() if x.numel() > 1 else torch.ones((), dtype=torch.float64)
+                spread = torch.where(spread > 0, spread, torch.ones_like(spread)).cpu()
+                noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+                return (noise * spread + values.mean().cpu()).to(x.device, x.dtype)
+            if floating or x.is_complex():
+                return x
+            order = torch.randperm(x.numel(), generator=generator).to(x.device)
+            return x.reshape(-1)[order].reshape(x.shape)
+
+        return self.map(draw)
+
+    def doubled(self) -> Example:
+        """The same with every tensor given twice along its first axis, as a batch of twice the size."""
+        return self.map(lambda x: torch.cat([x, x]) if x.dim() > 1 else x)
+
+    def run(self, net: nn.Module) -> Any:
+        """The network's output on a copy of the example; no gradients, the random state kept."""
+        fresh = self.map(lambda x: x.detach().clone())
+        with random_state_kept(net), torch.no_grad():
+            return net(*fresh.args, **fresh.kwargs)
+
+    def describe(self) -> str:
+        return (
+            ", ".join(f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x) for x in self.leaves())
+            or "no input"
+        )
+
+
+@contextlib.contextmanager
+def random_state_kept(net: nn.Module) -> Iterator[None]:
+    """Give back the random state of torch, Python and NumPy after the body."""
+    devices = {t.device for t in (*net.parameters(), *net.buffers()) if t.device.type == "cuda"}
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    legacy = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(legacy)
+
+
+def copy_of(net: nn.Module) -> nn.Module:
+    """A deep copy, or a ``SurgeryError`` that names what cannot be copied."""
+    try:
+        return copy.deepcopy(net)
+    except Exception as error:
+        computed = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in net.named_modules()
+            for key, value in module.__dict__.items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        cause = (
+            f"{', '.join(computed)} is computed from other parameters; remove that computation "
+            "first (torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove)"
+            if computed
+            else f"copy.deepcopy failed with {type(error).__name__}: {error}"
+        )
+        raise SurgeryError(f"the network cannot be copied: {cause}") from error
+
+
+def run_example(net: nn.Module, example: Example) -> Any:
+    """``example.run(net)``, or an ``InputError`` that shows the example."""
+    try:
+        return example.run(net)
+    except Exception as error:
+        raise InputError(
+            f"the network fails on the example ({example.describe()}): {type(error).__name__}: "
+            f"{error}. Give an input that the network takes: a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments."
+        ) from error
+
+
+def tensors_of(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested output, each with its path."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_of(item, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from tensors_of(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for key in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, key.name), f"{path}.{key.name}")
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Largest absolute difference, and that relative to the largest expected magnitude; for
+    integers and booleans, the relative difference is the share of unequal elements."""
+
+    output: str
+    absolute: float
+    relative: float
+
+
+def distances(expected: Any, actual: Any, *, dtype: torch.dtype | None = None) -> list[Distance]:
+    """The distance of every tensor in two outputs of one structure, floating-point tensors first
+    cast to ``dtype`` where one is given.
+
+    Raises:
+        SurgeryError: when the structures, shapes or dtypes differ.
+    """
+    a, b = list(tensors_of(expected)), list(tensors_of(actual))
+    if [path for path, _ in a] != [path for path, _ in b]:
+        raise SurgeryError(f"the outputs are {[p for p, _ in b]}, expected {[p for p, _ in a]}")
+    return [_distance(path, _cast(x, dtype), _cast(y, dtype)) for (path, x), (_, y) in zip(a, b, strict=True)]
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None or not x.is_floating_point() else x.to(dtype)
+
+
+def _distance(path: str, expected: Tensor, actual: Tensor) -> Distance:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        raise SurgeryError(
+            f"{path} is {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+        )
+    if expected.numel() == 0:
+        return Distance(path, 0.0, 0.0)
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    x, y = expected.detach().to("cpu", wide), actual.detach().to("cpu", wide)
+    same = (x == y) | (x.isnan() & y.isnan())
+    difference = torch.where(same, 0.0, (x - y).abs())
+    absolute = float("inf") if bool(difference.isnan().any()) else float(difference.max())
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return Distance(path, absolute, float((~same).double().mean()))
+    finite = x.abs()[x.isfinite()]
+    size = float(finite.max()) if finite.numel() else 0.0
+    if absolute == 0.0:
+        return Distance(path, 0.0, 0.0)
+    return Distance(path, absolute, absolute / size if size > 0 else float("inf"))

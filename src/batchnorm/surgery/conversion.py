@@ -1,0 +1,288 @@
+"""Conversion of a network's batch normalization to other options or classes, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import InputError, SurgeryError
+from batchnorm.nn import batch_norm as ours
+from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
+from batchnorm.surgery.freezing import is_frozen
+from batchnorm.surgery.graph import is_plain, unwrap
+from batchnorm.surgery.plan import Plan, Step, replace_module
+
+TARGETS = ("batchnorm", "torch", "sync")
+_MEMORY = "_before_conversion"
+_ABSORBED = "_absorbed"
+_PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
+    nn.BatchNorm1d: ours.BatchNorm1d,
+    nn.BatchNorm2d: ours.BatchNorm2d,
+    nn.BatchNorm3d: ours.BatchNorm3d,
+}
+_BY_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
+_RENAMED = {"running_var": "running_var_kind"}
+_NO_FORM = {
+    "group_norm": "GroupNorm pools over a sample, batch normalization over the batch: no GroupNorm computes the same",
+    "layer_norm": "LayerNorm pools over a sample, batch normalization over the batch: no LayerNorm computes the same",
+}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A layer's class, own attributes and names of buffers before it was converted."""
+
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    buffers: frozenset[str]
+
+
+class Absorbed(nn.Identity):
+    """Stands where an activation was that the layer before it now computes; ``original`` is that activation."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__[_ABSORBED] = original  # not a submodule
+        self.training = original.training
+
+    def extra_repr(self) -> str:
+        return repr(self.__dict__[_ABSORBED])
+
+
+def convert(net: nn.Module, example: Any = None, *, to: str = "batchnorm", **options: Any) -> nn.Module:
+    """Give every batch normalization layer of ``net`` the same options, or another class, in place.
+
+    Layers keep their parameters, running statistics, hooks and ``state_dict`` keys; they stay the same objects, so
+    optimizers need not know. ``revert`` undoes it.
+
+    Args:
+        net: the network; it is changed and returned.
+        example: an input; needed to know the axes of ``SyncBatchNorm``'s inputs. Where it is given and no option is,
+            the network's output on it in evaluation mode has to stay the same.
+        to: ``"batchnorm"`` (this package's layers), ``"torch"`` (``torch.nn.BatchNorm*d``; an option of ours that
+            torch lacks is refused) or ``"sync"`` (``torch.nn.SyncBatchNorm``). ``"group_norm"`` and ``"layer_norm"``
+            are always refused: no such layer computes the same.
+        options: for ``"batchnorm"``: eps, momentum, decay, and what our layers take beyond torch's, as
+            ``nonfinite="skip"``.
+
+    Raises:
+        InputError: an unknown option, value or target.
+        SurgeryError: a layer that cannot be converted; nothing is then changed.
+
+    Example:
+        >>> net = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nonfinite="skip")
+        >>> net[1].nonfinite
+        'skip'
+        >>> type(revert(net)[1]) is nn.BatchNorm1d
+        True
+    """
+    root = unwrap(net, "convert")
+    if to not in (*TARGETS, *_NO_FORM):
+        raise InputError(f"convert: to is {to!r}, expected one of {', '.join((*TARGETS, *_NO_FORM))}")
+    values = _checked_options(to, options)
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
+    if not layers:
+        raise SurgeryError("convert: the network has no batch normalization")
+    given = None if example is None else Example.of(example)
+    axes = {} if given is None else _axes(root, given)
+    targets = {name: _target(layer, to, axes.get(id(layer))) for name, layer in layers.items()}
+    reasons = [f"'{name}' {target}" for name, target in targets.items() if isinstance(target, str)]
+    if reasons:
+        raise SurgeryError(f"convert: {'; '.join(reasons)}. Nothing was changed.")
+    steps = [
+        Step(f"{name}: {target.__name__}", becoming(layers[name], target, values))
+        for name, target in targets.items()
+        if not isinstance(target, str)
+    ]
+    before = copy_of(root).eval() if given is not None and not values else None
+
+    def verify() -> None:
+        if before is not None and given is not None:
+            for d in distances(run_example(before, given), run_example(copy_of(root).eval(), given)):
+                if not d.relative <= 1e-4:
+                    raise SurgeryError(f"convert: {d.output} differs by {d.relative:.1e}; nothing was changed")
+
+    Plan(root, steps, verify).apply()
+    return net
+
+
+def revert(net: nn.Module) -> nn.Module:
+    """Undo ``convert`` and ``accelerate``: every layer's class and options as they were, in place.
+
+    Parameters, running statistics and the ``training`` flags keep the values that they have. What was never changed
+    is left alone.
+
+    Raises:
+        InputError: when ``net`` is no module.
+        SurgeryError: for frozen layers; unfreeze first.
+    """
+    root = unwrap(net, "revert")
+    changed = {name: m for name, m in root.named_modules() if _MEMORY in m.__dict__}
+    frozen = [name for name, module in changed.items() if is_frozen(module)]
+    if frozen:
+        raise SurgeryError(f"revert: {', '.join(map(repr, frozen))} frozen; call bn.unfreeze(net) first")
+    steps = [Step(f"{name}: as it was", _restoring(module)) for name, module in changed.items()]
+    for name, module in root.named_modules():
+        if isinstance(module, Absorbed):
+            steps.append(Step(f"{name}: as it was", _returning(root, module)))
+        elif "original_kind" in vars(type(module)):
+            steps.append(Step(f"{name}: its own forward", _own_forward(module)))
+    Plan(root, steps, lambda: None).apply()
+    return net
+
+
+def becoming(layer: nn.Module, kind: type[nn.Module], options: dict[str, Any]) -> Callable[[], None]:
+    """Make the layer one of class ``kind`` with these options, and remember what it was."""
+
+    def do() -> None:
+        if _MEMORY not in layer.__dict__:
+            original = Original(type(layer), _own(layer), frozenset(layer._buffers))
+            layer.__dict__[_MEMORY] = original
+        if type(layer) is not kind:
+            state = dict(layer.__dict__)
+            layer.__class__ = kind
+            if isinstance(layer, ours._BatchNorm):
+                layer.__setstate__(state)
+            else:
+                _leave_ours(layer, kind)
+        for name, value in options.items():
+            setattr(layer, name, value)
+
+    return do
+
+
+def replacing(net: nn.Module, old: nn.Module, new: nn.Module) -> Callable[[], None]:
+    return lambda: replace_module(net, old, new)
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Why a layer's class or options must not be changed, or None."""
+    if is_frozen(layer):
+        return "is frozen; call bn.unfreeze(net) first, and freeze again afterwards"
+    if not is_plain(layer) or not (isinstance(layer, ours._BatchNorm) or type(layer) in (*_PAIRS, nn.SyncBatchNorm)):
+        return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d"
+    return None
+
+
+def our_class(layer: nn.Module) -> type[nn.Module] | None:
+    """This package's class that a layer is or can become without knowing its input."""
+    return type(layer) if isinstance(layer, ours._BatchNorm) else _PAIRS.get(type(layer))
+
+
+def _checked_options(to: str, options: dict[str, Any]) -> dict[str, Any]:
+    values = {_RENAMED.get(name, name): value for name, value in options.items()}
+    if "decay" in values:
+        if "momentum" in values:
+            raise InputError("convert: momentum and decay are two names for one number; give one of them")
+        values["momentum"] = 1 - values.pop("decay")
+    if values and to != "batchnorm":
+        raise InputError(f"convert: options ({', '.join(options)}) go with to='batchnorm' alone")
+    unknown = values.keys() - {"eps", "momentum", *ours.OPTIONS}
+    if unknown:
+        known = ", ".join(["eps", "momentum", "decay", *ours.OPTIONS])
+        raise InputError(f"convert: unknown option {', '.join(sorted(unknown))}; there are {known}")
+    trial = ours.BatchNorm1d(1)
+    for name, value in values.items():
+        setattr(trial, name, value)
+    kwargs = {k: v for k, v in values.items() if k in ("eps", "momentum")}
+    ours.BatchNorm1d(1, **kwargs)
+    return values
+
+
+def _axes(net: nn.Module, example: Example) -> dict[int, int]:
+    """The number of axes of the input of every batch normalization layer, by the layer's id."""
+    watched = copy_of(net).eval()
+    pairs = zip(net.modules(), watched.modules(), strict=True)
+    found: dict[int, int] = {}
+    for module, twin in pairs:
+        if isinstance(module, _BatchNorm):
+            twin.register_forward_pre_hook(_noting_axes(found, id(module)))
+    run_example(watched, example)
+    return found
+
+
+def _noting_axes(found: dict[int, int], key: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.setdefault(key, args[0].dim())
+
+    return note
+
+
+def _target(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | str:
+    if to in _NO_FORM:
+        return f"stays: {_NO_FORM[to]}"
+    reason = refusal(layer)
+    if reason is not None:
+        return reason
+    if to == "batchnorm" and isinstance(layer, ours._BatchNorm):
+        return type(layer)
+    if to == "sync" and isinstance(layer, nn.SyncBatchNorm):
+        return nn.SyncBatchNorm
+    if isinstance(layer, ours._BatchNorm) and (reason := _only_ours(layer)):
+        return reason
+    if to == "sync":
+        return nn.SyncBatchNorm
+    if isinstance(layer, nn.SyncBatchNorm):
+        if axes not in _BY_AXES:
+            return "is a SyncBatchNorm, which takes inputs of any rank; give an example that passes through it"
+        pair = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[_BY_AXES[axes] - 1]
+        return _PAIRS[pair] if to == "batchnorm" else pair
+    plain = next((theirs for theirs, own in _PAIRS.items() if type(layer) in (own, theirs)), None)
+    if plain is None:
+        return f"is a {type(layer).__name__}, which torch.nn has no layer for"
+    return _PAIRS[plain] if to == "batchnorm" else plain
+
+
+def _only_ours(layer: ours._BatchNorm) -> str | None:
+    for name, default in ours.OPTIONS.items():
+        if name != "negative_slope" and getattr(layer, name) != default:
+            return f"has {name}={getattr(layer, name)!r}, which torch.nn's layers lack"
+    return None
+
+
+def _own(layer: nn.Module) -> dict[str, Any]:
+    """The attributes that are no registries of nn.Module."""
+    registries = nn.Module().__dict__.keys() - {"training"}
+    return {k: v for k, v in layer.__dict__.items() if k not in registries and k not in ("training", _MEMORY)}
+
+
+def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
+    for name in ours.OPTIONS.keys() | {"_special"}:
+        layer.__dict__.pop(name, None)
+    if kind is nn.SyncBatchNorm:
+        layer.__dict__["process_group"] = None
+    else:
+        layer.__dict__.pop("process_group", None)
+
+
+def _restoring(layer: nn.Module) -> Callable[[], None]:
+    def do() -> None:
+        original: Original = layer.__dict__.pop(_MEMORY)
+        layer.__class__ = original.kind
+        for name in _own(layer).keys() - original.attributes.keys():
+            del layer.__dict__[name]
+        layer.__dict__.update(original.attributes)
+        for name in layer._buffers.keys() - original.buffers:
+            del layer._buffers[name]
+            layer._non_persistent_buffers_set.discard(name)
+
+    return do
+
+
+def _returning(net: nn.Module, stand_in: Absorbed) -> Callable[[], None]:
+    def do() -> None:
+        original: nn.Module = stand_in.__dict__[_ABSORBED]
+        replace_module(net, stand_in, original.train(stand_in.training))
+
+    return do
+
+
+def _own_forward(module: nn.Module) -> Callable[[], None]:
+    def do() -> None:
+        module.__class__ = vars(type(module))["original_kind"]
+
+    return do

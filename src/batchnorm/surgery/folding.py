@@ -1,0 +1,476 @@
+"""Folding: batch normalization with known statistics becomes part of its neighbours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import BatchNormError, SurgeryError
+from batchnorm.nn import batch_norm as ours
+from batchnorm.surgery import activations
+from batchnorm.surgery.absorption import Absorption, Line, State, Weights
+from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
+from batchnorm.surgery.certificate import Certificate as Certificate
+from batchnorm.surgery.certificate import Difference as Difference
+from batchnorm.surgery.certificate import Folded as Folded
+from batchnorm.surgery.certificate import Kept as Kept
+from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, run_example
+from batchnorm.surgery.graph import DataFlow, capture, data_inputs, is_plain, obstacle, operation, unwrap
+from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
+from batchnorm.surgery.plan import Plan, Step, replace_module
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest accepted difference relative to an output's largest value, by the network's dtype."""
+
+_STRUCTURE_TOLERANCE = 1e-6
+_RANDOM_INPUTS = 2
+_UNDERSTOOD = {  # options of our layers that are read here, or that change nothing in evaluation
+    *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias"),
+    *("activation", "negative_slope", "source", "update"),
+    *("decay", "nonfinite", "renorm", "running", "running_var", "running_var_kind", "trains_affine"),
+}
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """The folded network and the certificate that it computes the same."""
+
+    model: nn.Module
+    certificate: Certificate
+
+
+def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> FoldResult:
+    """Fold batch normalization into the layers around it, exactly, on a copy of ``net``.
+
+    With population statistics batch normalization is ``scale * x + shift`` per channel, where
+    ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` (Ioffe & Szegedy 2015, Algorithm 2,
+    line 11; ``var`` is the layer's ``running_var``, in torch *unbiased*).
+
+    - *After* a convolution (also transposed, grouped), linear, bilinear or embedding layer, ``W' = scale * W`` on the
+      output axis and ``b' = scale * b + shift``.
+    - *Before* convolutions and linear layers, ``W' = W * scale`` on the input axis and ``b' = b + W shift``; a
+      zero-padded convolution gets the padding value ``-shift / scale``, one a channel.
+    - Either way through dropout in evaluation mode, average-pooling that does not count padding, max-pooling where
+      ``scale >= 0``, interpolation, flatten, reshape, permute, concatenation and split, and into another batch
+      normalization.
+
+    Layers are found by data flow, and only taken where nothing else sees their values. What cannot be folded is kept
+    and listed with the reason; where its statistics are known it becomes one ``ScaleShift`` that has its activation
+    fused. Weights are computed in float64 and rounded once.
+
+    Args:
+        net: the network; it is not changed. Every batch normalization has to be in eval mode, or frozen.
+        example: an input: a tensor, a tuple of positional or a mapping of keyword arguments.
+        tolerance: largest accepted difference, relative to an output's largest value, in the network's dtype;
+            default by dtype (float32: 1e-5), and never below four times the unfolded network's own rounding error
+            on the same input.
+
+    Returns:
+        ``.model``, the folded copy, and ``.certificate``.
+
+    Raises:
+        InputError: when ``net`` is no module or fails on the example.
+        SurgeryError: when there is nothing to fold, a batch normalization is in training mode, the network cannot be
+            captured, or the folded network differs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> folded = fold(net, torch.randn(2, 3, 8, 8))
+        >>> folded.certificate.folded
+        (Folded(layer='1', into='0'),)
+    """
+    net = unwrap(net, "fold")
+    given = Example.of(example)
+    _refuse_training_mode(net)
+    evaluated = copy_of(net).eval()
+    overwritten = _overwritten(evaluated, given)
+    folding = Folding(capture(evaluated, given), overwritten)
+    folding.run()
+    if any(module.training for module in net.modules()):
+        trained = Folding(capture(net, given), overwritten)
+        trained.run()
+        allowed = {item.layer: item.into for item in trained.folded}
+        folding = Folding(capture(evaluated, given), overwritten, allowed)
+        folding.run()
+    folded = copy_of(net)
+    differences: list[Difference] = []
+    dtype = _dtype(net)
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    plan = Plan(
+        folded,
+        folding.steps(folded),
+        lambda: differences.extend(_verify(evaluated, folded, folding, given, limit)),
+        skipped={item.layer: item.reason for item in folding.kept},
+    )
+    plan.apply()
+    return FoldResult(
+        folded,
+        Certificate(
+            tuple(folding.folded),
+            tuple(folding.kept),
+            tuple(differences),
+            folding.flow.method,
+            limit,
+            _text(dtype),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A batch normalization in the graph, ``line`` in float64."""
+
+    name: str
+    layer: nn.Module
+    node: fx.Node
+    line: Line
+
+    @property
+    def source(self) -> fx.Node:
+        return data_inputs(self.node)[0]
+
+    @property
+    def map(self) -> ChannelMap:
+        return ChannelMap(self.line.scale, self.line.shift, self.line.axis)
+
+
+Replacement = Callable[["torch.dtype | None"], nn.Module]
+
+
+@dataclass
+class Folding:
+    """Folds planned on a captured graph; the network is not touched.
+
+    ``state`` holds what the layers become, ``gone`` what takes the place of each module that goes, made for a dtype.
+    """
+
+    flow: DataFlow
+    overwritten: set[str] = field(default_factory=set)
+    allowed: dict[str, str] | None = None
+    folded: list[Folded] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    gone: dict[str, Replacement] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = State(self.flow)
+
+    def run(self) -> None:
+        """Visit every batch normalization in the order of the data."""
+        layers = {name: module for name, module in self.flow.modules.items() if is_norm(module)}
+        if not layers:
+            raise SurgeryError("fold: the network has no batch normalization to fold")
+        self.state.foldable = {name: self.obstacle(name, layer) for name, layer in layers.items()}
+        order = {self.flow.name(n): i for i, n in enumerate(self.flow.nodes) if n.op == "call_module"}
+        reasons: dict[str, str] = {}
+        for name in sorted(layers, key=lambda name: order.get(name, -1)):
+            outcome = self.visit(name, layers[name])
+            if isinstance(outcome, Folded):
+                self.folded.append(outcome)
+            else:
+                reasons[name] = outcome
+        self.kept += [Kept(name, reason, self.reduce(name, layers[name])) for name, reason in reasons.items()]
+        for node in self.flow.nodes:
+            if node.op == "call_function" and operation(node) == "batch_norm":
+                self.kept.append(Kept("functional batch_norm", "it is a call, not a module"))
+
+    def obstacle(self, name: str, layer: nn.Module) -> str | None:
+        """Why the layer is no affine map of one input that nothing else depends on, or None."""
+        reason = obstacle(self.flow, name) or _unknown_transform(layer)
+        if reason is not None:
+            return reason
+        node = self.flow.calls(name)[0]
+        if len(data_inputs(node)) != 1 and not self.adds_residual(name):
+            return "it takes more than one input"
+        if not all(bool(x.isfinite().all()) for x in affine_of(layer)):
+            return "its statistics or parameters are not finite, or running_var + eps is negative"
+        return None
+
+    def adds_residual(self, name: str) -> bool:
+        """Whether the layer is called with a residual beside its input, and nothing else."""
+        node = self.flow.calls(name)[0]
+        arguments = [*node.args, *node.kwargs.values()]
+        return self.flow.method == "torch.fx" and len(arguments) == 2 and not set(node.kwargs) - {"residual"}
+
+    def visit(self, name: str, layer: nn.Module) -> Folded | str:
+        reason = self.state.foldable[name]
+        if reason is not None:
+            return reason
+        site = Site(name, layer, self.flow.calls(name)[0], self.state.line(name))
+        reasons = []
+        for rule in RULES:
+            outcome = rule(self, site)
+            if isinstance(outcome, Folded):
+                return outcome
+            reasons += [outcome] if outcome else []
+        return "; ".join(reasons)
+
+    def accept(self, site: Site, absorption: Absorption) -> Folded | str:
+        """Take the site out of the graph; a fused activation or residual stays in its place."""
+        into = ", ".join(absorption.into)
+        if self.allowed is not None and self.allowed.get(site.name) != into:
+            return "the data flow in training mode is another one"
+        absorption.commit()
+        activation, adds = activations.of_layer(site.layer), self.adds_residual(site.name)
+        self.gone[site.name] = lambda dtype: _remainder(activation, adds)
+        if activation is None and not adds:
+            site.node.replace_all_uses_with(site.source)
+            self.flow.graph.erase_node(site.node)
+        return Folded(site.name, into)
+
+    def reduce(self, name: str, layer: Any) -> str | None:
+        """Plan a ``ScaleShift`` in the place of a layer that stays; its description, or None."""
+        if self.state.foldable[name] is not None:
+            return None
+        node, line = self.flow.calls(name)[0], self.state.line(name)
+        dtype = layer.running_mean.dtype
+        center = wide(layer.running_mean) if name not in self.state.lines else torch.zeros_like(line.scale)
+        weight, bias = line.scale, line.shift + line.scale * center
+        if not all(bool(value.to(dtype).isfinite().all()) for value in (weight, bias)):
+            return None
+        activation = activations.of_layer(layer)
+        after = activations.following(self.flow, node) if activation is None else None
+        if isinstance(after, tuple):
+            activation = after[1]
+            self.gone[after[0]] = lambda dtype: nn.Identity()
+
+        def make(wanted: torch.dtype | None) -> nn.Module:
+            values = (value.to(layer.running_mean.device, wanted or dtype) for value in (center, weight, bias))
+            made = ScaleShift(
+                *values,
+                activation=activation.name if activation else None,
+                negative_slope=activation.slope if activation else 0.01,
+                channels_last=bool(getattr(layer, "channels_last", False)),
+            )
+            return made.requires_grad_(isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad)
+
+        self.gone[name] = make
+        return str(make(None))
+
+    def steps(self, net: nn.Module, dtype: torch.dtype | None = None) -> list[Step]:
+        """The edits that bring the plan about in ``net``, a copy of the captured network."""
+        steps = []
+        for name, new in self.state.weights.items():
+            layer = net.get_submodule(name)
+            steps.append(Step(f"{name}: new weights", _assignment(layer, new, dtype)))
+        for name, make in self.gone.items():
+            old, module = net.get_submodule(name), make(dtype)
+            do = _replacement(net, old, module.train(old.training))
+            steps.append(Step(f"{name}: replaced by {module}", do))
+        return steps
+
+
+Rule = Callable[[Folding, Site], "Folded | str | None"]
+"""A rule folds the site, says why it cannot, or does not apply (None)."""
+
+
+def into_layers_before(folding: Folding, site: Site) -> Folded | str | None:
+    """Scale the output channels of the layer or, behind a concatenation, layers that feed it."""
+    absorption = Absorption(folding.state, site.node)
+    return absorption.before(site.source, site.map) or folding.accept(site, absorption)
+
+
+def into_layers_after(folding: Folding, site: Site) -> Folded | str | None:
+    """Scale the input channels of every layer that takes its output."""
+    if activations.of_layer(site.layer) is not None or folding.adds_residual(site.name):
+        return None
+    absorption = Absorption(folding.state, site.node)
+    reason = absorption.after(site.node, site.map)
+    if reason is not None:
+        return reason
+    if site.name in folding.overwritten:
+        return "its input is changed in place after it is read"
+    return folding.accept(site, absorption)
+
+
+RULES: Sequence[Rule] = (into_layers_before, into_layers_after)
+"""Tried in turn for each batch normalization; the first that folds it wins."""
+
+
+def _overwritten(net: nn.Module, example: Example) -> set[str]:
+    """The norms whose input's memory is written to after they have read it; without them that would show."""
+    watched = copy_of(net)
+    read: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: read.setdefault(name, []).extend((x, _version(x)) for x in args[:1])
+
+    for name, module in watched.named_modules():
+        if is_norm(module):
+            module.register_forward_pre_hook(note(name))
+    run_example(watched, example)
+    return {
+        name for name, inputs in read.items() if any(_version(x) != version or version < 0 for x, version in inputs)
+    }
+
+
+def _version(x: Tensor) -> int:
+    """How often the memory was written to; -1 where torch does not count."""
+    return -1 if x.is_inference() else x._version
+
+
+def _remainder(activation: activations.Activation | None, adds: bool) -> nn.Module:
+    if adds:
+        return AddActivation(activation.module() if activation else nn.Identity())
+    return activation.module() if activation else nn.Identity()
+
+
+def uses_batch_statistics(layer: _BatchNorm) -> bool:
+    """Whether the layer, in the mode it is in, normalizes with the batch's own statistics."""
+    source = getattr(layer, "source", "auto")
+    if source != "auto":
+        return bool(source == "batch") or layer.running_mean is None
+    return layer.training or layer.running_mean is None
+
+
+def _unknown_transform(layer: nn.Module) -> str | None:
+    """Why the layer's output in evaluation is not known to be affine, or None."""
+    if isinstance(layer, _BatchNorm) and uses_batch_statistics(layer):
+        return "it normalizes with the statistics of each batch"
+    if not isinstance(layer, ours._BatchNorm):
+        return None
+    parameters = inspect.signature(type(layer).__init__).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | ours.OPTIONS
+    for key in defaults.keys() - _UNDERSTOOD:
+        value = getattr(layer, key, defaults[key])
+        if value != defaults[key]:
+            return f"its option {key}={value!r} makes more of it than scale and shift"
+    activation = layer.activation
+    if activation and activation not in activations.KNOWN:
+        return f"its fused activation {activation!r} has no module"
+    return None
+
+
+def _assignment(layer: nn.Module, new: Weights, dtype: torch.dtype | None) -> Callable[[], None]:
+    def do() -> None:
+        old = layer.weight
+        assert isinstance(old, nn.Parameter)
+        weight = torch.empty_like(old, dtype=dtype or old.dtype).copy_(new.weight)
+        layer.register_parameter("weight", nn.Parameter(weight, requires_grad=old.requires_grad))
+        if new.bias is not None:
+            bias = new.bias.to(old.device, dtype or old.dtype)
+            layer.register_parameter("bias", nn.Parameter(bias, requires_grad=old.requires_grad))
+        if new.padding is not None:
+            layer.__class__ = CHANNEL_PADDED.get(type(layer), type(layer))
+            layer.register_buffer("padding_value", new.padding.to(old.device, dtype or old.dtype))
+
+    return do
+
+
+def _replacement(net: nn.Module, old: nn.Module, new: nn.Module) -> Callable[[], None]:
+    return lambda: replace_module(net, old, new)
+
+
+def _refuse_training_mode(net: nn.Module) -> None:
+    training = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.training
+        and is_plain(module)
+        and getattr(module, "source", "auto") == "auto"
+    ]
+    if training:
+        raise SurgeryError(
+            f"fold: {', '.join(repr(name) for name in training)} in training mode; "
+            "call net.eval() or bn.freeze(net) first"
+        )
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    """The widest tolerance counts: the coarsest floating-point dtype among the parameters."""
+    dtypes = {p.dtype for p in net.parameters() if p.is_floating_point()} & set(TOLERANCE)
+    return max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+
+
+def _verify(
+    net: nn.Module, folded: nn.Module, folding: Folding, example: Example, tolerance: float
+) -> list[Difference]:
+    """Compare on several inputs and in several dtypes; raises on the first that is too far apart."""
+    exact = copy_of(net).double(), copy_of(net).double()
+    for step in folding.steps(exact[1], torch.float64):
+        step.do()
+    candidate = copy_of(folded).eval()
+    inputs = {"example": example}
+    inputs |= {f"random {i}": example.randomized(i) for i in range(1, _RANDOM_INPUTS + 1)}
+    inputs["doubled batch"] = example.doubled()
+    differences: list[Difference] = []
+    for name, given in inputs.items():
+        expected = run_example(net, given) if name == "example" else _attempt(net, given)
+        if expected is None:
+            continue
+        truth = _attempt(exact[0], given.to(torch.float64))
+        if truth is not None:
+            actual = given.to(torch.float64).run(exact[1])
+            differences += [
+                _difference(name, "float64 unrounded", d, None, _STRUCTURE_TOLERANCE) for d in distances(truth, actual)
+            ]
+        rounding = _rounding(truth, expected)
+        for d in distances(expected, run_example(candidate, given)):
+            own = rounding.get(d.output)
+            limit = max(tolerance, 4 * own) if own is not None and own < 0.1 else tolerance
+            differences.append(_difference(name, _text(_dtype(net)), d, own, limit))
+        if name == "example" and _dtype(net) in (torch.float32, torch.float64):
+            differences += _in_bfloat16(net, candidate, given, truth)
+    _raise_if_failed(differences, folding)
+    return differences
+
+
+def _in_bfloat16(net: nn.Module, folded: nn.Module, example: Example, truth: Any) -> list[Difference]:
+    """Both networks rounded to bfloat16, against float64: folding may not make the error much larger."""
+    narrow = torch.bfloat16
+    outputs = [_attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
+    if truth is None or any(output is None for output in outputs):
+        return []
+    own = _rounding(truth, outputs[0])
+    return [
+        _difference("example", _text(narrow), d, own[d.output], max(TOLERANCE[narrow], 4 * own[d.output]))
+        for d in distances(truth, outputs[1], dtype=torch.float64)
+        if own
+    ]
+
+
+def _raise_if_failed(differences: list[Difference], folding: Folding) -> None:
+    failed = [d for d in differences if not d.passed]
+    if failed:
+        worst = failed[0]
+        raise SurgeryError(
+            f"fold: {worst.output} of the folded network differs by {worst.relative:.2e} of its "
+            f"largest value on the {worst.inputs} input in {worst.dtype} (accepted "
+            f"{worst.tolerance:.0e}); nothing was changed. Folded were "
+            + ", ".join(f"{item.layer} into {item.into}" for item in folding.folded)
+        )
+
+
+def _attempt(net: nn.Module, example: Example) -> Any:
+    try:
+        return example.run(net)
+    except Exception:
+        return None
+
+
+def _rounding(exact: Any, rounded: Any) -> dict[str, float]:
+    if exact is None:
+        return {}
+    try:
+        return {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}
+    except BatchNormError:
+        return {}
+
+
+def _difference(inputs: str, dtype: str, d: Distance, rounding: float | None, tolerance: float) -> Difference:
+    return Difference(inputs, dtype, d.output, d.absolute, d.relative, rounding, tolerance)
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

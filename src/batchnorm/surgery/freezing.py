@@ -1,0 +1,105 @@
+"""Freezing: batch normalization as a fixed affine map, whatever mode the network is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.errors import SurgeryError
+from batchnorm.nn import batch_norm as ours
+from batchnorm.nn import modes
+from batchnorm.nn.saved_modes import FROZEN, flags, train_affine
+from batchnorm.surgery.graph import is_plain, unwrap
+from batchnorm.surgery.plan import Plan, Step
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    """Freeze every batch normalization of ``net``, in place, until ``unfreeze``.
+
+    A frozen layer normalizes with its running statistics (``source="running"``), never updates
+    them (``update="never"``), and its gamma and beta take no gradient (the modes of `set_mode`). It
+    stays so through ``.train()``, ``.to()``, ``deepcopy``, pickling and loading of a ``state_dict``;
+    a ``state_dict`` tells, in its metadata, that it is frozen, and freezes the layers that load it.
+    Layers of torch.nn become this package's for the time: the same objects with the same
+    parameters, buffers, hooks and ``state_dict`` keys. Gradients that gamma and beta hold are
+    dropped, so that no optimizer moves them. Freezing twice is freezing once. Freeze before
+    wrapping in DistributedDataParallel, which counts on the gradients that it has seen.
+
+    Args:
+        net: the network; it is changed and returned. The ``training`` flags stay as they are.
+
+    Raises:
+        InputError: when ``net`` is no module.
+        SurgeryError: when a layer keeps no running statistics, or is of a class with a life of its
+            own (a subclass of torch.nn's layers, ``SyncBatchNorm``); nothing is then changed.
+    """
+    root = unwrap(net, "freeze")
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
+    if not layers:
+        raise SurgeryError("freeze: the network has no batch normalization")
+    thawed = {name: layer for name, layer in layers.items() if not is_frozen(layer)}
+    obstacles = {name: reason for name, m in thawed.items() if (reason := _obstacle(m))}
+    if obstacles:
+        reasons = "; ".join(f"'{name}' {reason}" for name, reason in obstacles.items())
+        raise SurgeryError(f"freeze: {reasons}. Nothing was changed.")
+    before = {name: flags(layer) for name, layer in thawed.items()}  # layers may share a gamma
+    steps = [Step(f"{n}: frozen", _freezing(layer, before[n])) for n, layer in thawed.items()]
+
+    def verify() -> None:
+        for name, layer in layers.items():
+            assert isinstance(layer, ours._BatchNorm)
+            if layer.normalizes_by_batch or layer.updates_statistics:
+                raise SurgeryError(f"freeze: '{name}' has been set free; unfreeze(net) first")
+
+    Plan(root, steps, verify).apply()
+    return net
+
+
+def unfreeze(net: nn.Module) -> nn.Module:
+    """Undo ``freeze``: class, source, update and ``requires_grad`` as they were, in place.
+
+    Running statistics, gamma, beta and the ``training`` flags keep the values that they have.
+    Layers that are not frozen are left alone.
+
+    Raises:
+        InputError: when ``net`` is no module.
+    """
+    root = unwrap(net, "unfreeze")
+    frozen = {name: module for name, module in root.named_modules() if is_frozen(module)}
+    steps = [Step(f"{name}: unfrozen", _thawing(layer)) for name, layer in frozen.items()]
+    Plan(root, steps, lambda: None).apply()
+    return net
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether ``freeze`` holds this layer."""
+    return FROZEN in module.__dict__
+
+
+def _obstacle(layer: _BatchNorm) -> str | None:
+    if layer.running_mean is None or layer.running_var is None:
+        return "keeps no running statistics to freeze (track_running_stats=False)"
+    known = isinstance(layer, ours._BatchNorm) or type(layer) in modes.OURS
+    if not known or not is_plain(layer):
+        return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d"
+    return None
+
+
+def _freezing(layer: _BatchNorm, requires_grad: dict[str, bool]) -> Callable[[], None]:
+    def do() -> None:
+        memory = modes.adopt(layer, requires_grad)
+        assert isinstance(layer, ours._BatchNorm)
+        layer.__dict__[FROZEN] = memory
+        layer.source, layer.update = "running", "never"
+        train_affine(layer, False, requires_grad)
+
+    return do
+
+
+def _thawing(layer: nn.Module) -> Callable[[], None]:
+    def do() -> None:
+        modes.restore(layer, layer.__dict__.pop(FROZEN))
+
+    return do

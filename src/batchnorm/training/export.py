@@ -1,0 +1,207 @@
+"""Files of the finished network, each proven against the unfolded one before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from batchnorm.errors import InputError
+from batchnorm.training.files import write_atomically
+from batchnorm.training.loop import evaluating
+from batchnorm.training.results import Export
+
+TOLERANCE = 1e-5  # of the largest logit
+FOLDED, UNFOLDED, ARCHIVE, ONNX = EXPORTED_FILES = (
+    "model.safetensors",
+    "batchnorm.safetensors",
+    "model.pt2",
+    "model.onnx",
+)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one form is written, and how what was written is run."""
+
+    name: str
+    file: str
+    needs: tuple[str, ...]  # packages without which it cannot be written
+    write: Callable[[Path], str]  # returns a note
+    checker: str | None  # package without which it cannot be run
+    run: Callable[[Path], Tensor]
+
+
+def export_network(folded: nn.Module, unfolded: nn.Module, example: Tensor, folder: Path) -> list[Export]:
+    """Write both networks' weights (safetensors), a torch.export archive and an ONNX file.
+
+    Each file is written under a temporary name, loaded again and run on `example`; it is moved to
+    its name only if no logit differs from `unfolded(example)` in eval mode by more than 1e-5 of the
+    largest. A form whose package is missing is reported as not written or not checked.
+
+    Args:
+        folded, unfolded: networks on the CPU, from `fold`.
+        example: a batch of two or more samples, on the CPU.
+    """
+    with evaluating(unfolded), evaluating(folded), torch.no_grad():
+        reference = unfolded(example)
+        return [_export(form, folder, reference) for form in _forms(folded, unfolded, example)]
+
+
+def _forms(folded: nn.Module, unfolded: nn.Module, example: Tensor) -> list[_Form]:
+    def weights(network: nn.Module) -> Callable[[Path], str]:
+        return lambda path: _write_weights(network, path)
+
+    def reloaded(network: nn.Module) -> Callable[[Path], Tensor]:
+        return lambda path: _run_weights(network, path, example)
+
+    return [
+        _Form("folded weights", FOLDED, (), weights(folded), None, reloaded(folded)),
+        _Form(
+            "unfolded weights",
+            UNFOLDED,
+            (),
+            weights(unfolded),
+            None,
+            reloaded(unfolded),
+        ),
+        _Form(
+            "torch.export archive",
+            ARCHIVE,
+            (),
+            lambda path: _write_archive(folded, example, path),
+            None,
+            lambda path: _run_archive(path, example),
+        ),
+        _Form(
+            "ONNX",
+            ONNX,
+            ("onnx", "onnxscript"),
+            lambda path: _write_onnx(folded, example, path),
+            "onnxruntime",
+            lambda path: _run_onnx(path, example),
+        ),
+    ]
+
+
+def _export(form: _Form, folder: Path, reference: Tensor) -> Export:
+    path = folder / form.file
+    missing = [name for name in form.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        note = f"{missing[0]} is not installed: pip install 'batchnorm[export]'"
+        return Export(form.name, form.file, "not written", note)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        note = form.write(temporary)
+        size = temporary.stat().st_size
+        if form.checker is not None and importlib.util.find_spec(form.checker) is None:
+            os.replace(temporary, path)
+            note += f" {form.checker} is not installed: pip install 'batchnorm[export]'"
+            return Export(form.name, form.file, "not checked", note, size)
+        output = form.run(temporary)
+        difference, relative = _differences(output, reference)
+        if not relative <= TOLERANCE:
+            note = f"differs by more than {TOLERANCE:g} of the largest logit; not kept"
+            return Export(form.name, form.file, "failed", note, None, difference, relative)
+        os.replace(temporary, path)
+        return Export(form.name, form.file, "verified", note, size, difference, relative)
+    except Exception as error:  # exporters and runtimes raise anything; the others shall go on
+        reason = str(error).strip().splitlines() or ["no message"]
+        return Export(form.name, form.file, "failed", f"{type(error).__name__}: {reason[0]}")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _differences(output: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and its ratio to the largest absolute value of the reference."""
+    if output.shape != reference.shape:
+        raise ValueError(f"output has shape {tuple(output.shape)}, not {tuple(reference.shape)}")
+    difference = float((output.double() - reference.double()).abs().max())
+    largest = float(reference.double().abs().max())
+    return difference, difference / largest if largest else difference
+
+
+def _write_weights(network: nn.Module, path: Path) -> str:
+    tensors = {name: t.detach().clone().contiguous() for name, t in network.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return "loaded into a copy and run."
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write the state dict of `network` as safetensors, under a temporary name first.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        write_atomically(path, lambda temporary: _write_weights(network, temporary))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: it cannot be written ({error}).") from error
+
+
+def _run_weights(network: nn.Module, path: Path, example: Tensor) -> Tensor:
+    loaded = copy.deepcopy(network)
+    with torch.no_grad():
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            tensor.fill_(1)  # so that a tensor that the file lacks cannot pass unseen
+    loaded.load_state_dict(load_file(path), strict=True)
+    output: Tensor = loaded(example)
+    return output
+
+
+def _exported_program(network: nn.Module, example: Tensor) -> tuple[torch.export.ExportedProgram, str]:
+    """The program for any batch size, or for the example's alone where a network insists."""
+    try:
+        dynamic = {0: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(network, (example[:4].clone(),), dynamic_shapes=(dynamic,))
+        return program, "any batch size."
+    except Exception:  # the constraint violations of torch.export have no public type
+        program = torch.export.export(network, (example.clone(),))
+        return program, f"for batches of {len(example)} only: the network fixes the batch size."
+
+
+def _write_archive(network: nn.Module, example: Tensor, path: Path) -> str:
+    program, note = _exported_program(network, example)
+    torch.export.save(program, path)
+    return note
+
+
+def _run_archive(path: Path, example: Tensor) -> Tensor:
+    output: Tensor = torch.export.load(path).module()(example)
+    return output
+
+
+def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> str:
+    program, note = _exported_program(network, example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes of the exporter on its own internals
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            input_names=["input"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+    return note
+
+
+def _run_onnx(path: Path, example: Tensor) -> Tensor:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: example.numpy()}
+    return torch.from_numpy(session.run(None, feed)[0])

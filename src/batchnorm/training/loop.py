@@ -1,0 +1,310 @@
+"""The training loop: networks side by side on the same batches, measured and checkpointed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from batchnorm.errors import BatchNormError, DataError
+from batchnorm.training.config import ResolvedConfig
+from batchnorm.training.datasets import Dataset
+from batchnorm.training.files import write_atomically
+from batchnorm.training.results import PERCENTILES, Curve
+
+CHECKPOINT_SECONDS = 30.0
+EVALUATION_BATCH = 500
+MAX_PROBED = 1_000_000  # values that one percentile is taken of
+
+
+class Interrupted(BatchNormError):  # noqa: N818, a signal is no error
+    """Training was stopped by a signal; the checkpoint holds all that was done."""
+
+
+class Progress(Protocol):
+    """What watches a run; the command line draws a bar with it."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the run has begun."""
+
+    def step(self, step: int, steps: int, curves: dict[str, Curve]) -> None:
+        """`step` of `steps` updates are done."""
+
+
+@dataclass
+class Contender:
+    """One network in training, with what was measured of it."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    probe: Probe
+    curve: Curve = field(default_factory=Curve)
+    losses: list[float] = field(default_factory=list)  # since the last measurement
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One unit's input to an activation: the output of `module` at `unit` of `axis`."""
+
+    module: str
+    axis: int
+    unit: int = 0
+
+
+def make_optimizer(network: nn.Module, config: ResolvedConfig, learning_rate: float) -> torch.optim.Optimizer:
+    """The optimizer of `config`; weight decay acts on tensors with two or more axes only."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adam":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum)
+
+
+def batch_indices(samples: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The places of batch number `step` (from 0): a pure function, so a resumed run needs no state.
+
+    Each pass over the data has its own random order; an incomplete last batch is left out.
+    """
+    in_pass = samples // batch_size
+    epoch, place = divmod(step, in_pass)
+    return batch_order(samples, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+_last_order: tuple[tuple[int, int, int], Tensor] | None = None
+
+
+def batch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The random order of the samples in pass number `epoch` (from 0)."""
+    global _last_order
+    key = (samples, seed, epoch)
+    if _last_order is None or _last_order[0] != key:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        _last_order = (key, torch.randperm(samples, generator=generator))
+    return _last_order[1]
+
+
+def train_steps(
+    contenders: dict[str, Contender],
+    data: Dataset,
+    config: ResolvedConfig,
+    checkpoint: Path,
+    *,
+    start: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Do the updates `start` .. `config.steps` of every contender on the same batches.
+
+    A contender whose loss is not finite is stopped there (`Curve.diverged_at`) with its parameters
+    as they were before that update; the others go on. A checkpoint is written every half minute,
+    at the end and on SIGINT or SIGTERM.
+
+    Raises:
+        Interrupted: after a signal, between two steps, with the checkpoint written.
+    """
+    device = torch.device(config.device)
+    x, y = data.x_train.to(device), data.y_train.to(device)
+    if start == 0:
+        for contender in contenders.values():
+            measure(contender, data, 0)
+    saved_at = time.monotonic()
+    with _signals() as stopped_by:
+        for step in range(start, config.steps):
+            batch = batch_indices(len(x), config.batch_size, config.seed, step).to(device)
+            running = [c for c in contenders.values() if c.curve.diverged_at is None]
+            if not running:
+                break
+            for contender in running:
+                _update(contender, x[batch], y[batch], step + 1)
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                for contender in running:
+                    measure(contender, data, step + 1)
+            if progress is not None:
+                progress.step(step + 1, config.steps, {n: c.curve for n, c in contenders.items()})
+            if stopped_by or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                save_checkpoint(checkpoint, step + 1, contenders, data)
+                saved_at = time.monotonic()
+            if stopped_by:
+                raise Interrupted(
+                    f"stopped by {stopped_by[0]} after step {step + 1} of {config.steps}; "
+                    f"{checkpoint} holds all of it. Go on with: "
+                    f"batchnorm train --resume {checkpoint.parent}"
+                )
+    if start < config.steps:
+        save_checkpoint(checkpoint, config.steps, contenders, data)
+
+
+def _update(contender: Contender, x: Tensor, y: Tensor, step: int) -> None:
+    began = time.perf_counter()
+    contender.optimizer.zero_grad()
+    loss = cross_entropy(contender.network(x), y)
+    value = float(loss.detach())
+    if math.isfinite(value):
+        loss.backward()
+        contender.optimizer.step()
+        contender.losses.append(value)
+    else:
+        contender.curve.diverged_at = step
+    contender.curve.seconds += time.perf_counter() - began
+
+
+def measure(contender: Contender, data: Dataset, step: int) -> None:
+    """Append test loss and accuracy, percentiles and the mean training loss to the curve."""
+    curve, losses = contender.curve, contender.losses
+    if curve.diverged_at is not None:
+        return
+    test_loss, accuracy, percentiles = evaluate(contender.network, data, contender.probe)
+    curve.steps.append(step)
+    curve.train_loss.append(math.fsum(losses) / len(losses) if losses else None)
+    curve.test_loss.append(test_loss)
+    curve.test_accuracy.append(accuracy)
+    curve.percentiles.append(percentiles)
+    losses.clear()
+
+
+def evaluate(network: nn.Module, data: Dataset, probe: Probe | None = None) -> tuple[float, float, list[float]]:
+    """Mean cross-entropy (nats) and accuracy (a fraction) over the test part, in eval mode, and the
+    percentiles of the probed unit. The modes of the modules are left as they were."""
+    device = next(network.parameters()).device
+    seen: list[Tensor] = []
+    hook = None
+    if probe is not None:
+        hook = network.get_submodule(probe.module).register_forward_hook(
+            lambda module, args, output: seen.append(output.detach().select(probe.axis, probe.unit).flatten())
+        )
+    loss, right = 0.0, 0
+    try:
+        with evaluating(network), torch.no_grad():
+            for start in range(0, len(data.y_test), EVALUATION_BATCH):
+                part = slice(start, start + EVALUATION_BATCH)
+                logits, y = network(data.x_test[part].to(device)), data.y_test[part].to(device)
+                loss += float(cross_entropy(logits.double(), y, reduction="sum"))
+                right += int((logits.argmax(dim=1) == y).sum())
+    finally:
+        if hook is not None:
+            hook.remove()
+    return loss / len(data.y_test), right / len(data.y_test), _percentiles(seen)
+
+
+def _percentiles(seen: list[Tensor]) -> list[float]:
+    if not seen:
+        return []
+    values = torch.cat(seen)
+    values = values[:: math.ceil(len(values) / MAX_PROBED)].double()
+    at = torch.tensor(PERCENTILES, dtype=torch.float64, device=values.device) / 100
+    return torch.quantile(values, at).tolist()
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying of them; a second SIGINT does kill."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def save_checkpoint(path: Path, step: int, contenders: dict[str, Contender], data: Dataset) -> None:
+    """Write everything that the next step depends on; `torch.load(weights_only=True)` reads it."""
+    state = {
+        "step": step,
+        "data": data.fingerprint(),
+        "random": random_state(),
+        "contenders": {
+            name: {
+                "network": contender.network.state_dict(),
+                "optimizer": contender.optimizer.state_dict(),
+                "curve": dataclasses.asdict(contender.curve),
+                "losses": contender.losses,
+            }
+            for name, contender in contenders.items()
+        },
+    }
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset) -> int:
+    """Put the state of a checkpoint into the contenders; returns the number of steps done.
+
+    Raises:
+        DataError: the file cannot be read, is of other data, or does not fit the networks.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        step, saved, random = int(state["step"]), state["contenders"], state["random"]
+    except Exception as error:  # torch.load raises whatever a damaged archive makes it raise
+        raise DataError(
+            f"checkpoint {path}: it cannot be read ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'})."
+        ) from error
+    if state["data"] != data.fingerprint():
+        raise DataError(
+            f"checkpoint {path}: it was written for other data than {data.name} holds now. "
+            "Resume with the same data, or start a new run."
+        )
+    if set(saved) != set(contenders):
+        raise DataError(f"checkpoint {path}: it holds {sorted(saved)}, expected {sorted(contenders)}.")
+    for name, contender in contenders.items():
+        try:
+            contender.network.load_state_dict(saved[name]["network"])
+            contender.optimizer.load_state_dict(saved[name]["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise DataError(
+                f"checkpoint {path}: it does not fit the network {name} ({error}). Was its factory changed?"
+            ) from error
+        contender.curve = Curve(**saved[name]["curve"])
+        contender.losses = list(saved[name]["losses"])
+    set_random_state(random)
+    return step
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's generators, which layers such as dropout draw from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` took."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

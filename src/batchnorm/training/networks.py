@@ -1,0 +1,179 @@
+"""The built-in networks, and networks from a factory of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from batchnorm.errors import DataError, InputError
+
+
+def figure1(num_features: int = 784, num_classes: int = 10) -> nn.Sequential:
+    """The network of Figure 1 in Ioffe & Szegedy (2015): three hidden layers of 100 sigmoids.
+
+    Weights start Gaussian with the variance 2/(inputs + outputs) (Glorot & Bengio 2010), biases
+    at 0; the paper says "small random Gaussian values" (section 4.1) and gives no spread, so this
+    one is our choice. Takes (N, *shape) with prod(shape) == num_features.
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    width = num_features
+    for _ in range(3):
+        layers += [_gaussian_linear(width, 100), nn.Sigmoid()]
+        width = 100
+    return nn.Sequential(*layers, _gaussian_linear(width, num_classes))
+
+
+def convnet(in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
+    """Three 3x3 convolutions with ReLU (16, 32, 64 channels), average pooled, and a linear layer.
+
+    torch's own initial weights. Takes (N, in_channels, H, W) with H, W >= 4.
+    """
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )
+
+
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {"figure1": figure1, "convnet": convnet}
+
+
+def build_network(spec: str, sample_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+    """The network that `spec` names, for samples of `sample_shape` and `num_classes` classes.
+
+    A factory "package.module:factory" is called with those of these keyword arguments that its
+    signature names (all of them if it takes **kwargs): `num_features` (prod of the sample's
+    shape), `in_channels` (its first axis), `input_shape`, `num_classes` (unless it is None). It
+    returns a torch.nn.Module that maps (N, *input_shape) to logits (N, num_classes).
+
+    Raises:
+        InputError: there is no such network or factory, it asks for an argument that is not
+            offered, it raised, or it did not return a module.
+    """
+    offered: dict[str, Any] = {
+        "num_features": math.prod(sample_shape),
+        "in_channels": sample_shape[0] if sample_shape else 1,
+        "input_shape": sample_shape,
+    }
+    if num_classes is not None:
+        offered["num_classes"] = num_classes
+    if spec in BUILT_IN:
+        if spec == "convnet" and len(sample_shape) != 3:
+            raise InputError(
+                f"network convnet: it takes images (N, C, H, W), the data's samples have shape "
+                f"{sample_shape}. Use figure1, or a factory of your own."
+            )
+        if spec == "convnet" and min(sample_shape[1:]) < 4:
+            raise InputError(
+                f"network convnet: it takes images of 4x4 or larger, the data's samples have shape "
+                f"{sample_shape}. Use figure1, or a factory of your own."
+            )
+        factory = BUILT_IN[spec]
+    else:
+        factory = load_callable(spec, "network", f"{', '.join(BUILT_IN)} or package.module:factory")
+    network = call_with_offered(factory, offered, f"network {spec}")
+    if not isinstance(network, nn.Module):
+        raise InputError(f"network {spec}: the factory returned {type(network).__name__}, expected a torch.nn.Module.")
+    return network
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a .safetensors file, or a state dict saved by torch; no pickled code is run.
+
+    Raises:
+        DataError: the file cannot be read, or its tensors are not those of the network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    except Exception as error:  # damaged archives make the readers raise anything
+        reason = (str(error).strip().splitlines() or ["no message"])[:3]
+        raise DataError(
+            f"weights {path}: {type(error).__name__}: {' '.join(map(str.strip, reason))}. Expected "
+            "a .safetensors file, or a state dict saved by torch.save, of this network."
+        ) from error
+
+
+def load_callable(spec: str, role: str, choices: str) -> Callable[..., Any]:
+    """Import "package.module:name" and return what it names.
+
+    Raises:
+        InputError: the spec has another form, the module cannot be imported, or it has no
+            callable of that name.
+    """
+    module_name, separator, name = spec.partition(":")
+    if not (separator and module_name and name):
+        raise InputError(f"{role} {spec!r}: unknown, expected {choices}.")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(
+            f"{role} {spec}: module {module_name} cannot be imported ({_describe(error)}). "
+            "Run from the folder that holds it, or put that folder on PYTHONPATH."
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        state = "is not callable" if hasattr(module, name) else "does not exist"
+        raise InputError(f"{role} {spec}: {name} {state} in module {module_name}.")
+    return found  # type: ignore[no-any-return]
+
+
+def call_with_offered(function: Callable[..., Any], offered: dict[str, Any], what: str) -> Any:
+    """Call `function` with those of the `offered` keyword arguments that its signature takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature takes none of them
+        parameters = {}.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        taken = offered
+    else:
+        by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        taken = {name: value for name, value in offered.items() if name in by_keyword}
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in taken
+    ]
+    if missing:
+        raise InputError(
+            f"{what}: its argument {missing[0]!r} has no default and is not one that is offered "
+            f"({', '.join(offered)}). Give it a default."
+        )
+    try:
+        return function(**taken)
+    except Exception as error:
+        raise InputError(f"{what}: it raised {_describe(error)}.") from error
+
+
+def _describe(error: BaseException) -> str:
+    """Type, message and place of an exception out of the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _gaussian_linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.xavier_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

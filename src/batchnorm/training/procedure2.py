@@ -1,0 +1,490 @@
+"""Procedure 2 of Ioffe & Szegedy (2015): from a plain network to a proven network for inference."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import batchnorm.training.files as files
+from batchnorm import Standardize, __version__, calibrate, fold, freeze
+from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError
+from batchnorm.surgery.insertion import plan_insertion
+from batchnorm.training.config import ResolvedConfig, TrainConfig
+from batchnorm.training.datasets import Dataset, load_data
+from batchnorm.training.export import EXPORTED_FILES, export_network
+from batchnorm.training.loop import (
+    Contender,
+    Interrupted,
+    Probe,
+    Progress,
+    batch_order,
+    evaluate,
+    evaluating,
+    load_checkpoint,
+    make_optimizer,
+    train_steps,
+)
+from batchnorm.training.networks import build_network
+from batchnorm.training.results import (
+    Calibration,
+    InferenceTime,
+    Insertion,
+    LayerStatistics,
+    TrainResult,
+)
+
+CHECKPOINT, CONFIG, METRICS, CERTIFICATE = (
+    "checkpoint.pt",
+    "config.json",
+    "metrics.json",
+    "certificate.json",
+)
+EXAMPLE_BATCH = 256
+TIMING_ROUNDS = 31
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResult:
+    """Train a network with batch norm, and turn it into a proven network for inference.
+
+    1. Build the network; a copy gets batch norm by `insert`, which drops the biases that it makes
+       redundant. The baseline is the network as it was built.
+    2. Train both on the same batches.
+    3. `calibrate`: exact population statistics in place of the moving averages.
+    4. `freeze`, `fold`, verify.
+    5. Write every form of it into the run folder, each checked against the unfolded network.
+
+    Returns:
+        What was found; the run folder holds config.json, metrics.json, certificate.json,
+        checkpoint.pt and the exported files. `batchnorm.report.write_report` adds the page.
+
+    Raises:
+        InputError, DataError, SurgeryError, MissingDependencyError: before anything is written.
+        Interrupted: on Ctrl-C or SIGTERM in training, with the checkpoint written.
+    """
+    resolved = config.resolve()
+    with _settings(resolved):
+        run = _Run.build(resolved, progress)
+        run.folder = _make_folder(config)
+        files.write_json(run.folder / CONFIG, {"config": resolved.to_dict(), "data": run.data.to_dict()})
+        return run.complete(start=0)
+
+
+def resume(folder: str | Path, *, steps: int | None = None, progress: Progress | None = None) -> TrainResult:
+    """Go on with an interrupted run, to the same final bits as if it had never stopped.
+
+    Args:
+        folder: its run folder.
+        steps: a new number of steps in all, to train a finished run for longer.
+        progress: what watches the run.
+
+    Raises:
+        DataError: config.json or the checkpoint is missing, damaged, or does not fit the data or
+            the network.
+        InputError: `steps` is below what was done already.
+    """
+    folder = Path(folder)
+    resolved = _read_config(folder / CONFIG)
+    if steps is not None:
+        resolved = dataclasses.replace(resolved, steps=steps)
+        resolved.check()
+    with _settings(resolved):
+        run = _Run.build(resolved, progress)
+        run.folder = folder
+        if not (folder / CHECKPOINT).exists():  # stopped before the first checkpoint
+            return run.complete(start=0)
+        start = load_checkpoint(folder / CHECKPOINT, run.contenders, run.data)
+        if start > resolved.steps:
+            raise InputError(
+                f"resume {folder}: {start} steps are done, steps={resolved.steps} asks for fewer. "
+                f"Give steps={start} or more."
+            )
+        if steps is not None:
+            files.write_json(folder / CONFIG, {"config": resolved.to_dict(), "data": run.data.to_dict()})
+        return run.complete(start=start)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What a run is made of, and its way through Procedure 2."""
+
+    config: ResolvedConfig
+    data: Dataset
+    contenders: dict[str, Contender]
+    insertions: list[Insertion]
+    skipped: dict[str, str]
+    parameters: dict[str, int]
+    probe: str
+    progress: Progress | None
+    folder: Path = Path()
+
+    @classmethod
+    def build(cls, config: ResolvedConfig, progress: Progress | None) -> _Run:
+        """Load the data, build the networks, and check that they fit; writes nothing."""
+        _stage(progress, f"loading {config.data}")
+        data = load_data(config.data, seed=config.seed, labels=config.labels)
+        if len(data.x_train) < config.batch_size:
+            raise DataError(
+                f"data {config.data}: {len(data.x_train)} training samples do not make one batch "
+                f"of {config.batch_size}. Give a smaller --batch-size."
+            )
+        torch.manual_seed(config.seed)
+        plain = build_network(config.network, data.input_shape, data.num_classes)
+        if data.standardize:
+            first = Standardize(data.input_shape[0])
+            first.fit(data.x_train.split(config.batch_size))
+            plain = nn.Sequential(OrderedDict(standardize=first, network=plain))
+        example = data.x_train[: max(2, min(config.batch_size, EXAMPLE_BATCH))]
+        _check_output(config.network, plain, example, data.num_classes)
+        _stage(progress, "inserting batch norm")
+        normalized = copy.deepcopy(plain)
+        plan = plan_insertion(normalized, example, placement=config.placement)
+        plan.apply()
+        placed = _placed(plain, normalized, example)
+        insertions = _insertions(plain, placed)
+        probes, words = _probes(placed, config.placement)
+        networks = {"batch norm": normalized}
+        if config.baseline:
+            networks["baseline"] = plain
+        rates = {"batch norm": config.lr, "baseline": config.baseline_lr}
+        contenders = {}
+        for name, network in networks.items():
+            network.to(config.device).train()
+            optimizer = make_optimizer(network, config, rates[name])
+            contenders[name] = Contender(network, optimizer, probes[name])
+        parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        return cls(config, data, contenders, insertions, plan.skipped, parameters, words, progress)
+
+    def complete(self, start: int) -> TrainResult:
+        """Train from step `start` on, then calibrate, freeze, fold, verify and export."""
+        checkpoint = self.folder / CHECKPOINT
+        _stage(self.progress, "training")
+        train_steps(
+            self.contenders,
+            self.data,
+            self.config,
+            checkpoint,
+            start=start,
+            progress=self.progress,
+        )
+        try:
+            return self._conclude()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped after the training, which {checkpoint} holds. Go on with: "
+                f"batchnorm train --resume {self.folder}"
+            ) from None
+
+    def _conclude(self) -> TrainResult:
+        """All that comes after the training, and metrics.json."""
+        normalized = self.contenders["batch norm"].network
+        result = TrainResult(
+            folder=self.folder,
+            config=self.config,
+            environment=environment(self.config),
+            data=self.data.to_dict(),
+            insertions=self.insertions,
+            skipped=self.skipped,
+            parameters=self.parameters,
+            probe=self.probe,
+            curves={name: contender.curve for name, contender in self.contenders.items()},
+            network=normalized,
+            example=self.data.x_test[:EXAMPLE_BATCH],
+        )
+        if not result.diverged:
+            try:
+                self._finish(result, normalized)
+            except BatchNormError as error:  # the measurements of the training shall not be lost
+                result.failure = str(error)
+        files.write_json(self.folder / METRICS, result.to_dict())
+        return result
+
+    def _finish(self, result: TrainResult, network: nn.Module) -> None:
+        """Procedure 2 from line 8 on: population statistics, then the network for inference."""
+        _stage(self.progress, "calibrating: exact population statistics")
+        result.calibration = _calibrate(network, self.data, self.config)
+        freeze(network)
+        network.cpu().eval()
+        _stage(self.progress, "folding and verifying")
+        try:
+            folded = fold(network, result.example)
+        except SurgeryError as error:  # the trained network shall not be lost with its fold
+            result.fold_refusal = str(error)
+        else:
+            result.folded, result.certificate = folded.model, folded.certificate
+            files.write_json(self.folder / CERTIFICATE, folded.certificate.to_dict())
+        _stage(self.progress, "exporting and checking every form")
+        final = network if result.folded is None else result.folded
+        result.exports = export_network(final, network, result.example, self.folder)
+        if result.folded is not None:
+            _stage(self.progress, "timing inference")
+            result.inference_time = _time_inference(network, result.folded, result.example)
+
+
+def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig) -> Calibration:
+    """Replace the moving averages by population statistics over the training part."""
+    loss_moving, accuracy_moving, _ = evaluate(network, data)
+    moving = {name: _statistics(layer) for name, layer in _norms(network)}
+    batches = _calibration_batches(data.x_train, config)
+    calibrate(network, batches, method=config.method)
+    loss_exact, accuracy_exact, _ = evaluate(network, data)
+    layers = [_compare(name, moving[name], _statistics(layer), layer.eps) for name, layer in _norms(network)]
+    return Calibration(
+        method=config.method,
+        batches=len(batches),
+        samples=sum(map(len, batches)),
+        layers=layers,
+        accuracy_moving=accuracy_moving,
+        accuracy_exact=accuracy_exact,
+        loss_moving=loss_moving,
+        loss_exact=loss_exact,
+    )
+
+
+def _calibration_batches(x: Tensor, config: ResolvedConfig) -> list[Tensor]:
+    """The training part in batches, in a random order: "ioffe" needs them of one size, "pooled"
+    takes the incomplete last one too."""
+    order = batch_order(len(x), config.seed, 0)
+    batches = [
+        x[order[start : start + config.batch_size]].to(config.device) for start in range(0, len(x), config.batch_size)
+    ]
+    smallest = config.batch_size if config.method == "ioffe" else 2
+    return [batch for batch in batches if len(batch) >= smallest]
+
+
+def _norms(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The batch norm layers that keep running statistics."""
+    for name, module in network.named_modules():
+        if _is_norm(module) and module.running_mean is not None:
+            yield name, module
+
+
+def _statistics(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.running_mean.detach().double().cpu(), layer.running_var.detach().double().cpu()
+
+
+def _compare(name: str, moving: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], eps: float) -> LayerStatistics:
+    (mean_moving, var_moving), (mean, var) = moving, exact
+    ratio = (var_moving + eps) / (var + eps)
+    return LayerStatistics(
+        layer=name,
+        num_features=len(mean),
+        mean_shift=float(((mean_moving - mean).abs() / (var + eps).sqrt()).max()),
+        variance_ratio_min=float(ratio.min()),
+        variance_ratio_max=float(ratio.max()),
+    )
+
+
+def _check_output(spec: str, network: nn.Module, example: Tensor, num_classes: int) -> None:
+    """One forward pass: (N, *input_shape) must give logits (N, classes)."""
+    try:
+        with evaluating(network), torch.no_grad():
+            output = network(example)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise InputError(
+            f"network {spec}: it does not take the data's batches of shape "
+            f"{tuple(example.shape)} ({type(error).__name__}: {reason})."
+        ) from error
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    fits = isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(example)
+    if not fits or output.shape[1] < num_classes:
+        raise InputError(
+            f"network {spec}: for a batch of shape {tuple(example.shape)} it returns {shape}, "
+            f"expected logits of shape ({len(example)}, {num_classes}), one for each class."
+        )
+
+
+def _calls(network: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
+    """Linear, convolution and batch norm layers in the order in which a forward pass calls them."""
+    called: list[tuple[str, nn.Module]] = []
+    hooks = [
+        module.register_forward_hook(lambda m, args, output, name=name: called.append((name, m)))
+        for name, module in network.named_modules()
+        if isinstance(module, _LAYERS) or _is_norm(module)
+    ]
+    try:
+        with evaluating(network), torch.no_grad():
+            network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A batch norm layer's call, and the layer called last before it, in both networks."""
+
+    norm: tuple[str, Any]
+    layer: tuple[str, nn.Module]
+    plain_layer: tuple[str, nn.Module]
+
+
+def _placed(plain: nn.Module, normalized: nn.Module, example: Tensor) -> list[_Placed]:
+    """Batch norm layers in calling order; the n-th layer call is the n-th in both networks."""
+    plain_layers = [call for call in _calls(plain, example) if isinstance(call[1], _LAYERS)]
+    layers: list[tuple[str, nn.Module]] = []
+    placed = []
+    for call in _calls(normalized, example):
+        if isinstance(call[1], _LAYERS):
+            layers.append(call)
+        elif layers:
+            placed.append(_Placed(call, layers[-1], plain_layers[len(layers) - 1]))
+    return placed
+
+
+def _insertions(plain: nn.Module, placed: list[_Placed]) -> list[Insertion]:
+    """What `insert` did, read off the two networks."""
+    old = {name for name, module in plain.named_modules() if _is_norm(module)}
+    return [
+        Insertion(
+            layer=place.norm[0],
+            kind=type(place.norm[1]).__name__,
+            num_features=place.norm[1].num_features,
+            after=place.plain_layer[0],
+            bias_removed=place.plain_layer[1].bias is not None and place.layer[1].bias is None,
+        )
+        for place in {place.norm[0]: place for place in placed}.values()
+        if place.norm[0] not in old
+    ]
+
+
+def _probes(placed: list[_Placed], placement: str) -> tuple[dict[str, Probe], str]:
+    """Where one unit's input to the last hidden activation is found in each network, in words."""
+    last = placed[-1]
+    source = last.norm if placement == "before_activation" else last.layer
+    probes = {"batch norm": _probe(*source), "baseline": _probe(*last.plain_layer)}
+    unit = "unit" if isinstance(last.layer[1], nn.Linear) else "channel"
+    words = (
+        f"{unit} 0 of layer {last.plain_layer[0]} (with batch norm: the output of {source[0]}), chosen before training"
+    )
+    return probes, words
+
+
+def _probe(name: str, module: nn.Module) -> Probe:
+    last = isinstance(module, nn.Linear) or getattr(module, "channels_last", False)
+    return Probe(name, axis=-1 if last else 1)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, Standardize)
+
+
+def _time_inference(unfolded: nn.Module, folded: nn.Module, example: Tensor) -> InferenceTime:
+    """Forward passes of both by turns, so that a change of the machine's pace meets both."""
+    times: dict[str, list[float]] = {"unfolded": [], "folded": []}
+    with evaluating(unfolded), evaluating(folded), torch.no_grad():
+        for round_number in range(TIMING_ROUNDS + 3):
+            for name, network in (("unfolded", unfolded), ("folded", folded)):
+                began = time.perf_counter()
+                network(example)
+                if round_number >= 3:  # the first rounds warm up
+                    times[name].append((time.perf_counter() - began) * 1e3)
+    ratios = [a / b for a, b in zip(times["unfolded"], times["folded"], strict=True)]
+    return InferenceTime(
+        batch=len(example),
+        rounds=TIMING_ROUNDS,
+        unfolded_ms=statistics.median(times["unfolded"]),
+        folded_ms=statistics.median(times["folded"]),
+        speedup=statistics.median(ratios),
+    )
+
+
+def environment(config: ResolvedConfig) -> dict[str, str]:
+    """Versions and machine, for the report."""
+    device = torch.device(config.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "batchnorm": __version__,
+        "torch": str(torch.__version__),
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": f"{device} ({name})",
+        "CPU threads": str(torch.get_num_threads()),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+@contextmanager
+def _settings(config: ResolvedConfig) -> Iterator[None]:
+    """The threads and the determinism of `config`; afterwards as before."""
+    _check_device(config.device)
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = deterministic
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise InputError(f"train: device={device!r} cannot be used ({reason}).") from error
+
+
+def _make_folder(config: TrainConfig) -> Path:
+    if config.out is not None:
+        folder = Path(config.out)
+    else:
+        stem = f"{_short(config.network)}-{_short(config.data)}"
+        folder = files.next_run_folder(Path("runs"), stem)
+    files.make_run_folder(folder, overwrite=config.overwrite)
+    if config.overwrite:  # what is left of an older run must not pass for this one's
+        for name in (CHECKPOINT, METRICS, CERTIFICATE, *EXPORTED_FILES):
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def _short(spec: str) -> str:
+    """A folder-name's worth of a network or data spec."""
+    return Path(spec).stem if "/" in spec else Path(spec.rpartition(":")[2]).stem
+
+
+def _read_config(path: Path) -> ResolvedConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["config"]
+        config = ResolvedConfig(**values)
+        config.check()
+    except OSError as error:
+        raise DataError(
+            f"resume {path.parent}: {path.name} cannot be read ({error.strerror or error}); "
+            "expected the folder of a run."
+        ) from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"resume {path.parent}: {path.name} is damaged or of another version ({error}).") from error
+    return config
+
+
+def _stage(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.stage(text)

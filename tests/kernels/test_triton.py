@@ -1,0 +1,361 @@
+"""The Triton kernels: their laws under the interpreter, tilings, compilation for real devices, and on CUDA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import batchnorm
+from batchnorm.ops import cuda, schemas
+
+LAWS = Path(__file__).with_name("triton_laws.py")
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install 'batchnorm[gpu]'")
+kernels = pytest.importorskip("batchnorm.kernels.triton")
+
+from triton_laws import TritonLaws  # noqa: E402  (needs triton)
+
+# ---------------------------------------------------------------------------------------------- on the CPU
+
+PARTS = ("scheme or ghost or activation or bit",)
+
+
+@pytest.mark.parametrize("part", [*PARTS, f"not ({' or '.join(PARTS)})"])
+def test_laws_under_the_interpreter(part: str) -> None:
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", str(LAWS), "-p", "no:cacheprovider", "-p", "no:xdist", "-k", part]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+WALKS = st.builds(
+    lambda planar, rows, channels, columns, pool: kernels.Walk(
+        planar, rows, channels, columns if planar else channels, min(pool, rows)
+    ),
+    st.booleans(),
+    st.integers(1, 1 << 22),
+    st.integers(1, 5000),
+    st.integers(1, 1 << 18),
+    st.integers(1, 1 << 22),
+)
+
+
+@given(WALKS, st.sampled_from(["forward", "backward", "map"]), st.sampled_from([2, 4]), st.sampled_from([1, 20, 132]))
+def test_a_tiling_covers_every_element_and_no_more(w: Any, kind: str, itemsize: int, processors: int) -> None:
+    t = kernels.tiling(kind, w, itemsize, processors, "none")
+    tiles = -(-w.pool_rows // t.A) * (-(-w.columns // t.B) if w.planar else 1)
+    assert (t.splits - 1) * t.tiles < tiles <= t.splits * t.tiles
+    blocks = w.channels if w.planar else -(-w.channels // t.B)
+    assert t.programs == w.pools * blocks * t.splits
+    assert all(n & (n - 1) == 0 for n in (t.A, t.B, t.warps))
+    assert t.B >= 8  # a byte of signs
+    assert t.A * t.B <= 1 << 20  # the most elements of a tile in Triton
+    if t.scheme == "single":
+        assert t.splits == tiles == 1
+    if kind != "map":
+        assert t.splits <= 1024
+        assert t.A * t.B <= 32 * 32 * 16
+
+
+@given(st.integers(1, 1 << 16), st.sampled_from([64, 1024]))
+def test_column_blocks_leave_little_idle(columns: int, most: int) -> None:
+    block = kernels._column_block(columns, most)
+    assert block & (block - 1) == 0
+    assert 8 <= block <= most
+    if columns >= 512:
+        assert (-(-columns // block) * block - columns) / columns <= 0.125
+
+
+@given(st.data())
+def test_strides_are_those_of_the_elements(data: st.DataObject) -> None:
+    """Where a walk is found, it reaches every element; where not, no walk would."""
+    axes = data.draw(st.integers(2, 4))
+    shape = data.draw(st.lists(st.integers(1, 3), min_size=axes, max_size=axes))
+    order = data.draw(st.permutations(range(axes)))
+    base = torch.arange(10000).view(10, 10, 10, 10)[tuple([slice(None)] * axes)]
+    base = base if axes == 4 else base.flatten(axes - 1)
+    t = base.permute(order)[tuple(slice(0, n) for n in shape)]
+    columns = t[0, 0].numel()
+    for planar in (True, False):
+        found = kernels.strides(t.shape, t.stride(), planar)
+        first = int(t.flatten()[0])
+        flat = t.reshape(shape[0], shape[1], -1)
+        if found is None:
+            continue
+        row, channel = found
+        for s in range(shape[0]):
+            for c in range(shape[1]):
+                for i in range(columns):
+                    at = s * row + c * channel + i if planar else (s * columns + i) * row + c
+                    assert int(flat[s, c, i]) == first + at
+    plain = torch.empty(shape)
+    assert kernels.strides(plain.shape, plain.stride(), True) is not None
+    rows = torch.empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    assert kernels.strides(rows.shape, rows.stride(), False) is not None
+
+
+# ---------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def _nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_reasons", {})
+    monkeypatch.setattr(cuda, "_kernels", None)
+
+
+@pytest.mark.usefixtures("_nothing_chosen")
+def test_without_triton_aten_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(batchnorm.kernels, "triton")
+    monkeypatch.setitem(sys.modules, "batchnorm.kernels.triton", None)
+    device = torch.device("cpu")
+    with pytest.warns(RuntimeWarning, match=r"pip install 'batchnorm\[gpu\]'"):
+        assert "triton does not load" in (cuda.reason(device) or "")
+    served = cuda.implementation("moments", lambda x, pool_size: "aten")
+    assert served(torch.randn(4, 3), 0) == "aten"
+    assert "pip install" in cuda.describe(device)
+
+
+@pytest.mark.usefixtures("_nothing_chosen")
+def test_what_the_kernels_do_not_take_goes_to_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "self_test", lambda device: None)
+    x = torch.randn(4, 3)
+    assert cuda.serving(x, 0) is kernels
+    for other in (x.double(), x[:0], torch.randn(4, 0)):
+        assert cuda.serving(other, 0) is None
+        assert cuda.moments(other, 0) is NotImplemented
+
+
+def test_signs_fit_what_the_schema_promises() -> None:
+    for shape in ((3, 5, 9), (7, 13), (2, 9, 3, 3), (1, 1, 1, 17)):
+        for x in (torch.empty(shape), torch.empty(shape[:1] + shape[2:] + shape[1:2]).movedim(-1, 1)):
+            w = kernels.walk(x, 0)
+            lines = w.rows * w.channels if w.planar else w.rows
+            assert lines * ((w.columns + 7) // 8) <= schemas.signs_size(x)
+
+
+# ---------------------------------------------------------------------------------------------- compiled, not run
+
+
+class _Target:
+    """As much of a driver as compiling needs: the device that is compiled for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture(params=[80, 90])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Launches compile for this compute capability, with the arguments that they get, and do not run."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    before = driver._active if hasattr(driver, "_active") else None
+    driver.set_active(_Target(request.param))
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    yield found
+    driver._active = before
+
+
+def call_everything(x: Tensor, activation: str, signs: Tensor | None) -> None:
+    channels = x.shape[1]
+    weight, bias = torch.ones(channels), torch.zeros(channels)
+    settings = (0, 1e-5, activation, 0.1)
+    y, mean, var = kernels.forward(x, weight, bias, y_like(x), *settings, signs)
+    saved = (weight, bias, None if signs is not None else y_like(x), signs, mean, var)
+    kernels.backward(y, x, *saved, *settings, False, True, True)
+
+
+def y_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planar", "interleaved"])
+def test_large_shapes_compile_with_whole_vectors(compiled: list[Any], last: bool) -> None:
+    """Every load and store of elements is 128 bits wide, and nothing spills."""
+    x = torch.empty(32, 256, 28, 28, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    call_everything(x, "relu", torch.empty(schemas.signs_size(x), dtype=torch.uint8))
+    assert compiled
+    for kernel in compiled:
+        ptx = kernel.asm["ptx"]
+        assert "ld.global.b16" not in ptx
+        assert "st.global.b16" not in ptx
+        if " x," in kernel.src.fn.src or kernel.src.fn.arg_names[0] in ("x", "dy"):
+            assert "ld.global.v4.b32" in ptx
+        assert "atom." not in ptx
+
+
+def test_small_shapes_compile_in_two_launches(compiled: list[Any]) -> None:
+    call_everything(torch.empty(64, 32), "gelu", None)
+    assert [kernel.src.fn.__name__ for kernel in compiled] == ["forward_whole", "backward_whole"]
+
+
+def test_the_rest_compiles(compiled: list[Any]) -> None:
+    """Ghost batches, populations, verbs apart, running statistics."""
+    x, weight = torch.empty(64, 24, 14, 14, dtype=torch.float16), torch.ones(24)
+    mean = torch.zeros(3, 24, dtype=torch.float64)
+    settings = (30, 1e-3, "tanh", 0.0)
+    kernels.moments(x, 30)
+    kernels.normalize(x, mean, mean, weight, None, None, *settings, None)
+    kernels.backward(x, x, weight, None, None, None, mean, mean, *settings, True, True, False)
+    kernels.backward(x, x, weight, None, None, None, mean, mean, *settings, False, True, False)
+    kernels.backward_reduce(x, x, weight, None, None, None, mean, mean, *settings)
+    kernels.backward_apply(x, x, weight, None, None, None, mean, mean, mean, mean, mean, *settings, False)
+    for momentum in (0.1, None):
+        kernels.update_statistics(weight, weight, torch.tensor(0), mean, mean, 64 * 196, 30 * 196, momentum, True)
+    names = {kernel.src.fn.__name__ for kernel in compiled}
+    assert names >= {"normalize", "partial_gradients", "apply_gradients", "parameter_gradients", "update_statistics"}
+    signature = next(k for k in compiled if k.src.fn.__name__ == "normalize").src.signature
+    assert signature["eps"] == "fp64"
+
+
+# ---------------------------------------------------------------------------------------------- on CUDA
+
+
+@pytest.mark.gpu
+class TestOnCuda(TritonLaws):
+    """The same laws on a real device, and those that only a device can break."""
+
+    device = "cuda"
+
+    SHAPES = ((32, 64, 56, 56), (32, 512, 7, 7), (8192, 256), (64, 32), (6, 3, 224, 224))
+
+    def step(self, layer: torch.nn.Module, x: Tensor, dy: Tensor, *rest: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        y = layer(x, *rest)
+        return [y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)]
+
+    def test_triton_serves_this_device(self) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        assert cuda.reason(device) is None
+        assert cuda.describe(device).startswith("Triton")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_real_sizes(self, shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
+        last = last and len(shape) == 4
+        x, dy, residual = (self.randn(*shape, dtype=dtype, last=last) for _ in range(3))
+        self.check(x, dy, residual, "relu", 0, with_signs=True)
+        self.check(x, dy, None, "identity", shape[0] // 3, with_signs=False)
+
+    def test_the_same_bits_a_hundred_times_under_load(self) -> None:
+        """Another stream keeps the device busy, so that programs run in other orders."""
+        layer = batchnorm.BatchNorm2d(64, activation="relu").to(self.device)
+        x, dy, residual = (self.randn(32, 64, 56, 56, dtype=torch.bfloat16) for _ in range(3))
+        first = self.step(layer, x, dy, residual)
+        noise, side = self.randn(64 << 20), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        for _ in range(100):
+            with torch.cuda.stream(side):
+                noise.sin_()
+            for ours, again in zip(first, self.step(layer, x, dy, residual), strict=True):
+                assert torch.equal(ours, again)
+        torch.cuda.synchronize()
+
+    def test_a_graph_replays_on_new_data(self) -> None:
+        layer = batchnorm.BatchNorm2d(64, activation="relu").to(self.device)
+        x, dy, residual = (self.randn(16, 64, 28, 28) for _ in range(3))
+        self.step(layer, x, dy, residual)  # compiles
+        start = [b.clone() for b in layer.buffers()]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = self.step(layer, x, dy, residual)
+        for buffer, value in zip(layer.buffers(), start, strict=True):
+            buffer.copy_(value)
+        eager = batchnorm.BatchNorm2d(64, activation="relu").to(self.device)
+        eager.load_state_dict(layer.state_dict())
+        for _ in range(3):
+            for t in (x, dy, residual):
+                t.copy_(self.randn(*t.shape))
+            graph.replay()
+            truth = self.step(eager, x, dy, residual)
+            torch.testing.assert_close(captured, truth, rtol=0, atol=0)
+            torch.testing.assert_close(list(layer.buffers()), list(eager.buffers()), rtol=0, atol=0)
+
+    def test_work_runs_on_the_current_stream(self) -> None:
+        """x is made late on a side stream; a launch on another stream would read it before."""
+        layer = batchnorm.BatchNorm2d(8).to(self.device)
+        x, dy = self.randn(16, 8, 32, 32), self.randn(16, 8, 32, 32)
+        truth = self.step(layer, x, dy)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            late = torch.zeros_like(x)
+            torch.cuda._sleep(50_000_000)
+            late.copy_(x)
+            result = self.step(layer, late, dy)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.testing.assert_close(result, truth, rtol=0, atol=0)
+
+    def test_nothing_waits_for_the_device(self) -> None:
+        layer = batchnorm.BatchNorm2d(8, momentum=None, activation="relu").to(self.device)
+        x, dy, residual = (self.randn(16, 8, 32, 32) for _ in range(3))
+        self.step(layer, x, dy, residual)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.step(layer, x, dy, residual)
+            layer.eval()
+            self.step(layer, x, dy, residual)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_several_devices_in_one_process(self) -> None:
+        layer = batchnorm.BatchNorm2d(8)
+        x, dy = torch.randn(16, 8, 32, 32), torch.randn(16, 8, 32, 32)
+        results = []
+        for index in (1, 0):  # the current device stays 0
+            device = torch.device("cuda", index)
+            moved = self.step(layer.to(device), x.to(device), dy.to(device))
+            assert all(t.device == device for t in moved)
+            results.append([t.cpu() for t in moved])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+    def test_offsets_beyond_31_bits(self) -> None:
+        if torch.cuda.mem_get_info()[0] < 24 << 30:
+            pytest.skip("needs 24 GB of device memory")
+        x = torch.zeros(3, 1 << 30, 1, dtype=torch.bfloat16, device=self.device).transpose(1, 2)
+        x[2, 0, -7:] = 3.0
+        mean, m2 = self.kernels.moments(x, 1)
+        torch.testing.assert_close(mean[2, 0].item(), 21.0 / (1 << 30))
+        torch.testing.assert_close(m2[2, 0].item(), 63.0, rtol=1e-6, atol=0)
+        y = self.kernels.normalize(x, mean, m2 / (1 << 30), None, None, None, 1, 1e-5, "identity", 0.0, None)
+        assert bool((y[2, 0, -7:] > 100).all())
+        assert bool((y[2, 0, -8] < 0.1).all())
+
+    def test_compiled_networks_call_the_kernels(self) -> None:
+        layer = batchnorm.BatchNorm2d(16, activation="relu").to(self.device)
+        x, dy = self.randn(8, 16, 14, 14), self.randn(8, 16, 14, 14)
+        eager = self.step(layer, x, dy)
+        fast = torch.compile(layer, fullgraph=True)
+        torch.testing.assert_close(self.step(fast, x, dy), eager, rtol=0, atol=0)

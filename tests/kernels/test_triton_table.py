@@ -1,0 +1,49 @@
+"""The table that the tiling is chosen by, and the script that writes it."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchnorm.kernels import triton_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_device_without_entries_gets_the_default() -> None:
+    assert triton_table.lookup("no such device", "forward", "planar", 2) == triton_table.Knobs()
+    assert triton_table.lookup("no such device", "backward", "planar", 2).single < triton_table.Knobs().single
+
+
+def test_what_was_tuned_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written over the shipped file, and over what it wrote itself."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    from benchmarks import tune_triton
+
+    path = tmp_path / "triton_table.py"
+    shutil.copy(triton_table.__file__, path)
+    key = ("map", "interleaved", 4)
+    for run in (7, 9):
+        tune_triton.write(path, "9.0", {key: triton_table.Knobs(run=run)})
+        written = runpy.run_path(str(path), init_globals={"Knobs": triton_table.Knobs})
+        assert written["MEASURED"]["device"] == "a device"
+        assert written["lookup"]("9.0", *key).run == run
+        assert written["lookup"]("8.0", *key) == written["Knobs"]()
+
+
+@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.tune_triton"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_nothing_is_measured_and_nothing_printed(module: str) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", module], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not done.stdout

@@ -1,0 +1,257 @@
+"""accelerate gives the same network in both modes, with the same keys; revert gives the original back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import Calls, mobilenet, randomize, resnet
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import InputError, SurgeryError
+from batchnorm.surgery.acceleration import plan_acceleration
+
+IMAGES = torch.randn(4, 3, 16, 16)
+
+
+def structure(net):
+    return [(name, type(module), module.training, module.extra_repr()) for name, module in net.named_modules()]
+
+
+def trained(net, x):
+    """Outputs, gradients and buffers of a training step with a random upstream gradient, in float64."""
+    twin = copy.deepcopy(net).double().train()
+    torch.manual_seed(3)
+    y = twin(x.double())
+    (y * torch.randn_like(y)).sum().backward()
+    return y.detach(), {n: p.grad for n, p in twin.named_parameters()}, dict(twin.named_buffers())
+
+
+def assert_same(a, b, x):
+    with torch.no_grad():
+        wide = [copy.deepcopy(net).double().eval()(x.double()) for net in (a, b)]
+    torch.testing.assert_close(*wide, rtol=1e-9, atol=1e-9)
+    for one, other in zip(trained(a, x), trained(b, x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [resnet, mobilenet])
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_networks(make, training):
+    net = randomize(make()).train(training)
+    original = copy.deepcopy(net)
+    before, keys = structure(net), list(net.state_dict())
+    assert bn.accelerate(net, IMAGES) is net
+    assert list(net.state_dict()) == keys
+    assert net.training is training
+    assert all(isinstance(m, bn.BatchNorm2d) for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    assert_same(original, net, IMAGES)
+    assert bn.revert(net) is net
+    assert structure(net) == before
+    assert_same(original, net, IMAGES)
+
+
+def test_every_pattern_of_a_residual_block_is_fused():
+    net = bn.accelerate(resnet(), IMAGES)
+    assert [net[i].bn1.activation for i in (3, 4)] == ["relu", "relu"]
+    assert [net[i].bn2.activation for i in (3, 4)] == ["relu", "relu"]
+    assert net[4].down[1].activation is None
+    calls = []
+    net[3].bn2.register_forward_hook(lambda m, args, kwargs, y: calls.append(kwargs), with_kwargs=True)
+    net(IMAGES)
+    assert calls[0]["residual"].shape == (4, 8, 16, 16)
+    assert isinstance(net[3], type(resnet()[3]))
+
+
+def test_a_copy_leaves_the_network_alone():
+    net = randomize(resnet())
+    before = structure(net)
+    fast = bn.accelerate(net, IMAGES, inplace=False)
+    assert fast is not net
+    assert structure(net) == before
+    assert_same(net, fast, IMAGES)
+    assert_same(net, copy.deepcopy(fast), IMAGES)
+    assert structure(bn.revert(copy.deepcopy(fast))) == before
+
+
+def test_training_after_it_and_reverting_keeps_what_was_learned():
+    net = bn.accelerate(randomize(resnet()).train(), IMAGES)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    net(IMAGES).square().mean().backward()
+    optimizer.step()
+    state = copy.deepcopy(net.state_dict())
+    bn.revert(net)
+    plain = resnet()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(net.eval()(IMAGES), plain.eval()(IMAGES))
+
+
+class Called(Calls):
+    """The same with a signature that torch.fx can follow."""
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+ACTIVATIONS = {
+    "relu": (nn.ReLU(), F.relu),
+    "relu6": (nn.ReLU6(), F.relu6),
+    "leaky_relu": (nn.LeakyReLU(0.3), lambda x: F.leaky_relu(x, 0.3)),
+    "silu": (nn.SiLU(), F.silu),
+    "gelu": (nn.GELU(), F.gelu),
+    "hardswish": (nn.Hardswish(), F.hardswish),
+    "sigmoid": (nn.Sigmoid(), torch.sigmoid),
+    "tanh": (nn.Tanh(), torch.tanh),
+}
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name, called):
+    module, function = ACTIVATIONS[name]
+    if called:
+        net = Called(lambda self, x: function(self.norm(self.conv(x))), conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4))
+    else:
+        layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "act": copy.deepcopy(module)}
+        net = Called(lambda self, x: self.act(self.norm(self.conv(x))), **layers)
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert net.norm.activation == name
+    assert_same(original, net, IMAGES)
+
+
+LEFT_ALONE = {
+    "approximate gelu": lambda self, x: F.gelu(self.norm(x), approximate="tanh"),
+    "used twice": lambda self, x: (lambda y: F.relu(y) + y.mean())(self.norm(x)),
+    "broadcast": lambda self, x: self.norm(x) + x.mean((2, 3), keepdim=True),
+    "scaled": lambda self, x: torch.add(self.norm(x), x, alpha=2),
+    "number": lambda self, x: self.norm(x) + 1,
+    "itself": lambda self, x: (lambda y: y + y)(self.norm(x)),
+    "other dtype": lambda self, x: self.norm(x) + x.double(),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_only_looks_like_a_pattern(name):
+    net = Called(LEFT_ALONE[name], norm=nn.BatchNorm2d(3))
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert net.norm.activation is None
+    with torch.no_grad():
+        torch.testing.assert_close(net(IMAGES), original(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_differs_in_training_is_refused_and_named():
+    def forward(self, x):
+        y = F.relu(self.norm(self.conv(x)))
+        return y + 1 if self.training else y
+
+    net = Called(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)).train()
+    original = copy.deepcopy(net)
+    plan = plan_acceleration(net, IMAGES)
+    assert "another one in training" in plan.skipped[""]
+    plan.apply()
+    assert net.norm.activation is None
+    assert_same(original, net, IMAGES)
+
+
+def test_hooks_frozen_and_foreign_layers_are_left_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    seen = []
+    net[1].register_forward_hook(lambda m, a, y: seen.append(y))
+    bn.accelerate(net, IMAGES)
+    assert net[1].activation is None
+    assert isinstance(net[2], nn.ReLU)
+    bn.revert(net)
+    bn.freeze(net)
+    plan = plan_acceleration(net, IMAGES)
+    assert "frozen" in plan.skipped["1"]
+    plan.apply()
+    bn.unfreeze(net)
+    assert type(net[1]) is nn.BatchNorm2d
+
+
+def test_frozen_layers_are_not_reverted():
+    net = bn.freeze(bn.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), IMAGES))
+    with pytest.raises(SurgeryError, match=r"'1' frozen.*unfreeze"):
+        bn.revert(net)
+    bn.revert(bn.unfreeze(net))
+    assert type(net[1]) is nn.BatchNorm2d
+    assert type(net[2]) is nn.ReLU
+
+
+def test_a_wrong_fusion_is_noticed_and_undone(monkeypatch):
+    from batchnorm.surgery import acceleration, activations
+
+    wrong = activations.Activation("relu6")
+    monkeypatch.setattr(acceleration.activations, "following", lambda flow, node: ("2", wrong))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
+    before = structure(net)
+    with pytest.raises(SurgeryError, match="nothing was changed"):
+        bn.accelerate(net, IMAGES)
+    assert structure(net) == before
+
+
+def test_examples_that_cannot_be_trained_on():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
+    before = structure(net)
+    with pytest.raises(InputError, match="training mode"):
+        bn.accelerate(net, torch.randn(1, 3))
+    assert structure(net) == before
+    with pytest.raises(SurgeryError, match="no batch normalization"):
+        bn.accelerate(nn.Linear(3, 4), torch.randn(2, 3))
+
+
+def test_generated_forwards_are_copied_but_not_pickled():
+    net = bn.accelerate(resnet(), IMAGES)
+    with pytest.raises(SurgeryError, match="revert"):
+        pickle.dumps(net)
+    assert len(pickle.dumps(bn.revert(net))) > 1000
+    plain = bn.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), IMAGES)
+    assert pickle.loads(pickle.dumps(plain))[1].activation == "relu"
+
+
+def test_accelerated_networks_fold_export_and_freeze():
+    net = bn.accelerate(randomize(resnet()).eval(), IMAGES)
+    expected = net(IMAGES)
+    result = bn.fold(net, IMAGES)
+    assert not result.certificate.kept
+    torch.testing.assert_close(result.model(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    exported = torch.export.export(net, (IMAGES,)).module()
+    torch.testing.assert_close(exported(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bn.freeze(net).train()(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+class Growing(nn.Module):
+    """Blocks that take a list which grows, as those of DenseNet do."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Joined(3 * i) for i in (1, 2))
+
+    def forward(self, x):
+        features = [x]
+        for block in self.blocks:
+            features.append(block(features))
+        return torch.cat(features, 1)
+
+
+class Joined(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, 3, 1)
+
+    def forward(self, parts):
+        return self.conv(F.relu(self.norm(torch.cat(parts, 1))))
+
+
+def test_inputs_that_grow_while_the_network_runs():
+    net = randomize(Growing())
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert [block.norm.activation for block in net.blocks] == ["relu", "relu"]
+    assert_same(original, net, IMAGES)

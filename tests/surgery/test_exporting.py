@@ -1,0 +1,72 @@
+"""Exported networks compute the same, and the preview says beforehand what they will be made of."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from small_networks import mobilenet, randomize, resnet
+from torch import nn
+
+import batchnorm as bn
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+
+def folded(net):
+    return bn.fold(net.eval(), IMAGES).model
+
+
+def frozen_in_training(net):
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return bn.freeze(net).train()
+
+
+FORMS = {
+    "unfolded": lambda net: net.eval(),
+    "ours": lambda net: bn.accelerate(net.eval(), IMAGES),
+    "folded": folded,
+    "frozen in training": frozen_in_training,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_in_every_runtime(form, tmp_path):
+    runtime, exporter = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    assert exporter
+    net = randomize(mobilenet() if form == "folded" else resnet())
+    expected = net.eval()(IMAGES).detach()
+    ready = FORMS[form](net)
+    program = torch.export.export(ready, (IMAGES,))
+    torch.testing.assert_close(program.module()(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(program, (), tmp_path / "net.onnx", external_data=False, verbose=False)
+    session = runtime.InferenceSession((tmp_path / "net.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_preview():
+    net = randomize(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
+    ).eval()
+    preview = bn.preview_export(net, IMAGES)
+    assert preview.foldable == 1
+    assert not preview.warnings
+    assert "running statistics as constants" in preview.layers[0].becomes
+    assert net[1].training is False
+    preview = bn.preview_export(net.train(), IMAGES)
+    assert [w.split(":")[0] for w in preview.warnings] == ["1", "3"]
+    assert "writes the running statistics" in preview.layers[0].becomes
+    assert "training mode" in str(preview)
+    preview = bn.preview_export(bn.freeze(net), IMAGES)
+    assert not preview.warnings
+    left = bn.preview_export(bn.fold(bn.unfreeze(net).eval(), IMAGES).model, IMAGES)
+    assert "eps 0" in left.layers[0].becomes
+    assert left.to_dict()["layers"][0]["layer"] == "3"

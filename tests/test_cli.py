@@ -1,0 +1,249 @@
+"""The command line as a user meets it: exit codes, one message on stderr, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from batchnorm.cli import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["train", "--data", "digits", "--steps", "6", "--batch-size", "32", "--no-baseline"]
+
+
+def words(text):
+    """Help without its frames, colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[^\x00-\x7f]", "", text).split())
+
+
+def test_help_teaches_without_loading_torch():
+    code = (
+        "import sys; from batchnorm.cli import main; code = main(['train', '--help']); "
+        "sys.exit(code or ('torch' in sys.modules) * 3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
+    )
+    assert done.returncode == 0, done.stderr
+    shown = words(done.stdout)
+    for part in ("Examples", "figure1: 5000", "mnist5k", "default: 60", "--resume"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("command", ["train", "summary", "calibrate", "fold", "info"])
+def test_every_command_has_help(capsys, command):
+    assert main([command, "--help"]) == 0
+    assert "Usage: batchnorm " + command in words(capsys.readouterr().out)
+
+
+def test_train_writes_a_run_and_prints_its_verdict(tmp_path, capsys):
+    assert main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert "Report:" in shown.out
+    assert "model.onnx: verified" in shown.out.replace("\n", "")
+    assert "calibrating" in shown.err
+    assert (tmp_path / "run" / "report.html").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["steps"], config["batch_size"], config["baseline"]) == (6, 32, False)
+
+
+def test_every_option_reaches_the_run(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(config, progress):
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batchnorm.training.train", stop, raising=False)
+    given = {
+        "network": "convnet",
+        "data": "x.npy",
+        "labels": "y.npy",
+        "out": "here",
+        "steps": 7,
+        "batch_size": 8,
+        "optimizer": "adam",
+        "lr": 0.3,
+        "baseline_lr": 0.4,
+        "momentum": 0.5,
+        "weight_decay": 0.6,
+        "seed": 9,
+        "threads": 2,
+        "device": "meta",
+        "placement": "after_activation",
+        "method": "ioffe",
+        "eval_every": 3,
+    }
+    options = [str(w) for k, v in given.items() for w in ("--" + k.replace("_", "-"), v)]
+    assert main(["train", *options, "--overwrite", "--baseline"]) == 130
+    assert vars(seen[0]) == {**given, "overwrite": True, "baseline": True}
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    """A folder with the user's module and damaged files, which is the current one."""
+    (tmp_path / "users.py").write_text(
+        "from torch import nn\n"
+        "def good(): return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(),\n"
+        "                                 nn.Flatten(), nn.Linear(108, 10))\n"
+        "def nothing(): return nn.Sequential(nn.Flatten(), nn.Softmax(1))\n"
+        "def broken(): raise RuntimeError('no luck')\n"
+    )
+    y = np.arange(40) % 2
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    np.savez(tmp_path / "good.npz", x=x, y=y)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:300])
+    np.savez(tmp_path / "nan.npz", x=x * np.nan, y=y)
+    np.savez(tmp_path / "flat.npz", x=x[:, 0], y=y)
+    np.savez(tmp_path / "negative.npz", x=x, y=y - 1)
+    np.savez(tmp_path / "objects.npz", x=np.array([{}] * 40, dtype=object), y=y)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(x))
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("users", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "cut.npz"], "cut.npz: the archive is damaged or cut short"),
+        (["train", "--data", "nan.npz"], "nan.npz: 120 values of x are NaN"),
+        (["train", "--data", "flat.npz"], "flat.npz: x has shape (40,)"),
+        (["train", "--data", "negative.npz"], "negative.npz: y has the label -1"),
+        (["train", "--data", "objects.npz"], "objects.npz: array 'x' holds pickled objects"),
+        (["train", "--data", "pickle.npy", "--labels", "good.npz"], "pickle.npy: it is a pickle"),
+        (["train", "--data", "missing.npz"], "missing.npz: it cannot be read"),
+        (["train", "--data", "good.npz"], "do not make one batch of 60"),
+        (["train", "--network", "users:nowhere", "--data", "digits"], "nowhere does not exist"),
+        (["train", "--network", "users:broken", "--data", "digits"], "RuntimeError: no luck"),
+        (["train", "--network", "users:nothing", "--data", "digits"], "nothing to normalize"),
+        (["train", "--network", "convnet", "--data", "good.npz", "--batch-size", "8"], "takes images"),
+        ([*SMALL, "--out", "."], "it is not empty"),
+        ([*SMALL, "--out", "file/run"], "cannot be written"),
+        ([*SMALL, "--lr", "nan"], "lr=nan"),
+        (["train", "--resume", "nowhere"], "expected the folder of a run"),
+        (["train", "--resume", "nowhere", "--lr", "1"], "--lr cannot be changed"),
+        (["summary", "--network", "users:good", "--shape", "4;4"], "expected sizes like"),
+        (
+            [
+                *("fold", "--network", "users:good", "--shape", "2,1,8,8"),
+                *("--weights", "pickle.npy", "--out", "a.safetensors"),
+            ],
+            "weights pickle.npy",
+        ),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(users, capsys, arguments, message):
+    before = sorted(path.name for path in users.rglob("*") if "__pycache__" not in str(path))
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("batchnorm: error: ") == 1
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert before == sorted(path.name for path in users.rglob("*") if "__pycache__" not in str(path))
+
+
+@pytest.mark.parametrize("arguments", [["train", "--steps", "many"], ["train", "--no-such"], ["frobnicate"]])
+def test_wrong_usage_is_exit_code_2(capsys, arguments):
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_divergence_is_exit_code_1_with_a_report(tmp_path, capsys):
+    assert main([*SMALL, "--out", str(tmp_path / "run"), "--lr", "1e38"]) == 1
+    assert "diverged" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_ctrl_c_says_how_to_go_on_and_resume_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchnorm.training.procedure2.export_network", lambda *arguments: [])
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "batchnorm", "train"]
+    options = ["--data", "digits", "--steps", "1000000", "--batch-size", "32", "--no-baseline"]
+    process = subprocess.Popen(
+        [*command, *options, "--eval-every", "1000", "--out", str(run)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)  # config.json is written just before the first step
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"batchnorm train --resume {run}" in " ".join(err.split())
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert main(["train", "--resume", str(run), "--steps", str(step + 2)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["curves"]["batch norm"]["steps"][-1] == step + 2
+
+
+def test_summary_calibrate_and_fold_of_a_users_network(users, capsys):
+    assert main(["summary", "--network", "users:good", "--shape", "2,1,8,8"]) == 0
+    assert "BatchNorm2d" in capsys.readouterr().out
+    options = ["--network", "users:good", "--data", "digits", "--out", "calibrated.safetensors"]
+    assert main(["calibrate", *options]) == 0
+    state = load_file(users / "calibrated.safetensors")
+    assert state["1.running_mean"].abs().max() > 0
+    options = ["--network", "users:good", "--weights", "calibrated.safetensors", "--shape", "2,1,8,8"]
+    assert main(["fold", *options, "--out", "folded.safetensors"]) == 0
+    assert "1 -> 0" in capsys.readouterr().out
+    folded = load_file(users / "folded.safetensors")
+    assert not any("running" in name for name in folded)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval()
+    net.load_state_dict({k: v for k, v in state.items() if k[0] in "01"})
+    x = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        ours = nn.functional.conv2d(x, folded["0.weight"], folded["0.bias"])
+        torch.testing.assert_close(ours, net(x))
+
+
+def test_info_tells_what_is_there(capsys):
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_convert_and_the_forms_of_summary(users, capsys):
+    common = ["--network", "users:good", "--shape", "2,1,8,8"]
+    assert main(["summary", *common, "--html", "layers.html", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown[shown.index("{") :])["layers"][0]["type"] == "BatchNorm2d"
+    assert "BatchNorm2d" in (users / "layers.html").read_text()
+    assert main(["convert", *common, "--set", "nonfinite=skip", "--set", "eps=0.001", "--out", "c.safetensors"]) == 0
+    assert "nonfinite='skip'" in capsys.readouterr().out
+    assert "1.num_batches_skipped" in load_file(users / "c.safetensors")
+    for options, message in ((["--set", "nonfinite"], "NAME=VALUE"), (["--set", "made_up=1"], "made_up")):
+        assert main(["convert", *common, *options, "--out", "d.safetensors"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (users / "d.safetensors").exists()
+
+
+def test_fold_takes_files(tmp_path, capsys):
+    net, x = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval(), torch.randn(2, 1, 8, 8)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    assert main(["fold", str(tmp_path / "net.pt2"), "--out", str(tmp_path / "out.pt2")]) == 0
+    assert "1 -> 0" in capsys.readouterr().out
+    torch.testing.assert_close(torch.export.load(tmp_path / "out.pt2").module()(x), net(x))
+    for arguments in (["net.pt2"], ["net.pt2", "--out", "x.onnx"], ["--out", "x.onnx"], ["net.txt", "--out", "x.txt"]):
+        assert main(["fold", *arguments]) == 2
+    assert main(["fold", "gone.onnx", "--out", str(tmp_path / "out.onnx")]) == 2
+    assert "gone.onnx" in capsys.readouterr().err
