@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu import graph, medians
 
 from batchnorm.kernels import triton as kernels
 from batchnorm.kernels import triton_table
 from batchnorm.ops import cuda
+from benchmarks.gpu import graph, medians
 
 CHOICES: dict[str, tuple[int, ...]] = {
     "tile": (1024, 2048, 4096, 8192),

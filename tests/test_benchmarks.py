@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import __main__ as command
-from benchmarks import growth, kernels, machine, oracle, page, rows, steps, suites, tables, targets, timing, wall
-from benchmarks.cases import FUSIONS, Case, draw, grid
 from torch import nn
 
 from batchnorm.kernels import cpu
+from benchmarks import __main__ as command
+from benchmarks import growth, kernels, machine, oracle, page, rows, steps, suites, tables, targets, timing, wall
+from benchmarks.cases import FUSIONS, Case, draw, grid
 
 ROOT = Path(__file__).parent.parent
 SMALL = (6, 5, 4, 3)
