@@ -431,15 +431,16 @@ def _cpu_name() -> str:
 def _settings(config: ResolvedConfig) -> Iterator[None]:
     """The threads and the determinism of `config`; afterwards as before."""
     _check_device(config.device)
-    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    torch.backends.cudnn.deterministic = True
+    cudnn = torch.backends.cudnn
     try:
-        yield
+        # A context of its own: a plain assignment is refused where torch's flags have been made read-only.
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=cudnn.allow_tf32):
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.deterministic = deterministic
 
 
 def _check_device(device: str) -> None:
