@@ -15,11 +15,20 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 enum class Order : int { planar, interleaved };
 enum class Activation : int { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh };
 
+// Positions [begin, end), a position being sample * inner + place; in planar order all of one sample.
+struct Range {
+  int64_t begin, end;
+};
+
 struct Shape {
   Order order;
   Dtype dtype;
   int64_t samples, channels, inner;
   int64_t pool_size;  // samples a pool, 1..samples; the last pool may be smaller
+  // Where given: the positions that are in the pools, sorted and apart. Nothing is read elsewhere, and zeros are
+  // written there. Not together with signs.
+  const Range* valid = nullptr;
+  int64_t valid_count = 0;
   int64_t pools() const { return samples == 0 ? 1 : (samples + pool_size - 1) / pool_size; }
 };
 
@@ -53,7 +62,7 @@ struct Parallel {
 // Doubles of scratch memory that any verb needs for this shape.
 size_t workspace_size(const Shape& shape);
 
-// Sum over each pool of 1, x and (x - mean)^2: count is known from the shape; mean and m2 are (pools, channels).
+// Sum over each pool of x and (x - mean)^2; the count is known from the shape: mean and m2 are (pools, channels).
 void moments(const Shape&, const Operand& x, double* mean, double* m2, double* workspace, Parallel);
 
 // y = activation((x - mean) * gamma / sqrt(var + eps) + beta + residual), var biased.

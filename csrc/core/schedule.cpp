@@ -45,10 +45,10 @@ double element(const Vector& v, int64_t i, double absent) {
   return absent;
 }
 
-double first_value(const Shape& s, const Operand& x, int64_t sample, int64_t channel) {
+double finite_value(const Shape& s, const Operand& x, int64_t sample, int64_t channel, int64_t place) {
   const Vector v{x.data, s.dtype};
-  const double first = element(v, sample * x.sample_stride + channel * x.channel_stride, 0);
-  return std::isfinite(first) ? first : 0;
+  const double value = element(v, sample * x.sample_stride + channel * x.channel_stride + place, 0);
+  return std::isfinite(value) ? value : 0;
 }
 
 // ---------------------------------------------------------------------------------------------- the cut
@@ -62,6 +62,7 @@ struct Plan {
   int64_t group = 1, groups = 1;              // planar: channels of a piece
   int64_t block = 1, blocks = 1;              // samples of a piece, within a pool
   int64_t inner_block = 1, inner_blocks = 1;  // planar: part of a plane
+  const double* counts = nullptr;             // of the pools, where not every position is valid
 
   explicit Plan(const Shape& s) : shape(s) {
     const int64_t bytes = element_size(s.dtype), pools = s.pools(), pool = std::min(s.pool_size, s.samples);
@@ -124,6 +125,7 @@ struct Plan {
            (p.pool * shape.channels * blocks * inner_blocks + p.channel * blocks * inner_blocks + in_pool * p.channels);
   }
   int64_t count(int64_t pool) const {
+    if (counts) return int64_t(counts[pool]);
     return std::min(shape.pool_size, shape.samples - pool * shape.pool_size) * shape.inner;
   }
   Operand at(const Operand& o, const Piece& p) const {
@@ -134,7 +136,25 @@ struct Plan {
     return part;
   }
   Slab slab(const Piece& p) const { return {p.samples, p.channels, p.inner}; }
+  // Padding gathers at one end: first and last in turn give every thread its share of both.
+  int64_t turn(int64_t i) const { return !shape.valid ? i : i % 2 ? pieces() - 1 - i / 2 : i / 2; }
 };
+
+// The valid positions in [begin, end) as runs, and what lies between them as gaps, in order.
+template <class Run, class Gap>
+void walk(const Shape& s, int64_t begin, int64_t end, const Run& run, const Gap& gap) {
+  const Range* const last = s.valid + s.valid_count;
+  const Range* range =
+      std::upper_bound(s.valid, last, begin, [](int64_t position, const Range& r) { return position < r.end; });
+  for (int64_t at = begin; at < end; ++range) {
+    const int64_t first = range == last ? end : std::clamp(range->begin, at, end);
+    if (at < first) gap(at, first);
+    at = range == last ? end : std::min(range->end, end);
+    if (first < at) run(first, at);
+  }
+}
+
+void nothing(int64_t, int64_t) {}
 
 template <class F>
 void for_each(const Plan& plan, int64_t count, Parallel parallel, const F& f) {
@@ -242,11 +262,13 @@ void set_apply(const Coefficients& k, int64_t i, double mean, double k1, double 
 struct Scratch {
   double *shift, *sums;
   Coefficients k;
+  double* counts;  // of the pools
   Scratch(const Plan& plan, double* workspace)
       : shift(workspace),
         sums(workspace + plan.statistics()),
         k{element_size(plan.shape.dtype) > 2, element_size(plan.shape.dtype) == 8 ? 8 : 4,
-          reinterpret_cast<char*>(sums + plan.sums()), plan.statistics()} {}
+          reinterpret_cast<char*>(sums + plan.sums()), plan.statistics()},
+        counts(sums + plan.sums() + 8 * plan.statistics()) {}
 };
 
 Gate gate_of(const Fusion& f) {
@@ -269,7 +291,85 @@ struct Runner {
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
         fusion(f),
         parallel(par),
-        stream(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2) {}
+        stream(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2) {
+    if (!shape.valid) return;
+    for (int64_t pool = 0; pool < shape.pools(); ++pool) {
+      int64_t count = 0;
+      walk(shape, pool_begin(pool), pool_begin(pool + 1), [&](int64_t b, int64_t e) { count += e - b; }, nothing);
+      scratch.counts[pool] = double(count);
+    }
+    plan.counts = scratch.counts;
+  }
+
+  // The first position of a pool.
+  int64_t pool_begin(int64_t pool) const {
+    return std::min(pool * plan.shape.pool_size, plan.shape.samples) * plan.shape.inner;
+  }
+
+  // The part of piece p at positions [begin, end), which lie in one sample where there are samples.
+  Piece part(const Piece& p, int64_t begin, int64_t end) const {
+    Piece part = p;
+    part.sample = begin / plan.shape.inner;
+    part.first = begin % plan.shape.inner;
+    const bool planar = plan.shape.order == Order::planar;
+    part.samples = planar ? 1 : end - begin;
+    part.inner = planar ? end - begin : 1;
+    return part;
+  }
+
+  // run on what is valid of piece p, gap on what is not.
+  template <class Run, class Gap>
+  void parts(const Piece& p, const Run& run, const Gap& gap) const {
+    if (p.samples <= 0 || p.inner <= 0) return;
+    if (!plan.shape.valid) return run(p);
+    const int64_t inner = plan.shape.inner;
+    const auto walked = [&](int64_t begin, int64_t end) {
+      walk(
+          plan.shape, begin, end, [&](int64_t b, int64_t e) { run(part(p, b, e)); },
+          [&](int64_t b, int64_t e) { gap(part(p, b, e)); });
+    };
+    if (plan.shape.order == Order::interleaved) return walked(p.sample, p.sample + p.samples);
+    for (int64_t n = p.sample; n < p.sample + p.samples; ++n)
+      walked(n * inner + p.first, n * inner + p.first + p.inner);
+  }
+
+  template <class Run>
+  void valid_parts(const Piece& p, const Run& run) const {
+    parts(p, run, [](const Piece&) {});
+  }
+
+  void clear(const Piece& p, const Operand& o) const {
+    if (!o) return;
+    char* const data = static_cast<char*>(plan.at(o, p).data);
+    const int64_t size = element_size(plan.shape.dtype);
+    if (plan.shape.order == Order::planar) {
+      for (int64_t c = 0; c < p.channels; ++c)
+        std::memset(data + c * o.channel_stride * size, 0, size_t(p.inner * size));
+    } else if (o.sample_stride == p.channels) {
+      std::memset(data, 0, size_t(p.samples * p.channels * size));
+    } else {
+      for (int64_t n = 0; n < p.samples; ++n)
+        std::memset(data + n * o.sample_stride * size, 0, size_t(p.channels * size));
+    }
+  }
+
+  // The first valid sample and place of a pool; whether there is one.
+  bool first_valid(int64_t pool, int64_t* sample, int64_t* place) const {
+    *sample = pool * plan.shape.pool_size;
+    *place = 0;
+    if (!plan.count(pool)) return false;
+    if (!plan.shape.valid) return true;
+    int64_t first = -1;
+    walk(
+        plan.shape, pool_begin(pool), pool_begin(pool + 1),
+        [&](int64_t b, int64_t) {
+          if (first < 0) first = b;
+        },
+        nothing);
+    *sample = first / plan.shape.inner;
+    *place = first % plan.shape.inner;
+    return true;
+  }
 
   KernelFusion fused(const Piece& p) const {
     KernelFusion f{fusion.activation, fusion.slope, plan.at(fusion.residual, p), nullptr, 0, 0, stream};
@@ -288,26 +388,32 @@ struct Runner {
 
   void set_shifts(const Operand& x) const {
     const Shape& s = plan.shape;
-    for (int64_t pool = 0; pool < s.pools(); ++pool)
+    for (int64_t pool = 0; pool < s.pools(); ++pool) {
+      int64_t sample, place;
+      const bool any = first_valid(pool, &sample, &place);
       for (int64_t c = 0; c < s.channels; ++c)
-        scratch.shift[pool * s.channels + c] = plan.count(pool) ? first_value(s, x, pool * s.pool_size, c) : 0;
+        scratch.shift[pool * s.channels + c] = any ? finite_value(s, x, sample, c, place) : 0;
+    }
   }
 
   void add_moments(int64_t i, const Operand& x) const {
     const Piece p = plan.piece(i);
     double* sums = scratch.sums + plan.sums_offset(i);
     std::fill_n(sums, 2 * p.channels, 0.0);
-    if (p.samples > 0 && p.inner > 0)
-      kernels.moments(plan.slab(p), plan.at(x, p), scratch.shift + statistic(p), plan.count(p.pool) < kFewValues, sums);
+    const bool few = plan.count(p.pool) < kFewValues;
+    valid_parts(p, [&](const Piece& v) {
+      kernels.moments(plan.slab(v), plan.at(x, v), scratch.shift + statistic(p), few, sums);
+    });
   }
 
   void add_reductions(int64_t i, const Operand& dy, const Operand& x, const double* mean) const {
     const Piece p = plan.piece(i);
     double* sums = scratch.sums + plan.sums_offset(i);
     std::fill_n(sums, 2 * p.channels, 0.0);
-    if (p.samples > 0 && p.inner > 0)
-      kernels.reduce(plan.slab(p), plan.at(dy, p), plan.at(x, p), mean + statistic(p),
-                     scratch.k.normalize(statistic(p)), fused(p), gate_of(fusion), sums);
+    valid_parts(p, [&](const Piece& v) {
+      kernels.reduce(plan.slab(v), plan.at(dy, v), plan.at(x, v), mean + statistic(p),
+                     scratch.k.normalize(statistic(p)), fused(v), gate_of(fusion), sums);
+    });
   }
 
   // The two sums of statistic s, over the pieces that hold its values, in their order.
@@ -337,16 +443,27 @@ struct Runner {
 
   void normalize_piece(int64_t i, const Operand& x, const Operand& y) const {
     const Piece p = plan.piece(i);
-    if (p.samples > 0 && p.inner > 0)
-      kernels.normalize(plan.slab(p), plan.at(x, p), plan.at(y, p), scratch.k.normalize(statistic(p)), fused(p));
+    parts(
+        p,
+        [&](const Piece& v) {
+          kernels.normalize(plan.slab(v), plan.at(x, v), plan.at(y, v), scratch.k.normalize(statistic(p)), fused(v));
+        },
+        [&](const Piece& gap) { clear(gap, y); });
   }
 
   void apply_piece(int64_t i, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
     const Piece p = plan.piece(i);
     const int64_t s = statistic(p);
-    if (p.samples > 0 && p.inner > 0)
-      kernels.apply(plan.slab(p), plan.at(dy, p), plan.at(x, p), plan.at(dx, p), plan.at(d_residual, p),
-                    scratch.k.normalize(s), scratch.k.apply(s), fused(p), gate_of(fusion));
+    parts(
+        p,
+        [&](const Piece& v) {
+          kernels.apply(plan.slab(v), plan.at(dy, v), plan.at(x, v), plan.at(dx, v), plan.at(d_residual, v),
+                        scratch.k.normalize(s), scratch.k.apply(s), fused(v), gate_of(fusion));
+        },
+        [&](const Piece& gap) {
+          clear(gap, dx);
+          clear(gap, d_residual);
+        });
   }
 
   // reduce(i) on every piece, finish(pool, channel) on every statistic, apply(i) on every piece, in reverse order
@@ -355,7 +472,8 @@ struct Runner {
   void two_phases(Reduce reduce, Finish finish, Apply apply) const {
     if (plan.whole) {
       for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+        for (int64_t k = begin; k < end; ++k) {
+          const int64_t i = plan.turn(k);
           reduce(i);
           const Piece p = plan.piece(i);
           for (int64_t c = 0; c < p.channels; ++c) finish(p.pool, p.channel + c);
@@ -370,14 +488,14 @@ struct Runner {
       for (int64_t i = begin; i < end; ++i) finish(i / channels, i % channels);
     });
     for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = end - 1; i >= begin; --i) apply(i);
+      for (int64_t i = end - 1; i >= begin; --i) apply(plan.turn(i));
     });
   }
 
   template <class F>
   void one_phase(F f) const {
     for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
+      for (int64_t i = begin; i < end; ++i) f(plan.turn(i));
     });
   }
 
@@ -394,7 +512,7 @@ struct Runner {
 
 size_t workspace_size(const Shape& shape) {
   const Plan plan(shape);
-  return size_t(9 * plan.statistics() + plan.sums());
+  return size_t(9 * plan.statistics() + plan.sums() + (shape.valid ? shape.pools() : 0));
 }
 
 void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {
@@ -463,7 +581,7 @@ void backward(const Shape& shape, const Operand& dy, const Operand& x, const Ope
                    const int64_t i = pool * shape.channels + c;
                    run.merged(pool, c, sum_dz + i, sum_dz_centered + i);
                    const double inv_std = 1 / std::sqrt(var[i] + eps), k1 = element(gamma, c, 1) * inv_std;
-                   const double m = double(run.plan.count(pool));
+                   const double m = double(std::max<int64_t>(run.plan.count(pool), 1));
                    const double k2 = population ? 0 : -k1 * inv_std * inv_std * (sum_dz_centered[i] / m);
                    set_apply(run.scratch.k, i, mean[i], k1, k2, population ? 0 : -k1 * (sum_dz[i] / m));
                  },

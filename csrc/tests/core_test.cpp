@@ -81,10 +81,21 @@ struct Partition {
 };
 
 // ---------------------------------------------------------------------------------------------- examination
+bool is_zero_where_invalid(const Problem& p, const Tensor& t) {
+  for (int64_t n = 0; n < p.c.shape.samples; ++n)
+    for (int64_t i = 0; i < p.c.shape.inner; ++i)
+      for (int64_t c = 0; c < p.c.shape.channels && !p.is_valid(n, i); ++c)
+        if (t.get(n, c, i) != 0) return false;
+  return true;
+}
+
 void run(const Verb& verb, Run& r) {
   now = std::string(batchnorm::instruction_set()) + " " + verb.name + ": " + r.p.c.text();
   verb.run(r);
-  for (const Tensor& t : r.tensors) r.expect(t.guards_intact(), "an output was written beside its elements");
+  for (const Tensor& t : r.tensors) {
+    r.expect(t.guards_intact(), "an output was written beside its elements");
+    if (r.p.is_masked()) r.expect(is_zero_where_invalid(r.p, t), "an output is not zero where nothing is valid");
+  }
 }
 
 // Each verb against the oracle, on each instruction set; what is only read stays as it is.
@@ -246,6 +257,27 @@ void large() {
   now = "the shapes of large() reach serial, whole and parted plans";
   for (Order order : kOrders)
     for (int64_t calls : {0, 1, 2}) check(reached.count({order, calls}) == 1, "a kind of plan is no longer reached");
+}
+
+// Some positions valid, NaN and infinity at the others: from none to nearly all, in pools of each kind and every cut.
+void masks() {
+  uint64_t k = 0;
+  for (Dtype dtype : kDtypes)
+    for (int percent : {0, 3, 25, 50, 95})
+      for (Fused fused : fusions(++k)) {
+        if (fused.signs) continue;
+        const Layout layout = Layout(++k % 4);
+        test_caches = k % 2 ? kTinyCaches : kOrdinaryCaches;
+        examine({planar(dtype, 6, 3, 37, k % 3 ? 6 : 4), layout, fused, k, Values::ordinary, 1e-5, 0.01, percent});
+        examine({interleaved(dtype, 90, 19, k % 3 ? 90 : 31), layout, fused, k, Values::far, 1e-5, 0.01, percent});
+      }
+  for (Dtype dtype : kDtypes)
+    for (const Shape& s : {planar(dtype, 10, 70, 49, 3), planar(dtype, 3, 1, 33003, 2),
+                           interleaved(dtype, 2100, 17, 2100), interleaved(dtype, 2000, 9, 700)}) {
+      test_caches = ++k % 2 ? kSmallCaches : kOrdinaryCaches;
+      examine_partitions({s, Layout(k % 4), {Activation(k % 4), k % 2 == 0}, k, Values::ordinary, 1e-5, 0.01, 40});
+    }
+  test_caches = kOrdinaryCaches;
 }
 
 // Nothing in, nothing out: mean and m2 of no values are 0, sums too, and no operand is touched.
@@ -494,7 +526,8 @@ int main() {
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "while checking %s\n", now.c_str()); });
 #endif
   selection(batchnorm::instruction_set());
-  for (auto part : {lengths, counts, values, activations, large, empties, nonfinite, conversions, corners}) part();
+  for (auto part : {masks, lengths, counts, values, activations, large, empties, nonfinite, conversions, corners})
+    part();
   std::printf("%lld passed, %lld failed\n", (long long)passed, (long long)failed);
   return failed ? 1 : 0;
 }

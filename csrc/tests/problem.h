@@ -41,6 +41,7 @@ struct Case {
   uint64_t seed = 0;
   Values values = Values::ordinary;
   double eps = 1e-5, slope = 0.01;
+  int percent = 100;  // of the positions that are valid, in runs
 
   std::string text() const {
     const Shape& s = shape;
@@ -51,6 +52,7 @@ struct Case {
          name_of(values) + " values, " + name_of(fused.activation);
     if (fused.residual) t += " + residual";
     if (fused.signs) t += " + signs";
+    if (percent < 100) t += ", " + std::to_string(percent) + " % valid";
     return t + ", seed " + std::to_string(seed);
   }
 };
@@ -72,7 +74,28 @@ class Parameter {
   std::optional<Block> block_;
 };
 
+// Runs of valid positions of random lengths, never across samples in planar order; in interleaved order also long ones.
+inline std::vector<batchnorm::Range> random_ranges(const Case& c) {
+  std::vector<batchnorm::Range> ranges;
+  if (c.percent >= 100) return ranges;
+  Random random(c.seed + 77);
+  const int64_t positions = c.shape.samples * c.shape.inner;
+  const int64_t line = c.shape.order == Order::planar ? c.shape.inner : std::max<int64_t>(positions, 1);
+  for (int64_t at = 0; at < positions;) {
+    const int64_t end = std::min({at + 1 + int64_t(random.below(23)), (at / line + 1) * line, positions});
+    if (int(random.below(100)) < c.percent) {
+      if (!ranges.empty() && ranges.back().end == at && at % line)
+        ranges.back().end = end;
+      else
+        ranges.push_back({at, end});
+    }
+    at = end;
+  }
+  return ranges;
+}
+
 struct Problem {
+  const std::vector<batchnorm::Range> ranges;
   const Case c;
   Tensor x, dy, residual;
   Parameter gamma, beta;
@@ -82,7 +105,8 @@ struct Problem {
   std::vector<uint8_t> signs;  // random, so that only these bits can tell the gradient its way
 
   explicit Problem(const Case& given)
-      : c(given),
+      : ranges(random_ranges(given)),
+        c(with_ranges(given)),
         x(c.shape, unshared(c.layout), c.seed),
         dy(c.shape, c.layout, c.seed + 1),
         residual(c.shape, c.layout, c.seed + 2),
@@ -96,6 +120,13 @@ struct Problem {
         k2(statistics()),
         k3(statistics()),
         signs(size_t(sign_bytes())) {
+    valid_.assign(size_t(c.shape.samples * c.shape.inner), !is_masked());
+    for (const batchnorm::Range& r : ranges)
+      for (int64_t at = r.begin; at < r.end; ++at) valid_[size_t(at)] = true;
+    for (int64_t p = 0; p < c.shape.pools(); ++p) {
+      const auto begin = valid_.begin() + p * c.shape.pool_size * c.shape.inner;
+      values_.push_back(std::count(begin, valid_.begin() + pool_end(p) * c.shape.inner, true));
+    }
     Random random(c.seed * 1000003 + 1);
     fill(random);
     take_moments();
@@ -109,15 +140,17 @@ struct Problem {
   int64_t statistics() const { return c.shape.pools() * c.shape.channels; }
   int64_t pool(int64_t n) const { return n / c.shape.pool_size; }
   int64_t statistic(int64_t n, int64_t channel) const { return pool(n) * c.shape.channels + channel; }
-  int64_t pool_values(int64_t pool) const {
-    return std::min(c.shape.pool_size, c.shape.samples - pool * c.shape.pool_size) * c.shape.inner;
-  }
+  int64_t pool_end(int64_t pool) const { return std::min((pool + 1) * c.shape.pool_size, c.shape.samples); }
+  int64_t pool_values(int64_t pool) const { return values_[size_t(pool)]; }
+  bool is_masked() const { return c.percent < 100; }
+  bool is_valid(int64_t n, int64_t i) const { return valid_[size_t(n * c.shape.inner + i)]; }
 
   template <class F>
   void for_each_element(F f) const {
     for (int64_t n = 0; n < c.shape.samples; ++n)
       for (int64_t channel = 0; channel < c.shape.channels; ++channel)
-        for (int64_t i = 0; i < c.shape.inner; ++i) f(n, channel, i);
+        for (int64_t i = 0; i < c.shape.inner; ++i)
+          if (is_valid(n, i)) f(n, channel, i);
   }
 
   // Each run starts at a whole byte.
@@ -149,6 +182,18 @@ struct Problem {
   }
 
  private:
+  std::vector<bool> valid_;      // of every position
+  std::vector<int64_t> values_;  // of every pool, a channel
+
+  Case with_ranges(Case given) const {
+    static const batchnorm::Range none{};
+    if (given.percent < 100) {
+      given.shape.valid = ranges.empty() ? &none : ranges.data();
+      given.shape.valid_count = int64_t(ranges.size());
+    }
+    return given;
+  }
+
   Bounded dz(const Coefficients& k, int64_t n, int64_t channel, int64_t i) const {
     const Real upstream = dy.get(n, channel, i);
     if (!c.fused.signs) return curve().gated(curve().derivative(z(k, n, channel, i)), upstream);
@@ -185,8 +230,12 @@ struct Problem {
           x.set(n, k, i, distribution.mean + distribution.std * random.normal());
           dy.set(n, k, i, 0.3 + random.normal());
           residual.set(n, k, i, 3 * random.normal());
+          if (is_valid(n, i)) continue;
+          x.set(n, k, i, NAN);
+          dy.set(n, k, i, random.below(2) ? NAN : INFINITY);
+          residual.set(n, k, i, NAN);
         }
-      if (s.samples * s.inner == 0) continue;
+      if (s.samples * s.inner == 0 || is_masked()) continue;
       if (c.values == Values::outlier) x.set(random.below(s.samples), k, random.below(s.inner), 3e4);
       if (c.values == Values::outlier_first) x.set(0, k, 0, -3e4);
     }
@@ -201,9 +250,11 @@ struct Problem {
         const Real count = Real(std::max<int64_t>(pool_values(p), 1));
         Real sum = 0, square = 0;
         for (int64_t n = begin; n < end; ++n)
-          for (int64_t i = 0; i < c.shape.inner; ++i) sum += x.get(n, k, i);
+          for (int64_t i = 0; i < c.shape.inner; ++i)
+            if (is_valid(n, i)) sum += x.get(n, k, i);
         for (int64_t n = begin; n < end; ++n)
           for (int64_t i = 0; i < c.shape.inner; ++i) {
+            if (!is_valid(n, i)) continue;
             const Real d = x.get(n, k, i) - sum / count;
             square += d * d;
           }

@@ -65,7 +65,10 @@ struct Run {
 inline Real shift_of(const Problem& p, int64_t statistic) {
   const int64_t pool = statistic / p.c.shape.channels, channel = statistic % p.c.shape.channels;
   if (p.pool_values(pool) == 0) return 0;
-  return std::fabs(p.x.get(pool * p.c.shape.pool_size, channel, 0) - p.exact_mean[size_t(statistic)]);
+  int64_t n = pool * p.c.shape.pool_size, i = 0;
+  while (!p.is_valid(n, i))
+    if (++i == p.c.shape.inner) ++n, i = 0;
+  return std::fabs(p.x.get(n, channel, i) - p.exact_mean[size_t(statistic)]);
 }
 
 inline void judge_moments(Run& r, const Doubles& mean, const Doubles& square, bool is_variance) {
