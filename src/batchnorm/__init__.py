@@ -14,9 +14,16 @@ _PUBLIC = {
     "BatchNorm2d": "batchnorm.nn.batch_norm",
     "BatchNorm3d": "batchnorm.nn.batch_norm",
     "BatchNormError": "batchnorm.errors",
+    "GRU": "batchnorm.nn.recurrent",
+    "GRUCell": "batchnorm.nn.recurrent",
+    "LSTM": "batchnorm.nn.recurrent",
+    "LSTMCell": "batchnorm.nn.recurrent",
     "Moments": "batchnorm.moments",
+    "RNN": "batchnorm.nn.recurrent",
+    "RNNCell": "batchnorm.nn.recurrent",
     "Renorm": "batchnorm.nn.renormalization",
     "Standardize": "batchnorm.nn.standardization",
+    "StepBatchNorm": "batchnorm.nn.step_batch_norm",
     "accelerate": "batchnorm.surgery.acceleration",
     "accumulate": "batchnorm.nn.modes",
     "accumulate_exact": "batchnorm.nn.accumulation",
@@ -79,9 +86,16 @@ if TYPE_CHECKING:
     from batchnorm.nn.modes import no_update as no_update
     from batchnorm.nn.modes import set_mode as set_mode
     from batchnorm.nn.modes import transaction as transaction
+    from batchnorm.nn.recurrent import GRU as GRU
+    from batchnorm.nn.recurrent import LSTM as LSTM
+    from batchnorm.nn.recurrent import RNN as RNN
+    from batchnorm.nn.recurrent import GRUCell as GRUCell
+    from batchnorm.nn.recurrent import LSTMCell as LSTMCell
+    from batchnorm.nn.recurrent import RNNCell as RNNCell
     from batchnorm.nn.renormalization import Renorm as Renorm
     from batchnorm.nn.standardization import Standardize as Standardize
     from batchnorm.nn.standardization import standardize as standardize
+    from batchnorm.nn.step_batch_norm import StepBatchNorm as StepBatchNorm
     from batchnorm.ops.configuration import show_config as show_config
     from batchnorm.population.adaptation import adapt as adapt
     from batchnorm.population.adaptation import restore as restore

@@ -17,6 +17,7 @@ Sources, cited by name below:
     Schneider et al. 2020, Improving robustness against common corruptions by covariate shift
         adaptation.
     Hendrycks & Gimpel 2016, Gaussian Error Linear Units.
+    Cooijmans et al. 2016, Recurrent Batch Normalization.
 """
 
 from __future__ import annotations
@@ -812,6 +813,82 @@ def weigh_example(
     var_i = np.maximum(second_i - mean_i**2, 0)
     xhat = _array((x - mean_i) / np.sqrt(var_i + eps))
     return _per_channel(gamma, 1, x, axis) * xhat + _per_channel(beta, 0, x, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class StepNormalization:
+    """gamma and beta, and the statistics (steps, C) to normalize by: None for those of the batch."""
+
+    gamma: ArrayLike
+    beta: ArrayLike = 0.0
+    mean: ArrayLike | None = None
+    var: ArrayLike | None = None
+
+    def __call__(self, x: Array, t: int, eps: float) -> Array:
+        """The rows (n, C) of step t, normalized."""
+        if self.mean is None or self.var is None:
+            mean, var = x.mean(0), x.var(0)
+        else:
+            mean, var = _array(self.mean)[t], _array(self.var)[t]
+        return _array((x - mean) / np.sqrt(var + eps) * _array(self.gamma) + _array(self.beta))
+
+
+def recurrent(
+    cell: str,
+    x: ArrayLike,
+    lengths: Sequence[int],
+    weight_ih: ArrayLike,
+    weight_hh: ArrayLike,
+    of_ih: StepNormalization,
+    *,
+    pool: str,
+    of_hh: StepNormalization | None = None,
+    of_c: StepNormalization | None = None,
+    bias_hn: ArrayLike = 0.0,
+    weight_hr: ArrayLike | None = None,
+    h0: ArrayLike | None = None,
+    c0: ArrayLike | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """Hidden states (T, N, H) of a batch-normalized recurrence over sequences x (T, N, C), zero past their ends.
+
+    `cell` is "RNN_TANH", "RNN_RELU", "LSTM" or "GRU", with torch's order of gates. W_ih x is pooled over each
+    step ("frame") or all of them ("sequence", Laurent et al. 2016); W_hh h and the cell before its output tanh
+    over each step (Cooijmans et al. 2016, equations 6 to 8). Only the frames before a sequence's end are pooled.
+    """
+    x, weight_ih, weight_hh = _array(x), _array(weight_ih), _array(weight_hh)
+    steps, samples, _ = x.shape
+    valid = np.arange(steps)[:, None] < np.asarray(lengths)
+    of_input = x @ weight_ih.T
+    if pool == "sequence":
+        of_input[valid] = of_ih(of_input[valid], 0, eps)
+    else:
+        for t in range(steps):
+            of_input[t, valid[t]] = of_ih(of_input[t, valid[t]], t, eps)
+    h = np.zeros((samples, weight_hh.shape[1])) if h0 is None else _array(h0).copy()
+    c = np.zeros((samples, len(weight_hh) // 4)) if c0 is None else _array(c0).copy()
+    out = np.zeros((steps, samples, h.shape[1]))
+    for t in range(steps):
+        on = valid[t]
+        of_state = h[on] @ weight_hh.T
+        if of_hh is not None:
+            of_state = of_hh(of_state, t, eps)
+        z = of_input[t, on] + of_state
+        if cell == "LSTM":
+            i, f, g, o = np.split(z, 4, 1)
+            c[on] = _sigmoid(f) * c[on] + _sigmoid(i) * np.tanh(g)
+            shown = c[on] if of_c is None else of_c(c[on], t, eps)
+            new = _sigmoid(o) * np.tanh(shown)
+            h[on] = new if weight_hr is None else new @ _array(weight_hr).T
+        elif cell == "GRU":
+            r, update, _ = (_sigmoid(part) for part in np.split(z, 3, 1))
+            x_n, h_n = (np.split(part, 3, 1)[2] for part in (of_input[t, on], of_state))
+            n = np.tanh(x_n + r * (h_n + _array(bias_hn)))
+            h[on] = (1 - update) * n + update * h[on]
+        else:
+            h[on] = np.tanh(z) if cell == "RNN_TANH" else np.maximum(z, 0)
+        out[t, on] = h[on]
+    return out
 
 
 def adapt_statistics(source: Statistics, target: Statistics, *, prior: float, samples: float) -> Statistics:

@@ -13,6 +13,7 @@ from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
 from batchnorm.nn import modes, running_statistics
+from batchnorm.nn.step_batch_norm import StepBatchNorm
 
 Use = tuple[str, int]  # a layer, and how often it ran before in this forward
 
@@ -74,6 +75,8 @@ def _participants(net: nn.Module) -> dict[str, Any]:
     for name, layer in layers.items():
         if layer.renorm is not None:
             raise InputError(f"accumulate_exact: layer {name!r} has renorm=, whose r and d belong to a batch")
+        if isinstance(layer, StepBatchNorm):
+            raise InputError(f"accumulate_exact: layer {name!r} has statistics by time step, which are not merged")
     return layers
 
 
