@@ -185,7 +185,8 @@ struct Threads {
 // The input of a call, and the order that it is walked in: that of the results. Other operands are brought into it.
 class Call {
  public:
-  Call(const Tensor& x, int64_t pool_size) : x_(x), format_(suggested_format(x)) {
+  Call(const Tensor& x, int64_t pool_size, const OptionalTensor& mask = std::nullopt)
+      : x_(x), format_(suggested_format(x)) {
     const int64_t samples = x.size(0), inner = inner_of(x);
     const int64_t pool = pool_size <= 0 || pool_size >= samples ? samples : pool_size;
     const bool rows = inner == 1 || (format_ != MemoryFormat::Contiguous && x.size(1) > 1);
@@ -195,6 +196,7 @@ class Call {
     shape.samples = rows ? samples * inner : samples;
     shape.pool_size = rows ? pool * inner : pool;
     shape.inner = rows ? 1 : inner;
+    if (mask) set_valid(torch::stable::contiguous(*mask), samples, inner);
     input_ = read(x);
     workspace_.reset(new double[batchnorm::workspace_size(shape)]);
   }
@@ -226,11 +228,34 @@ class Call {
   Tensor statistics() const { return empty_of({shape.pools(), shape.channels}, ScalarType::Double); }
 
  private:
+  // The runs of true in a mask (N, *space), each within a sample.
+  void set_valid(const Tensor& mask, int64_t samples, int64_t inner) {
+    if (mask.scalar_type() != ScalarType::Bool || mask.numel() != samples * inner)
+      throw std::runtime_error("batchnorm: expected a boolean mask with an element for each position of the input");
+    const auto* const positions = static_cast<const uint8_t*>(mask.const_data_ptr());
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t at = n * inner, end = at + inner; at < end;) {
+        const void* const on = std::memchr(positions + at, 1, size_t(end - at));
+        if (!on) break;
+        const int64_t begin = static_cast<const uint8_t*>(on) - positions;
+        const void* const off = std::memchr(positions + begin, 0, size_t(end - begin));
+        at = off ? static_cast<const uint8_t*>(off) - positions : end;
+        if (shape.order == batchnorm::Order::interleaved && !valid_.empty() && valid_.back().end == begin)
+          valid_.back().end = at;
+        else
+          valid_.push_back({begin, at});
+      }
+    shape.valid_count = int64_t(valid_.size());
+    if (valid_.empty()) valid_.push_back({0, 0});  // something to point at
+    shape.valid = valid_.data();
+  }
+
   Tensor x_;
   MemoryFormat format_;
   batchnorm::Operand input_;
   std::unique_ptr<double[]> workspace_;
   std::vector<Tensor> kept_;
+  std::vector<batchnorm::Range> valid_;
 };
 
 batchnorm::Fusion fusion_of(Call& call, const OptionalTensor& residual, int64_t activation, double slope,
@@ -306,8 +331,8 @@ class Statistics {
 };
 
 // ---------------------------------------------------------------------------------------------- the operators
-std::tuple<Tensor, Tensor> moments(Tensor x, int64_t pool_size) {
-  Call call(x, pool_size);
+std::tuple<Tensor, Tensor> moments(Tensor x, int64_t pool_size, OptionalTensor mask) {
+  Call call(x, pool_size, mask);
   Tensor mean = call.statistics(), m2 = call.statistics();
   batchnorm::moments(call.shape, call.input(), static_cast<double*>(mean.data_ptr()),
                      static_cast<double*>(m2.data_ptr()), call.workspace(), Threads::parallel());
@@ -316,8 +341,8 @@ std::tuple<Tensor, Tensor> moments(Tensor x, int64_t pool_size) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor weight, OptionalTensor bias,
                                                    OptionalTensor residual, int64_t pool_size, double eps,
-                                                   int64_t activation, double slope, bool save_signs) {
-  Call call(x, pool_size);
+                                                   int64_t activation, double slope, bool save_signs, OptionalTensor mask) {
+  Call call(x, pool_size, mask);
   Tensor y = call.empty();
   Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(x, save_signs);
   weight = contiguous(weight);
@@ -331,8 +356,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor weig
 
 std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor bias,
                                      OptionalTensor residual, int64_t pool_size, double eps, int64_t activation,
-                                     double slope, bool save_signs) {
-  Call call(x, pool_size);
+                                     double slope, bool save_signs, OptionalTensor mask) {
+  Call call(x, pool_size, mask);
   Tensor y = call.empty();
   Tensor signs = make_signs(x, save_signs);
   weight = contiguous(weight);
@@ -346,8 +371,8 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor mean, Tensor var, Optional
 
 std::tuple<Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
                                            OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
-                                           int64_t pool_size, double eps, int64_t activation, double slope) {
-  Call call(x, pool_size);
+                                           int64_t pool_size, double eps, int64_t activation, double slope, OptionalTensor mask) {
+  Call call(x, pool_size, mask);
   weight = contiguous(weight);
   bias = contiguous(bias);
   const auto fusion = fusion_of(call, residual, activation, slope, signs);
@@ -362,8 +387,8 @@ std::tuple<Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, OptionalTensor w
 std::tuple<Tensor, Tensor> backward_apply(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
                                           OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
                                           Tensor k1, Tensor k2, Tensor k3, int64_t pool_size, double eps,
-                                          int64_t activation, double slope, bool want_residual) {
-  Call call(x, pool_size);
+                                          int64_t activation, double slope, bool want_residual, OptionalTensor mask) {
+  Call call(x, pool_size, mask);
   Tensor dx = call.empty();
   OptionalTensor d_residual;
   if (want_residual) d_residual = call.empty();
@@ -384,8 +409,8 @@ std::tuple<Tensor, Tensor> backward_apply(Tensor dy, Tensor x, OptionalTensor we
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
                                                     OptionalTensor residual, OptionalTensor signs, Tensor mean,
                                                     Tensor var, int64_t pool_size, double eps, int64_t activation,
-                                                    double slope, bool population, bool want_x, bool want_residual) {
-  Call call(x, pool_size);
+                                                    double slope, bool population, bool want_x, bool want_residual, OptionalTensor mask) {
+  Call call(x, pool_size, mask);
   const auto nothing = [&] { return empty_of({0}, x.scalar_type()); };
   OptionalTensor dx, d_residual;
   if (want_x || want_residual) dx = call.empty();

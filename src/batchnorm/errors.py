@@ -23,3 +23,7 @@ class DataError(BatchNormError, ValueError):
 
 class MissingDependencyError(BatchNormError, ImportError):
     """An optional package that the called function needs is not installed."""
+
+
+class SynchronizationError(BatchNormError, RuntimeError):
+    """Ranks that did not exchange what they must."""

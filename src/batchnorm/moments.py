@@ -150,6 +150,14 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
+    def merge_axis(self, axis: int) -> Moments:
+        """The moments of all pools along one axis, merged at once; the axis is gone.
+
+        >>> Moments(2, torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5])).merge_axis(0).m2.item()
+        5.0
+        """
+        return Moments(*merge_axis(self.count.expand_as(self.mean), self.mean, self.m2, axis))
+
     def variance(self, *, unbiased: bool) -> Tensor:
         """M2/n (biased: what normalizes) or M2/(n - 1) (unbiased: what torch keeps for inference).
 
@@ -182,6 +190,16 @@ class Moments:
     def to(self, device: torch.device | str) -> Moments:
         """The same moments on another device."""
         return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
+
+
+def merge_axis(count: Tensor, mean: Tensor, m2: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`Moments.merge_axis` on tensors of one shape and of any dtype and device."""
+    total = count.sum(axis, keepdim=True)
+    share = count / torch.where(total > 0, total, 1.0)
+    # A pool without values has no say, whatever its mean.
+    merged = torch.where(count > 0, share * mean, 0.0).sum(axis, keepdim=True)
+    between = torch.where(count > 0, count * (mean - merged).square(), 0.0)
+    return total.squeeze(axis), merged.squeeze(axis), (m2 + between).sum(axis)
 
 
 def _two_pass(x: Tensor, axis: int, weights: Tensor | None) -> Moments:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm.pools import Pool, Pools
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for bfloat16 and float16, else the dtype itself."""
@@ -55,48 +57,9 @@ def derivative(z: Tensor, activation: str, slope: float) -> Tensor:
     raise AssertionError(activation)
 
 
-class Pools:
-    """Which pool each sample of x (N, C, *space) belongs to; sums over pools and their expansion."""
-
-    def __init__(self, x: Tensor, pool_size: int) -> None:
-        self.samples, self.channels = x.shape[0], x.shape[1]
-        self.space = tuple(range(2, x.ndim))
-        self.size = pool_size if 0 < pool_size < self.samples else max(self.samples, 1)
-        self.pools = max((self.samples + self.size - 1) // self.size, 1)
-        self.wide = torch.float32 if x.device.type == "mps" else torch.float64
-        self.shape = (self.samples, self.channels) + (1,) * len(self.space)
-        inner = math.prod(x.shape[2:])
-        last = self.samples - (self.pools - 1) * self.size
-        counts = [self.size * inner] * (self.pools - 1) + [last * inner]
-        self.count: Tensor | float
-        if self.pools == 1:
-            self.count = float(counts[0])
-        else:
-            self.count = torch.tensor(counts, dtype=self.wide, device=x.device)[:, None]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """(N, C, *space) to (pools, C), in float64."""
-        if self.pools == 1:
-            return values.sum((0, *self.space), dtype=self.wide)[None]
-        each = values.sum(self.space, dtype=self.wide) if self.space else values.to(self.wide)
-        index = torch.arange(self.samples, device=values.device) // self.size
-        return each.new_zeros((self.pools, self.channels)).index_add(0, index, each)
-
-    def expand(self, statistic: Tensor, dtype: torch.dtype) -> Tensor:
-        """(pools, C) or (C,) to what broadcasts against (N, C, *space)."""
-        if statistic.ndim == 1 or self.pools == 1:
-            return statistic.reshape(1, self.channels, *self.shape[2:]).to(dtype)
-        each = statistic.repeat_interleave(self.size, 0)[: self.samples]
-        return each.reshape(self.shape).to(dtype)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Sum over each pool, divided by its count (an empty pool: 0)."""
-        count = max(self.count, 1.0) if isinstance(self.count, float) else self.count
-        return self.sum(values) / count
-
-
 def batch_statistics(x: Tensor, pools: Pools) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every pool and channel, in two passes."""
+    x = pools.clean(x)
     mean = pools.mean(x)
     centered = x.to(compute_dtype(x.dtype)) - pools.expand(mean, compute_dtype(x.dtype))
     # What rounding of the mean left: its square belongs to the variance no more than to the mean.
@@ -109,7 +72,7 @@ def standardized(x: Tensor, mean: Tensor, var: Tensor, eps: float, pools: Pools)
     dtype = compute_dtype(x.dtype)
     inv_std = torch.rsqrt(var.to(pools.wide) + eps)
     scale = pools.expand(inv_std, dtype)
-    return (x.to(dtype) - pools.expand(mean, dtype)) * scale, scale
+    return (pools.clean(x).to(dtype) - pools.expand(mean, dtype)) * scale, scale
 
 
 def pre_activation(
@@ -120,7 +83,7 @@ def pre_activation(
         xhat = xhat * pools.expand(weight, xhat.dtype)
     if bias is not None:
         xhat = xhat + pools.expand(bias, xhat.dtype)
-    return xhat if residual is None else xhat + residual.to(xhat.dtype)
+    return xhat if residual is None else xhat + pools.clean(residual).to(xhat.dtype)
 
 
 def gradients(
@@ -131,27 +94,28 @@ def gradients(
     residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    pool_size: int,
+    pool: Pool | int,
     eps: float,
     activation: str,
     slope: float,
     population: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, d_residual, d_gamma and d_beta by the compact formula (MATH: Gradient), differentiable."""
-    pools = Pools(x, pool_size)
+    pools = Pools(x, pool, mask)
     xhat, scale = standardized(x, mean, var, eps, pools)
-    dz = dy.to(xhat.dtype)
+    dz = pools.clean(dy).to(xhat.dtype)
     if activation != "identity":
         z = pre_activation(xhat, weight, bias, residual, pools)
         dz = dz * derivative(z, activation, slope)
-    factor = scale if weight is None else scale * pools.expand(weight, xhat.dtype)
-    sum_dz, sum_dz_xhat = pools.sum(dz), pools.sum(dz * xhat)
-    inner = dz
+    sum_dz, sum_dz_xhat = pools.own(dz), pools.own(dz * xhat)
+    inner = dz if weight is None else dz * pools.expand(weight, xhat.dtype)
     if not population:
-        count = max(pools.count, 1.0) if isinstance(pools.count, float) else pools.count
-        inner = inner - pools.expand(sum_dz / count, xhat.dtype)
-        inner = inner - xhat * pools.expand(sum_dz_xhat / count, xhat.dtype)
-    dx = (factor * inner).to(x.dtype)
+        gamma: Tensor | float = 1.0 if weight is None else weight.to(sum_dz.dtype)
+        mean_dz, mean_dz_xhat = (pools.share(pools.merge(gamma * each)) for each in (sum_dz, sum_dz_xhat))
+        inner = inner - pools.expand(mean_dz, xhat.dtype)
+        inner = inner - xhat * pools.expand(mean_dz_xhat, xhat.dtype)
+    dx = pools.clean(scale * inner).to(x.dtype)
     return dx, dz.to(x.dtype), sum_dz_xhat.sum(0), sum_dz.sum(0)
 
 
@@ -163,19 +127,20 @@ def tangent(
     residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    pool_size: int,
+    pool: Pool | int,
     eps: float,
     activation: str,
     slope: float,
     population: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The forward-mode derivative of activation(gamma * xhat + beta + residual), from those of its four tensors."""
     dx, d_weight, d_bias, d_residual = tangents
-    pools = Pools(x, pool_size)
+    pools = Pools(x, pool, mask)
     xhat, scale = standardized(x, mean, var, eps, pools)
     dz = torch.zeros_like(xhat)
     if dx is not None:
-        inner = dx.to(xhat.dtype)
+        inner = pools.clean(dx).to(xhat.dtype)
         if not population:
             inner = inner - pools.expand(pools.mean(inner), xhat.dtype)
             inner = inner - xhat * pools.expand(pools.mean(inner * xhat), xhat.dtype)
@@ -187,19 +152,19 @@ def tangent(
     if d_bias is not None:
         dz = dz + pools.expand(d_bias, xhat.dtype)
     if d_residual is not None:
-        dz = dz + d_residual.to(xhat.dtype)
+        dz = dz + pools.clean(d_residual).to(xhat.dtype)
     if activation != "identity":
         z = pre_activation(xhat, weight, bias, residual, pools)
         dz = dz * derivative(z, activation, slope)
-    return dz.to(x.dtype)
+    return pools.clean(dz).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------- the operators
 
 
-def moments(x: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, pool: Pool | int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations, (pools, C)."""
-    pools = Pools(x, pool_size)
+    pools = Pools(x, pool, mask)
     mean, var = batch_statistics(x, pools)
     return mean, var * pools.count
 
@@ -211,16 +176,31 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    pool_size: int,
+    pool: Pool | int,
     eps: float,
     activation: str,
     slope: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """activation((x - mean) / sqrt(var + eps) * gamma + beta + residual)."""
-    pools = Pools(x, pool_size)
+    return _normalize(x, mean, var, weight, bias, residual, eps, activation, slope, Pools(x, pool, mask))
+
+
+def _normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    slope: float,
+    pools: Pools,
+) -> Tensor:
     xhat, _ = standardized(x, mean, var, eps, pools)
     z = pre_activation(xhat, weight, bias, residual, pools)
-    return activate(z, activation, slope).to(x.dtype)
+    return pools.clean(activate(z, activation, slope)).to(x.dtype)
 
 
 def forward(
@@ -228,15 +208,17 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    pool_size: int,
+    pool: Pool | int,
     eps: float,
     activation: str,
     slope: float,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`normalize` by the batch's own statistics; returns those as well."""
-    mean, var = batch_statistics(x, Pools(x, pool_size))
-    y = normalize(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope)
-    return y, mean, var
+    """`normalize` by the batch's own statistics; returns those as well. Differentiable, in ``weights`` too."""
+    pools = Pools(x, pool, mask, weights)
+    mean, var = batch_statistics(x, pools)
+    return _normalize(x, mean, var, weight, bias, residual, eps, activation, slope, pools), mean, var
 
 
 def backward_reduce(
@@ -247,20 +229,21 @@ def backward_reduce(
     residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    pool_size: int,
+    pool: Pool | int,
     eps: float,
     activation: str,
     slope: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over each pool of dz and dz * (x - mean)."""
-    pools = Pools(x, pool_size)
+    pools = Pools(x, pool, mask)
     xhat, _ = standardized(x, mean, var, eps, pools)
-    dz = dy.to(xhat.dtype)
+    dz = pools.clean(dy).to(xhat.dtype)
     if activation != "identity":
         z = pre_activation(xhat, weight, bias, residual, pools)
         dz = dz * derivative(z, activation, slope)
-    centered = x.to(xhat.dtype) - pools.expand(mean, xhat.dtype)
-    return pools.sum(dz), pools.sum(dz * centered)
+    centered = pools.clean(x).to(xhat.dtype) - pools.expand(mean, xhat.dtype)
+    return pools.own(dz), pools.own(dz * centered)
 
 
 def backward_apply(
@@ -274,21 +257,22 @@ def backward_apply(
     k1: Tensor,
     k2: Tensor,
     k3: Tensor,
-    pool_size: int,
+    pool: Pool | int,
     eps: float,
     activation: str,
     slope: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = k1 * dz + k2 * (x - mean) + k3, and dz."""
-    pools = Pools(x, pool_size)
+    pools = Pools(x, pool, mask)
     xhat, _ = standardized(x, mean, var, eps, pools)
-    dz = dy.to(xhat.dtype)
+    dz = pools.clean(dy).to(xhat.dtype)
     if activation != "identity":
         z = pre_activation(xhat, weight, bias, residual, pools)
         dz = dz * derivative(z, activation, slope)
-    centered = x.to(xhat.dtype) - pools.expand(mean, xhat.dtype)
+    centered = pools.clean(x).to(xhat.dtype) - pools.expand(mean, xhat.dtype)
     q1, q2, q3 = (pools.expand(k, xhat.dtype) for k in (k1, k2, k3))
-    return (q1 * dz + q2 * centered + q3).to(x.dtype), dz.to(x.dtype)
+    return pools.clean(q1 * dz + q2 * centered + q3).to(x.dtype), dz.to(x.dtype)
 
 
 def update_statistics(

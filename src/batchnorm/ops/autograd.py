@@ -14,7 +14,8 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten
-from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
+from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR, statistics_dtype
+from batchnorm.pools import Pool, Pools, merge, merge_moments
 
 _ops = torch.ops.batchnorm
 
@@ -33,9 +34,9 @@ class Settings(NamedTuple):
         return self.pool_size, self.eps, ACTIVATIONS.index(self.activation), self.slope
 
 
-def _saves_signs(residual: Tensor | None, activation: str) -> bool:
+def _saves_signs(residual: Tensor | None, activation: str, mask: Tensor | None = None) -> bool:
     """Whether one bit an element stands in for the residual in the backward."""
-    return residual is not None and activation in PIECEWISE_LINEAR
+    return residual is not None and activation in PIECEWISE_LINEAR and mask is None
 
 
 def _save(
@@ -44,16 +45,17 @@ def _save(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     settings: Settings,
     statistics: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Keeps what the backward needs, and no more: the residual only where one bit an element is not enough for it."""
     has_signs = False
     if residual is not None:
-        has_signs = settings.activation in PIECEWISE_LINEAR
+        has_signs = _saves_signs(residual, settings.activation, mask)
         if has_signs or settings.activation == "identity":
             residual = None
-    tensors = (x, weight, bias, residual)
+    tensors = (x, weight, bias, residual, mask)
     ctx.save_for_backward(*tensors)
     ctx.statistics = statistics  # mean, biased variance and signs: made here, so nobody else can change them
     ctx.settings = settings
@@ -65,17 +67,17 @@ def _save(
     return tensors
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """x, weight, bias and residual; x in its own memory order, which hooks on saved tensors may have changed."""
-    x, weight, bias, residual = ctx.saved_tensors
+def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """x, weight, bias, residual, mask; x in its own memory order, which hooks on saved tensors may have changed."""
+    x, weight, bias, residual, mask = ctx.saved_tensors
     if ctx.has_signs and suggest_memory_format(x) != ctx.format:
         x = x.contiguous(memory_format=ctx.format)
-    return x, weight, bias, residual
+    return x, weight, bias, residual, mask
 
 
 def _gate(ctx: Any) -> Tensor:
     """The derivative of a piecewise linear activation, from its bits: a constant of both modes."""
-    x, weight, bias, _ = _saved(ctx)
+    x, weight, bias, _, _ = _saved(ctx)
     mean, var, signs = ctx.statistics
     with torch.no_grad():
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
@@ -89,19 +91,19 @@ def _gradients(ctx: Any, dy: Tensor | None, population: bool) -> tuple[Tensor | 
     want_x, want_weight, want_bias, want_residual = ctx.wanted
     if dy is None:
         return None, None, None, None
-    x, weight, bias, residual = _saved(ctx)
+    x, weight, bias, residual, mask = _saved(ctx)
     mean, var, signs = ctx.statistics
     settings: Settings = ctx.settings
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         if ctx.has_signs:
             dy, settings = dy * _gate(ctx), settings._replace(activation="identity")
         if not population:
-            mean, var = aten.batch_statistics(x, aten.Pools(x, settings.pool_size))
+            mean, var = aten.batch_statistics(x, Pools(x, settings.pool_size, mask))
         d_x, d_residual, d_weight, d_bias = aten.gradients(
-            dy, x, weight, bias, residual, mean, var, *settings, population
+            dy, x, weight, bias, residual, mean, var, *settings, population, mask
         )
     else:
-        passes_through = settings.activation == "identity"  # then the residual's gradient is dy itself
+        passes_through = settings.activation == "identity" and mask is None  # then the residual's gradient is dy itself
         d_x, d_residual, d_weight, d_bias = _ops.backward.default(
             dy,
             x,
@@ -115,6 +117,7 @@ def _gradients(ctx: Any, dy: Tensor | None, population: bool) -> tuple[Tensor | 
             population,
             want_x,
             want_residual and not passes_through,
+            mask,
         )
         if passes_through:
             d_residual = dy
@@ -133,11 +136,11 @@ def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:
 
 def _tangent(ctx: Any, tangents: tuple[Tensor | None, ...], population: bool) -> Tensor:
     """Of the output, from those of x, weight, bias and residual."""
-    x, weight, bias, residual = ctx.saved_tensors
+    x, weight, bias, residual, _ = ctx.saved_tensors
     mean, var, _ = ctx.statistics
     settings: Settings = ctx.settings
     if not population:
-        mean, var = aten.batch_statistics(x, aten.Pools(x, settings.pool_size))
+        mean, var = aten.batch_statistics(x, Pools(x, settings.pool_size))
     if ctx.has_signs:
         linear = settings._replace(activation="identity")
         d_z = aten.tangent(tangents, x, weight, bias, None, mean, var, *linear, population)
@@ -169,6 +172,7 @@ class BatchStatistics(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        mask: Tensor | None,
         pool_size: int,
         eps: float,
         activation: str,
@@ -176,15 +180,15 @@ class BatchStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         settings = Settings(pool_size, eps, activation, slope)
         y, mean, var, signs = _ops.forward.default(
-            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, activation)
+            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, activation, mask), mask
         )
         ctx.mark_non_differentiable(mean, var, signs)
-        _save(ctx, x, weight, bias, residual, settings, (mean, var, signs))
+        _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
         return y, mean, var, signs
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        return *_gradients(ctx, dy, False), None, None, None, None
+        return *_gradients(ctx, dy, False), None, None, None, None, None
 
 
 class EagerBatchStatistics(torch.autograd.Function):
@@ -200,20 +204,21 @@ class EagerBatchStatistics(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        mask: Tensor | None,
         settings: Settings,
         measured: list[Tensor],
     ) -> Tensor:
         y: Tensor
         y, mean, var, signs = _ops.forward.default(
-            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, settings.activation)
+            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, settings.activation, mask), mask
         )
         measured += (mean, var, signs)
-        _save(ctx, x, weight, bias, residual, settings, (mean, var, signs))
+        _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Any:
-        return *_gradients(ctx, dy, False), None, None
+        return *_gradients(ctx, dy, False), None, None, None
 
 
 # `Function.apply` without its Python part, which looks for transforms: there are none here.
@@ -236,19 +241,20 @@ class PopulationStatistics(torch.autograd.Function):
         eps: float,
         activation: str,
         slope: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         settings = Settings(pool_size, eps, activation, slope)
-        save_signs = _saves_signs(residual, activation)
-        y, signs = _ops.normalize.default(x, mean, var, weight, bias, residual, *settings.arguments, save_signs)
+        save_signs = _saves_signs(residual, activation, mask)
+        y, signs = _ops.normalize.default(x, mean, var, weight, bias, residual, *settings.arguments, save_signs, mask)
         ctx.mark_non_differentiable(signs)
         if any(ctx.needs_input_grad):  # running statistics may move on before the backward
             mean, var = mean.clone(), var.clone()
-        _save(ctx, x, weight, bias, residual, settings, (mean, var, signs))
+        _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
         return y, signs
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        return *_gradients(ctx, dy, True), None, None, None, None, None, None
+        return *_gradients(ctx, dy, True), *(None,) * 7
 
 
 class TransformedBatchStatistics(torch.autograd.Function):
@@ -269,7 +275,7 @@ class TransformedBatchStatistics(torch.autograd.Function):
         _, mean, var, signs = output
         ctx.mark_non_differentiable(mean, var, signs)
         x, weight, bias, residual, *settings = inputs
-        saved = _save(ctx, x, weight, bias, residual, Settings(*settings), (mean, var, signs))
+        saved = _save(ctx, x, weight, bias, residual, None, Settings(*settings), (mean, var, signs))
         ctx.save_for_forward(*saved)
 
     @staticmethod
@@ -324,7 +330,7 @@ class TransformedPopulationStatistics(torch.autograd.Function):
         signs = output[1]
         ctx.mark_non_differentiable(signs)
         statistics = (mean.clone(), var.clone(), signs)
-        saved = _save(ctx, x, weight, bias, residual, Settings(*settings), statistics)
+        saved = _save(ctx, x, weight, bias, residual, None, Settings(*settings), statistics)
         ctx.save_for_forward(*saved)
 
     @staticmethod
@@ -355,20 +361,116 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def by_batch(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def by_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *settings: Any, mask: Any = None
+) -> tuple[Tensor, ...]:
     """`BatchStatistics` on weight, bias, residual, and the settings: y, mean, biased variance, signs."""
     if torch.compiler.is_compiling():  # Dynamo does not trace a function with a jvp
-        return tuple(BatchStatistics.apply(x, *arguments))
+        return tuple(BatchStatistics.apply(x, weight, bias, residual, mask, *settings))
     if _is_transformed():
-        return tuple(TransformedBatchStatistics.apply(x, *arguments))
+        if mask is not None:  # made of operations that have every derivative
+            return aten.forward(x, weight, bias, residual, *settings, mask=mask)
+        return tuple(TransformedBatchStatistics.apply(x, weight, bias, residual, *settings))
     measured: list[Tensor] = []
-    y = _eager_by_batch(x, *arguments[:3], Settings(*arguments[3:]), measured)
+    y = _eager_by_batch(x, weight, bias, residual, mask, Settings(*settings), measured)
     return y, *measured
 
 
-def by_population(x: Tensor, *arguments: Any) -> Tensor:
+def by_population(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *settings: Any,
+    mask: Any = None,
+) -> Tensor:
     """`PopulationStatistics` on weight, bias, residual, mean, variance, and the settings: y."""
-    transformed = not torch.compiler.is_compiling() and _is_transformed()
-    function = TransformedPopulationStatistics if transformed else PopulationStatistics
-    y: Tensor = function.apply(x, *arguments)[0]
-    return y
+    if torch.compiler.is_compiling() or not _is_transformed():
+        y: Tensor = PopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings, mask)[0]
+        return y
+    if mask is not None:
+        return aten.normalize(x, mean, var, weight, bias, residual, *settings, mask=mask)
+    transformed: Tensor = TransformedPopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings)[0]
+    return transformed
+
+
+def counts(x: Tensor, pool_size: int, mask: Tensor | None) -> Tensor:
+    """Valid values of every channel of each pool, (pools, C)."""
+    count = Pools(x, pool_size, mask).count
+    wide = torch.as_tensor(count, dtype=statistics_dtype(x.device), device=x.device)
+    return wide.reshape(-1, 1).expand(-1, x.shape[1])
+
+
+def merged_statistics(x: Tensor, pool: Pool, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and biased variance of every pool, (pools, C), outside the graph."""
+    mean, m2 = _ops.moments.default(x.detach(), pool.size, mask)
+    count, mean, m2 = merge_moments(counts(x, pool.size, mask), mean, m2, pool)
+    return count, mean, m2 / torch.where(count > 0, count, 1.0)
+
+
+class MergedStatistics(torch.autograd.Function):
+    """activation(BN(x) + residual) where the pools reach over channels or ranks; also the statistics.
+
+    The kernels sum over samples and space; these sums are merged, and become the coefficients of the values.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        pool: Pool,
+        eps: float,
+        activation: str,
+        slope: float,
+    ) -> tuple[Tensor, ...]:
+        count, mean, var = merged_statistics(x, pool, mask)
+        settings = Settings(pool.size, eps, activation, slope)
+        save_signs = _saves_signs(residual, activation, mask)
+        arguments = (weight, bias, residual, *settings.arguments, save_signs, mask)
+        y, signs = _ops.normalize.default(x, mean, var, *arguments)
+        ctx.mark_non_differentiable(count, mean, var)
+        _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
+        ctx.pool, ctx.count = pool, count
+        return y, count, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        nothing = (None,) * 5
+        pool: Pool = ctx.pool
+        x, weight, bias, residual, mask = _saved(ctx)
+        if dy is None:  # other ranks may wait for this one's sums
+            dy = torch.zeros_like(x)
+        mean, var, signs = ctx.statistics
+        settings: Settings = ctx.settings
+        want_x, want_weight, want_bias, want_residual = ctx.wanted
+        if torch.is_grad_enabled():
+            if ctx.has_signs:
+                dy, settings = dy * _gate(ctx), settings._replace(activation="identity")
+            mean, var = aten.batch_statistics(x, Pools(x, pool, mask))
+            d_x, d_residual, d_weight, d_bias = aten.gradients(
+                dy, x, weight, bias, residual, mean, var, pool, *settings[1:], False, mask
+            )
+        else:
+            saved = (dy, x, weight, bias, residual, signs, mean, var)
+            sums = _ops.backward_reduce.default(*saved, *settings.arguments, mask)
+            inv_std = torch.rsqrt(var + settings.eps)
+            d_weight, d_bias = (sums[1] * inv_std).sum(0), sums[0].sum(0)
+            gamma = 1.0 if weight is None else weight.to(var.dtype)
+            mean_dz, mean_dz_centered = merge(gamma * torch.cat(sums), pool).chunk(2)
+            k1 = (gamma * inv_std).expand_as(mean)
+            count = torch.where(ctx.count > 0, ctx.count, 1.0)
+            k2, k3 = -(inv_std**3) * mean_dz_centered / count, -inv_std * mean_dz / count
+            d_x, d_residual = _ops.backward_apply.default(*saved, k1, k2, k3, *settings.arguments, want_residual, mask)
+        return (
+            d_x if want_x else None,
+            _cast(d_weight, weight) if want_weight else None,
+            _cast(d_bias, bias) if want_bias else None,
+            d_residual if want_residual else None,
+            *nothing,
+        )

@@ -147,11 +147,14 @@ def update_statistics(*args: Any) -> Any:
 
 
 def implementation(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator of that name: ours, and where it does not take the arguments, the other."""
+    """The operator of that name: ours, and where it does not take the arguments (a mask, above all), the other."""
     ours = globals()[name]
+    names = [argument.name for argument in getattr(torch.ops.batchnorm, name).default._schema.arguments]
+    mask = names.index("mask") if "mask" in names else len(names)
 
     def call(*args: Any) -> Any:
-        result = ours(*args)
+        masked = len(args) > mask and args[mask] is not None
+        result = NotImplemented if masked else ours(*args[:mask])
         return otherwise(*args) if result is NotImplemented else result
 
     return call

@@ -17,19 +17,24 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
+def _mask(args: tuple[Any, ...], at: int) -> Tensor | None:
+    """The last argument, which is left out where it is None."""
+    return args[at] if len(args) > at else None
+
+
 def _no_signs(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.uint8)
 
 
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, residual, pool_size, eps, activation, slope, save_signs = args
-    y = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope)
+    (weight, bias, residual, pool_size, eps, activation, slope, save_signs), mask = args[:8], _mask(args, 8)
+    y = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope, mask)
     return _like(y, x), _pack(x, mean, var, *args) if save_signs else _no_signs(x)
 
 
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, bias, residual, pool_size, eps, activation, slope, save_signs = args
-    y, mean, var = aten.forward(x, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope)
+    (weight, bias, residual, pool_size, eps, activation, slope, save_signs), mask = args[:8], _mask(args, 8)
+    y, mean, var = aten.forward(x, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope, mask)
     signs = _pack(x, mean, var, *args) if save_signs else _no_signs(x)
     return _like(y, x), mean, var, signs
 
@@ -42,7 +47,7 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 def _pack(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> Tensor:
     """One bit an element, in the order of the tensor's elements."""
-    weight, bias, residual, pool_size, eps, activation, slope, _ = args
+    weight, bias, residual, pool_size, eps, activation, slope = args[:7]
     z = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, "identity", slope)
     on = aten.derivative(z, ACTIVATIONS[activation], 0.0).ne(0).flatten()
     weights = 2 ** torch.arange(8, device=x.device, dtype=torch.uint8)
@@ -62,25 +67,27 @@ def _gate(dy: Tensor, x: Tensor, signs: Tensor | None, activation: int, slope: f
 
 
 def _backward_reduce(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, residual, signs, mean, var, pool_size, eps, activation, slope = args
+    (weight, bias, residual, signs, mean, var, pool_size, eps, activation, slope), mask = args[:10], _mask(args, 10)
     dy, left = _gate(dy, x, signs, activation, slope)
-    return aten.backward_reduce(dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope)
+    return aten.backward_reduce(dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope, mask)
 
 
 def _backward_apply(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, residual, signs, mean, var, k1, k2, k3, *rest = args
-    pool_size, eps, activation, slope, want_residual = rest
+    weight, bias, residual, signs, mean, var, k1, k2, k3 = args[:9]
+    (pool_size, eps, activation, slope, want_residual), mask = args[9:14], _mask(args, 14)
     dy, left = _gate(dy, x, signs, activation, slope)
-    dx, dz = aten.backward_apply(dy, x, weight, bias, residual, mean, var, k1, k2, k3, pool_size, eps, left, slope)
+    dx, dz = aten.backward_apply(
+        dy, x, weight, bias, residual, mean, var, k1, k2, k3, pool_size, eps, left, slope, mask
+    )
     return _like(dx, x), _like(dz, x) if want_residual else _nothing(x)
 
 
 def _backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, bias, residual, signs, mean, var, *rest = args
-    pool_size, eps, activation, slope, population, want_x, want_residual = rest
+    weight, bias, residual, signs, mean, var = args[:6]
+    (pool_size, eps, activation, slope, population, want_x, want_residual), mask = args[6:13], _mask(args, 13)
     dy, left = _gate(dy, x, signs, activation, slope)
     dx, dz, d_weight, d_bias = aten.gradients(
-        dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope, population
+        dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope, population, mask
     )
     if dz is dy:
         dz = dz.clone()

@@ -3,7 +3,8 @@
 Throughout: ``x`` has shape (N, C, *space); statistics are float64 of shape (pools, C), where a pool is a run of
 ``pool_size`` samples (0: all of them) and variances are biased; ``weight`` and ``bias`` have shape (C,);
 ``activation`` is an index into `ACTIVATIONS`; ``signs`` holds one bit for each element where the activation's
-derivative is that of its linear part, and is empty where not asked for.
+derivative is that of its linear part, and is empty where not asked for; ``mask``, boolean of shape (N, *space), says
+which positions are in the pools: nothing is read at the others, and zeros are written there (not together with signs).
 """
 
 from __future__ import annotations
@@ -32,24 +33,28 @@ PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual"
 _FUSION = "int pool_size, float eps, int activation, float slope"
 _SAVED = "Tensor? signs, Tensor mean, Tensor var"
+_MASK = "Tensor? mask=None"
 
-LIBRARY.define("moments(Tensor x, int pool_size) -> (Tensor mean, Tensor m2)")
+LIBRARY.define(f"moments(Tensor x, int pool_size, {_MASK}) -> (Tensor mean, Tensor m2)")
 LIBRARY.define(
-    f"normalize(Tensor x, Tensor mean, Tensor var, {_AFFINE}, {_FUSION}, bool save_signs) -> (Tensor y, Tensor signs)"
+    f"normalize(Tensor x, Tensor mean, Tensor var, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK})"
+    " -> (Tensor y, Tensor signs)"
 )
 LIBRARY.define(
-    f"forward(Tensor x, {_AFFINE}, {_FUSION}, bool save_signs) -> (Tensor y, Tensor mean, Tensor var, Tensor signs)"
+    f"forward(Tensor x, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK})"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor signs)"
 )
 LIBRARY.define(
-    f"backward_reduce(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}) -> (Tensor sum_dz, Tensor sum_dz_centered)"
+    f"backward_reduce(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, {_MASK})"
+    " -> (Tensor sum_dz, Tensor sum_dz_centered)"
 )
 LIBRARY.define(
     f"backward_apply(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, Tensor k1, Tensor k2, Tensor k3, {_FUSION},"
-    " bool want_residual) -> (Tensor dx, Tensor d_residual)"
+    f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual)"
 )
 LIBRARY.define(
     f"backward(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool want_x,"
-    " bool want_residual) -> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)"
+    f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)"
 )
 LIBRARY.define(
     "update_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
@@ -102,23 +107,18 @@ def _fake(name: str):  # type: ignore[no-untyped-def]
 
 
 @_fake("moments")
-def _(x, pool_size):  # type: ignore[no-untyped-def]
+def _(x, pool_size, mask=None):  # type: ignore[no-untyped-def]
     return _statistics(x, pool_size), _statistics(x, pool_size)
 
 
 @_fake("normalize")
-def _(x, *rest):  # type: ignore[no-untyped-def]
-    return empty_like(x), _signs(x, save=rest[-1])
+def _(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope, save_signs, mask=None):  # type: ignore[no-untyped-def]
+    return empty_like(x), _signs(x, save_signs)
 
 
 @_fake("forward")
-def _(x, weight, bias, residual, pool_size, *rest):  # type: ignore[no-untyped-def]
-    return (
-        empty_like(x),
-        _statistics(x, pool_size),
-        _statistics(x, pool_size),
-        _signs(x, save=rest[-1]),
-    )
+def _(x, weight, bias, residual, pool_size, eps, activation, slope, save_signs, mask=None):  # type: ignore[no-untyped-def]
+    return empty_like(x), _statistics(x, pool_size), _statistics(x, pool_size), _signs(x, save_signs)
 
 
 @_fake("backward_reduce")
@@ -127,13 +127,29 @@ def _(dy, x, weight, bias, residual, signs, mean, var, pool_size, *rest):  # typ
 
 
 @_fake("backward_apply")
-def _(dy, x, *rest):  # type: ignore[no-untyped-def]
-    return empty_like(x), empty_like(x) if rest[-1] else x.new_empty(0)
+def _(dy, x, weight, bias, residual, signs, mean, var, k1, k2, k3, pool_size, eps, activation, slope, want, mask=None):  # type: ignore[no-untyped-def]
+    return empty_like(x), empty_like(x) if want else x.new_empty(0)
 
 
 @_fake("backward")
-def _(dy, x, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    want_x, want_residual = rest[-2:]
+def _(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    weight,
+    bias,
+    residual,
+    signs,
+    mean,
+    var,
+    pool_size,
+    eps,
+    activation,
+    slope,
+    frozen,
+    want_x,
+    want_residual,
+    mask=None,
+):
     return tuple(
         (empty_like(x) if like is x else torch.empty_like(like)) if wanted else x.new_empty(0)
         for like, wanted in (

@@ -1,0 +1,199 @@
+"""Which values share one mean and one variance: sums over pools, their merge, and the way back to the values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from batchnorm.errors import SynchronizationError
+from batchnorm.moments import merge_axis
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pool of a value of channel c and sample n: those of c's channel group in n's run of samples, on all ranks.
+
+    Attributes:
+        size: samples of a run, the last of which may be shorter; 0 for all samples.
+        groups: number of groups of adjacent channels; 0 where each channel is alone.
+        process_group: of torch.distributed, or None for this process alone.
+        layer: what to call the layer in errors.
+    """
+
+    size: int = 0
+    groups: int = 0
+    process_group: Any = None
+    layer: str = "batch_norm"
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether sums over samples and space are not all: those of other channels or ranks join."""
+        return bool(self.groups) or self.process_group is not None
+
+
+class Pools:
+    """The pools of x (N, C, *space): sums over them of shape (pools, C), and what such statistics broadcast as.
+
+    Args:
+        x: the values.
+        pool: which of them share statistics; a number is a `Pool.size`.
+        mask: boolean (N, *space), True = valid: only these are in the pools.
+        weights: (N, *space), >= 0: how often each counts in means.
+    """
+
+    def __init__(self, x: Tensor, pool: Pool | int, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        self.pool = Pool(pool) if isinstance(pool, int) else pool
+        self.samples, self.channels = x.shape[0], x.shape[1]
+        self.space = tuple(range(2, x.ndim))
+        size = self.pool.size
+        self.size = size if 0 < size < self.samples else max(self.samples, 1)
+        self.pools = max((self.samples + self.size - 1) // self.size, 1)
+        self.wide = torch.float32 if x.device.type == "mps" else torch.float64
+        self.shape = (self.samples, self.channels) + (1,) * len(self.space)
+        self.mask = None if mask is None else mask.reshape(x.shape[0], 1, *x.shape[2:])
+        self.weights = None if weights is None else self.clean(weights.reshape(x.shape[0], 1, *x.shape[2:]))
+        self.count = self._count(math.prod(x.shape[2:]), x.device)
+
+    def _count(self, inner: int, device: torch.device) -> Tensor | float:
+        """Values (or weights) of each pool: a number, (pools, 1) or, merged, (pools, C)."""
+        count: Tensor | float
+        if self.weights is not None:
+            count = self._gather(self.weights.to(self.wide))
+        elif self.mask is not None:
+            count = self._gather(self.mask.to(self.wide))
+        elif self.pools == 1:
+            count = float(self.samples * inner)
+        else:
+            last = self.samples - (self.pools - 1) * self.size
+            counts = [self.size * inner] * (self.pools - 1) + [last * inner]
+            count = torch.tensor(counts, dtype=self.wide, device=device)[:, None]
+        if not self.pool.is_merged:
+            return count
+        if isinstance(count, float):
+            count = torch.full((1, 1), count, dtype=self.wide, device=device)
+        return self.merge(count.expand(self.pools, self.channels))
+
+    def clean(self, values: Tensor) -> Tensor:
+        """Zero where the mask is not True, whatever stood there."""
+        return values if self.mask is None else torch.where(self.mask, values, 0)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """(N, C, *space) to (pools, C), in float64."""
+        if self.pools == 1:
+            return values.sum((0, *self.space), dtype=self.wide)[None]
+        each = values.sum(self.space, dtype=self.wide) if self.space else values.to(self.wide)
+        index = torch.arange(self.samples, device=values.device) // self.size
+        return each.new_zeros((self.pools, each.shape[1])).index_add(0, index, each)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Sums of the valid values over samples and space, (pools, C), in float64."""
+        return self._gather(self.clean(values))
+
+    def merge(self, sums: Tensor) -> Tensor:
+        """`merge` in these pools."""
+        return merge(sums, self.pool)
+
+    def share(self, sums: Tensor) -> Tensor:
+        """Merged sums over the number of values; an empty pool's are 0."""
+        if isinstance(self.count, float):
+            return sums / max(self.count, 1.0)
+        return sums / torch.where(self.count > 0, self.count, 1.0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of each pool, weighted; an empty pool's is 0."""
+        if self.weights is not None:
+            values = values * self.weights.to(values.dtype)
+        return self.share(self.merge(self.own(values)))
+
+    def expand(self, statistic: Tensor, dtype: torch.dtype) -> Tensor:
+        """(pools, C) or (C,) to what broadcasts against (N, C, *space)."""
+        if statistic.ndim == 1 or self.pools == 1:
+            return statistic.reshape(1, self.channels, *self.shape[2:]).to(dtype)
+        each = statistic.repeat_interleave(self.size, 0)[: self.samples]
+        return each.reshape(self.shape).to(dtype)
+
+
+def merge(sums: Tensor, pool: Pool) -> Tensor:
+    """Sums (pools, C) with those of the other channels of a group, and of the other ranks; differentiable."""
+    if pool.groups:
+        grouped = sums.unflatten(1, (pool.groups, -1))
+        sums = grouped.sum(2, keepdim=True).expand_as(grouped).flatten(1)
+    return sums if pool.process_group is None else all_reduce(sums, pool)
+
+
+def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of moments, each of shape (pools, C): one all-gather, merged in rank order."""
+    if pool.groups:
+        counts, means, m2s = (each.unflatten(1, (pool.groups, -1)) for each in (count, mean, m2))
+        size = means.shape[2]
+        count, mean, m2 = (each.repeat_interleave(size, 1) for each in merge_axis(counts, means, m2s, 2))
+    if pool.process_group is not None:
+        counts, means, m2s = all_gather(torch.stack((count, mean, m2)), pool).unbind(1)
+        count, mean, m2 = merge_axis(counts, means, m2s, 0)
+    return count, mean, m2
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks; its gradient is the sum over ranks of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pool: Pool) -> Tensor:
+        ctx.pool = pool
+        total = values.detach().contiguous().clone()
+        with waiting(pool):
+            dist.all_reduce(total, group=process_group(pool.process_group))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _AllReduce.apply(gradient, ctx.pool), None
+
+
+def all_reduce(values: Tensor, pool: Pool) -> Tensor:
+    """The sum over the ranks of the pool's process group, differentiable as often as need be."""
+    total: Tensor = _AllReduce.apply(values, pool)
+    return total
+
+
+def all_gather(values: Tensor, pool: Pool) -> Tensor:
+    """Every rank's tensor of one shape, stacked in rank order."""
+    group = process_group(pool.process_group)
+    gathered = values.new_empty((dist.get_world_size(group), *values.shape))
+    with waiting(pool):
+        dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
+    return gathered
+
+
+def process_group(given: Any) -> Any:
+    """The group of torch.distributed that an option names: "world", or a group itself."""
+    return None if isinstance(given, str) else given
+
+
+def is_alone(given: Any) -> bool:
+    """Whether there are no other ranks to merge with."""
+    if given is None or not (dist.is_available() and dist.is_initialized()):
+        return True
+    return dist.get_world_size(process_group(given)) == 1
+
+
+class waiting:  # noqa: N801 - a context manager, named as one
+    """Around a collective: an error of it (a rank that never arrives, above all) names the layer."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SynchronizationError(
+                f"{self.pool.layer}: the ranks of its process group did not all exchange their statistics ({reason}); "
+                "each must run the same layers forward and backward, an empty batch included"
+            ) from error
