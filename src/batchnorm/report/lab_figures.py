@@ -1,0 +1,229 @@
+"""The figures of the lab, drawn from its panels: the same colour and dash for the same thing everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from batchnorm.lab.experiment import Experiment, Panel
+from batchnorm.lab.results import Result, Table, Trial
+from batchnorm.report.drawing import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SOLID, DASHED, DOTTED, MIXED = "-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (5, 1.5, 1.2, 1.5))
+
+# The first entry that begins an arm's name decides.
+STYLES: tuple[tuple[str, str, Any], ...] = (
+    ("batch norm ×1 ", "batch norm", SOLID),
+    ("batch norm", "batch norm", SOLID),
+    ("without", "baseline", DASHED),
+)
+OTHERS = (("purple", MIXED), ("green", DOTTED), ("sky", SOLID), ("orange", DASHED), ("gray", DOTTED))
+MAX_ROW = 3
+WIDTH = 10.2  # inches, of every figure, so that its text has one size on the page
+LEGEND_LETTERS = 105  # that fit beside each other, a handle counted as 8
+CELL_TEXTS = 64  # maps of no more cells get their values written into them
+
+
+def draw(experiment: Experiment, result: Result) -> Figure:
+    """One figure with all panels of an experiment; a map takes a place for each of its arms."""
+    from matplotlib.figure import Figure
+
+    places = [(panel, arm) for panel in experiment.panels for arm in _arms_apart(panel, result)]
+    columns = len(places) if len(places) <= MAX_ROW else 2
+    rows = math.ceil(len(places) / columns)
+    figure = Figure(figsize=(WIDTH, (3.4 if columns > 1 else 3.9) * rows + 0.45), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    named = _Styles(result)
+    for (panel, arm), place in zip(places, axes, strict=False):
+        if panel.kind == "map":
+            _map(figure, place, panel, arm, result)
+        elif panel.kind == "dots":
+            _dots(place, panel, result, named)
+        else:
+            _lines(place, panel, result, named)
+    for place in axes[len(places) :]:
+        place.set_visible(False)
+    _legend(figure, axes)
+    return figure
+
+
+class _Styles:
+    """Colour and dash of each arm: as STYLES has it, else one that no other arm of the result has."""
+
+    def __init__(self, result: Result) -> None:
+        spare = itertools.cycle(OTHERS)
+        self.found: dict[str, tuple[str, Any]] = {}
+        for arm in _all_arms(result):
+            known = next(((color, dash) for name, color, dash in STYLES if arm == name), None)
+            self.found[arm] = known or next(spare)
+
+    def __getitem__(self, arm: str) -> dict[str, Any]:
+        color, dash = self.found[arm]
+        return {"color": COLORS[color], "ls": dash}
+
+
+def _all_arms(result: Result) -> list[str]:
+    names: dict[str, None] = {}
+    for trial in result.trials:
+        groups: list[Iterable[str]] = [*trial.curves.values(), *trial.maps.values(), trial.values]
+        names.update(dict.fromkeys(itertools.chain(*groups)))
+    return list(names)
+
+
+def _arms_apart(panel: Panel, result: Result) -> list[str]:
+    """The arms of a map, which get a place each; anything else has one place."""
+    return list(result.trials[0].maps.get(panel.name, {})) if panel.kind == "map" else [""]
+
+
+def _lines(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
+    arms = list(dict.fromkeys(arm for trial in result.trials for arm in trial.curves.get(panel.name, {})))
+    for number, arm in enumerate(arms):
+        curves = [trial.curves[panel.name][arm] for trial in result.trials if arm in trial.curves.get(panel.name, {})]
+        if len(curves[0]) > 2:
+            _band(axes, panel, curves[0], arm, named)
+        elif panel.categories:
+            _categories(axes, panel, curves, arm, (number - (len(arms) - 1) / 2) * 0.8 / len(arms), named)
+        else:
+            _median(axes, panel, curves, arm, named)
+            _mark_divergence(axes, panel, result.trials, arm, named)
+    if panel.categories:
+        axes.set_xticks(range(len(panel.categories)), panel.categories)
+        axes.grid(visible=False, axis="x")
+    _name_axes(axes, panel)
+    if panel.xscale == "log":
+        _ticks(axes, sorted({x for t in result.trials for c in t.curves.get(panel.name, {}).values() for x in c[0]}))
+
+
+def _median(axes: Axes, panel: Panel, curves: Sequence[Sequence[Sequence[float]]], arm: str, named: _Styles) -> None:
+    by_x: dict[float, list[float]] = {}
+    for x, y in curves:
+        for at, value in zip(x, y, strict=True):
+            if math.isfinite(value):
+                by_x.setdefault(at, []).append(panel.scale * value)
+    x = sorted(by_x)
+    marker = "o" if len(x) <= 12 else None
+    style = named[arm]
+    axes.plot(x, [statistics.median(by_x[at]) for at in x], label=arm, marker=marker, ms=4, **style)
+    if len(curves) > 1:
+        low, high = [min(by_x[at]) for at in x], [max(by_x[at]) for at in x]
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.16, lw=0)
+
+
+def _band(axes: Axes, panel: Panel, curve: Sequence[Sequence[float]], arm: str, named: _Styles) -> None:
+    x, *ys = curve
+    ys = [[panel.scale * value for value in y] for y in ys]
+    style = named[arm]
+    axes.fill_between(x, ys[0], ys[-1], color=style["color"], alpha=0.25, lw=0, label=arm)
+    for y in ys:
+        axes.plot(x, y, color=style["color"], ls=style["ls"] if len(ys) == 2 else SOLID, lw=0.9)
+
+
+def _categories(
+    axes: Axes, panel: Panel, curves: Sequence[Sequence[Sequence[float]]], arm: str, offset: float, named: _Styles
+) -> None:
+    style = named[arm]
+    for number, (x, y) in enumerate(curves):
+        places = [at + offset for at in x]
+        values = [panel.scale * value for value in y]
+        axes.plot(places, values, "o", ms=4, alpha=0.55, mew=0, color=style["color"], label=arm if not number else None)
+    for i, at in enumerate(curves[0][0]):
+        mean = statistics.fmean(panel.scale * y[i] for _, y in curves)
+        axes.plot([at + offset - 0.09, at + offset + 0.09], [mean, mean], color=style["color"], lw=2.2)
+
+
+def _dots(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
+    table = Table(result.trials)
+    arms = table.arms(panel.name)
+    for row, arm in enumerate(arms):
+        values = [panel.scale * v for v in table(arm, panel.name) if math.isfinite(v)]
+        style = named[arm]
+        axes.plot(values, [row] * len(values), "o", ms=5, alpha=0.55, mew=0, color=style["color"])
+        if values:
+            mean = statistics.fmean(values)
+            axes.plot([mean, mean], [row - 0.25, row + 0.25], color=style["color"], lw=2.2)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set(title=panel.title, xlabel=panel.x, xscale=panel.xscale, xlim=panel.limits)
+
+
+def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> None:
+    maps = [trial.maps[panel.name] for trial in result.trials if panel.name in trial.maps]
+    x, y, _ = maps[0][arm]
+    means = {name: _mean_map([m[name][2] for m in maps], panel.scale) for name in maps[0]}
+    shown = [v for values in means.values() for row in values for v in row if math.isfinite(v)]
+    low, high = panel.limits
+    low, high = min(shown, default=0) if low is None else low, max(shown, default=1) if high is None else high
+    values = means[arm]
+    norm: Any = {"vmin": low, "vmax": high}
+    if panel.yscale == "log":
+        from matplotlib.colors import LogNorm
+
+        norm = {"norm": LogNorm(max(low, 1e-12), max(high, 2e-12))}
+    drawn = axes.pcolormesh(range(len(x) + 1), range(len(y) + 1), values, cmap="cividis", **norm)
+    written = len(x) * len(y) <= CELL_TEXTS
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if not math.isfinite(value):
+                axes.text(j + 0.5, i + 0.5, "×", ha="center", va="center")
+            elif written:
+                shade = (value - low) / ((high - low) or 1)
+                color = "#000000" if shade > 0.55 else "#ffffff"
+                axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
+    axes.set(title=f"{panel.title}: {arm}", xlabel=panel.x, ylabel=panel.y)
+    for ticks, places in ((axes.set_xticks, x), (axes.set_yticks, y)):
+        every = max(1, (len(places) - 1) // 5 if len(places) > 9 else 1)
+        ticks(
+            [i + 0.5 for i in range(0, len(places), every)], [f"{places[i]:.3g}" for i in range(0, len(places), every)]
+        )
+    axes.grid(visible=False)
+    figure.colorbar(drawn, ax=axes, pad=0.02).outline.set_visible(False)
+
+
+def _mean_map(maps: Sequence[Sequence[Sequence[float]]], scale: float) -> list[list[float]]:
+    """Cell by cell over the seeds with a finite value there."""
+
+    def mean(values: Iterator[float]) -> float:
+        finite = [scale * v for v in values if math.isfinite(v)]
+        return statistics.fmean(finite) if finite else math.nan
+
+    return [[mean(iter(cells)) for cells in zip(*rows, strict=True)] for rows in zip(*maps, strict=True)]
+
+
+def _mark_divergence(axes: Axes, panel: Panel, trials: Sequence[Trial], arm: str, named: _Styles) -> None:
+    if panel.x != "training step":
+        return
+    for trial in trials:
+        x, y = trial.curves.get(panel.name, {}).get(arm, ([], []))[:2]
+        if arm in trial.diverged and len(x):
+            axes.plot(x[-1], panel.scale * y[-1], "x", ms=8, mew=2, color=named[arm]["color"])
+
+
+def _name_axes(axes: Axes, panel: Panel) -> None:
+    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale=panel.xscale, yscale=panel.yscale)
+    axes.set_ylim(*panel.limits)
+
+
+def _ticks(axes: Axes, values: list[float]) -> None:
+    """A sweep's own values as ticks, where they are few."""
+    if len(values) <= 8:
+        from matplotlib.ticker import NullLocator
+
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    handles: dict[str, Any] = {}
+    for place in axes:
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        columns = max(1, min(len(handles), LEGEND_LETTERS // (8 + max(map(len, handles)))))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

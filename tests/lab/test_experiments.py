@@ -1,0 +1,221 @@
+"""Every experiment runs in small, on the built-in networks and on the user's, and its page holds what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm import lab
+from batchnorm.cli import main
+from batchnorm.errors import DataError, InputError
+from batchnorm.lab.experiment import Config, Experiment, Measure, accuracy_panel
+from batchnorm.lab.experiments import EXPERIMENTS
+from batchnorm.lab.fitting import train
+from batchnorm.lab.results import Table, Trial, difference
+from batchnorm.lab.task import Task
+from batchnorm.report import write_gallery
+from batchnorm.training.loop import Interrupted
+
+
+def plain(num_features, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 12), nn.ReLU(), nn.Linear(12, num_classes))
+
+
+def normalized(num_features, num_classes):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(num_features, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, num_classes)
+    )
+
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(120, 1, 4, 4, generator=generator)
+    return x, (x.flatten(1)[:, :3]).argmax(1)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_smoke(name, tmp_path):
+    experiment = EXPERIMENTS[name]
+    assert getattr(lab, name) is experiment
+    first = experiment(seeds=2, folder=tmp_path, **experiment.smoke)
+    assert first.seeds == (0, 1)
+    claims = [finding for finding in first.findings if finding.kind != "note"]
+    assert claims
+    for finding in first.findings:
+        assert not re.search(r"\bnan\b", finding.text), finding.text
+    for panel in experiment.panels:
+        held = {"map": first.trials[0].maps, "lines": first.trials[0].curves}
+        assert panel.name in held.get(panel.kind, {}) or Table(first.trials).arms(panel.name), panel.name
+    for measure in experiment.measures:
+        assert Table(first.trials).arms(measure), measure
+    again = experiment(seeds=2, folder=tmp_path, **experiment.smoke)  # from the kept seeds
+    assert json.dumps([dataclasses.asdict(t) for t in again.trials]) == json.dumps(
+        [dataclasses.asdict(t) for t in first.trials]
+    )
+    page = write_gallery(tmp_path / "page.html", [experiment], [first], images=tmp_path / "images").read_text()
+    assert experiment.question in page
+    assert page.count("<svg") == 1
+    assert "Source of the claim" in page
+    assert not re.search(r'(src|href)="(?!#|data:)', page)
+    assert (tmp_path / "images" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def run_small(**options):
+    return lab.figure1(seeds=1, steps=6, batch_size=20, **options)
+
+
+def test_the_users_network_and_data():
+    own = run_small(network=normalized, data=data)
+    assert own.config["network"].endswith(":normalized")
+    assert set(own.trials[0].values) == {"batch norm", "without"}
+    assert run_small(network=plain, data=data, insert=True).trials[0].values
+    with pytest.raises(InputError, match=r"bn\.insert"):
+        run_small(network=plain, data=data)
+    with pytest.raises(InputError, match="factory"):
+        run_small(network=nn.Linear(2, 2), data=data)
+    with pytest.raises(DataError, match="batch_size"):
+        lab.figure1(seeds=1, steps=6, batch_size=500, network=normalized, data=data)
+
+
+@pytest.mark.parametrize("network", [normalized, "figure1"])
+def test_both_networks_start_from_the_same_weights(network):
+    task = Task("x", Config(network=network, data=data, batch_size=20), 3)
+    with_norm, without = task.normalized(), task.plain()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in without.modules())
+    first, second = ([p for p in net.parameters() if p.ndim == 2] for net in (with_norm, without))
+    assert len(first) == len(second) > 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert with_norm.get_submodule(task.probe) is not None
+    assert without.get_submodule(task.probe) is not None
+
+
+def test_a_divergence_is_recorded():
+    found = run_small(network=normalized, data=data, lr=1e38)
+    trial = found.trials[0]
+    assert trial.diverged
+    for arm in trial.diverged:
+        assert trial.values[arm]["final"] == pytest.approx(1 / 3)
+    assert any("diverged" in finding.text for finding in found.findings)
+
+
+def counting(calls, stop_at=None):
+    def trial(config, task):
+        if task.seed == stop_at:
+            raise KeyboardInterrupt
+        calls.append(task.seed)
+        out = Trial(task.seed)
+        out.add("arm", value=math.inf if task.seed else math.nan)
+        return out
+
+    return Experiment(
+        name="counting", title="", question="", setting="", criterion="", source="", config=Config(data=data),
+        trial=trial, verdict=lambda config, table: [], panels=(accuracy_panel(),), measures={"value": Measure("v")},
+        caption="",
+    )  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    calls = []
+    with pytest.raises(Interrupted, match="2 of 4 seeds done"):
+        lab.run(counting(calls, stop_at=2), seeds=4, folder=tmp_path)
+    assert calls == [0, 1]
+    told = []
+    result = lab.run(counting(calls), seeds=4, folder=tmp_path, progress=lambda *args: told.append(args))
+    assert calls == [0, 1, 2, 3]
+    assert told[0][:2] == (2, 4)
+    assert math.isnan(result.trials[0].values["arm"]["value"])  # through JSON and back
+    assert result.trials[1].values["arm"]["value"] == math.inf
+    next(tmp_path.rglob("seed-1.json")).write_text("{")  # damaged: done again
+    lab.run(counting(calls), seeds=4, folder=tmp_path)
+    assert calls == [0, 1, 2, 3, 1]
+    lab.run(counting(calls), seeds=1, folder=tmp_path, lr=0.5)  # other settings are not mixed up
+    assert calls == [0, 1, 2, 3, 1, 0]
+
+
+def test_workers_find_the_same_bits():
+    task = {"network": normalized, "data": data, "steps": 4, "seeds": 2, "batch_size": 20}
+    alone, together = lab.figure1(**task), lab.figure1(**task, workers=2)
+    for a, b in zip(alone.trials, together.trials, strict=True):
+        assert (a.values, a.curves) == (b.values, b.curves)
+    with pytest.raises(InputError, match="workers=1"):
+        lab.figure1(seeds=2, workers=2, network=lambda num_features: None, data=data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stepz": 3}, "no setting 'stepz'"),
+        ({"steps": 0}, "steps=0, expected a whole number, 1 or more"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"insert": 1}, "insert=1"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"seeds": (1, 1)}, "different seeds"),
+        ({"workers": 0}, "workers=0"),
+        ({"network": "nowhere"}, "unknown"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(InputError, match=message):
+        lab.figure1(**{"data": data, **options})
+
+
+def test_differences_are_paired():
+    found = difference([1.0, 2.0, 3.0], [0.0, 2.0, 1.0])
+    assert found.mean == pytest.approx(1.0)
+    assert found.half_width == pytest.approx(4.30 * 1.0 / math.sqrt(3))
+    assert found.kind == "tie"
+    assert difference([3.0, 4.1, 5.0], [1.0, 2.0, 3.0]).kind == "more"
+    assert difference([1.0], [0.0]).kind == "tie"
+    assert difference([math.nan, 1.0, 2.0], [0.0, 3.0, 4.0]).kind == "less"
+    assert difference([math.nan], [0.0]).kind == "tie"
+
+
+def test_fit_is_torchs_sgd():
+    task = Task("x", Config(network=normalized, data=data, steps=3, batch_size=20, lr=0.2), 0)
+    net = task.normalized()
+    history = train(net, task)
+    again = task.normalized()
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.2)
+    from batchnorm.training.loop import batch_indices
+
+    for step in range(3):
+        at = batch_indices(len(task.data.x_train), 20, 0, step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(again(task.data.x_train[at]), task.data.y_train[at]).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    again.eval()
+    right = (again(task.data.x_test).argmax(1) == task.data.y_test).float().mean()
+    assert history.final == pytest.approx(float(right))
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["lab", "list"]) == 0
+    assert "figure1" in capsys.readouterr().out
+    assert main(["lab", "figur1"]) == 2
+    assert "Did you mean figure1?" in capsys.readouterr().err
+    words = ["lab", "figure1", "--seeds", "1", "--workers", "1", "--data", "digits", "--set", "steps=3", "--quick"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "Figure 1 of Ioffe" in out
+    page = (tmp_path / "runs" / "lab" / "figure1-quick.html").read_text()
+    assert "shortened: the full run has" in page
+    assert (tmp_path / "runs" / "lab" / "trials").is_dir()
+    assert main(["lab", "figure1", "--set", "lr=-1"]) == 2
+    assert "lr=-1" in capsys.readouterr().err
+
+
+def test_the_face():
+    assert bn.lab.figure1 is EXPERIMENTS["figure1"]
+    assert bn.lab.instruments.descent
+    with pytest.raises(AttributeError):
+        bn.lab.nothing  # noqa: B018
