@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from batchnorm.errors import DtypeError, InputError
 from batchnorm.kernels import aten
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, merge_axis
 from batchnorm.ops import autograd
 from batchnorm.ops.schemas import ACTIVATIONS
+from batchnorm.pools import Pool, Pools, is_alone, merge_moments
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,6 +32,12 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    ghost_size: int = 0,
+    channel_groups: int = 0,
+    process_group: Any = None,
 ) -> Tensor:
     """Batch normalization with `torch.nn.functional.batch_norm`'s signature first, and fusions as keywords.
 
@@ -50,23 +58,51 @@ def batch_norm(
         activation: "relu", "relu6", "leaky_relu", "silu", "gelu" (exact), "hardswish", "sigmoid", "tanh" or None.
         negative_slope: of "leaky_relu".
         residual: added before the activation, of the shape of x.
+        mask: boolean, True = valid, (N, *space) or (N, 1, *space), or what broadcasts to it. Valid values alone are in
+            the pools; nothing is read at the others, and y is zero there.
+        lengths: integers (N,), the valid lengths of the last axis: a mask.
+        weights: (N, *space) or what broadcasts to it, >= 0: how often each value counts in mean and variance
+            (frequency weights: the variance kept is M2/(W - 1), W their sum). Differentiable. In training only.
+        ghost_size: samples of a ghost batch, each normalized by its own statistics; the last may be smaller. The
+            running statistics are those of the whole batch. In training only; 0: none.
+        channel_groups: number of groups of adjacent channels that share statistics with each other as well ("batch
+            and group"); 0: each channel for itself. In training only.
+        process_group: "world" or a group of torch.distributed, whose ranks share statistics; each rank must make the
+            call, with an empty batch if it has no other. In training only. Ghost batches stay on their rank; then the
+            running statistics alone are shared.
 
     Returns:
         y, of the shape, dtype and memory format of x.
 
     Raises:
         InputError: shapes that do not fit, one value per channel in training, an unknown activation.
+        SynchronizationError: ranks that do not take part.
         DtypeError: dtypes or devices that do not fit.
 
-    Source: Ioffe & Szegedy 2015, Algorithm 1.
+    Source: Ioffe & Szegedy 2015, Algorithm 1; Hoffer et al. 2017 (ghost batches); Summers & Dinneen 2020 (groups).
 
     Example:
         >>> x = torch.randn(8, 3, 4, 4)
         >>> y = batch_norm(x, None, None, training=True, activation="relu")
         >>> bool((y >= 0).all()), y.shape
         (True, torch.Size([8, 3, 4, 4]))
+        >>> lengths = torch.tensor([5, 2])
+        >>> batch_norm(torch.randn(2, 3, 5), None, None, training=True, lengths=lengths)[1, :, 2:].abs().sum()
+        tensor(0.)
     """
     use_batch = bool(training)
+    if mask is not None or lengths is not None or weights is not None or ghost_size or channel_groups or process_group:
+        return _by_pools(
+            input,
+            (running_mean, running_var),
+            (weight, bias, residual),
+            use_batch,
+            momentum,
+            (eps, activation, negative_slope),
+            valid(input, mask, lengths),
+            weighing(input, weights),
+            pool_of(input, ghost_size, channel_groups, process_group, "batch_norm"),
+        )
     if input.numel() == 0 and input.ndim < 2:  # torch takes what is empty in any shape
         y = F.batch_norm(input, running_mean, running_var, weight, bias, use_batch, momentum, eps)
         return finish(y, residual, activation, negative_slope)
@@ -87,6 +123,44 @@ def batch_norm(
         name = "running_mean" if running_mean is None else "running_var"
         raise DtypeError(f"{name} must be defined in evaluation mode; it is None: pass it, or training=True")
     return by_population(input, running_mean, running_var, weight, bias, residual, eps, activation, negative_slope)
+
+
+def _by_pools(
+    x: Tensor,
+    running: tuple[Tensor | None, Tensor | None],
+    affine: tuple[Tensor | None, Tensor | None, Tensor | None],
+    use_batch: bool,
+    momentum: float,
+    settings: tuple[float, str | None, float],
+    mask: Tensor | None,
+    weights: Tensor | None,
+    pool: Pool,
+) -> Tensor:
+    """`batch_norm` where the pools are not simply the channels."""
+    running_mean, running_var = running
+    check(x, running_mean, running_var, *affine, settings[1], settings[0], False)
+    if not use_batch:
+        if running_mean is None or running_var is None:
+            raise DtypeError("running_mean and running_var must be defined in evaluation mode; pass them")
+        return by_population(x, running_mean, running_var, *affine, *settings, mask=mask)
+    check_pools(x, settings[0], pool, mask)
+    y, measured = by_pools(x, *affine, *settings, pool, mask, weights)
+    if running_mean is not None and running_var is not None:
+        count, mean, var = merged(measured, pool)
+        with torch.no_grad():
+            unbiased = torch.where(count > 1, var * count / (count - 1), var)
+            for old, new in ((running_mean, mean), (running_var, unbiased)):
+                mixed = (1 - momentum) * old.to(new.dtype) + momentum * new[0]
+                old.copy_(torch.where(count[0] > 0, mixed, old.to(mixed.dtype)))
+    return y
+
+
+class Measured(NamedTuple):
+    """Of every pool: the number (or weight) of its values, their mean and biased variance; each (pools, C)."""
+
+    counts: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 def moments(input: Tensor) -> Moments:
@@ -152,6 +226,100 @@ def check(
     if use_batch and shape[0] * math.prod(shape[2:]) == 1:
         raise InputError(
             f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}: "
+            "the variance of one value is 0; use a larger batch, or .eval()"
+        )
+
+
+def valid(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The mask (N, *space) that ``mask=`` or ``lengths=`` of `batch_norm` stand for."""
+    space = x.shape[2:]
+    if lengths is not None:
+        if mask is not None:
+            raise InputError("got mask and lengths, two ways to say what is valid; give one of them")
+        if not space:
+            raise InputError(f"lengths are of the last axis of (N, C, L), got an input {tuple(x.shape)}")
+        mask = within(lengths, x.shape[0], space[-1], x.device)
+        return mask.reshape(-1, *(1,) * (len(space) - 1), space[-1]).expand(x.shape[0], *space)
+    if mask is None:
+        return None
+    if mask.dtype is not torch.bool:
+        raise DtypeError(f"mask must be boolean, True = valid, got {mask.dtype}; write mask.bool(), or weights=")
+    return _broadcast(x, mask, "mask")
+
+
+def within(lengths: Tensor, samples: int, length: int, device: torch.device) -> Tensor:
+    """The mask (N, L) of the first ``lengths[n]`` positions of each sample."""
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype is torch.bool or tuple(lengths.shape) != (samples,):
+        raise InputError(
+            f"lengths must be integers of shape ({samples},), one a sample, "
+            f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
+        )
+    if (
+        not torch.compiler.is_compiling()
+        and lengths.numel()
+        and not 0 <= int(lengths.min()) <= int(lengths.max()) <= length
+    ):
+        raise InputError(f"lengths must be between 0 and {length}, got {lengths.tolist()}")
+    return torch.arange(length, device=device) < lengths.to(device)[:, None]
+
+
+def weighing(x: Tensor, weights: Tensor | None) -> Tensor | None:
+    """The weights (N, *space) that ``weights=`` of `batch_norm` stand for, in float32 or wider."""
+    if weights is None:
+        return None
+    if not weights.is_floating_point():
+        raise DtypeError(f"weights must be floating-point, got {weights.dtype}")
+    if not torch.compiler.is_compiling() and not is_traced(x) and not autograd.is_transformed():
+        least = weights.detach()
+        if not bool((torch.isfinite(least) & (least >= 0)).all()):
+            raise InputError("weights must be finite and not negative")
+    return _broadcast(x, weights, "weights")
+
+
+def _broadcast(x: Tensor, given: Tensor, name: str) -> Tensor:
+    """A mask or weights as (N, *space)."""
+    target = (x.shape[0], *x.shape[2:])
+    shaped = given
+    if given.ndim == x.ndim and given.ndim > len(target):
+        if given.shape[1] != 1:
+            raise InputError(
+                f"{name} of shape {tuple(given.shape)} differs between channels; expected {target}, or one in place of "
+                "the channels"
+            )
+        shaped = given.squeeze(1)
+    try:
+        shaped = shaped.expand(target)
+    except RuntimeError:
+        raise InputError(
+            f"{name} of shape {tuple(given.shape)} does not fit an input {tuple(x.shape)}; "
+            f"expected {target}, or what broadcasts to it"
+        ) from None
+    if given.device != x.device:
+        raise DtypeError(f"{name} is on {given.device}, the input on {x.device}; move one of them with .to()")
+    return shaped
+
+
+def pool_of(x: Tensor, ghost_size: int, channel_groups: int, process_group: Any, layer: str) -> Pool:
+    """The `Pool` of these options, after checks."""
+    if ghost_size < 0:
+        raise InputError(f"ghost_size must not be negative, got {ghost_size}")
+    if channel_groups and (channel_groups < 0 or x.shape[1] % channel_groups):
+        raise InputError(f"channel_groups={channel_groups} does not divide the {x.shape[1]} channels into equal groups")
+    if isinstance(process_group, str) and process_group != "world":
+        raise InputError(f"process_group must be 'world' or a group of torch.distributed, got {process_group!r}")
+    group = None if ghost_size or is_alone(process_group) else process_group
+    return Pool(ghost_size, channel_groups, group, layer)
+
+
+def check_pools(x: Tensor, eps: float, pool: Pool, mask: Tensor | None) -> None:
+    """Raises where the batch's statistics cannot normalize; a pool of one value that a mask leaves gives beta."""
+    if not 0 < eps < math.inf:
+        raise InputError(f"batch_norm eps must be positive during training, but got {eps}; and it must be finite")
+    values = x.shape[0] * math.prod(x.shape[2:]) * (x.shape[1] // pool.groups if pool.groups else 1)
+    if values == 1 and pool.process_group is None and mask is None:
+        raise InputError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}: "
             "the variance of one value is 0; use a larger batch, or .eval()"
         )
 
@@ -227,12 +395,65 @@ def by_population(
     eps: float,
     activation: str | None,
     slope: float,
+    pool_size: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Normalizes by given statistics (C,), which are constants."""
+    """Normalizes by given statistics (C,) or (pools, C), which are constants."""
+    kind = activation or "identity"
     if is_traced(x):
+        if mask is not None or pool_size:
+            return aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, kind, slope, mask)
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         return finish(y, residual, activation, slope)
-    return autograd.by_population(x, weight, bias, residual, mean, var, 0, eps, activation or "identity", slope)
+    return autograd.by_population(x, weight, bias, residual, mean, var, pool_size, eps, kind, slope, mask=mask)
+
+
+def by_pools(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    pool: Pool,
+    mask: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Measured]:
+    """Normalizes by the statistics of any pools, and returns these."""
+    settings = (eps, activation or "identity", slope)
+    if weights is None and not is_traced(x):
+        if not pool.is_merged:
+            y, mean, var, *_ = autograd.by_batch(x, weight, bias, residual, pool.size, *settings, mask=mask)
+            return y, Measured(Pools(x, pool.size, mask).counts(), mean.detach(), var.detach())
+        if torch.compiler.is_compiling() or not autograd.is_transformed():
+            y, *measured = autograd.MergedStatistics.apply(x, weight, bias, residual, mask, pool, *settings)
+            return y, Measured(*measured)
+    # Of operations that torch itself differentiates, in the weights too, and that other runtimes know.
+    y, mean, var = aten.forward(x, weight, bias, residual, pool, *settings, mask, weights)
+    return y, Measured(Pools(x, pool, mask, weights).counts().detach(), mean.detach(), var.detach())
+
+
+@torch.no_grad()
+def measure(x: Tensor, pool: Pool, mask: Tensor | None, weights: Tensor | None) -> Measured:
+    """The statistics of any pools, outside the graph."""
+    if weights is None and not is_traced(x):
+        return Measured(*autograd.merged_statistics(x, pool, mask))
+    pools = Pools(x, pool, mask, weights)
+    mean, var = aten.batch_statistics(x, pools)
+    return Measured(pools.counts(), mean, var)
+
+
+@torch.no_grad()
+def merged(measured: Measured, pool: Pool, ghosts: Any = None) -> Measured:
+    """All pools of a channel as one, (1, C); ghost batches of all ranks where ``ghosts`` names a process group."""
+    count, mean, var = measured
+    if len(mean) == 1 and ghosts is None:
+        return measured
+    m2 = var * count
+    count, mean, m2 = (each[None] for each in merge_axis(count, mean, m2, 0))
+    count, mean, m2 = merge_moments(count, mean, m2, Pool(process_group=ghosts, layer=pool.layer))
+    return Measured(count, mean, m2 / torch.where(count > 0, count, 1.0))
 
 
 def update(
@@ -271,4 +492,6 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None, slope: fl
 
 def is_traced(x: Tensor) -> bool:
     """Whether the call is being recorded for other runtimes, which know ATen's operators but not these."""
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return True
     return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

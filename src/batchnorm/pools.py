@@ -48,35 +48,41 @@ class Pools:
 
     def __init__(self, x: Tensor, pool: Pool | int, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         self.pool = Pool(pool) if isinstance(pool, int) else pool
-        self.samples, self.channels = x.shape[0], x.shape[1]
+        self.samples, self.channels, self.device = x.shape[0], x.shape[1], x.device
         self.space = tuple(range(2, x.ndim))
-        size = self.pool.size
-        self.size = size if 0 < size < self.samples else max(self.samples, 1)
-        self.pools = max((self.samples + self.size - 1) // self.size, 1)
+        self.size = self.pool.size if 0 < self.pool.size < self.samples else 0
+        self.pools = (self.samples + self.size - 1) // self.size if self.size else 1
         self.wide = torch.float32 if x.device.type == "mps" else torch.float64
         self.shape = (self.samples, self.channels) + (1,) * len(self.space)
         self.mask = None if mask is None else mask.reshape(x.shape[0], 1, *x.shape[2:])
         self.weights = None if weights is None else self.clean(weights.reshape(x.shape[0], 1, *x.shape[2:]))
-        self.count = self._count(math.prod(x.shape[2:]), x.device)
+        self.count = self._count(math.prod(x.shape[2:]))
 
-    def _count(self, inner: int, device: torch.device) -> Tensor | float:
+    def _count(self, inner: int) -> Tensor | int:
         """Values (or weights) of each pool: a number, (pools, 1) or, merged, (pools, C)."""
-        count: Tensor | float
+        count: Tensor | int
         if self.weights is not None:
             count = self._gather(self.weights.to(self.wide))
         elif self.mask is not None:
             count = self._gather(self.mask.to(self.wide))
         elif self.pools == 1:
-            count = float(self.samples * inner)
+            count = self.samples * inner
         else:
             last = self.samples - (self.pools - 1) * self.size
             counts = [self.size * inner] * (self.pools - 1) + [last * inner]
-            count = torch.tensor(counts, dtype=self.wide, device=device)[:, None]
+            count = torch.tensor(counts, dtype=self.wide, device=self.device)[:, None]
         if not self.pool.is_merged:
             return count
-        if isinstance(count, float):
-            count = torch.full((1, 1), count, dtype=self.wide, device=device)
+        if not isinstance(count, Tensor):
+            count = torch.full((1, 1), count, dtype=self.wide, device=self.device)
         return self.merge(count.expand(self.pools, self.channels))
+
+    def counts(self) -> Tensor:
+        """Values (or weights) of every channel of each pool, (pools, C)."""
+        count = self.count
+        if not isinstance(count, Tensor):
+            count = torch.full((1, 1), count, dtype=self.wide, device=self.device)
+        return count.to(self.wide).expand(self.pools, self.channels)
 
     def clean(self, values: Tensor) -> Tensor:
         """Zero where the mask is not True, whatever stood there."""
@@ -100,8 +106,9 @@ class Pools:
 
     def share(self, sums: Tensor) -> Tensor:
         """Merged sums over the number of values; an empty pool's are 0."""
-        if isinstance(self.count, float):
-            return sums / max(self.count, 1.0)
+        if not isinstance(self.count, Tensor):
+            mean: Tensor = sums / torch.sym_max(self.count, 1)
+            return mean
         return sums / torch.where(self.count > 0, self.count, 1.0)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -167,6 +174,14 @@ def all_gather(values: Tensor, pool: Pool) -> Tensor:
     with waiting(pool):
         dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
     return gathered
+
+
+def all_reduce_max(number: int, pool: Pool) -> int:
+    """The largest of the ranks' numbers."""
+    most = torch.tensor(number)
+    with waiting(pool):
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=process_group(pool.process_group))
+    return int(most)
 
 
 def process_group(given: Any) -> Any:

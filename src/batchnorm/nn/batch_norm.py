@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm import functional
 from batchnorm.errors import InputError
+from batchnorm.functional import Measured
 from batchnorm.nn import saved_modes
 from batchnorm.nn.example_weighing import by_example
-from batchnorm.nn.renormalization import Renorm, by_measured, effective
+from batchnorm.nn.renormalization import Renorm, effective
 from batchnorm.nn.running_statistics import ESTIMATORS, NONFINITE, VARIANCES, Accumulator, recomputing, update
-from batchnorm.ops.schemas import ACTIVATIONS, statistics_dtype
+from batchnorm.nn.sequences import POOLS, View, equal_steps, view
+from batchnorm.ops.schemas import ACTIVATIONS
+from batchnorm.pools import Pool, is_alone
 
 SOURCES = ("auto", "batch", "running")
 UPDATES = ("auto", "never", "always")
@@ -33,9 +38,18 @@ OPTIONS: dict[str, Any] = {
     "nonfinite": "propagate",
     "renorm": None,
     "example_weight": 0.0,
+    "pool": None,
+    "batch_first": True,
+    "max_steps": 0,
+    "ghost_size": 0,
+    "ghost_update": "merge",
+    "channel_groups": 0,
+    "process_group": None,
+    "domains": 0,
 }
 # Those of them (and the accumulator of `accumulate`) that the short path through `forward` does not know.
 _SPECIAL = ("trains_affine", "running", "running_var_kind", "nonfinite", "renorm", "example_weight", "_accumulator")
+_POOLED = ("pool", "ghost_size", "channel_groups", "process_group", "domains")
 
 
 class _Default(float):
@@ -59,11 +73,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     nonfinite: str
     renorm: Renorm | None
     example_weight: float
+    pool: str | None
+    batch_first: bool
+    max_steps: int
+    ghost_size: int
+    ghost_update: str
+    channel_groups: int
+    process_group: Any
+    domains: int
+    domain: int = 0
+    label: str = ""  # the layer's name in its network, for errors of synchronization
     num_batches_skipped: Tensor
     renorm_r: Tensor
     renorm_d: Tensor
     _accumulator: Accumulator | None = None
     _special: bool = False
+    _pooled: bool = False
 
     def __init__(
         self,
@@ -86,6 +111,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         nonfinite: str = "propagate",
         renorm: Renorm | None = None,
         example_weight: float = 0.0,
+        pool: str | None = None,
+        batch_first: bool = True,
+        max_steps: int = 0,
+        ghost_size: int = 0,
+        ghost_update: str = "merge",
+        channel_groups: int = 0,
+        process_group: Any = None,
+        domains: int = 0,
     ) -> None:
         options = {
             **OPTIONS,
@@ -98,6 +131,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "nonfinite": nonfinite,
             "renorm": renorm,
             "example_weight": example_weight,
+            "pool": pool,
+            "batch_first": batch_first,
+            "max_steps": max_steps,
+            "ghost_size": ghost_size,
+            "ghost_update": ghost_update,
+            "channel_groups": channel_groups,
+            "process_group": process_group,
+            "domains": domains,
         }
         momentum = _momentum(momentum, decay)
         _check_numbers(num_features, eps, momentum)
@@ -108,6 +149,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if renorm is not None and not track_running_stats:
             raise InputError("renorm= needs running statistics, got track_running_stats=False")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        check_together(options, self, momentum)
         if affine and not bias:
             self.register_parameter("bias", None)
         for name, value in options.items():
@@ -124,7 +166,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Makes what an option needs: its buffers, and the flag that the short path is left by."""
         at = None if self.running_mean is None else self.running_mean.device
         if option == "nonfinite" and self.nonfinite != "propagate":
-            shape = (self.num_features,) if self.nonfinite == "skip_channel" else ()
+            batches = self._buffers.get("num_batches_tracked")
+            shape = () if batches is None else tuple(batches.shape)
+            shape = (*shape, self.num_features) if self.nonfinite == "skip_channel" else shape
             if "num_batches_skipped" not in self._buffers or self.num_batches_skipped.shape != shape:
                 self.register_buffer("num_batches_skipped", torch.zeros(shape, dtype=torch.long, device=at))
         elif option == "nonfinite":
@@ -137,8 +181,28 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             for name in ("renorm_r", "renorm_d"):
                 self._buffers.pop(name, None)
                 self._non_persistent_buffers_set.discard(name)
+        if option in ("pool", "max_steps", "domains"):
+            self._shape_statistics()
         options = self.__dict__
+        options["_pooled"] = any(options.get(key, OPTIONS[key]) != OPTIONS[key] for key in _POOLED)
         options["_special"] = any(options.get(key, OPTIONS.get(key)) != OPTIONS.get(key) for key in _SPECIAL)
+
+    def _shape_statistics(self) -> None:
+        """A row of running statistics for each domain, or each time step; torch's single one for all where added."""
+        options = self.__dict__
+        steps = options.get("max_steps", 0) if options.get("pool") == "frame" else 0
+        rows = tuple(filter(None, (options.get("domains", 0), steps)))
+        for name, own in (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0)):
+            buffer = self._buffers.get(name)
+            if buffer is None or tuple(buffer.shape) == (*rows, *buffer.shape[buffer.ndim - own :]):
+                continue
+            tail = buffer.shape[buffer.ndim - own :]
+            one = buffer.reshape(-1, *tail)[min(self.domain, buffer.reshape(-1, *tail).shape[0] - 1)]
+            self._buffers[name] = one.expand(*rows, *tail).clone()
+        if self.domain >= max(options.get("domains", 0), 1):
+            self.domain = 0
+        if "nonfinite" in options:
+            self._prepare("nonfinite")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**OPTIONS, **state})
@@ -164,10 +228,27 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             wanted = self.update == "always" and self.running_mean is not None
         return wanted and not recomputing()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """activation(BN(input) + residual); see the class."""
-        if not isinstance(input, Tensor):  # a proxy of torch.fx
+        if not isinstance(input, (Tensor, PackedSequence)):  # a proxy of torch.fx
             return self._traced(input, residual)
+        if (
+            self._pooled
+            or mask is not None
+            or lengths is not None
+            or weights is not None
+            or isinstance(input, PackedSequence)
+            or input.is_nested
+        ):
+            result: Tensor = self._by_view(input, residual, mask, lengths, weights)
+            return result
         self._check_input_dim(input)
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
@@ -192,7 +273,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if functional.is_traced(input):
             return self._traced(input, residual)
         if self._special:
-            return self._by_options(input, residual, use_batch, updates)
+            return self._by_options(View(input, None, None, 1, 0, _itself, residual), use_batch, updates)
         if not use_batch:
             if mean is None or var is None:
                 raise InputError(
@@ -220,25 +301,85 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             momentum = 0.0
         functional.update(running_mean, running_var, counter, mean, var, x, momentum)
 
-    def _by_options(self, x: Tensor, residual: Tensor | None, use_batch: bool, updates: bool) -> Tensor:
-        """`forward` for all that is not torch's: renormalization, example weighing, other estimates."""
+    def _by_view(
+        self, input: Any, residual: Any, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
+    ) -> Any:
+        """`forward` where the values of a channel are not simply one pool."""
+        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
+        seen = view(input, residual, mask, lengths, weights, self.pool, self.batch_first, bool(self.ghost_size))
+        if self.pool is None and isinstance(input, Tensor) and not input.is_nested:
+            self._check_input_dim(input)
+        x = seen.x
+        self._check_channels(x)
+        functional.check(x, None, None, self.weight, self.bias, seen.residual, self.activation, self.eps, False)
+        return seen.back(self._by_options(seen, use_batch, updates))
+
+    def _check_channels(self, x: Tensor) -> None:
+        if x.shape[1] != self.num_features:
+            raise InputError(
+                f"{type(self).__name__}: expected {self.num_features} channels, got {x.shape[1]}"
+                + (f"; with pool={self.pool!r} they are the last axis" if self.pool else "")
+            )
+
+    def _pool(self, seen: View) -> Pool:
+        """The pool that the layer's options and the view of its input make."""
+        size = len(seen.x) // seen.steps if seen.steps else self.ghost_size * seen.scale
+        name = f"layer '{self.label}'" if self.label else f"{type(self).__name__}({self.num_features})"
+        pool = functional.pool_of(seen.x, size, self.channel_groups, self.process_group, name)
+        if seen.steps and not is_alone(self.process_group):
+            pool = replace(pool, process_group=self.process_group)
+        return pool
+
+    def _rows(self, seen: View) -> tuple[int, int]:
+        """The rows of the running statistics that an input updates, as their first and their number."""
+        steps = min(seen.steps, self.max_steps) if seen.steps else 1
+        return self.domain * (self.max_steps if seen.steps else 1), steps
+
+    def _population(self, seen: View) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of the domain, (C,), or of each step of the input, (steps, C)."""
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise InputError(
+                f"{type(self).__name__}: source='running', but the layer tracks no running statistics; "
+                "construct it with track_running_stats=True, or set source='auto'"
+            )
+        if self.domains:
+            mean, var = mean[self.domain], var[self.domain]
+        if seen.steps:
+            batches = self.num_batches_tracked
+            assert batches is not None
+            reached = ((batches[self.domain] if self.domains else batches) > 0).sum()
+            row = torch.arange(seen.steps, device=mean.device).minimum(reached - 1).clamp(min=0)
+            mean, var = mean[row], var[row]
+        return mean, var
+
+    def _by_options(self, seen: View, use_batch: bool, updates: bool) -> Tensor:
+        """`forward` for all that is not torch's: pools, renormalization, example weighing, other estimates."""
+        x, residual = seen.x, seen.residual
         weight, bias = self._affine()
         settings = (self.eps, self.activation, self.negative_slope)
-        mean, var = self.running_mean, self.running_var
-        if not use_batch and (mean is None or var is None):
-            raise InputError(f"{type(self).__name__}: source='running', but the layer tracks no running statistics")
-        statistics = None
-        if use_batch and self.renorm is not None and mean is not None:
-            y, statistics = self._renormalized(x, residual)
-        elif use_batch:
-            y, *statistics = functional.by_batch(x, weight, bias, residual, *settings)
+        pool, frames = self._pool(seen), x.shape[0]
+        if seen.steps and pool.process_group is not None and (use_batch or updates):
+            seen = equal_steps(seen, pool)
+            x, residual, pool = seen.x, seen.residual, self._pool(seen)
+        measured = None
+        if use_batch:
+            functional.check_pools(x, self.eps, pool, seen.mask)
+            if self.renorm is not None and self.running_mean is not None:
+                weight, bias = self._renormalized(seen, pool, weight, bias)
+            y, measured = functional.by_pools(x, weight, bias, residual, *settings, pool, seen.mask, seen.weights)
         elif self.example_weight and x.numel():
-            y = by_example(x, mean, var, weight, bias, residual, *settings, self.example_weight)  # type: ignore[arg-type]
+            if seen.mask is not None:
+                raise InputError("example_weight does not go with a mask, lengths or packed sequences yet")
+            mean, var = self._population(seen)
+            y = by_example(x, mean, var, weight, bias, residual, *settings, self.example_weight)
         else:
-            y = functional.by_population(x, mean, var, weight, bias, residual, *settings)  # type: ignore[arg-type]
+            size = pool.size if seen.steps else 0
+            mean, var = self._population(seen)
+            y = functional.by_population(x, mean, var, weight, bias, residual, *settings, size, seen.mask)
         if updates:
-            self._take_in(x, *(statistics or functional.batch_statistics(x)))
-        return y
+            self._take_in(seen, pool, measured or functional.measure(x, pool, seen.mask, seen.weights))
+        return y[:frames] if seen.steps else y
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta, as constants where they do not train."""
@@ -247,43 +388,71 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return weight, bias
         return None if weight is None else weight.detach(), None if bias is None else bias.detach()
 
-    def _renormalized(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        mean, var = functional.batch_statistics(x)
-        dtype = x.dtype if self.weight is None else self.weight.dtype
-        weight, bias = effective(*self._affine(), *self._corrections(mean[0], var[0]), dtype)
-        activation = self.activation or "identity"
-        y = by_measured(x, weight, bias, residual, mean, var, 0, self.eps, activation, self.negative_slope)
-        return y, [mean, var]
+    def _renormalized(
+        self, seen: View, pool: Pool, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """gamma r and gamma d + beta for this batch."""
+        if pool.size or seen.steps:
+            raise InputError("renorm corrects one pool a channel; it does not go with ghost_size or pool='frame'")
+        _, mean, var = functional.measure(seen.x, pool, seen.mask, seen.weights)
+        dtype = seen.x.dtype if weight is None else weight.dtype
+        return effective(weight, bias, *self._corrections(mean[0], var[0], seen), dtype)
 
-    def _corrections(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _corrections(self, mean: Tensor, var: Tensor, seen: View) -> tuple[Tensor, Tensor]:
         """r and d for this batch; a recomputation takes those of the forward that it repeats."""
         assert self.renorm is not None
         with torch.no_grad():
             if not recomputing():
-                statistics = (mean, var, self.running_mean, self.running_var)
-                r, d = self.renorm.corrections(*statistics, self.eps, self.num_batches_tracked)  # type: ignore[arg-type]
+                batches = self.num_batches_tracked
+                assert batches is not None
+                batches = batches[self.domain] if self.domains else batches
+                r, d = self.renorm.corrections(mean, var, *self._population(seen), self.eps, batches)
                 self.renorm_r.copy_(r)
                 self.renorm_d.copy_(d)
             return self.renorm_r.to(mean.dtype, copy=True), self.renorm_d.to(mean.dtype, copy=True)
 
-    def _take_in(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
+    @torch.no_grad()
+    def _take_in(self, seen: View, pool: Pool, measured: Measured) -> None:
         """Updates the running statistics, or what `accumulate` collects for them."""
-        count = x.shape[0] * math.prod(x.shape[2:])
-        mean, var = mean.detach().reshape(-1), var.detach().reshape(-1)
-        with torch.no_grad():
-            if count == 0:  # nothing to mix in; torch counts the batch all the same
-                if self.num_batches_tracked is not None and self._accumulator is None:
-                    self.num_batches_tracked.add_(1)
-            elif self._accumulator is not None:
-                self._accumulator.add(mean, var, count)
-            else:
-                update(self, mean, var, mean.new_full((), count))
+        if not self._pooled and seen.x.numel() == 0 and seen.mask is None:
+            # Nothing to mix in; torch counts the batch all the same.
+            if self.num_batches_tracked is not None and self._accumulator is None:
+                self.num_batches_tracked.add_(1)
+            return
+        row, rows = self._rows(seen)
+        if seen.steps:
+            count, mean, var = (each[:rows] for each in measured)
+        elif self.ghost_update == "decay" and len(measured.mean) > 1 and self._accumulator is None:
+            self._take_in_turn(measured, row)
+            return
+        else:
+            ghosts = self.process_group if pool.size and not is_alone(self.process_group) else None
+            count, mean, var = functional.merged(measured, pool, ghosts)
+        if self._accumulator is not None:
+            self._accumulator.add(mean, var, count[:, :1], row)
+        else:
+            update(self, mean, var, count[:, :1], row)
+
+    def _take_in_turn(self, measured: Measured, row: int) -> None:
+        """Each ghost batch as a batch of its own, k of them decaying as one: momentum 1 - (1 - p)^(1/k)."""
+        momentum, batches = self.momentum, self.num_batches_tracked
+        before = None if batches is None else batches.clone()
+        assert momentum is not None
+        self.momentum = 1 - (1 - momentum) ** (1 / len(measured.mean))
+        try:
+            for k in range(len(measured.mean)):
+                count, mean, var = (each[k : k + 1] for each in measured)
+                update(self, mean, var, count[:, :1], row)
+        finally:
+            self.momentum = momentum
+        if batches is not None and before is not None:  # one batch
+            batches.copy_(torch.where(batches > before, before + 1, before))
 
     def _traced(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The same on ATen's own operators, for other runtimes and for torch.fx."""
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
-        if self._special or (updates and (self.momentum is None or not use_batch)):
-            return self._traced_by_options(x, residual, use_batch, updates)
+        if self._special or self._pooled or (updates and (self.momentum is None or not use_batch)):
+            return self._by_options(View(x, None, None, 1, 0, _itself, residual), use_batch, updates)
         tracked = updates or not use_batch
         momentum = 0.0 if self.momentum is None else self.momentum
         if updates and self.num_batches_tracked is not None:
@@ -299,28 +468,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
         )
         return functional.finish(y, residual, self.activation, self.negative_slope)
-
-    def _traced_by_options(self, x: Tensor, residual: Tensor | None, use_batch: bool, updates: bool) -> Tensor:
-        weight, bias = self._affine()
-        mean, var = self.running_mean, self.running_var
-        if updates or self.renorm is not None:
-            wide = x.detach().to(statistics_dtype(x.device))
-            batch_var, batch_mean = torch.var_mean(wide, (0, *range(2, x.ndim)), correction=0)
-        if use_batch:
-            if self.renorm is not None:
-                dtype = self.renorm_r.dtype if weight is None else weight.dtype
-                weight, bias = effective(weight, bias, *self._corrections(batch_mean, batch_var), dtype)
-            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-            y = functional.finish(y, residual, self.activation, self.negative_slope)
-        elif self.example_weight:
-            settings = (self.eps, self.activation, self.negative_slope, self.example_weight)
-            y = by_example(x, mean, var, weight, bias, residual, *settings)  # type: ignore[arg-type]
-        else:
-            y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-            y = functional.finish(y, residual, self.activation, self.negative_slope)
-        if updates:
-            self._take_in(x, batch_mean, batch_var)
-        return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         try:
@@ -340,6 +487,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         key = prefix + "num_batches_skipped"
         if "num_batches_skipped" in self._buffers and key not in state_dict:
             state_dict[key] = self.num_batches_skipped
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            own, given = self._buffers.get(name), state_dict.get(prefix + name)
+            if (
+                own is not None
+                and given is not None
+                and own.ndim > given.ndim
+                and own.shape[own.ndim - given.ndim :] == given.shape
+            ):
+                state_dict[prefix + name] = given.expand(own.shape)  # torch's one row serves all domains or steps
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         saved_modes.load(self, local_metadata.get("batchnorm"))
 
@@ -351,6 +507,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             if getattr(self, name) != default
         ]
         return ", ".join([super().extra_repr(), *changed])
+
+
+def _itself(y: Tensor) -> Tensor:
+    return y
 
 
 def _momentum(momentum: float | None, decay: float | None) -> float | None:
@@ -391,7 +551,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "running": ESTIMATORS,
     "running_var_kind": VARIANCES,
     "nonfinite": NONFINITE,
+    "pool": POOLS,
+    "batch_first": (True, False),
+    "ghost_update": ("merge", "decay"),
 }
+_NUMBERS = ("max_steps", "ghost_size", "channel_groups", "domains")
 
 
 def _check_option(name: str, value: Any) -> None:
@@ -399,10 +563,38 @@ def _check_option(name: str, value: Any) -> None:
     if name in _CHOICES and value not in _CHOICES[name]:
         shown = "running_var" if name == "running_var_kind" else name
         raise InputError(f"unknown {shown} {value!r}; choose one of {', '.join(map(str, _CHOICES[name]))}")
+    if name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise InputError(f"{name} must be an integer of at least 0, got {value!r}")
+    if name == "process_group" and isinstance(value, str) and value != "world":
+        raise InputError(f"process_group must be None, 'world' or a group of torch.distributed, got {value!r}")
     if name == "renorm" and not (value is None or isinstance(value, Renorm)):
         raise InputError(f"renorm must be a Renorm or None, got {value!r}")
     if name == "example_weight" and not (isinstance(value, (int, float)) and 0 <= value <= 1):
         raise InputError(f"example_weight must be a number in [0, 1], got {value!r}")
+
+
+def check_together(options: dict[str, Any], layer: Any, momentum: float | None) -> None:
+    """Raises where options, each of them possible, do not go together."""
+    pool, steps, ghosts = options["pool"], options["max_steps"], options["ghost_size"]
+    groups, channels = options["channel_groups"], layer.num_features
+    if pool is not None and not isinstance(layer, nn.BatchNorm1d):
+        raise InputError(f"pool={pool!r} is for sequences (batch, time, channels), so for BatchNorm1d alone")
+    if pool == "frame" and not steps:
+        raise InputError("pool='frame' needs max_steps, the number of time steps with statistics of their own")
+    if pool != "frame" and steps:
+        raise InputError(f"max_steps={steps} goes with pool='frame' alone")
+    if pool is None and not options["batch_first"]:
+        raise InputError("batch_first=False goes with pool='sequence' or 'frame'; (N, C, L) has its batch first")
+    if ghosts and pool == "frame":
+        raise InputError("ghost_size does not go with pool='frame', whose pools are the time steps")
+    if options["ghost_update"] == "decay" and (momentum is None or options["running"] != "ema" or not ghosts):
+        raise InputError("ghost_update='decay' needs ghost_size, running='ema' and a momentum")
+    if groups and channels % groups:
+        raise InputError(f"channel_groups={groups} does not divide {channels} channels into equal groups")
+    if options["renorm"] is not None and (ghosts or pool == "frame"):
+        raise InputError("renorm corrects one pool a channel; it does not go with ghost_size or pool='frame'")
+    if (options["domains"] or pool == "frame") and not layer.track_running_stats:
+        raise InputError("domains= and pool='frame' keep running statistics, got track_running_stats=False")
 
 
 _DOC = """Batch normalization over {axes}, a drop-in for `torch.nn.{name}`.
@@ -432,17 +624,37 @@ Args:
     nonfinite: what a batch with infinite or NaN statistics does: "propagate" (as torch), "skip" (the update is
         refused) or "skip_channel" (in the channels concerned); counted in the buffer ``num_batches_skipped``.
     renorm: batch renormalization in training; see `Renorm`. r and d of the last batch: ``renorm_r``, ``renorm_d``.
+    pool: of `BatchNorm1d`: "sequence" or "frame" make the input (batch, time, channels): all valid frames are one pool,
+        or those of each time step are. None: (N, C) or (N, C, L), pooled over N and L.
+    batch_first: of sequences; False for (time, batch, channels).
+    max_steps: time steps that have running statistics of their own with ``pool="frame"``. In evaluation later steps,
+        and those that training never reached, use the last one's.
+    ghost_size: samples of a ghost batch, each normalized by its own statistics in training; the last may be smaller
+        (of one value: the output is beta). 0: none.
+    ghost_update: what the running statistics take in: "merge", the statistics of the whole batch, or "decay", one
+        ghost batch after the other with momentum 1 - (1 - momentum)^(1/k), so that k of them decay as one batch.
+    channel_groups: number of groups of adjacent channels that share statistics in training ("batch and group"); 0:
+        each channel for itself.
+    process_group: "world" or a group of torch.distributed, whose ranks share statistics in training: one collective
+        forward, one backward. Ghost batches stay on their rank; the running statistics alone are then shared.
+    domains: number of sets of running statistics over the same gamma and beta; `use_domain` chooses. 0: one set.
     example_weight: alpha in [0, 1], how much an example's own statistics count when the running ones normalize;
         see `tune_example_weight`.
 
 Shape:
-    input {shape}, residual and output the same.
+    input {shape}, residual and output the same. ``forward(x, residual, mask, lengths, weights)``: mask, boolean, True =
+    valid, (N, *space) or what broadcasts to it; lengths, integers (N,), valid lengths of the last axis (of time, for
+    sequences); weights as mask, >= 0, for mean and variance in training. Invalid values reach nothing, and the output
+    is zero there. A ``PackedSequence`` (frames of C channels), or a jagged nested tensor (N, *, C) or (N, C, *), comes
+    out as it went in. A pool without values changes nothing.
 
 Raises:
     InputError: options or shapes that do not fit, one value per channel in training.
     DtypeError: dtypes or devices that do not fit.
+    SynchronizationError: ranks of the process group that do not take part in time.
 
-Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; Ioffe 2017 (renorm); Summers & Dinneen 2020 (example_weight).
+Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; Ioffe 2017 (renorm); Summers & Dinneen 2020 (example_weight,
+channel_groups); Hoffer et al. 2017 (ghost_size); Laurent et al. 2016 (pool).
 
 Example:
     >>> import torch

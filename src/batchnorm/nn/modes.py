@@ -121,7 +121,7 @@ def _commit(layers: list[ours._BatchNorm]) -> None:
     for layer in layers:
         done = layer._accumulator
         assert done is not None
-        update(layer, done.mean, done.m2 / done.count.clamp(min=1), done.count)
+        update(layer, done.mean, done.m2 / torch.where(done.count > 0, done.count, 1.0), done.count)
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def adopt(layer: nn.Module, requires_grad: dict[str, bool]) -> Memory:
         layer.__class__ = OURS[kind]
         layer.__setstate__(before)
     added = tuple(key for key in layer.__dict__ if key not in before)
-    return Memory(kind, saved_modes.mode(layer), requires_grad, (*added, *(("_special",) if added else ())))
+    return Memory(kind, saved_modes.mode(layer), requires_grad, (*added, *(("_special", "_pooled") if added else ())))
 
 
 def check(net: nn.Module, verb: str, source: str | None = None, update: str | None = None) -> dict[str, nn.Module]:

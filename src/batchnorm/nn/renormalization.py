@@ -108,7 +108,7 @@ class TransformedMeasuredStatistics(autograd.TransformedPopulationStatistics):
 
 def by_measured(x: Tensor, *arguments: Any) -> Tensor:
     """`MeasuredStatistics` on weight, bias, residual, mean, variance, and the settings: y."""
-    transformed = not torch.compiler.is_compiling() and autograd._is_transformed()
+    transformed = not torch.compiler.is_compiling() and autograd.is_transformed()
     function = TransformedMeasuredStatistics if transformed else MeasuredStatistics
     y: Tensor = function.apply(x, *arguments)[0]
     return y

@@ -77,6 +77,9 @@ class StepBatchNorm(_BatchNorm):
         self.register_buffer("num_steps_tracked", torch.zeros(max_steps, 1, dtype=torch.long, device=device))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "max_steps":  # set once, by the constructor
+            self.__dict__.setdefault(name, value)
+            return
         if name in OPTIONS and name not in _KNOWN and value != OPTIONS[name]:
             raise InputError(f"StepBatchNorm: {name} has no meaning for statistics by time step; got {value!r}")
         if name == "_accumulator" and value is not None:

@@ -14,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten
-from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR, statistics_dtype
+from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.pools import Pool, Pools, merge, merge_moments
 
 _ops = torch.ops.batchnorm
@@ -357,7 +357,8 @@ class TransformedPopulationStatistics(torch.autograd.Function):
         return (_unfold(y, size, 1), signs), (0, None)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Whether functorch's transforms or forward mode are at work."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -367,9 +368,10 @@ def by_batch(
     """`BatchStatistics` on weight, bias, residual, and the settings: y, mean, biased variance, signs."""
     if torch.compiler.is_compiling():  # Dynamo does not trace a function with a jvp
         return tuple(BatchStatistics.apply(x, weight, bias, residual, mask, *settings))
-    if _is_transformed():
+    if is_transformed():
         if mask is not None:  # made of operations that have every derivative
-            return aten.forward(x, weight, bias, residual, *settings, mask=mask)
+            pool_size, eps, activation, slope = settings
+            return aten.forward(x, weight, bias, residual, pool_size, eps, activation, slope, mask)
         return tuple(TransformedBatchStatistics.apply(x, weight, bias, residual, *settings))
     measured: list[Tensor] = []
     y = _eager_by_batch(x, weight, bias, residual, mask, Settings(*settings), measured)
@@ -387,26 +389,20 @@ def by_population(
     mask: Any = None,
 ) -> Tensor:
     """`PopulationStatistics` on weight, bias, residual, mean, variance, and the settings: y."""
-    if torch.compiler.is_compiling() or not _is_transformed():
+    if torch.compiler.is_compiling() or not is_transformed():
         y: Tensor = PopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings, mask)[0]
         return y
     if mask is not None:
-        return aten.normalize(x, mean, var, weight, bias, residual, *settings, mask=mask)
+        pool_size, eps, activation, slope = settings
+        return aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope, mask)
     transformed: Tensor = TransformedPopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings)[0]
     return transformed
-
-
-def counts(x: Tensor, pool_size: int, mask: Tensor | None) -> Tensor:
-    """Valid values of every channel of each pool, (pools, C)."""
-    count = Pools(x, pool_size, mask).count
-    wide = torch.as_tensor(count, dtype=statistics_dtype(x.device), device=x.device)
-    return wide.reshape(-1, 1).expand(-1, x.shape[1])
 
 
 def merged_statistics(x: Tensor, pool: Pool, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and biased variance of every pool, (pools, C), outside the graph."""
     mean, m2 = _ops.moments.default(x.detach(), pool.size, mask)
-    count, mean, m2 = merge_moments(counts(x, pool.size, mask), mean, m2, pool)
+    count, mean, m2 = merge_moments(Pools(x, pool.size, mask).counts(), mean, m2, pool)
     return count, mean, m2 / torch.where(count > 0, count, 1.0)
 
 

@@ -251,7 +251,7 @@ def _own(layer: nn.Module) -> dict[str, Any]:
 
 
 def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
-    for name in ours.OPTIONS.keys() | {"_special"}:
+    for name in ours.OPTIONS.keys() | {"_special", "_pooled", "domain", "label"}:
         layer.__dict__.pop(name, None)
     if kind is nn.SyncBatchNorm:
         layer.__dict__["process_group"] = None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm import functional
+from batchnorm.errors import InputError
 from batchnorm.nn.batch_norm import BatchNorm1d
 
 
@@ -23,11 +24,21 @@ class LastAxisBatchNorm(BatchNorm1d):
 
     channels_last = True
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(BN(input) + residual), input and residual (..., C)."""
-        channels = input.shape[-1]
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """activation(BN(input) + residual), input and residual (..., C), mask and weights what broadcasts to (...)."""
+        channels, places = input.shape[-1], input.shape[:-1]
+        if lengths is not None:
+            raise InputError("a layer over the last of several axes takes a mask (...), got lengths")
         flat = None if residual is None else residual.reshape(-1, channels)
-        return super().forward(input.reshape(-1, channels), flat).reshape(input.shape)
+        masked, weighed = (None if t is None else t.expand(places).flatten() for t in (mask, weights))
+        return super().forward(input.reshape(-1, channels), flat, masked, None, weighed).reshape(input.shape)
 
 
 class ScaleShift(nn.Module):
