@@ -20,7 +20,11 @@ PACKAGE = ROOT / "src" / "batchnorm"
 # As DESIGN.md has it; `test_the_design_says_the_same` keeps the two together.
 ARROW = "cli > report > {lab, diagnosis, training} > surgery > population > nn > functional > ops > kernels"
 LEVELS = {part: level for level, group in enumerate(reversed(ARROW.split(" > "))) for part in re.findall(r"\w+", group)}
-BASE = {"errors": set(), "moments": {"errors"}, "pools": {"errors", "moments"}}  # below everyone, and what they may know
+BASE = {
+    "errors": set(),
+    "moments": {"errors"},
+    "pools": {"errors", "moments"},
+}  # below everyone, and what they may know
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 HEAVY = {"jinja2", "matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "rich"}
 HEAVY |= {"scipy", "sklearn", "triton", "typer"}

@@ -62,7 +62,8 @@ def batch_norm(
             the pools; nothing is read at the others, and y is zero there.
         lengths: integers (N,), the valid lengths of the last axis: a mask.
         weights: (N, *space) or what broadcasts to it, >= 0: how often each value counts in mean and variance
-            (frequency weights: the variance kept is M2/(W - 1), W their sum). Differentiable. In training only.
+            (frequency weights: the variance kept is M2/(W - 1), W their sum). What has no weight is not valid.
+            Differentiable. In training only.
         ghost_size: samples of a ghost batch, each normalized by its own statistics; the last may be smaller. The
             running statistics are those of the whole batch. In training only; 0: none.
         channel_groups: number of groups of adjacent channels that share statistics with each other as well ("batch
@@ -99,8 +100,7 @@ def batch_norm(
             use_batch,
             momentum,
             (eps, activation, negative_slope),
-            valid(input, mask, lengths),
-            weighing(input, weights),
+            *positions(input, mask, lengths, weights),
             pool_of(input, ghost_size, channel_groups, process_group, "batch_norm"),
         )
     if input.numel() == 0 and input.ndim < 2:  # torch takes what is empty in any shape
@@ -230,6 +230,17 @@ def check(
         )
 
 
+def positions(
+    x: Tensor, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask and the weights, each (N, *space) or None, of `batch_norm`'s arguments."""
+    mask = valid(x, mask, lengths)
+    if weights is None:
+        return mask, None
+    weights = weighing(x, weights)
+    return weights > 0 if mask is None else mask & (weights > 0), weights
+
+
 def valid(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """The mask (N, *space) that ``mask=`` or ``lengths=`` of `batch_norm` stand for."""
     space = x.shape[2:]
@@ -264,10 +275,8 @@ def within(lengths: Tensor, samples: int, length: int, device: torch.device) -> 
     return torch.arange(length, device=device) < lengths.to(device)[:, None]
 
 
-def weighing(x: Tensor, weights: Tensor | None) -> Tensor | None:
-    """The weights (N, *space) that ``weights=`` of `batch_norm` stand for, in float32 or wider."""
-    if weights is None:
-        return None
+def weighing(x: Tensor, weights: Tensor) -> Tensor:
+    """The weights (N, *space) that ``weights=`` of `batch_norm` stand for."""
     if not weights.is_floating_point():
         raise DtypeError(f"weights must be floating-point, got {weights.dtype}")
     if not torch.compiler.is_compiling() and not is_traced(x) and not autograd.is_transformed():

@@ -114,7 +114,7 @@ class Pools:
     def mean(self, values: Tensor) -> Tensor:
         """Of each pool, weighted; an empty pool's is 0."""
         if self.weights is not None:
-            values = values * self.weights.to(values.dtype)
+            values = values * self.weights  # promoted: a bfloat16 product would be rounded
         return self.share(self.merge(self.own(values)))
 
     def expand(self, statistic: Tensor, dtype: torch.dtype) -> Tensor:

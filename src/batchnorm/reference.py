@@ -289,6 +289,35 @@ def weighted_batch_norm(
     return Transform(np.where(w > 0, y, 0.0), mean, var, inv_std, xhat)
 
 
+def labelled_batch_norm(
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Transform:
+    """Normalize each value of x (N, C, *space) by the weighted mean and variance of the values with its label.
+
+    Which values share statistics is all that tells ghost batches, groups of channels, time steps, ranks and masks
+    apart. Of a negative label, or of no weight: absent, with an output of zero. `mean`, `var` and `inv_std` are those
+    of each value's pool, shaped like x.
+    """
+    x, labels = _array(x), np.broadcast_to(np.asarray(labels), np.shape(x))
+    w = np.where(labels >= 0, 1.0 if weights is None else np.broadcast_to(_array(weights), x.shape), 0.0)
+    x = np.where(w > 0, x, 0.0)
+    mean, var = np.zeros(x.shape), np.zeros(x.shape)
+    for label in np.unique(labels[w > 0]):
+        pool = (labels == label) & (w > 0)
+        mean[pool] = (w[pool] * x[pool]).sum() / w[pool].sum()
+        var[pool] = (w[pool] * (x[pool] - mean[pool]) ** 2).sum() / w[pool].sum()
+    inv_std = 1 / np.sqrt(var + eps)
+    xhat = np.where(w > 0, (x - mean) * inv_std, 0.0)
+    y = _per_channel(gamma, 1, x, 1) * xhat + _per_channel(beta, 0, x, 1)
+    return Transform(np.where(w > 0, y, 0.0), mean, var, inv_std, xhat)
+
+
 def renormalize(
     x: ArrayLike,
     running_mean: ArrayLike,
@@ -500,6 +529,36 @@ def weighted_backward(
     dw = gamma_full / divisor * (forward.xhat * sum_dy + (forward.xhat**2 - share) / 2 * sum_dy_xhat)
     dw = -np.where(w > 0, dw, 0.0).sum(axis=axis, keepdims=True)
     return WeightedGradients(dx, dgamma, dbeta, dw.reshape(np.shape(weights)))
+
+
+def labelled_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    gamma: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+) -> WeightedGradients:
+    """The gradient of `labelled_batch_norm`: gamma may vary inside a pool, so gamma dy is what is summed.
+
+    dx_i = 1/s (gamma dy_i - w_i/W (sum gamma dy + xhat_i sum(gamma dy xhat))), and
+    dw_i = -1/W (xhat_i sum gamma dy + (xhat_i^2 - var/(var + eps))/2 sum(gamma dy xhat)), one for each value.
+    """
+    x, labels = _array(x), np.broadcast_to(np.asarray(labels), np.shape(x))
+    forward = labelled_batch_norm(x, labels, weights, eps=eps)
+    w = np.where(labels >= 0, 1.0 if weights is None else np.broadcast_to(_array(weights), x.shape), 0.0)
+    dy = np.where(w > 0, _array(dy), 0.0)
+    scaled, xhat = _per_channel(gamma, 1, x, 1) * dy, forward.xhat
+    dx, dw = np.zeros(x.shape), np.zeros(x.shape)
+    for label in np.unique(labels[w > 0]):
+        pool = (labels == label) & (w > 0)
+        total, first, second = w[pool].sum(), scaled[pool].sum(), (scaled[pool] * xhat[pool]).sum()
+        share = forward.var[pool] * forward.inv_std[pool] ** 2
+        dx[pool] = forward.inv_std[pool] * (scaled[pool] - w[pool] / total * (first + xhat[pool] * second))
+        dw[pool] = -(xhat[pool] * first + (xhat[pool] ** 2 - share) / 2 * second) / total
+    axes = pool_axes(x.ndim)
+    return WeightedGradients(dx, (dy * xhat).sum(axis=axes), dy.sum(axis=axes), dw)
 
 
 def renormalize_backward(

@@ -428,6 +428,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         else:
             ghosts = self.process_group if pool.size and not is_alone(self.process_group) else None
             count, mean, var = functional.merged(measured, pool, ghosts)
+        if seen.mask is not None and seen.weights is None:  # what one value is left of tells nothing of the variance
+            count = torch.where(count > 1, count, 0.0)
         if self._accumulator is not None:
             self._accumulator.add(mean, var, count[:, :1], row)
         else:

@@ -68,7 +68,7 @@ def view(
         return _jagged(given, residual, pool)
     if pool is None:
         x = given
-        masked, weighed = functional.valid(x, mask, lengths), functional.weighing(x, weights)
+        masked, weighed = functional.positions(x, mask, lengths, weights)
         return View(x, masked, weighed, 1, 0, _same, residual)
     return _padded(given, residual, mask, lengths, weights, pool, batch_first, ghosts)
 
@@ -119,7 +119,7 @@ def _padded(
             raise InputError("got mask and lengths, two ways to say what is valid; give one of them")
         mask = functional.within(lengths, samples, steps, given.device)
         mask = mask if batch_first else mask.t()
-    masked, weighed = functional.valid(plain, mask, None), functional.weighing(plain, weights)
+    masked, weighed = functional.positions(plain, mask, None, weights)
     by_time = pool == "frame"
     turned = batch_first if by_time else ghosts and not batch_first  # what is one pool must stand together
 
