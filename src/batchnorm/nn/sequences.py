@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -82,7 +83,8 @@ def equal_steps(seen: View, pool: Pool) -> View:
         return seen
 
     def padded(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.cat([t, t.new_zeros((missing, *t.shape[1:]))])
+        # Not torch.cat, which takes an empty vector out of the graph: this rank would miss a collective of the backward.
+        return None if t is None else F.pad(t, (*(0, 0) * (t.ndim - 1), 0, missing))
 
     mask = seen.x.new_ones(len(seen.x), dtype=torch.bool) if seen.mask is None else seen.mask
     x = padded(seen.x)

@@ -1,0 +1,31 @@
+"""Layers whose ranks share statistics, on real processes; what each rank does is in synchronized_ranks.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import distributed as dist
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+
+
+def run_ranks(ranks, *checks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = Path(__file__).with_name("synchronized_ranks.py")
+    done = subprocess.run(
+        [*command, str(script), *checks],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_equal_one_process(ranks):
+    run_ranks(ranks, "equality", "pools")
