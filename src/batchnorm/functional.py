@@ -474,15 +474,22 @@ def update(
     x: Tensor,
     momentum: float | None,
     unbiased: bool = True,
+    pool_size: int = 0,
+    count: int | None = None,
 ) -> None:
-    """Mixes the batch's statistics into the running ones, in place, and counts one batch."""
-    count = x.shape[0] * math.prod(x.shape[2:])
+    """Mixes the batch's statistics, of all its pools, into the running ones, in place, and counts one batch.
+
+    ``count`` says how many values a channel has where not all of x count.
+    """
+    inner = math.prod(x.shape[2:])
+    if count is None:
+        count = x.shape[0] * inner
     if count == 0:  # nothing to mix in; torch counts the batch all the same
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return
     torch.ops.batchnorm.update_statistics.default(
-        running_mean, running_var, num_batches_tracked, mean, var, count, count, momentum, unbiased
+        running_mean, running_var, num_batches_tracked, mean, var, count, pool_size * inner or count, momentum, unbiased
     )
 
 

@@ -250,6 +250,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             result: Tensor = self._by_view(input, residual, mask, lengths, weights)
             return result
         self._check_input_dim(input)
+        return self._by_channel(input, residual)
+
+    def _by_channel(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """`forward` where a channel is one pool, as in torch."""
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
         # in none of them.
@@ -294,23 +298,33 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _update(
-        self, running_mean: Tensor | None, running_var: Tensor | None, x: Tensor, mean: Tensor, var: Tensor
+        self,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        pool_size: int = 0,
+        count: int | None = None,
     ) -> None:
         counter, momentum = self._buffers.get("num_batches_tracked"), self.momentum
         if momentum is None and counter is None:
             momentum = 0.0
-        functional.update(running_mean, running_var, counter, mean, var, x, momentum)
+        functional.update(running_mean, running_var, counter, mean, var, x, momentum, True, pool_size, count)
 
     def _by_view(
         self, input: Any, residual: Any, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
     ) -> Any:
         """`forward` where the values of a channel are not simply one pool."""
-        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         seen = view(input, residual, mask, lengths, weights, self.pool, self.batch_first, bool(self.ghost_size))
         if self.pool is None and isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
         x = seen.x
         self._check_channels(x)
+        parted = self.ghost_size or self.channel_groups or self.domains or not is_alone(self.process_group)
+        if seen.mask is None and seen.weights is None and not seen.steps and not parted:
+            return seen.back(self._by_channel(x, seen.residual))
+        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         functional.check(x, None, None, self.weight, self.bias, seen.residual, self.activation, self.eps, False)
         return seen.back(self._by_options(seen, use_batch, updates))
 
@@ -419,6 +433,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             if self.num_batches_tracked is not None and self._accumulator is None:
                 self.num_batches_tracked.add_(1)
             return
+        values = self._simple_count(seen, pool, measured)
+        if values is not None:
+            if values > 1 or seen.mask is None:
+                self._update(self.running_mean, self.running_var, seen.x, *measured[1:], pool.size, values)
+            return
         row, rows = self._rows(seen)
         if seen.steps:
             count, mean, var = (each[:rows] for each in measured)
@@ -434,6 +453,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._accumulator.add(mean, var, count[:, :1], row)
         else:
             update(self, mean, var, count[:, :1], row)
+
+    def _simple_count(self, seen: View, pool: Pool, measured: Measured) -> int | None:
+        """Values of a channel where the operator that torch's own estimate takes will do, else None."""
+        special = self._special or self.domains or seen.steps or seen.weights is not None or pool.groups
+        if special or self.process_group is not None or self.ghost_update != "merge":
+            return None
+        if seen.mask is None:
+            return seen.x.shape[0] * math.prod(seen.x.shape[2:])
+        if torch.compiler.is_compiling() or seen.x.device.type != "cpu" or len(measured.mean) > 1:
+            return None  # reading a value back would wait for the device, or break the graph
+        return int(measured.counts[0, 0])
 
     def _take_in_turn(self, measured: Measured, row: int) -> None:
         """Each ghost batch as a batch of its own, k of them decaying as one: momentum 1 - (1 - p)^(1/k)."""
