@@ -442,7 +442,7 @@ def _write(out: Path, content: bytes) -> None:
 
 `batchnorm lab landscape --network mymodels:resnet --data mydata:load --set steps=500` - on your own network
 
-`batchnorm lab explain` - walk one mini-batch through a layer, with real numbers
+`batchnorm lab explain --set layer=3.norm --set channel=7` - walk one mini-batch through a layer, with real numbers
 """
 )
 def lab(
@@ -476,6 +476,9 @@ def lab(
     changes |= {key: value for key, value in (("network", network), ("data", data)) if value is not None}
     if insert:
         changes["insert"] = True
+    if names == ["explain"]:
+        typer.echo(f"Page: {_explain(out, changes)}")
+        return
     chosen = list(EXPERIMENTS.values()) if names == ["all"] else [find(name) for name in names]
     settings = [(experiment, experiment.configure(quick=quick, **changes)) for experiment in chosen]
 
@@ -488,6 +491,14 @@ def lab(
     page = write_gallery(out / f"{name}{'-quick' if quick else ''}.html", chosen, results)
     _print_findings(chosen, results)
     typer.echo(f"\nPage: {page}")
+
+
+def _explain(out: Path, changes: dict[str, Any]) -> Path:
+    from batchnorm.lab.explanation import explain_built_in
+    from batchnorm.report.explain_page import write_explanation
+
+    found, source = explain_built_in(**changes)
+    return write_explanation(out / "explain.html", found, source=source)
 
 
 def _list_experiments(experiments: list[Experiment]) -> None:

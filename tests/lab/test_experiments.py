@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import re
@@ -60,7 +61,7 @@ def test_smoke(name, tmp_path):
         [dataclasses.asdict(t) for t in first.trials]
     )
     page = write_gallery(tmp_path / "page.html", [experiment], [first], images=tmp_path / "images").read_text()
-    assert experiment.question in page
+    assert experiment.question in html.unescape(page)
     assert page.count("<svg") == 1
     assert "Source of the claim" in page
     assert not re.search(r'(src|href)="(?!#|data:)', page)

@@ -236,7 +236,7 @@ def test_surface_of_a_quadratic():
 
 def test_filter_normalized_directions_have_the_weights_norms():
     """L = sum of rows' squared norms: its cross term aside, a step of 1 adds each row's own squared norm."""
-    net = nn.Linear(50, 4, bias=False, dtype=torch.float64)
+    net = nn.Conv2d(50, 4, 2, bias=False, dtype=torch.float64)
     found = loss_surface(net, None, points=3, loss=lambda net, _: net.weight.square().sum())
     middle = float(net.weight.detach().square().sum())
     along = (found.losses[0][1] + found.losses[2][1]) / 2  # the cross terms cancel

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Config": "batchnorm.lab.experiment",
     "Experiment": "batchnorm.lab.experiment",
+    "Explanation": "batchnorm.lab.explanation",
     "Finding": "batchnorm.lab.results",
     "Result": "batchnorm.lab.results",
     "Trial": "batchnorm.lab.results",
+    "explain": "batchnorm.lab.explanation",
     "run": "batchnorm.lab.runner",
     "run_all": "batchnorm.lab.runner",
 }
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from batchnorm.lab import instruments as instruments
     from batchnorm.lab.experiment import Config as Config
     from batchnorm.lab.experiment import Experiment as Experiment
+    from batchnorm.lab.explanation import Explanation as Explanation
+    from batchnorm.lab.explanation import explain as explain
     from batchnorm.lab.results import Finding as Finding
     from batchnorm.lab.results import Result as Result
     from batchnorm.lab.results import Trial as Trial

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from batchnorm.errors import InputError
 from batchnorm.lab.results import Finding, Result, Table, Trial
@@ -143,20 +143,30 @@ class Experiment:
         Raises:
             InputError: an unknown setting or a value out of range.
         """
-        fields = {f.name for f in dataclasses.fields(self.config)}
-        for name in changes:
-            if name not in fields:
-                raise InputError(f"lab {self.name}: no setting {name!r}; expected one of {', '.join(sorted(fields))}")
-        values = {**(self.quick if quick else {}), **changes}
-        for name, value in values.items():
-            _check(self.name, name, value, getattr(self.config, name))
-        return dataclasses.replace(self.config, **{n: _like(v, getattr(self.config, n)) for n, v in values.items()})
+        return checked(self.config, self.name, {**(self.quick if quick else {}), **changes})
 
     def __call__(self, *, seeds: int | tuple[int, ...] = 5, quick: bool = False, **options: Any) -> Result:
         """Run it; see `batchnorm.lab.run`."""
         from batchnorm.lab.runner import run
 
         return run(self, seeds=seeds, quick=quick, **options)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def checked(config: C, experiment: str, changes: Mapping[str, Any]) -> C:
+    """The settings with changes.
+
+    Raises:
+        InputError: an unknown setting or a value out of range.
+    """
+    fields = [f.name for f in dataclasses.fields(config)]
+    for name, value in changes.items():
+        if name not in fields:
+            raise InputError(f"lab {experiment}: no setting {name!r}; expected one of {', '.join(fields)}")
+        _check(experiment, name, value, getattr(config, name))
+    return dataclasses.replace(config, **{n: _like(v, getattr(config, n)) for n, v in changes.items()})
 
 
 def _check(experiment: str, name: str, value: Any, default: Any) -> None:

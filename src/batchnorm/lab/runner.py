@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from batchnorm import __version__
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Config, Experiment
 from batchnorm.lab.results import Result, Table, Trial
@@ -39,8 +40,8 @@ class Job:
     seed: int
 
     def path(self, folder: Path) -> Path:
-        """Where its trial is kept; other settings are other places."""
-        settings = json.dumps(self.config.plain(), sort_keys=True)
+        """Where its trial is kept; other settings and versions are other places."""
+        settings = json.dumps([__version__, self.config.plain()], sort_keys=True)
         key = hashlib.sha256(settings.encode()).hexdigest()[:10]
         return folder / "trials" / f"{self.experiment.name}-{key}" / f"seed-{self.seed}.json"
 

@@ -80,12 +80,12 @@ class Task:
         """The normalized network with another layer in place of each batch norm layer."""
         return self._seeded(replace_norms(self.normalized(), make))
 
-    @property
+    @functools.cached_property
     def probe(self) -> str:
         """The module whose output is the input of the last normalized activation, in both networks."""
-        net = self.normalized()
+        with torch.random.fork_rng(devices=[]):
+            net, (_, has_own) = self.normalized(), self._build()
         last = [name for name, module in net.named_modules() if isinstance(module, _BatchNorm)][-1]
-        _, has_own = self._build()
         return str(last if has_own else last.rpartition(".")[0])
 
     def _build(self) -> tuple[nn.Module, bool]:

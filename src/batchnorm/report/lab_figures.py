@@ -18,12 +18,56 @@ if TYPE_CHECKING:
 
 SOLID, DASHED, DOTTED, MIXED = "-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (5, 1.5, 1.2, 1.5))
 
-# The first entry that begins an arm's name decides.
-STYLES: tuple[tuple[str, str, Any], ...] = (
-    ("batch norm ×1 ", "batch norm", SOLID),
-    ("batch norm", "batch norm", SOLID),
-    ("without", "baseline", DASHED),
-)
+# Colour and dash of each arm; blue is batch norm, vermilion is without it, wherever they stand.
+STYLES: dict[str, tuple[str, Any]] = {
+    "batch norm": ("batch norm", SOLID),
+    "without": ("baseline", DASHED),
+    "batch norm ×1": ("batch norm", SOLID),
+    "batch norm ×5": ("sky", SOLID),
+    "batch norm ×30": ("green", DOTTED),
+    "batch norm ×5 sigmoid": ("purple", MIXED),
+    "without sigmoid": ("gray", DOTTED),
+    "noisy batch norm": ("purple", MIXED),
+    "renormalization": ("purple", MIXED),
+    "group norm": ("green", DOTTED),
+    "ghost": ("sky", SOLID),
+    "ghost 4": ("sky", SOLID),
+    "batch + group": ("orange", DASHED),
+    "Theorem 4.1": ("batch norm", SOLID),
+    "Theorem 4.2": ("purple", MIXED),
+    "moving average": ("orange", DASHED),
+    "ioffe": ("green", DOTTED),
+    "pooled": ("sky", SOLID),
+    "sequential": ("purple", MIXED),
+    "exact": ("gray", DOTTED),
+    "momentum 0.001": ("sky", SOLID),
+    "momentum 0.01": ("green", DOTTED),
+    "momentum 0.1": ("batch norm", SOLID),
+    "momentum 0.5": ("purple", MIXED),
+    "momentum 1": ("orange", DASHED),
+    "alpha 0": ("batch norm", SOLID),
+    "alpha tuned": ("green", DOTTED),
+    "no decay": ("gray", DOTTED),
+    "weights": ("batch norm", SOLID),
+    "weights, gamma, beta": ("orange", DASHED),
+    "gamma toward 1": ("green", DOTTED),
+    "dropout before": ("orange", DASHED),
+    "dropout before, calibrated": ("green", DOTTED),
+    "dropout after": ("batch norm", SOLID),
+    "dropout after, calibrated": ("sky", SOLID),
+    "source": ("orange", DASHED),
+    "adapted, prior 16": ("sky", SOLID),
+    "adapted, prior 0": ("batch norm", SOLID),
+    "tent": ("green", DOTTED),
+    "before activation": ("batch norm", SOLID),
+    "after activation": ("purple", MIXED),
+    "batch norm, standardized": ("batch norm", SOLID),
+    "batch norm, raw": ("sky", DOTTED),
+    "without, standardized": ("baseline", DASHED),
+    "without, raw": ("orange", MIXED),
+    "padding masked": ("batch norm", SOLID),
+    "padding counted": ("orange", DASHED),
+}
 OTHERS = (("purple", MIXED), ("green", DOTTED), ("sky", SOLID), ("orange", DASHED), ("gray", DOTTED))
 MAX_ROW = 3
 WIDTH = 10.2  # inches, of every figure, so that its text has one size on the page
@@ -36,7 +80,7 @@ def draw(experiment: Experiment, result: Result) -> Figure:
     from matplotlib.figure import Figure
 
     places = [(panel, arm) for panel in experiment.panels for arm in _arms_apart(panel, result)]
-    columns = len(places) if len(places) <= MAX_ROW else 2
+    columns = 2 if len(places) == 4 else min(len(places), MAX_ROW)
     rows = math.ceil(len(places) / columns)
     figure = Figure(figsize=(WIDTH, (3.4 if columns > 1 else 3.9) * rows + 0.45), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -61,8 +105,7 @@ class _Styles:
         spare = itertools.cycle(OTHERS)
         self.found: dict[str, tuple[str, Any]] = {}
         for arm in _all_arms(result):
-            known = next(((color, dash) for name, color, dash in STYLES if arm == name), None)
-            self.found[arm] = known or next(spare)
+            self.found[arm] = STYLES[arm] if arm in STYLES else next(spare)
 
     def __getitem__(self, arm: str) -> dict[str, Any]:
         color, dash = self.found[arm]
@@ -120,9 +163,9 @@ def _band(axes: Axes, panel: Panel, curve: Sequence[Sequence[float]], arm: str, 
     x, *ys = curve
     ys = [[panel.scale * value for value in y] for y in ys]
     style = named[arm]
-    axes.fill_between(x, ys[0], ys[-1], color=style["color"], alpha=0.25, lw=0, label=arm)
-    for y in ys:
-        axes.plot(x, y, color=style["color"], ls=style["ls"] if len(ys) == 2 else SOLID, lw=0.9)
+    axes.fill_between(x, ys[0], ys[-1], color=style["color"], alpha=0.25, lw=0)
+    for i, y in enumerate(ys):
+        axes.plot(x, y, color=style["color"], ls=style["ls"], lw=1.1, label=None if i else arm)
 
 
 def _categories(
@@ -183,7 +226,8 @@ def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> 
             [i + 0.5 for i in range(0, len(places), every)], [f"{places[i]:.3g}" for i in range(0, len(places), every)]
         )
     axes.grid(visible=False)
-    figure.colorbar(drawn, ax=axes, pad=0.02).outline.set_visible(False)
+    if arm == list(means)[-1]:
+        figure.colorbar(drawn, ax=axes, pad=0.02).outline.set_visible(False)
 
 
 def _mean_map(maps: Sequence[Sequence[Sequence[float]]], scale: float) -> list[list[float]]:

@@ -6,15 +6,50 @@ import difflib
 
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment
-from batchnorm.lab.experiments import covariate_shift, figure1, landscape, speedup
+from batchnorm.lab.experiments import (
+    batch_group,
+    covariate_shift,
+    domain_shift,
+    dropout,
+    equalities,
+    estimators,
+    example_weighing,
+    figure1,
+    ghost,
+    landscape,
+    momentum,
+    noisy,
+    padding,
+    placement,
+    sensitivity,
+    small_batches,
+    speedup,
+    standardization,
+    weight_decay,
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (
         figure1,
         speedup,
+        sensitivity,
         landscape,
         covariate_shift,
+        noisy,
+        equalities,
+        estimators,
+        momentum,
+        example_weighing,
+        ghost,
+        weight_decay,
+        batch_group,
+        small_batches,
+        padding,
+        dropout,
+        domain_shift,
+        placement,
+        standardization,
     )
 }
 

@@ -27,7 +27,7 @@ class CovariateShiftConfig(Config):
     width: int = 20
     samples: int = 200
     linear_steps: int = 1000
-    linear_lr: float = 1e-3
+    linear_lr: float = 1e-4
 
 
 def trial(config: CovariateShiftConfig, task: Task) -> Trial:

@@ -85,6 +85,6 @@ def _like(weight: Tensor, generator: torch.Generator) -> Tensor:
     """A random tensor whose rows (axis 0) have the norms of the weight's rows."""
     random = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
     rows = tuple(range(1, weight.ndim))
-    length = random.norm(dim=rows, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    scaled: Tensor = random * (weight.norm(dim=rows, keepdim=True) / length)
+    ours, wanted = (tensor.square().sum(dim=rows, keepdim=True).sqrt() for tensor in (random, weight))
+    scaled: Tensor = random * (wanted / ours.clamp(min=torch.finfo(weight.dtype).tiny))
     return scaled
