@@ -16,8 +16,11 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+import batchnorm as bn
 from batchnorm import functional
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from operator_contract import (
@@ -435,7 +438,36 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "update_statistics", (*running, mean, var, 16, count, momentum, True)
 
 
-OPERATOR_CALLS = list(operator_calls())
+class Recorder(TorchDispatchMode):
+    """Notes the calls of this package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "batchnorm":
+            kept = tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, args)
+            self.calls.append((function._opname, kept))
+        return function(*args, **(kwargs or {}))
+
+
+def recorded_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The operators as layers call them: with a mask, over groups of channels, and in recurrences."""
+    lengths = torch.tensor([5, 2, 0, 4])
+    with Recorder() as recorder:
+        for options in ({}, {"channel_groups": 2}, {"ghost_size": 2, "activation": "relu"}):
+            x = normal(4, 6, 5, dtype=torch.float32).requires_grad_()
+            layer = bn.BatchNorm1d(6, **options)
+            layer(x, x, lengths=lengths).sum().backward()
+            layer.eval()(x, lengths=lengths).sum().backward()
+        for kind in (bn.RNN, bn.LSTM, bn.GRU):
+            net = kind(3, 4, batch_norm="frame", recurrent=True)
+            net(normal(5, 4, 3, dtype=torch.float32))[0].sum().backward()
+    yield from recorder.calls
+
+
+OPERATOR_CALLS = [*operator_calls(), *recorded_calls()]
 
 
 def test_every_operator_is_checked():
