@@ -250,7 +250,7 @@ def valid(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | No
         if not space:
             raise InputError(f"lengths are of the last axis of (N, C, L), got an input {tuple(x.shape)}")
         mask = within(lengths, x.shape[0], space[-1], x.device)
-        return mask.reshape(-1, *(1,) * (len(space) - 1), space[-1]).expand(x.shape[0], *space)
+        return mask.reshape(x.shape[0], *(1,) * (len(space) - 1), space[-1]).expand(x.shape[0], *space)
     if mask is None:
         return None
     if mask.dtype is not torch.bool:

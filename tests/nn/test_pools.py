@@ -480,3 +480,33 @@ def test_options_that_do_not_go_together(options: dict[str, Any], words: str) ->
     if "pool" in options:
         with pytest.raises(InputError):
             bn.BatchNorm2d(6, pool="sequence")
+
+
+def test_empty_batches_and_sequences() -> None:
+    none = torch.zeros(0, dtype=torch.long)
+    assert bn.BatchNorm1d(4)(torch.randn(0, 4, 5), lengths=none).shape == (0, 4, 5)
+    assert bn.BatchNorm1d(4)(torch.randn(3, 4, 0), lengths=torch.zeros(3, dtype=torch.long)).shape == (3, 4, 0)
+    for options in ({"pool": "sequence"}, {"pool": "frame", "max_steps": 3}):
+        for shape in ((0, 5, 4), (2, 0, 4)):
+            layer = bn.BatchNorm1d(4, **options)
+            x = torch.randn(shape, requires_grad=True)
+            layer(x).sum().backward()
+            assert x.grad.shape == shape
+            assert (layer.running_mean == 0).all()
+
+
+def test_functional_transforms_see_masks_and_groups() -> None:
+    torch.manual_seed(0)
+    x, lengths = torch.randn(2, 3, 4, 5), torch.tensor([5, 2, 3])
+    for options in ({"lengths": lengths}, {"channel_groups": 2}, {"ghost_size": 2}):
+
+        def function(x: Tensor, options: dict[str, Any] = options) -> Tensor:
+            return functional.batch_norm(x, None, None, training=True, **options)
+
+        each = torch.stack([function(one) for one in x])
+        torch.testing.assert_close(torch.func.vmap(function)(x), each)
+        dx = torch.randn_like(x[0])
+        wide = [t.double() for t in (x[0], dx)]
+        _, tangent = torch.func.jvp(function, (wide[0],), (wide[1],))
+        numeric = (function(wide[0] + 1e-6 * wide[1]) - function(wide[0] - 1e-6 * wide[1])) / 2e-6
+        torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-7)

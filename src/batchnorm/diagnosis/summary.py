@@ -267,7 +267,7 @@ def _health(layer: _BatchNorm, pool: int | None) -> str:
         return "untracked"
     if bool((var < 0).any()):
         return "broken"
-    if counter is not None and int(counter) == 0:
+    if counter is not None and not bool(counter.any()):
         return "untrained"
     return "dead" if bool((var < _DEAD * layer.eps).any()) else "good"
 
