@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from batchnorm import functional
 from batchnorm.errors import InputError
 from batchnorm.functional import Measured
+from batchnorm.moments import Moments
 from batchnorm.nn import saved_modes
 from batchnorm.nn.example_weighing import by_example
 from batchnorm.nn.renormalization import Renorm, effective
@@ -401,6 +402,30 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if updates:
             self._take_in(seen, pool, measured or functional.measure(x, pool, seen.mask, seen.weights))
         return y[:frames] if seen.steps else y
+
+    @torch.no_grad()
+    def input_moments(
+        self,
+        input: Any,
+        residual: Any = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Moments:
+        """The moments of an input that `forward` takes, as the running statistics know them: (C,), or (max_steps, C).
+
+        Those of ghost batches are merged, and those of channels that share statistics; of this process alone.
+        """
+        seen = view(input, residual, mask, lengths, weights, self.pool, self.batch_first, False)
+        self._check_channels(seen.x)
+        size = seen.x.shape[0] // seen.steps if seen.steps else 0
+        counts, mean, var = functional.measure(seen.x, Pool(size, self.channel_groups), seen.mask, seen.weights)
+        if self.pool != "frame":
+            return Moments(counts[0, 0], mean[0], (var * counts)[0])
+        kept = min(seen.steps, self.max_steps)
+        missing = (0, 0, 0, self.max_steps - kept)
+        parts = (F.pad(each[:kept], missing) for each in (counts[:, :1], mean, var * counts))
+        return Moments(*parts)
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta, as constants where they do not train."""

@@ -83,7 +83,7 @@ def equal_steps(seen: View, pool: Pool) -> View:
         return seen
 
     def padded(t: Tensor | None) -> Tensor | None:
-        # Not torch.cat, which takes an empty vector out of the graph: this rank would miss a collective of the backward.
+        # Not torch.cat, which takes an empty vector out of the graph: this rank would miss a collective backward.
         return None if t is None else F.pad(t, (*(0, 0) * (t.ndim - 1), 0, missing))
 
     mask = seen.x.new_ones(len(seen.x), dtype=torch.bool) if seen.mask is None else seen.mask
