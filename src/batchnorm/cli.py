@@ -78,11 +78,11 @@ def _table(values: dict[str, Any], other: object = None) -> str:
 
 
 NETWORK_HELP = (
-    "figure1 (784-100-100-100-10 sigmoids), convnet, or package.module:factory. The factory is "
+    "figure1 (784-100-100-100-10 sigmoids), convnet, lstm, or package.module:factory. The factory is "
     "called with those of num_features, in_channels, input_shape and num_classes that it names."
 )
 DATA_HELP = (
-    "mnist5k, digits, FILE.npz with x and y (and x_test, y_test), FILE.npy with --labels, or "
+    "mnist5k, digits, japanese-vowels, FILE.npz with x and y (and x_test, y_test), FILE.npy with --labels, or "
     "package.module:loader that returns (x, y) or (x, y, x_test, y_test)."
 )
 
@@ -93,6 +93,8 @@ DATA_HELP = (
 `batchnorm train` - the default: Figure 1 of Ioffe & Szegedy on 5,000 MNIST digits
 
 `batchnorm train --network convnet --data digits --steps 500`
+
+`batchnorm train --network lstm --data japanese-vowels`
 
 `batchnorm train --data table.npz --lr 0.05 --out runs/table`
 

@@ -7,6 +7,7 @@ import traceback
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 import batchnorm as bn
 

@@ -89,6 +89,20 @@ def test_digits_are_images_in_the_unit_range():
     assert (float(data.x_train.min()), float(data.x_train.max())) == (0.0, 1.0)
 
 
+def test_japanese_vowels_are_the_files_of_aeon(monkeypatch):
+    data = load_data("japanese-vowels")
+    assert data.x_train.shape == (270, 29, 12)
+    assert data.x_test.shape == (370, 29, 12)
+    assert torch.bincount(data.y_train).tolist() == [30] * 9
+    assert data.x_train[0, 0, :3].tolist() == pytest.approx([1.860936, -0.207383, 0.261557])
+    lengths = (data.x_train != 0).any(2).sum(1)
+    assert (int(lengths.min()), int(lengths.max())) == (7, 26)
+    assert not data.standardize
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="--no-deps aeon"):
+        load_data("japanese-vowels")
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(MissingDependencyError, match=r"mlxtend.*batchnorm\[demo\]"):

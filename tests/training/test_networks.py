@@ -89,7 +89,7 @@ def test_what_is_no_factory_is_refused(factory, function, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("figure2", "unknown, expected figure1, convnet or package.module:factory"),
+        ("figure2", "unknown, expected figure1, convnet, lstm or package.module:factory"),
         (":make", "unknown"),
         ("nothing_here:make", "module nothing_here cannot be imported"),
         ("math:make", "make does not exist in module math"),

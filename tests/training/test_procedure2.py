@@ -355,3 +355,17 @@ def test_resuming_what_is_no_run_is_refused(tmp_path, text, message):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(DataError, match=message):
         resume(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.recurrent._flat_weights:UserWarning")  # of torch.nn.LSTM
+def test_a_recurrent_network_on_sequences(tmp_path):
+    """Normalized over the valid frames of whole sequences, folded into torch's own layer, and every form verified."""
+    config = TrainConfig(network="lstm", data="japanese-vowels", steps=40, batch_size=30, out=str(tmp_path / "run"))
+    run = train(dataclasses.replace(config, eval_every=20))
+    assert run.ok, [export.note for export in run.exports]
+    assert [item.into for item in run.certificate.folded] == ["recurrent.weight_ih_l0"]
+    assert not list(run.folded.recurrent.children())
+    assert [insertion.after for insertion in run.insertions] == ["recurrent.weight_ih_l0"]
+    assert run.curves["batch norm"].test_accuracy[-1] > 0.8  # 0.11 by chance
+    assert {export.status for export in run.exports} == {"verified"}

@@ -269,7 +269,8 @@ def _health(layer: _BatchNorm, pool: int | None) -> str:
         return "broken"
     if counter is not None and not bool(counter.any()):
         return "untrained"
-    return "dead" if bool((var < _DEAD * layer.eps).any()) else "good"
+    dead = (var < _DEAD * layer.eps).reshape(-1, layer.num_features).all(0)  # at every step, where there are steps
+    return "dead" if bool(dead.any()) else "good"
 
 
 def _row(layer: LayerSummary) -> dict[str, str]:

@@ -410,6 +410,17 @@ class _Cell(_Normalized, nn.modules.rnn.RNNCellBase):
         return h if c is None else (h, c)
 
 
+class InputBias(nn.Module):
+    """What is left of the normalization of W_ih x when ``fold`` has scaled W_ih: gates + bias, (frames, gates)."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, gates: Tensor) -> Tensor:
+        return gates + self.bias
+
+
 def reversed_frames(sizes: Sequence[int], device: torch.device) -> Tensor:
     """Where each frame's counterpart lies when every sequence is read from its own end; its own inverse."""
     lasts = [0] * sizes[0]  # the last step of each sequence

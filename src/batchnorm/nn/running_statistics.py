@@ -90,5 +90,5 @@ def _share(layer: _BatchNorm, batches: Tensor | None, skipped: Tensor | int, lik
     if momentum is None:
         return 1.0 / t
     if layer.running == "debiased" and momentum > 0:
-        return torch.as_tensor(momentum / (1 - (1 - momentum) ** t))
+        return torch.as_tensor(momentum / (1 - (1 - momentum) ** t)).clamp(max=1)  # at t = 1, but for rounding
     return momentum

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
+from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import OPTIONS, _BatchNorm
 from batchnorm.ops import recurrent as ops
 
@@ -86,6 +87,9 @@ class StepBatchNorm(_BatchNorm):
             raise InputError("accumulate: statistics by time step (StepBatchNorm) are not merged over micro-batches")
         super().__setattr__(name, value)
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace(", running='debiased'", "")
+
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         if "num_steps_tracked" in self._buffers:
@@ -139,6 +143,19 @@ class StepBatchNorm(_BatchNorm):
         return self.running_mean[row].to(wide), self.running_var[row].to(wide)
 
     @torch.no_grad()
+    def input_moments(self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0) -> Moments:
+        """The moments of each step of an input, (max_steps, C), with no values in the steps that it does not reach."""
+        sizes = [len(input)] if sizes is None else sizes
+        mean, var = ops.statistics(input.detach(), sizes)
+        count = min(len(sizes), max(self.max_steps - step, 0))
+        whole = Moments.empty((self.max_steps, self.num_features), device=mean.device)
+        counts, rows = whole.count[:, :1].clone(), slice(step, step + count)
+        counts[rows] = torch.tensor(sizes[:count], dtype=mean.dtype, device=mean.device)[:, None]
+        whole.mean[rows] = mean[:count].double()
+        whole.m2[rows] = var[:count].double() * counts[rows]
+        return Moments(counts, whole.mean, whole.m2)
+
+    @torch.no_grad()
     def take_in(self, mean: Tensor, var: Tensor, sizes: Sequence[int], step: int) -> None:
         """Mixes the statistics (steps, C) of a batch, *biased* variance, into those of the steps from ``step`` on."""
         count = min(len(sizes), self.max_steps - step)
@@ -164,5 +181,5 @@ class StepBatchNorm(_BatchNorm):
         if self.momentum is None or self.running == "cumulative":
             return 1 / t
         if self.running == "debiased" and self.momentum > 0:
-            return self.momentum / (1 - (1 - self.momentum) ** t)
+            return (self.momentum / (1 - (1 - self.momentum) ** t)).clamp(max=1)  # at t = 1, but for rounding
         return self.momentum

@@ -23,6 +23,7 @@ from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import _BatchNorm as Ours
+from batchnorm.nn.step_batch_norm import StepBatchNorm
 
 Method = Literal["pooled", "ioffe", "sequential"]
 Net = TypeVar("Net", bound=nn.Module)
@@ -270,11 +271,12 @@ class _Estimate:
     pooled: Moments
     m2_within: Tensor
     degrees_within: Tensor
-    uses: int = 1
+    uses: int | Tensor = 1  # by step where the statistics are
 
     @classmethod
     def of(cls, batch: Moments) -> _Estimate:
-        return cls(batch, batch.m2, (batch.count - 1).clamp(min=0))
+        uses = (batch.count > 1).long() if batch.mean.ndim == 2 else 1
+        return cls(batch, batch.m2, (batch.count - 1).clamp(min=0), uses)
 
     @classmethod
     def empty(cls, like: Tensor) -> _Estimate:
@@ -284,10 +286,11 @@ class _Estimate:
     def all_reduce(self, group: dist.ProcessGroup | None) -> _Estimate:
         """That of all ranks; the same bits on each."""
         degrees = self.degrees_within.expand_as(self.m2_within)
-        uses = torch.full_like(self.m2_within, self.uses)
+        uses = torch.zeros_like(self.m2_within) + self.uses
         sums = torch.stack([self.m2_within, degrees, uses])
         dist.all_reduce(sums, group=group)
-        return _Estimate(self.pooled.all_reduce(group), sums[0], sums[1], int(sums[2].flatten()[0]))
+        total = int(sums[2].flatten()[0]) if sums[2].ndim == 1 else sums[2][:, :1].long()
+        return _Estimate(self.pooled.all_reduce(group), sums[0], sums[1], total)
 
     def merge(self, batch: Moments) -> _Estimate:
         new = _Estimate.of(batch)
@@ -295,7 +298,7 @@ class _Estimate:
             self.pooled + new.pooled,
             self.m2_within + new.m2_within,
             self.degrees_within + new.degrees_within,
-            self.uses + 1,
+            self.uses + new.uses,
         )
 
     def statistics(self, name: str, method: Method, biased: bool = False) -> tuple[Tensor, Tensor]:
@@ -304,15 +307,16 @@ class _Estimate:
         Pooled: M2/(n - 1) of all values. Ioffe: sum M2_B / sum (m_B - 1) (Algorithm 2, line 10).
         """
         degrees = self.degrees_within if method == "ioffe" else self.pooled.count - 1
-        if (degrees <= 0).any():
+        if (degrees <= 0).all():
+            uses = int(torch.as_tensor(self.uses).max())
             raise InputError(
-                f"calibrate: layer {name!r} got {int(self.pooled.count)} value(s) per channel in "
-                f"{self.uses} batch(es), too few for a variance with method={method!r}; give more "
+                f"calibrate: layer {name!r} got {int(self.pooled.count.max())} value(s) per channel in "
+                f"{uses} batch(es), too few for a variance with method={method!r}; give more "
                 "samples" + (" or larger batches" if method == "ioffe" else "")
             )
         m2 = self.m2_within if method == "ioffe" else self.pooled.m2
-        var = m2 / degrees
-        return self.pooled.mean, var * (1 - 1 / self.pooled.count) if biased else var
+        var = m2 / degrees.clamp(min=1)
+        return self.pooled.mean, var * (1 - 1 / self.pooled.count.clamp(min=1)) if biased else var
 
 
 def _over_ranks(
@@ -360,6 +364,7 @@ class _Measurement:
         self._options = {name: dict(layer.__dict__) for name, layer in layers.items()}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._estimates: dict[str, _Estimate] = {}
+        self._tracked: dict[str, Tensor] = {}
         self._batch = 0
 
     def __enter__(self) -> _Measurement:
@@ -368,7 +373,9 @@ class _Measurement:
                 module.training = False
             for name, layer in self._layers.items():
                 if isinstance(layer, Ours):  # the buffers alone are to normalize
-                    layer.source, layer.update, layer.example_weight = "running", "never", 0.0
+                    # Statistics by step are not put into the buffers: they normalize as they are measured.
+                    by_step = isinstance(layer, StepBatchNorm)
+                    layer.source, layer.update, layer.example_weight = "batch" if by_step else "running", "never", 0.0
                 hook = self._hook(name)
                 self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
         except BaseException:
@@ -400,6 +407,10 @@ class _Measurement:
         """Measure this layer no longer: it normalizes by these statistics from now on."""
         self._hooks[name].remove()
         self._set_buffers(name, mean, var)
+        layer = self._layers[name]
+        if isinstance(layer, StepBatchNorm):
+            self._tracked[name] = layer.num_steps_tracked
+            layer.source, layer.num_steps_tracked = "running", torch.as_tensor(self._estimates[name].uses)
 
     def keeps_biased(self, name: str) -> bool:
         return _keeps_biased(self._layers[name])
@@ -407,7 +418,7 @@ class _Measurement:
     def _hook(self, name: str) -> Callable[..., None]:
         def measure(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            batch = moments(x)
+            batch = layer.input_moments(*args, **kwargs) if isinstance(layer, StepBatchNorm) else moments(x)
             if not (torch.isfinite(batch.mean) & torch.isfinite(batch.m2)).all():
                 raise InputError(
                     f"calibrate: the input of layer {name!r} has values that are not finite in "
@@ -433,6 +444,8 @@ class _Measurement:
             if isinstance(layer, Ours):
                 for option in ("source", "update", "example_weight"):
                     setattr(layer, option, self._options[name][option])
+            if isinstance(layer, StepBatchNorm) and name in self._tracked:
+                layer.num_steps_tracked = self._tracked[name]
         for module, training in self._modes:
             module.training = training
 
@@ -449,7 +462,7 @@ def _one_by_one(measurement: _Measurement, measure: Callable[[], dict[str, _Esti
     return final
 
 
-def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int]]) -> None:
+def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]]) -> None:
     """Write the statistics into the layers' own buffers: all of them, or none."""
     for layer, name, *statistics, _ in updates:
         for value, buffer in zip(statistics, _buffers(layer), strict=True):
@@ -463,10 +476,14 @@ def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int]]) -> None:
     try:
         for layer, _, mean, var, uses in updates:
             running_mean, running_var = _buffers(layer)
+            if isinstance(layer, StepBatchNorm):  # steps that no batch reached keep what they have
+                uses = torch.as_tensor(uses)
+                mean, var = (torch.where(uses > 0, new, old) for new, old in ((mean, running_mean), (var, running_var)))
+                layer.num_steps_tracked.copy_(torch.where(uses > 0, uses, layer.num_steps_tracked))
             running_mean.copy_(mean)
             running_var.copy_(var)
             if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(uses)
+                layer.num_batches_tracked.copy_(torch.as_tensor(uses).max())
     except BaseException:
         for buffer, old in zip(changed, before, strict=True):
             buffer.copy_(old)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BatchNormError, SurgeryError
 from batchnorm.nn import batch_norm as ours
-from batchnorm.surgery import activations
+from batchnorm.surgery import activations, recurrent
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
 from batchnorm.surgery.certificate import Certificate as Certificate
@@ -21,7 +21,7 @@ from batchnorm.surgery.certificate import Difference as Difference
 from batchnorm.surgery.certificate import Folded as Folded
 from batchnorm.surgery.certificate import Kept as Kept
 from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, run_example
-from batchnorm.surgery.graph import DataFlow, capture, data_inputs, is_plain, obstacle, operation, unwrap
+from batchnorm.surgery.graph import DataFlow, capture, data_inputs, has_hooks, is_plain, obstacle, operation, unwrap
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
 from batchnorm.surgery.plan import Plan, Step, replace_module
 
@@ -39,9 +39,7 @@ _UNDERSTOOD = {  # options of our layers that are read here, or that change noth
     *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias"),
     *("activation", "negative_slope", "source", "update"),
     *("decay", "nonfinite", "renorm", "running", "running_var", "running_var_kind", "trains_affine"),
-    *("ghost_size", "ghost_update", "channel_groups", "process_group", "batch_first", "max_steps"),
 }
-_HARMLESS = {("pool", "sequence")}  # scale and shift of the last axis
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     - Either way through dropout in evaluation mode, average-pooling that does not count padding, max-pooling where
       ``scale >= 0``, interpolation, flatten, reshape, permute, concatenation and split, and into another batch
       normalization.
+    - Inside recurrent layers, what normalizes W_ih x over whole sequences goes into W_ih, with a new bias; statistics
+      by time step stay.
 
     Layers are found by data flow, and only taken where nothing else sees their values. What cannot be folded is kept
     and listed with the reason; where its statistics are known it becomes one ``ScaleShift`` that has its activation
@@ -170,7 +170,11 @@ class Folding:
     def run(self) -> None:
         """Visit every batch normalization in the order of the data."""
         layers = {name: module for name, module in self.flow.modules.items() if is_norm(module)}
-        if not layers:
+        for name, module in self.flow.modules.items():
+            for inside in recurrent.normalizations(module) if self.flow.calls(name) else {}:
+                layers.pop(f"{name}.{inside}".removeprefix("."), None)
+            self.fold_inside(name, module)
+        if not layers and not self.folded and not self.kept:
             raise SurgeryError("fold: the network has no batch normalization to fold")
         self.state.foldable = {name: self.obstacle(name, layer) for name, layer in layers.items()}
         order = {self.flow.name(n): i for i, n in enumerate(self.flow.nodes) if n.op == "call_module"}
@@ -185,6 +189,26 @@ class Folding:
         for node in self.flow.nodes:
             if node.op == "call_function" and operation(node) == "batch_norm":
                 self.kept.append(Kept("functional batch_norm", "it is a call, not a module"))
+
+    def fold_inside(self, name: str, layer: nn.Module) -> None:
+        """Fold what normalizes W_ih x over whole sequences into W_ih, in a recurrent layer of the graph."""
+        norms = recurrent.normalizations(layer) if self.flow.calls(name) else {}
+        if not norms:
+            return
+        of_input = {key: norm for key, norm in norms.items() if key.startswith("norm_ih")}
+        reasons = {key: recurrent.obstacle(norm) or _unknown_transform(norm) for key, norm in norms.items()}
+        if has_hooks(layer) or any(has_hooks(norm) for norm in norms.values()):
+            reasons = dict.fromkeys(norms, "there are hooks in its recurrent layer, which would be lost; remove them")
+        first = next((reasons[key] for key in of_input if reasons[key]), None)
+        if first is None:
+            self.gone[name] = lambda dtype: recurrent.folded(layer, dtype)
+        for key in norms:
+            inside = f"{name}.{key}".removeprefix(".")
+            if first is None and key in of_input:
+                into = f"{name}.weight_ih{key.removeprefix('norm_ih')}".removeprefix(".")
+                self.folded.append(Folded(inside, into))
+            else:
+                self.kept.append(Kept(inside, reasons[key] or first or recurrent.BY_STEP))
 
     def obstacle(self, name: str, layer: nn.Module) -> str | None:
         """Why the layer is no affine map of one input that nothing else depends on, or None."""
@@ -345,7 +369,7 @@ def _unknown_transform(layer: nn.Module) -> str | None:
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | ours.OPTIONS
     for key in defaults.keys() - _UNDERSTOOD:
         value = getattr(layer, key, defaults[key])
-        if value != defaults[key] and (key, value) not in _HARMLESS:
+        if value != defaults[key]:
             return f"its option {key}={value!r} makes more of it than scale and shift"
     activation = layer.activation
     if activation and activation not in activations.KNOWN:

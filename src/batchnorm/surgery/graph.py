@@ -31,7 +31,7 @@ from batchnorm.surgery.comparison import (
 from batchnorm.surgery.plan import references
 
 _ROOT = "net"
-_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.")
+_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.nn.", "batchnorm.surgery.")
 _FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -13,9 +13,9 @@ BATCH_SIZE = 60  # of Figure 1 in Ioffe & Szegedy; their learning rate and initi
 SEED = 0
 
 # For each built-in network, and for a network of the user's.
-STEPS = {"figure1": 5000, "convnet": 500}
+STEPS = {"figure1": 5000, "convnet": 500, "lstm": 500}
 LEARNING_RATE = 0.1
-THREADS = {"figure1": 1}  # its matrices are too small to be worth sharing out
+THREADS = {"figure1": 1, "lstm": 1}  # its matrices are too small to be worth sharing out
 OTHER_STEPS = 2000
 MOMENTUM = {"sgd": 0.0, "adam": 0.9}
 
@@ -31,8 +31,8 @@ class TrainConfig:
     """What `train` is to do. `None` means: the default of the network, filled in by `resolve`.
 
     Args:
-        network: "figure1", "convnet", or "package.module:factory".
-        data: "mnist5k", "digits", a .npz file, a .npy file (with `labels`), or
+        network: "figure1", "convnet", "lstm", or "package.module:factory".
+        data: "mnist5k", "digits", "japanese-vowels", a .npz file, a .npy file (with `labels`), or
             "package.module:loader".
         labels: the .npy file of the labels, where `data` is a .npy file.
         out: the run folder. Default: runs/<network>-<data>-<n>.

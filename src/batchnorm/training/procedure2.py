@@ -36,7 +36,7 @@ from batchnorm.training.loop import (
     make_optimizer,
     train_steps,
 )
-from batchnorm.training.networks import build_network
+from batchnorm.training.networks import SequenceClassifier, build_network
 from batchnorm.training.results import (
     Calibration,
     InferenceTime,
@@ -142,7 +142,7 @@ class _Run:
                 f"of {config.batch_size}. Give a smaller --batch-size."
             )
         torch.manual_seed(config.seed)
-        plain = build_network(config.network, data.input_shape, data.num_classes)
+        plain: nn.Module = build_network(config.network, data.input_shape, data.num_classes)
         if data.standardize:
             first = Standardize(data.input_shape[0])
             first.fit(data.x_train.split(config.batch_size))
@@ -150,12 +150,17 @@ class _Run:
         example = data.x_train[: max(2, min(config.batch_size, EXAMPLE_BATCH))]
         _check_output(config.network, plain, example, data.num_classes)
         _stage(progress, "inserting batch norm")
-        normalized = copy.deepcopy(plain)
-        plan = plan_insertion(normalized, example, placement=config.placement)
-        plan.apply()
-        placed = _placed(plain, normalized, example)
-        insertions = _insertions(plain, placed)
-        probes, words = _probes(placed, config.placement)
+        if isinstance(plain, SequenceClassifier):  # whose recurrence normalizes inside
+            classifier, skipped = plain.with_batch_norm(batch_norm="sequence"), dict[str, str]()
+            insertions, (probes, words) = _inside(classifier), _class_probes()
+            normalized: nn.Module = classifier
+        else:
+            normalized = copy.deepcopy(plain)
+            plan = plan_insertion(normalized, example, placement=config.placement)
+            plan.apply()
+            placed = _placed(plain, normalized, example)
+            insertions, skipped = _insertions(plain, placed), plan.skipped
+            probes, words = _probes(placed, config.placement)
         networks = {"batch norm": normalized}
         if config.baseline:
             networks["baseline"] = plain
@@ -166,7 +171,7 @@ class _Run:
             optimizer = make_optimizer(network, config, rates[name])
             contenders[name] = Contender(network, optimizer, probes[name])
         parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-        return cls(config, data, contenders, insertions, plan.skipped, parameters, words, progress)
+        return cls(config, data, contenders, insertions, skipped, parameters, words, progress)
 
     def complete(self, start: int) -> TrainResult:
         """Train from step `start` on, then calibrate, freeze, fold, verify and export."""
@@ -373,6 +378,25 @@ def _probes(placed: list[_Placed], placement: str) -> tuple[dict[str, Probe], st
         f"{unit} 0 of layer {last.plain_layer[0]} (with batch norm: the output of {source[0]}), chosen before training"
     )
     return probes, words
+
+
+def _inside(network: SequenceClassifier) -> list[Insertion]:
+    """The normalizations of a recurrent layer, each of which normalizes a product with one of its weights."""
+    return [
+        Insertion(
+            layer=f"recurrent.{name}",
+            kind=type(norm).__name__,
+            num_features=norm.num_features,
+            after=f"recurrent.{name.replace('norm', 'weight')}",
+            bias_removed=True,
+        )
+        for name, norm in network.recurrent.named_children()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    ]
+
+
+def _class_probes() -> tuple[dict[str, Probe], str]:
+    return dict.fromkeys(("batch norm", "baseline"), Probe("classes", axis=-1)), "the logit of class 0"
 
 
 def _probe(name: str, module: nn.Module) -> Probe:
