@@ -24,7 +24,9 @@ from batchnorm.training import Dataset, load_data
 from batchnorm.training.loop import batch_indices, evaluate
 from batchnorm.training.networks import SequenceClassifier, lstm
 
-RESULTS = Path(__file__).parent / "results" / "sequences.jsonl"
+from .rows import read
+
+RESULTS = Path(__file__).parent / "results" / "recurrent"
 DOCS = Path(__file__).parent.parent / "docs"
 SEEDS = range(5)
 RATES = (0.001, 0.01)  # of Adam; both are shown
@@ -148,8 +150,8 @@ def gradients() -> Iterator[dict[str, Any]]:
 
 def run() -> None:
     torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", encoding="utf-8") as file:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / "evidence.jsonl").open("w", encoding="utf-8") as file:
         for experiment in (gradients, comparisons):
             for row in experiment():
                 file.write(json.dumps(row) + "\n")
@@ -229,6 +231,36 @@ def length_table(rows: list[dict[str, Any]]) -> str:
     return table(["data", "form", *(f"{k} steps" for k in KEPT), "all"], lines)
 
 
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        ratio = f"{1 / row['x_torch']:.2f}" if "x_torch" in row else "1"
+        loop = f"{row['x_loop']:.1f}" if "x_loop" in row else ""
+        lines.append([row["cell"], row["contestant"], f"{row['ms']:.1f}", ratio, loop])
+    return table(["cell", "contestant", "ms", "time / torch.nn's", "times as fast as its loop"], lines)
+
+
+FORMS_OURS = ("ours sequence", "ours frame", "ours recurrent")
+
+
+def growth_table(rows: list[dict[str, Any]]) -> str:
+    """Time over torch.nn's, and times as fast as the loop, as steps and units grow."""
+    lines = []
+    for row in rows:
+        if row["contestant"] != "ours sequence":
+            continue
+        key = (row["axis"], row["shape"])
+        of = {r["contestant"]: r for r in rows if (r["axis"], r["shape"]) == key}
+        cells = [
+            f"{of[name]['ms'] / of['torch']['ms']:.2f}" for name in ("ours sequence", "ours frame", "ours recurrent")
+        ]
+        loops = [f"{of[name]['x_loop']:.1f}" for name in ("ours sequence", "ours recurrent")]
+        steps, _, hidden = row["shape"]
+        lines.append([str(steps), str(hidden), f"{of['torch']['ms']:.1f}", *cells, *loops])
+    head = ["steps", "units", "torch.nn.LSTM, ms", "sequence", "frame", "recurrent"]
+    return table([*head, "sequence: times its loop", "recurrent: times its loop"], lines)
+
+
 def draw_gradients(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -248,12 +280,14 @@ def draw_gradients(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def page() -> None:
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows, speed = read([RESULTS / "evidence.jsonl"]), read([RESULTS / "speed.jsonl"])
     parts: dict[str, Callable[[], str]] = {
         "japanese-vowels": lambda: accuracy_table(rows, "japanese-vowels"),
         "mnist5k": lambda: accuracy_table(rows, "mnist5k"),
         "statistics": lambda: statistics_table(rows),
         "max_steps": lambda: length_table(rows),
+        "speed": lambda: speed_table([row for row in speed if "axis" not in row and "ms" in row]),
+        "growth": lambda: growth_table([row for row in speed if "axis" in row and "ms" in row]),
     }
     path = DOCS / "recurrent.md"
     text = path.read_text(encoding="utf-8")

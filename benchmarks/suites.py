@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import growth, kernels, peers, steps, wall
+from . import growth, kernels, peers, recurrent, steps, wall
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -49,6 +49,10 @@ def _memory(quick: bool) -> list[Job]:
     return [partial(steps.memory, network, dtype) for network, dtype in grid]
 
 
+def _recurrent(quick: bool) -> list[Job]:
+    return [partial(recurrent.measure, *case, 2.0 if quick else 6.0) for case in recurrent.cases(quick)]
+
+
 def _peers(quick: bool) -> list[Job]:
     return [partial(peers.measure_jax, case, 0.5 if quick else 2.0) for case in peers.jax_cases(quick)]
 
@@ -66,6 +70,7 @@ SUITES: dict[str, Suite] = {
     "step": Suite(_step),
     "memory": Suite(_memory),
     "growth": Suite(_growth),
+    "recurrent": Suite(_recurrent),
     "allocator": Suite(partial(_allocator, "default")),
     "allocator-thp": Suite(partial(_allocator, "thp"), {"THP_MEM_ALLOC_ENABLE": "1"}),
     "allocator-tcmalloc": Suite(partial(_allocator, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),

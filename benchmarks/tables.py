@@ -9,7 +9,12 @@ from .rows import Row
 from .targets import NEVER_SLOWER, TARGETS, Target, judge
 
 LIMITS = ("copy", "add")
-METRICS = {"x_limit": "x {limit}", "x_torch": "x torch", "x_compile": "x torch.compile"}
+METRICS = {
+    "x_limit": "x {limit}",
+    "x_loop": "x the loop",
+    "x_torch": "x torch",
+    "x_compile": "x torch.compile",
+}
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OURS = ("ours", "ours fused")
+RECURRENT = ("ours sequence", "ours frame", "ours recurrent")  # which do more than torch's layers
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Target:
         return self.metric == "x_limit"
 
     def covers(self, row: Mapping[str, Any]) -> bool:
-        if row["suite"] != self.suite or row.get("contestant") not in OURS or self.metric not in row:
+        if row["suite"] != self.suite or row.get("contestant") not in OURS + RECURRENT or self.metric not in row:
             return False
         return all(row.get(column) in values for column, values in self.where.items())
 
@@ -92,6 +93,18 @@ TARGETS = (
         "ResNet-18 training step, float32",
         {"network": ("resnet18",), "dtype": ("float32",), **_FUSED},
         ("step", "x_torch", 1.08),
+    ),
+    *_group(
+        "LSTM training step with batch_norm='sequence'",
+        {"cell": ("LSTM",), "shape": ([100, 64, 128],), "contestant": ("ours sequence",)},
+        ("recurrent", "x_torch", 1 / 1.25),
+        ("recurrent", "x_loop", 5),
+    ),
+    *_group(
+        "LSTM training step with recurrent=True",
+        {"cell": ("LSTM",), "shape": ([100, 64, 128],), "contestant": ("ours recurrent",)},
+        ("recurrent", "x_torch", 1 / 2.5),
+        ("recurrent", "x_loop", 5),
     ),
 )
 

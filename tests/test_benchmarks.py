@@ -11,8 +11,24 @@ import torch
 from torch import nn
 
 from batchnorm.kernels import cpu
+from batchnorm.nn.step_batch_norm import StepBatchNorm
 from benchmarks import __main__ as command
-from benchmarks import growth, kernels, machine, oracle, page, rows, steps, suites, tables, targets, timing, wall
+from benchmarks import (
+    growth,
+    kernels,
+    machine,
+    oracle,
+    page,
+    recurrent,
+    rows,
+    sequences,
+    steps,
+    suites,
+    tables,
+    targets,
+    timing,
+    wall,
+)
 from benchmarks.cases import FUSIONS, Case, draw, grid
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +227,9 @@ def plan() -> list[rows.Row]:
             shape = list(steps.NETWORKS[network][1])
             row = {"suite": "step", "network": network, "dtype": dtype, "shape": shape, "order": "planar"}
             planned += [{**row, "direction": "step", "contestant": name} for name in steps.NORMS]
+    for cell, size, axis in recurrent.cases(quick=False):
+        row = {"suite": "recurrent", "cell": cell, "shape": list(size.shape), "dtype": "float32", "axis": axis}
+        planned += [{**row, "direction": "step", "x_loop": 1.0, "contestant": name} for name in recurrent.FORMS]
     shared = {"ms": 1.0, "x_torch": 1.0, "x_limit": 1.0, "limit": "copy", "rounds": 5, **machine.environment()}
     return [{**shared, "quick": False, **row} for row in planned]
 
@@ -287,6 +306,45 @@ def test_every_plot_is_drawn_from_rows_and_none_without(tmp_path: Path):
         assert ET.parse(path).getroot().tag.endswith("svg")
         assert f"](performance/{path.name})" in (ROOT / "docs" / "performance.md").read_text()
     assert page.draw([{"suite": "peers", "contestant": "jax", "absent": "not installed"}], tmp_path) == []
+
+
+# Recurrent layers
+
+
+def test_recurrent_rows(monkeypatch: pytest.MonkeyPatch):
+    made = list(recurrent.measure("LSTM", recurrent.Size(4, 3, 32), "steps", 0.0))
+    assert [row["contestant"] for row in made] == ["torch", *recurrent.FORMS, *recurrent.LOOPS]
+    by = {row["contestant"]: row for row in made}
+    assert by["ours sequence"]["x_loop"] == pytest.approx(by["loop sequence"]["ms"] / by["ours sequence"]["ms"])
+    assert not any(row["targets"] for row in made)  # which are those of the full size
+    monkeypatch.setattr(recurrent, "agree", lambda cell: dict.fromkeys(["torch", *recurrent.FORMS], 1e-2))
+    assert all("no figure" in row["absent"] for row in recurrent.measure("GRU", recurrent.Size(4, 3, 32), None, 0.0))
+
+
+def row_of(form: str, seed: int, accuracy: float):
+    row = {"experiment": "accuracy", "data": "mnist5k", "form": form, "rate": 0.001, "seed": seed}
+    return {**row, "accuracy": accuracy, "accuracy_at_quarter": accuracy / 2}
+
+
+def test_the_evidence_s_tables_tell_losses_and_ties():
+    ours = {0: 0.90, 1: 0.92, 2: 0.91}
+    assert sequences.verdict(ours, {0: 0.80, 1: 0.83, 2: 0.81}) == "win"
+    assert sequences.verdict({0: 0.80, 1: 0.83, 2: 0.81}, ours) == "loss"
+    assert sequences.verdict(ours, {0: 0.91, 1: 0.91, 2: 0.91}) == "tie"
+    made = [row_of(form, seed, 0.9 + 0.01 * seed) for form in sequences.FORMS for seed in range(3)]
+    made += [{**row, "rate": 0.01} for row in made]
+    line = "| 0.001 | sequence | 45.5 ± 0.5 | 91.0 ± 1.0 | tie |"
+    assert line in sequences.accuracy_table(made, "mnist5k").splitlines()
+
+
+def test_shared_statistics_are_those_of_all_frames():
+    norm = StepBatchNorm(2, max_steps=4, momentum=None, running_var="biased", dtype=torch.float64)
+    frames = [torch.randn(n, 2, dtype=torch.float64) * (t + 1) for t, n in enumerate((5, 4, 3))]
+    norm(torch.cat(frames), [5, 4, 3])
+    sequences.share(norm, torch.tensor([5, 4, 3, 0]))
+    whole = torch.cat(frames)
+    torch.testing.assert_close(norm.running_mean[2], whole.mean(0))
+    torch.testing.assert_close(norm.running_var[0], whole.var(0, correction=0))
 
 
 # The command
