@@ -510,3 +510,65 @@ def test_functional_transforms_see_masks_and_groups() -> None:
         _, tangent = torch.func.jvp(function, (wide[0],), (wide[1],))
         numeric = (function(wide[0] + 1e-6 * wide[1]) - function(wide[0] - 1e-6 * wide[1])) / 2e-6
         torch.testing.assert_close(tangent, numeric, rtol=1e-5, atol=1e-7)
+
+
+class _Padded(nn.Module):
+    """Two normalizations of padded sequences, the second of what the first makes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first, self.second = bn.BatchNorm1d(3, **options), bn.BatchNorm1d(3, activation="relu", **options)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Any:
+        extra = {} if lengths is None else {"lengths": lengths}
+        return self.second(self.first(x, **extra), **extra)
+
+
+@pytest.mark.parametrize("method", ["pooled", "ioffe", "sequential"])
+def test_calibrated_on_padded_and_packed_data(method: Any) -> None:
+    torch.manual_seed(0)
+    lengths = [torch.tensor(n) for n in ([6, 2, 4], [1, 5], [3, 3, 6, 2])]
+    batches = [{"x": torch.randn(len(n), 6, 3, dtype=torch.float64) * 2 + 1, "lengths": n} for n in lengths]
+    packed = [pack_padded_sequence(b["x"], b["lengths"], True, False) for b in batches]
+    frames = [p.data for p in packed]
+    dense, padded, bundled = (net.double() for net in (_Padded(), _Padded(pool="sequence"), _Padded()))
+    for b in batches:
+        valid = torch.arange(6) < b["lengths"][:, None]
+        b["x"] = b["x"].masked_fill(~valid[..., None], torch.nan)
+    bn.calibrate(dense, frames, method=method)
+    bn.calibrate(padded, batches, method=method)
+    bn.calibrate(bundled, [[p] for p in packed], method=method)
+    for net in (padded, bundled):
+        torch.testing.assert_close(dict(net.named_buffers()), dict(dense.named_buffers()))
+        assert net.first.source == "auto"
+
+
+def test_calibrated_by_step_group_ghost_and_domain() -> None:
+    torch.manual_seed(0)
+    x = [torch.randn(5, 4, 6, dtype=torch.float64) + torch.arange(4)[:, None] for _ in range(3)]
+    by_step = bn.BatchNorm1d(6, pool="frame", max_steps=3).double()
+    bn.calibrate(by_step, x)
+    frames = torch.cat(x)
+    torch.testing.assert_close(by_step.running_mean, frames.mean(0)[:3])
+    torch.testing.assert_close(by_step.running_var, frames.var(0)[:3])
+    assert by_step.num_batches_tracked.tolist() == [3, 3, 3]
+
+    rows = [batch.flatten(0, 1) for batch in x]
+    whole = torch.cat(rows)
+    ghosts = nn.Sequential(bn.BatchNorm1d(6, ghost_size=4), bn.BatchNorm1d(6)).double()
+    bn.calibrate(ghosts, rows)
+    torch.testing.assert_close(ghosts[0].running_var, whole.var(0))
+    normalized = [functional.batch_norm(r, None, None, training=True, ghost_size=4) for r in rows]
+    torch.testing.assert_close(ghosts[1].running_var, torch.cat(normalized).var(0))
+
+    groups = bn.BatchNorm1d(6, channel_groups=2).double()
+    bn.calibrate(groups, rows)
+    torch.testing.assert_close(groups.running_var[:3], whole[:, :3].flatten().var().expand(3))
+
+    domains = bn.BatchNorm1d(6, domains=3).double()
+    domains.domain = 1
+    bn.calibrate(domains, rows)
+    torch.testing.assert_close(domains.running_mean[1], whole.mean(0))
+    assert (domains.running_mean[[0, 2]] == 0).all()
+    assert domains.num_batches_tracked.tolist() == [0, 3, 0]
+    assert domains.domains == 3

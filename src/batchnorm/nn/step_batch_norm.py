@@ -143,7 +143,9 @@ class StepBatchNorm(_BatchNorm):
         return self.running_mean[row].to(wide), self.running_var[row].to(wide)
 
     @torch.no_grad()
-    def input_moments(self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0) -> Moments:
+    def input_moments(  # type: ignore[override]
+        self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0
+    ) -> Moments:
         """The moments of each step of an input, (max_steps, C), with no values in the steps that it does not reach."""
         sizes = [len(input)] if sizes is None else sizes
         mean, var = ops.statistics(input.detach(), sizes)

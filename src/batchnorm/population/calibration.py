@@ -57,7 +57,9 @@ def calibrate(
     number of batches that a layer was measured on. A layer that runs several times in a forward
     pass pools all its uses, each normalized by its own statistics (and counted as a batch). A
     batch of one value per channel counts too; the layer's output is then its bias, as x = mean.
-    The batch's statistics take effect in the dtype of the layer's buffers.
+    The batch's statistics take effect in the dtype of the layer's buffers. Masked, packed and
+    weighted inputs count with their valid values; statistics by time step are measured by step;
+    of domains the current one's are replaced.
 
     Arguments:
         net: any network with batch-norm layers (torch's, SyncBatchNorm included, or ours).
@@ -155,15 +157,40 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
     return kept
 
 
+# What a layer is not while it is measured.
+_ALONE: dict[str, Any] = {"example_weight": 0.0, "process_group": None, "domains": 0}
+
+
 def _keeps_biased(layer: _BatchNorm) -> bool:
     return isinstance(layer, Ours) and layer.running_var_kind == "biased"
 
 
 def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The running statistics that are measured, which of domains are the current one's."""
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None
     assert var is not None
-    return mean, var
+    domain = _domain(layer)
+    return (mean, var) if domain is None else (mean[domain], var[domain])
+
+
+def _domain(layer: _BatchNorm) -> int | None:
+    return layer.domain if isinstance(layer, Ours) and layer.domains else None
+
+
+def _is_by_batch(layer: _BatchNorm) -> bool:
+    """Whether a batch normalizes by more than one mean a channel, which no buffer holds, or by that of a group."""
+    by_step = isinstance(layer, StepBatchNorm)
+    return by_step or (
+        isinstance(layer, Ours) and bool(layer.pool == "frame" or layer.ghost_size or layer.channel_groups)
+    )
+
+
+def _step_counter(layer: _BatchNorm) -> str | None:
+    """The buffer that counts the batches of each time step, where there is one."""
+    if isinstance(layer, StepBatchNorm):
+        return "num_steps_tracked"
+    return "num_batches_tracked" if isinstance(layer, Ours) and layer.pool == "frame" else None
 
 
 def _warn(what: str, names: list[str]) -> None:
@@ -275,7 +302,7 @@ class _Estimate:
 
     @classmethod
     def of(cls, batch: Moments) -> _Estimate:
-        uses = (batch.count > 1).long() if batch.mean.ndim == 2 else 1
+        uses = (batch.count > 1).long() if batch.mean.ndim == 2 else int(batch.count.max() > 0)
         return cls(batch, batch.m2, (batch.count - 1).clamp(min=0), uses)
 
     @classmethod
@@ -360,7 +387,7 @@ class _Measurement:
     def __init__(self, net: nn.Module, layers: dict[str, _BatchNorm]) -> None:
         self._layers = layers
         self._modes = [(module, module.training) for module in net.modules()]
-        self._buffers = {name: _buffers(layer) for name, layer in layers.items()}
+        self._buffers = {name: (layer.running_mean, layer.running_var) for name, layer in layers.items()}
         self._options = {name: dict(layer.__dict__) for name, layer in layers.items()}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._estimates: dict[str, _Estimate] = {}
@@ -372,10 +399,11 @@ class _Measurement:
             for module, _ in self._modes:
                 module.training = False
             for name, layer in self._layers.items():
-                if isinstance(layer, Ours):  # the buffers alone are to normalize
-                    # Statistics by step are not put into the buffers: they normalize as they are measured.
-                    by_step = isinstance(layer, StepBatchNorm)
-                    layer.source, layer.update, layer.example_weight = "batch" if by_step else "running", "never", 0.0
+                if isinstance(layer, Ours):  # the buffers alone are to normalize, where they can
+                    layer.source, layer.update = "batch" if _is_by_batch(layer) else "running", "never"
+                    layer.running_mean, layer.running_var = _buffers(layer)  # the domain's
+                    # Past the checks: these are no settings of the layer's, and ranks may have unequal batches.
+                    layer.__dict__.update(_ALONE)
                 hook = self._hook(name)
                 self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
         except BaseException:
@@ -408,17 +436,22 @@ class _Measurement:
         self._hooks[name].remove()
         self._set_buffers(name, mean, var)
         layer = self._layers[name]
-        if isinstance(layer, StepBatchNorm):
-            self._tracked[name] = layer.num_steps_tracked
-            layer.source, layer.num_steps_tracked = "running", torch.as_tensor(self._estimates[name].uses)
+        if isinstance(layer, Ours):
+            layer.source = "running"
+        if counter := _step_counter(layer):
+            self._tracked[name] = getattr(layer, counter)
+            uses = torch.as_tensor(self._estimates[name].uses)
+            setattr(layer, counter, uses.reshape(-1, *self._tracked[name].shape[1:]))
 
     def keeps_biased(self, name: str) -> bool:
         return _keeps_biased(self._layers[name])
 
     def _hook(self, name: str) -> Callable[..., None]:
         def measure(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            batch = layer.input_moments(*args, **kwargs) if isinstance(layer, StepBatchNorm) else moments(x)
+            if isinstance(layer, Ours):
+                batch = layer.input_moments(*args, **kwargs)
+            else:
+                batch = moments(args[0] if args else next(iter(kwargs.values())))
             if not (torch.isfinite(batch.mean) & torch.isfinite(batch.m2)).all():
                 raise InputError(
                     f"calibrate: the input of layer {name!r} has values that are not finite in "
@@ -426,7 +459,8 @@ class _Measurement:
                 )
             before = self._estimates.get(name)
             self._estimates[name] = before.merge(batch) if before else _Estimate.of(batch)
-            self._set_buffers(name, batch.mean, batch.variance(unbiased=False))
+            if not (isinstance(layer, Ours) and _is_by_batch(layer)):
+                self._set_buffers(name, batch.mean, batch.variance(unbiased=False))
 
         return measure
 
@@ -442,10 +476,11 @@ class _Measurement:
             layer = self._layers[name]
             layer.running_mean, layer.running_var = mean, var
             if isinstance(layer, Ours):
-                for option in ("source", "update", "example_weight"):
+                for option in ("source", "update"):
                     setattr(layer, option, self._options[name][option])
-            if isinstance(layer, StepBatchNorm) and name in self._tracked:
-                layer.num_steps_tracked = self._tracked[name]
+                layer.__dict__.update({option: self._options[name][option] for option in _ALONE})
+            if name in self._tracked:
+                setattr(layer, _step_counter(layer) or "", self._tracked[name])
         for module, training in self._modes:
             module.training = training
 
@@ -476,14 +511,17 @@ def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]])
     try:
         for layer, _, mean, var, uses in updates:
             running_mean, running_var = _buffers(layer)
-            if isinstance(layer, StepBatchNorm):  # steps that no batch reached keep what they have
-                uses = torch.as_tensor(uses)
+            uses, domain = torch.as_tensor(uses), _domain(layer)
+            if counter := _step_counter(layer):  # steps that no batch reached keep what they have
                 mean, var = (torch.where(uses > 0, new, old) for new, old in ((mean, running_mean), (var, running_var)))
-                layer.num_steps_tracked.copy_(torch.where(uses > 0, uses, layer.num_steps_tracked))
+                steps = getattr(layer, counter)
+                steps = steps if domain is None else steps[domain]
+                steps.copy_(torch.where(uses > 0, uses, steps.view_as(uses)).view_as(steps))
             running_mean.copy_(mean)
             running_var.copy_(var)
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.copy_(torch.as_tensor(uses).max())
+            if layer.num_batches_tracked is not None and counter != "num_batches_tracked":
+                batches = layer.num_batches_tracked
+                (batches if domain is None else batches[domain]).copy_(uses.max())
     except BaseException:
         for buffer, old in zip(changed, before, strict=True):
             buffer.copy_(old)

@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm import functional
 from batchnorm.errors import InputError
+from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import BatchNorm1d
 
 
@@ -39,6 +40,18 @@ class LastAxisBatchNorm(BatchNorm1d):
         flat = None if residual is None else residual.reshape(-1, channels)
         masked, weighed = (None if t is None else t.expand(places).flatten() for t in (mask, weights))
         return super().forward(input.reshape(-1, channels), flat, masked, None, weighed).reshape(input.shape)
+
+    def input_moments(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Moments:
+        """The moments of (..., C), of its valid places."""
+        masked, weighed = (None if t is None else t.expand(input.shape[:-1]).flatten() for t in (mask, weights))
+        return super().input_moments(input.reshape(-1, input.shape[-1]), None, masked, None, weighed)
 
 
 class ScaleShift(nn.Module):
