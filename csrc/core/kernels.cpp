@@ -1,8 +1,9 @@
 // The four verbs on one slab, for one instruction set: this file is compiled once for each.
 //
-// Arithmetic is in the compute type, which is wider than the elements by far (float64 for float32, float32 for 16
-// bits): a result is rounded once, when it is stored. Sums are float64; the moments of many 16-bit elements are
-// gathered in float32 over kChain vectors at a time, where differences from one of the values are exact or nearly so.
+// Float64 and float32 elements are normalized in float64, and 16-bit elements in float32: a result is rounded once,
+// when it is stored. Gradients are computed in the same, but those of float32 in float32 where a pool has many values;
+// there torch's own roundings show. Sums are float64; in pools of many values those of 16-bit elements are gathered in
+// float32 over kChain vectors at a time, where differences from one of the values are exact or nearly so.
 #include "kernels.h"
 
 #include <type_traits>
@@ -38,29 +39,39 @@ struct Backward {
   INLINE i64 operator()(i64 k) const { return backward ? samples - 1 - k : k; }
 };
 
-template <class T>
-INLINE Pack<T> load(const T* p) {
-  return Pack<T>::load(p);
-}
-
-// The first `count` elements at p; the other lanes repeat the first.
+// The first `count` elements at p; the other lanes are zeros.
 template <class T>
 INLINE typename Lane<T>::V load_some(const T* p, i64 count) {
-  T values[Lane<T>::width];
-  for (int i = 0; i < Lane<T>::width; ++i) values[i] = p[i < count ? i : 0];
+#if VB == 64
+  if constexpr (sizeof(T) == 4) return (f32)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  if constexpr (sizeof(T) == 8) return (f64)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+#endif
+  T values[Lane<T>::width] = {};
+#if VB == 64
+  if constexpr (sizeof(T) == 2) store_bytes(values, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+#else
+  for (i64 i = 0; i < count; ++i) values[i] = p[i];
+#endif
   return Lane<T>::load(values);
 }
 template <class T>
 INLINE void store_some(T* p, typename Lane<T>::V v, i64 count) {
+#if VB == 64
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+#endif
   T values[Lane<T>::width];
   Lane<T>::store(values, v);
+#if VB == 64
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), load_bytes<__m256i>(values));
+#else
   for (i64 i = 0; i < count; ++i) p[i] = values[i];
+#endif
 }
 
 // A coefficient of one channel for all lanes, or of one channel a lane.
-template <class T>
+template <class P>
 struct Coefficient {
-  using P = Pack<T>;
   using S = typename P::S;
   static INLINE P broadcast(const void* base, i64 channel) {
     P p;
@@ -84,9 +95,12 @@ struct Coefficient {
 template <class P>
 constexpr i64 kChain = sizeof(typename P::S) == 4 ? 16 : INT64_MAX / 64;
 
-// What sums of products are taken in: float64.
-template <class T>
-using Exact = std::conditional_t<sizeof(T) == 2, Pack<float>, Pack<T>>;
+// What gradients (E) and sums (S) are computed in; E of few is what elements are normalized in.
+template <class T, bool few>
+struct In {
+  using E = std::conditional_t<sizeof(T) == 4 && few, Wide, Pack<T>>;
+  using S = std::conditional_t<sizeof(T) == 8 || (sizeof(T) == 2 && !few), Pack<T>, Wide>;
+};
 
 // Two sums of every lane.
 template <class P>
@@ -110,7 +124,7 @@ struct Sums {
     if constexpr (sizeof(typename P::S) == 8) {
       for (int k = 0; k < P::parts; ++k) out[k] = in[k];
     } else {
-      const Pack<float> wide = Pack<float>::of(in[0]);
+      const Wide wide = Wide::of(in[0]);
       out[0] = wide.part[0];
       out[1] = wide.part[1];
     }
@@ -186,12 +200,27 @@ INLINE P columns_of(const double* v, i64 count) {
   return p;
 }
 
+// The two sums of a slab's channels while its planes are walked: lanes are added together at the end alone.
+struct LaneSums {
+  i64 channels;
+  f64 first[kMaxPlanarChannels], second[kMaxPlanarChannels];
+  explicit LaneSums(i64 count) : channels(count) {
+    for (i64 c = 0; c < count; ++c) first[c] = second[c] = f64{};
+  }
+  void add_to(double* sums) const {
+    for (i64 c = 0; c < channels; ++c) {
+      sums[c] += sum_lanes(first[c]);
+      sums[channels + c] += sum_lanes(second[c]);
+    }
+  }
+};
+
 // Walks a plane in whole vectors: `add(i, sums)` for each, into two sets of sums in turn; then `rest(i, count, sums)`
 // once for the elements that are left.
 template <class P, class Add, class Rest>
-INLINE void sum_plane(i64 inner, double* first, double* second, Add add, Rest rest) {
+INLINE void sum_plane(i64 inner, f64* first, f64* second, Add add, Rest rest) {
   constexpr i64 W = P::width, chunk = 2 * W * kChain<P>;
-  f64 a{}, b{};
+  f64 a = *first, b = *second;
   for (i64 i = 0; i < inner;) {
     const i64 end = inner - i > chunk ? i + chunk : inner;
     Sums<P> even, odd;
@@ -210,42 +239,43 @@ INLINE void sum_plane(i64 inner, double* first, double* second, Add add, Rest re
     even.add(odd);
     even.settle(&a, &b);
   }
-  *first += sum_lanes(a);
-  *second += sum_lanes(b);
+  *first = a;
+  *second = b;
 }
 
-// How many vectors are walked side by side along a row: a cache line of float32.
-constexpr int kAbreast = VB == 32 ? 2 : 1;
+// How many vectors are walked side by side along a row: enough neighbouring cache lines for the prefetcher, as few as
+// leave their sums in registers.
+constexpr int kAbreast = VB == 64 ? 4 : 2;
 
-// Walks rows in tiles, and has `fetch(n, c)` ask for the next tile. For each vector of columns `prepare(c)` once and
-// `add(n, c, prepared, sums)` down its rows; the last vector overlaps the one before it, and its first lanes do not
-// count. Fewer columns than a vector: `rest(n, sums)`.
-template <class P, class Fetch, class Prepare, class Add, class Rest>
-INLINE void sum_rows(i64 rows, i64 columns, double* totals, Fetch fetch, Prepare prepare, Add add, Rest rest) {
-  constexpr i64 W = P::width, kTile = sizeof(typename P::S) == 4 ? kChain<P> : 8, G = kAbreast;
-  for (i64 n0 = 0; n0 < rows; n0 += kTile) {
-    const i64 n1 = n0 + kTile < rows ? n0 + kTile : rows;
+// Walks rows in tiles, one row in each of `streams` far places: prefetchers follow about eight rows upward, but not
+// several in one page. For each vector of columns `prepare(c)` once and `add(n, c, prepared, sums)` down the tile's
+// rows; the last vector overlaps the one before it, and its first lanes do not count. Fewer columns than a vector:
+// `rest(n, sums)`.
+template <class P, i64 streams, class Prepare, class Add, class Rest>
+INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
+  constexpr i64 W = P::width, G = kAbreast;
+  const i64 apart = (rows + streams - 1) / streams | 1;  // odd: no two streams in one set of a cache
+  for (i64 first = 0; first < apart && first < rows; ++first) {
     if (columns < W) {
       Sums<P> sums;
-      for (i64 n = n0; n < n1; ++n) rest(n, sums);
+      for (i64 n = first; n < rows; n += apart) rest(n, sums);
       sums.add_columns(totals, columns, 0, int(columns));
       continue;
     }
     i64 c = 0;
     for (; c + G * W <= columns; c += G * W) {
-      const decltype(prepare(c)) prepared[2] = {prepare(c), prepare(c + (G - 1) * W)};
+      std::decay_t<decltype(prepare(c))> prepared[G];
+      for (int g = 0; g < G; ++g) prepared[g] = prepare(c + g * W);
       Sums<P> sums[G];
-      for (i64 n = n0; n < n1; ++n) {
-        fetch(n + kTile, c);
+      for (i64 n = first; n < rows; n += apart)
         for (int g = 0; g < G; ++g) add(n, c + g * W, prepared[g], sums[g]);
-      }
       for (int g = 0; g < G; ++g) sums[g].add_columns(totals + c + g * W, columns, 0, int(W));
     }
     while (c < columns) {
       const i64 from = c + W <= columns ? c : columns - W;
       const auto prepared = prepare(from);
       Sums<P> sums;
-      for (i64 n = n0; n < n1; ++n) add(n, from, prepared, sums);
+      for (i64 n = first; n < rows; n += apart) add(n, from, prepared, sums);
       sums.add_columns(totals + c, columns, int(c - from), int(W));
       c = from + W;
     }
@@ -259,8 +289,9 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, Value value, Some 
   using L = Lane<T>;
   constexpr i64 W = L::width;
   i64 i = 0;
-  if (overlap && around_cache && inner >= 4 * W && sizeof(T) * W == VB) {
-    const i64 head = i64((VB - (reinterpret_cast<uintptr_t>(out) & (VB - 1))) & (VB - 1)) / i64(sizeof(T));
+  constexpr uintptr_t bytes = sizeof(T) * W;
+  if (overlap && around_cache && inner >= 4 * W) {
+    const i64 head = i64(-reinterpret_cast<uintptr_t>(out) % bytes / sizeof(T));
     if (head) L::store(out, value(0));
     for (i = head; i + W <= inner; i += W) stream(out + i, value(i));
   }
@@ -278,29 +309,29 @@ template <bool overlap, class T, class Columns, class Value, class Some>
 INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, Columns prepare, Value value,
                        Some some) {
   using L = Lane<T>;
-  constexpr i64 W = L::width, G = kAbreast;
-  // Long rows one by one: rows whose addresses agree in their last 12 bits disturb each other.
-  const i64 tile = columns * i64(sizeof(T)) >= 512 ? 1 : 4;
+  constexpr i64 W = L::width;
   const Rows<T> out(to);
-  const bool aligned = around_cache && sizeof(T) * W == VB && out.stride % W == 0 &&
-                       (reinterpret_cast<uintptr_t>(out.data) & (VB - 1)) == 0;
+  const bool aligned =
+      around_cache && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
+  const auto write = [&](i64 n, i64 c, const auto& k) {
+    if (aligned)
+      stream(out(n, c), value(n, c, k));
+    else
+      L::store(out(n, c), value(n, c, k));
+  };
+  // Long rows one by one: rows whose addresses agree in their last 12 bits disturb each other.
+  const bool one_by_one = columns * i64(sizeof(T)) >= 512;
+  const i64 tile = one_by_one ? 1 : 4;
   for (i64 n0 = 0; n0 < rows; n0 += tile) {
     const i64 n1 = n0 + tile < rows ? n0 + tile : rows;
     i64 c = 0;
-    for (; c + G * W <= columns; c += G * W) {
-      const decltype(prepare(c)) k[2] = {prepare(c), prepare(c + (G - 1) * W)};
-      for (i64 n = n0; n < n1; ++n)
-        for (int g = 0; g < G; ++g) {
-          const auto v = value(n, c + g * W, k[g]);
-          if (aligned)
-            stream(out(n, c + g * W), v);
-          else
-            L::store(out(n, c + g * W), v);
-        }
+    for (; one_by_one && c + 2 * W <= columns; c += 2 * W) {
+      write(n0, c, prepare(c));
+      write(n0, c + W, prepare(c + W));
     }
     for (; c + W <= columns; c += W) {
       const auto k = prepare(c);
-      for (i64 n = n0; n < n1; ++n) L::store(out(n, c), value(n, c, k));
+      for (i64 n = n0; n < n1; ++n) write(n, c, k);
     }
     if (c == columns) continue;
     if (overlap && columns >= W) {
@@ -318,12 +349,13 @@ template <class T, class P>
 void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, double* sums) {
   using L = Lane<T>;
   constexpr i64 W = L::width;
+  LaneSums lanes(slab.channels);
   for (i64 n = 0; n < slab.samples; ++n) {
     for (i64 c = 0; c < slab.channels; ++c) {
       const T* p = at<const T>(x, n, c);
       const auto s = everywhere<P>(shift[c]);
       sum_plane<P>(
-          slab.inner, sums + c, sums + slab.channels + c,
+          slab.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<P>& a) {
             const auto d = minus(P::of(Lane<T>::load(p + i)), s);
             a.add(d, d);
@@ -335,6 +367,7 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
           });
     }
   }
+  lanes.add_to(sums);
 }
 
 template <class T, class P>
@@ -342,9 +375,8 @@ void interleaved_moments_in(const Slab& slab, const Operand& x, const double* sh
   const Rows<const T> xs(x);
   const i64 C = slab.channels;
   const P few = columns_of<P>(shift, C < P::width ? C : P::width);
-  sum_rows<P>(
-      slab.samples, C, sums, [&](i64 n, i64 c) { __builtin_prefetch(xs(n, c), 0, 2); },
-      [&](i64 c) { return columns_of<P>(shift + c, P::width); },
+  sum_rows<P, 8>(
+      slab.samples, C, sums, [&](i64 c) { return columns_of<P>(shift + c, P::width); },
       [&](i64 n, i64 c, const P& s, Sums<P>& a) {
         const P d = minus(P::of(Lane<T>::load(xs(n, c))), s);
         a.add(d, d);
@@ -356,45 +388,40 @@ void interleaved_moments_in(const Slab& slab, const Operand& x, const double* sh
 }
 
 template <class T>
-void planar_moments(const Slab& slab, const Operand& x, const double* shift, bool few, double* sums) {
-  few ? planar_moments_in<T, Exact<T>>(slab, x, shift, sums) : planar_moments_in<T, Pack<T>>(slab, x, shift, sums);
+void planar_moments(const Slab& slab, const Operand& x, const double* shift, double* sums) {
+  slab.few ? planar_moments_in<T, typename In<T, true>::S>(slab, x, shift, sums)
+           : planar_moments_in<T, typename In<T, false>::S>(slab, x, shift, sums);
 }
 
 template <class T>
-void interleaved_moments(const Slab& slab, const Operand& x, const double* shift, bool few, double* sums) {
-  few ? interleaved_moments_in<T, Exact<T>>(slab, x, shift, sums)
-      : interleaved_moments_in<T, Pack<T>>(slab, x, shift, sums);
+void interleaved_moments(const Slab& slab, const Operand& x, const double* shift, double* sums) {
+  slab.few ? interleaved_moments_in<T, typename In<T, true>::S>(slab, x, shift, sums)
+           : interleaved_moments_in<T, typename In<T, false>::S>(slab, x, shift, sums);
 }
 
 // ------------------------------------------------------------------------------------------------ normalize
 // Which activations are compiled into the loops; all others are chosen inside, vector by vector.
 enum class Form { identity, relu, any };
 
-template <class T>
+template <class T, class P>
 struct Normal {
-  using P = Pack<T>;
   using V = typename Lane<T>::V;
   using G = typename Lane<T>::S;
+  using K = Coefficient<P>;
   P mean, scale, shift;
   V threshold, flip;
   static INLINE Normal broadcast(const NormalizeCoefficients& k, i64 c) {
-    using K = Coefficient<T>;
     return {K::broadcast(k.mean, c), K::broadcast(k.scale, c), K::broadcast(k.shift, c),
             V{} + static_cast<const G*>(k.threshold)[c], spread(static_cast<const G*>(k.flip)[c])};
   }
   static INLINE Normal of_columns(const NormalizeCoefficients& k, i64 c) {
-    using K = Coefficient<T>;
     return {K::of_columns(k.mean, c), K::of_columns(k.scale, c), K::of_columns(k.shift, c),
             load_bytes<V>(static_cast<const G*>(k.threshold) + c), load_bytes<V>(static_cast<const G*>(k.flip) + c)};
   }
   static INLINE Normal of_some(const NormalizeCoefficients& k, i64 c, i64 count) {
-    using K = Coefficient<T>;
-    Normal n{K::of_some(k.mean, c, count), K::of_some(k.scale, c, count), K::of_some(k.shift, c, count), {}, {}};
-    for (i64 i = 0; i < count; ++i) {
-      n.threshold[i] = static_cast<const G*>(k.threshold)[c + i];
-      n.flip[i] = static_cast<const G*>(k.flip)[c + i];
-    }
-    return n;
+    return {K::of_some(k.mean, c, count), K::of_some(k.scale, c, count), K::of_some(k.shift, c, count),
+            load_some(static_cast<const G*>(k.threshold) + c, count),
+            load_some(static_cast<const G*>(k.flip) + c, count)};
   }
   static INLINE V spread(G value) {  // keeps the sign of zero, which a sum with zero loses
     V v{};
@@ -414,14 +441,14 @@ struct Normal {
 };
 
 // One bit a lane: whether the derivative there is that of the activation's linear part.
-template <class T>
-INLINE unsigned sign_bits(const Pack<T>& z, const KernelFusion& f) {
-  using C = typename Pack<T>::C;
+template <class P>
+INLINE unsigned sign_bits(const P& z, const KernelFusion& f) {
+  using C = typename P::C;
   unsigned bits = 0;
-  for (int k = 0; k < Pack<T>::parts; ++k) {
+  for (int k = 0; k < P::parts; ++k) {
     auto inside = z.part[k] > C{};
-    if (f.activation == Activation::relu6) inside &= z.part[k] < C{} + typename Pack<T>::S(6);
-    bits |= bits_of((typename Masks<C>::type)inside) << (k * Pack<T>::lanes);
+    if (f.activation == Activation::relu6) inside &= z.part[k] < C{} + typename P::S(6);
+    bits |= bits_of((typename Masks<C>::type)inside) << (k * P::lanes);
   }
   return bits;
 }
@@ -449,22 +476,21 @@ INLINE unsigned get_bits(const uint8_t* signs, i64 i, i64 count) {
   return bits;
 }
 
-template <class T, Form form, bool residual, bool signs>
-INLINE typename Lane<T>::V finish(Pack<T> z, typename Lane<T>::V r, uint8_t* bits, i64 i, i64 count,
-                                  const KernelFusion& f) {
+template <class T, Form form, bool residual, bool signs, class P>
+INLINE typename Lane<T>::V finish(P z, typename Lane<T>::V r, uint8_t* bits, i64 i, i64 count, const KernelFusion& f) {
   if constexpr (residual) {
-    const Pack<T> wide = Pack<T>::of(r);
-    for (int k = 0; k < Pack<T>::parts; ++k) z.part[k] += wide.part[k];
+    const P added = P::of(r);
+    for (int k = 0; k < P::parts; ++k) z.part[k] += added.part[k];
   }
-  if constexpr (signs) put_bits(bits, i, count, sign_bits<T>(z, f));
+  if constexpr (signs) put_bits(bits, i, count, sign_bits(z, f));
   const auto v = z.rounded();
   if constexpr (form == Form::identity) return v;
   if constexpr (form == Form::relu) return vmax(v, typename Lane<T>::V{});
   return activate(f.activation, v, f.slope);
 }
 
-template <class T, Form form, bool residual, bool signs>
-void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
+template <class T, class P, Form form, bool residual, bool signs>
+void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients k,
                       const KernelFusion& f) {
   using L = Lane<T>;
   using V = typename L::V;
@@ -472,7 +498,7 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
   for (i64 step = 0; step < slab.samples; ++step) {
     const i64 n = order(step);
     for (i64 c = 0; c < slab.channels; ++c) {
-      const auto normal = Normal<T>::broadcast(k, c);
+      const auto normal = Normal<T, P>::broadcast(k, c);
       const T* p = at<const T>(x, n, c);
       const T* r = residual ? at<const T>(f.residual, n, c) : nullptr;
       uint8_t* bits = signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
@@ -480,19 +506,18 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
           at<T>(y, n, c), slab.inner, f.stream,
           [&](i64 i) {
             const V rv = residual ? L::load(r + i) : V{};
-            return finish<T, form, residual, signs>(normal(load(p + i)), rv, bits, i, L::width, f);
+            return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits, i, L::width, f);
           },
           [&](i64 i, i64 count) {
             const V rv = residual ? load_some(r + i, count) : V{};
-            return finish<T, form, residual, signs>(normal(Pack<T>::of(load_some(p + i, count))), rv, bits, i, count,
-                                                    f);
+            return finish<T, form, residual, signs>(normal(P::of(load_some(p + i, count))), rv, bits, i, count, f);
           });
     }
   }
 }
 
-template <class T, Form form, bool residual, bool signs>
-void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
+template <class T, class P, Form form, bool residual, bool signs>
+void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients k,
                            const KernelFusion& f) {
   const Rows<const T> xs(x);
   const Rows<const T> rs(f.residual);
@@ -502,18 +527,18 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   using L = Lane<T>;
   using V = typename L::V;
   write_rows<!signs, T>(
-      y, slab.samples, slab.channels, f.stream, [&](i64 c) { return Normal<T>::of_columns(k, c); },
-      [&](i64 n, i64 c, const Normal<T>& normal) {
+      y, slab.samples, slab.channels, f.stream, [&](i64 c) { return Normal<T, P>::of_columns(k, c); },
+      [&](i64 n, i64 c, const Normal<T, P>& normal) {
         const V rv = residual ? L::load(rs(n, c)) : V{};
         uint8_t* bits = signs ? all_signs + n * signs_row : nullptr;
-        return finish<T, form, residual, signs>(normal(load(xs(n, c))), rv, bits, c, L::width, f);
+        return finish<T, form, residual, signs>(normal(P::load(xs(n, c))), rv, bits, c, L::width, f);
       },
       [&](i64 n0, i64 n1, i64 c, i64 count) {
-        const auto normal = Normal<T>::of_some(k, c, count);
+        const auto normal = Normal<T, P>::of_some(k, c, count);
         for (i64 n = n0; n < n1; ++n) {
           const V rv = residual ? load_some(rs(n, c), count) : V{};
           uint8_t* bits = signs ? all_signs + n * signs_row : nullptr;
-          const auto px = Pack<T>::of(load_some(xs(n, c), count));
+          const auto px = P::of(load_some(xs(n, c), count));
           store_some(ys(n, c), finish<T, form, residual, signs>(normal(px), rv, bits, c, count, f), count);
         }
       });
@@ -521,10 +546,9 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
 
 // ------------------------------------------------------------------------------------------------ backward
 // dz = dy * activation'(z), with z rebuilt from x (and the residual), or its derivative from the bits.
-template <class T, Form form, Gate gate>
-INLINE Pack<T> gated(typename Lane<T>::V dy, typename Lane<T>::V x, const Normal<T>& normal, typename Lane<T>::V r,
-                     const uint8_t* bits, i64 i, i64 count, const KernelFusion& f) {
-  using P = Pack<T>;
+template <class T, class P, Form form, Gate gate>
+INLINE P gated(typename Lane<T>::V dy, typename Lane<T>::V x, const Normal<T, P>& normal, typename Lane<T>::V r,
+               const uint8_t* bits, i64 i, i64 count, const KernelFusion& f) {
   using C = typename P::C;
   if constexpr (form == Form::relu) return P::of(select(normal.positive(x), dy, typename Lane<T>::V{}));
   if constexpr (gate == Gate::none) return P::of(dy);
@@ -543,54 +567,46 @@ INLINE Pack<T> gated(typename Lane<T>::V dy, typename Lane<T>::V x, const Normal
   }
   P z = normal(P::of(x));
   if constexpr (gate == Gate::residual) {
-    const P wide = P::of(r);
-    for (int k = 0; k < P::parts; ++k) z.part[k] += wide.part[k];
+    const P added = P::of(r);
+    for (int k = 0; k < P::parts; ++k) z.part[k] += added.part[k];
   }
   return P::of(dy * derivative(f.activation, z.rounded(), f.slope));
 }
 
-// The same as float64, for sums.
-template <class T, Form form, Gate gate>
-INLINE Exact<T> exact_gated(typename Lane<T>::V dy, typename Lane<T>::V x, const Normal<T>& normal,
-                            typename Lane<T>::V r, const uint8_t* bits, i64 i, i64 count, const KernelFusion& f) {
-  const Pack<T> dz = gated<T, form, gate>(dy, x, normal, r, bits, i, count, f);
-  if constexpr (std::is_same_v<Exact<T>, Pack<T>>)
-    return dz;
-  else
-    return Exact<T>::of(dz.rounded());
-}
-
-template <class T, Form form, Gate gate>
+template <class T, class P, class S, Form form, Gate gate>
 void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
-                   const NormalizeCoefficients& k, const KernelFusion& f, double* sums) {
+                   const NormalizeCoefficients k, const KernelFusion& f, double* sums) {
   using L = Lane<T>;
   using V = typename L::V;
+  LaneSums lanes(slab.channels);
   for (i64 n = 0; n < slab.samples; ++n) {
     for (i64 c = 0; c < slab.channels; ++c) {
-      const auto normal = Normal<T>::broadcast(k, c);
-      const auto m = everywhere<Exact<T>>(mean[c]);
+      const auto normal = Normal<T, P>::broadcast(k, c);
+      const auto m = everywhere<S>(mean[c]);
       const T *p = at<const T>(x, n, c), *g = at<const T>(dy, n, c);
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
-      sum_plane<Exact<T>>(
-          slab.inner, sums + c, sums + slab.channels + c,
-          [&](i64 i, Sums<Exact<T>>& a) {
+      sum_plane<S>(
+          slab.inner, lanes.first + c, lanes.second + c,
+          [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
-            a.add(exact_gated<T, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f),
-                  minus(Exact<T>::of(v), m));
+            a.add(S::of(gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded()),
+                  minus(S::of(v), m));
           },
-          [&](i64 i, i64 count, Sums<Exact<T>>& a) {
+          [&](i64 i, i64 count, Sums<S>& a) {
             const V v = load_some(p + i, count), rv = gate == Gate::residual ? load_some(r + i, count) : V{};
-            const auto dz = exact_gated<T, form, gate>(load_some(g + i, count), v, normal, rv, bits, i, count, f);
-            a.add(only(dz, 0, count), only(minus(Exact<T>::of(v), m), 0, count));
+            const auto dz =
+                S::of(gated<T, P, form, gate>(load_some(g + i, count), v, normal, rv, bits, i, count, f).rounded());
+            a.add(only(dz, 0, count), only(minus(S::of(v), m), 0, count));
           });
     }
   }
+  lanes.add_to(sums);
 }
 
-template <class T, Form form, Gate gate>
+template <class T, class P, class S, Form form, Gate gate>
 void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
-                        const NormalizeCoefficients& k, const KernelFusion& f, double* sums) {
+                        const NormalizeCoefficients k, const KernelFusion& f, double* sums) {
   const Rows<const T> xs(x);
   const Rows<const T> dys(dy);
   const Rows<const T> rs(f.residual);
@@ -600,50 +616,45 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
   using V = typename L::V;
   const i64 C = slab.channels;
   struct Prepared {
-    Normal<T> normal;
-    Exact<T> mean;
+    Normal<T, P> normal;
+    S mean;
   };
   const i64 some = C < L::width ? C : L::width;
-  const Prepared few{Normal<T>::of_some(k, 0, some), columns_of<Exact<T>>(mean, some)};
-  sum_rows<Exact<T>>(
+  const Prepared few{Normal<T, P>::of_some(k, 0, some), columns_of<S>(mean, some)};
+  sum_rows<S, sizeof(T) == 2 ? 6 : 4>(
       slab.samples, C, sums,
-      [&](i64 n, i64 c) {
-        __builtin_prefetch(xs(n, c), 0, 2);
-        __builtin_prefetch(dys(n, c), 0, 2);
-      },
-      [&](i64 c) { return Prepared{Normal<T>::of_columns(k, c), columns_of<Exact<T>>(mean + c, L::width)}; },
-      [&](i64 n, i64 c, const Prepared& q, Sums<Exact<T>>& a) {
+      [&](i64 c) { return Prepared{Normal<T, P>::of_columns(k, c), columns_of<S>(mean + c, L::width)}; },
+      [&](i64 n, i64 c, const Prepared& q, Sums<S>& a) {
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
-        a.add(exact_gated<T, form, gate>(L::load(dys(n, c)), v, q.normal, rv, bits, c, L::width, f),
-              minus(Exact<T>::of(v), q.mean));
+        a.add(S::of(gated<T, P, form, gate>(L::load(dys(n, c)), v, q.normal, rv, bits, c, L::width, f).rounded()),
+              minus(S::of(v), q.mean));
       },
-      [&](i64 n, Sums<Exact<T>>& a) {
+      [&](i64 n, Sums<S>& a) {
         const V v = load_some(xs(n, 0), C);
         const V rv = gate == Gate::residual ? load_some(rs(n, 0), C) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
         const V g = load_some(dys(n, 0), C);
-        a.add(exact_gated<T, form, gate>(g, v, few.normal, rv, bits, 0, C, f), minus(Exact<T>::of(v), few.mean));
+        a.add(S::of(gated<T, P, form, gate>(g, v, few.normal, rv, bits, 0, C, f).rounded()), minus(S::of(v), few.mean));
       });
 }
 
-template <class T>
+template <class T, class P>
 struct Apply {
-  using P = Pack<T>;
-  Normal<T> normal;
+  Normal<T, P> normal;
   P k1, k2, k3;
   static INLINE Apply broadcast(const NormalizeCoefficients& k, const ApplyCoefficients& a, i64 c) {
-    using K = Coefficient<T>;
-    return {Normal<T>::broadcast(k, c), K::broadcast(a.k1, c), K::broadcast(a.k2, c), K::broadcast(a.k3, c)};
+    using K = Coefficient<P>;
+    return {Normal<T, P>::broadcast(k, c), K::broadcast(a.k1, c), K::broadcast(a.k2, c), K::broadcast(a.k3, c)};
   }
   static INLINE Apply of_columns(const NormalizeCoefficients& k, const ApplyCoefficients& a, i64 c) {
-    using K = Coefficient<T>;
-    return {Normal<T>::of_columns(k, c), K::of_columns(a.k1, c), K::of_columns(a.k2, c), K::of_columns(a.k3, c)};
+    using K = Coefficient<P>;
+    return {Normal<T, P>::of_columns(k, c), K::of_columns(a.k1, c), K::of_columns(a.k2, c), K::of_columns(a.k3, c)};
   }
   static INLINE Apply of_some(const NormalizeCoefficients& k, const ApplyCoefficients& a, i64 c, i64 count) {
-    using K = Coefficient<T>;
-    return {Normal<T>::of_some(k, c, count), K::of_some(a.k1, c, count), K::of_some(a.k2, c, count),
+    using K = Coefficient<P>;
+    return {Normal<T, P>::of_some(k, c, count), K::of_some(a.k1, c, count), K::of_some(a.k2, c, count),
             K::of_some(a.k3, c, count)};
   }
   INLINE typename Lane<T>::V operator()(const P& dz, const P& x) const {
@@ -654,17 +665,16 @@ struct Apply {
   }
 };
 
-template <class T, Form form, Gate gate>
+template <class T, class P, Form form, Gate gate>
 void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
-                  const NormalizeCoefficients& k, const ApplyCoefficients& a, const KernelFusion& f) {
+                  const NormalizeCoefficients k, const ApplyCoefficients a, const KernelFusion& f) {
   using L = Lane<T>;
   using V = typename L::V;
-  using P = Pack<T>;
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
     const i64 n = order(step);
     for (i64 c = 0; c < slab.channels; ++c) {
-      const auto apply = Apply<T>::broadcast(k, a, c);
+      const auto apply = Apply<T, P>::broadcast(k, a, c);
       const T *p = at<const T>(x, n, c), *g = at<const T>(dy, n, c);
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
@@ -674,14 +684,14 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
           [&](i64 i) {
             const V v = L::load(p + i);
             const V rv = gate == Gate::residual ? L::load(r + i) : V{};
-            const P dz = gated<T, form, gate>(L::load(g + i), v, apply.normal, rv, bits, i, L::width, f);
+            const P dz = gated<T, P, form, gate>(L::load(g + i), v, apply.normal, rv, bits, i, L::width, f);
             if (out) L::store(out + i, dz.rounded());
             return apply(dz, P::of(v));
           },
           [&](i64 i, i64 count) {
             const V v = load_some(p + i, count);
             const V rv = gate == Gate::residual ? load_some(r + i, count) : V{};
-            const P dz = gated<T, form, gate>(load_some(g + i, count), v, apply.normal, rv, bits, i, count, f);
+            const P dz = gated<T, P, form, gate>(load_some(g + i, count), v, apply.normal, rv, bits, i, count, f);
             if (out) store_some(out + i, dz.rounded(), count);
             return apply(dz, P::of(v));
           });
@@ -689,9 +699,9 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
   }
 }
 
-template <class T, Form form, Gate gate>
+template <class T, class P, Form form, Gate gate>
 void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx,
-                       const Operand& d_residual, const NormalizeCoefficients& k, const ApplyCoefficients& a,
+                       const Operand& d_residual, const NormalizeCoefficients k, const ApplyCoefficients a,
                        const KernelFusion& f) {
   const Rows<const T> xs(x);
   const Rows<const T> dys(dy);
@@ -702,24 +712,23 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
   using V = typename L::V;
-  using P = Pack<T>;
   write_rows<gate != Gate::signs, T>(
-      dx, slab.samples, slab.channels, f.stream, [&](i64 c) { return Apply<T>::of_columns(k, a, c); },
-      [&](i64 n, i64 c, const Apply<T>& apply) {
+      dx, slab.samples, slab.channels, f.stream, [&](i64 c) { return Apply<T, P>::of_columns(k, a, c); },
+      [&](i64 n, i64 c, const Apply<T, P>& apply) {
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
-        const P dz = gated<T, form, gate>(L::load(dys(n, c)), v, apply.normal, rv, bits, c, L::width, f);
+        const P dz = gated<T, P, form, gate>(L::load(dys(n, c)), v, apply.normal, rv, bits, c, L::width, f);
         if (drs.data) L::store(drs(n, c), dz.rounded());
         return apply(dz, P::of(v));
       },
       [&](i64 n0, i64 n1, i64 c, i64 count) {
-        const auto apply = Apply<T>::of_some(k, a, c, count);
+        const auto apply = Apply<T, P>::of_some(k, a, c, count);
         for (i64 n = n0; n < n1; ++n) {
           const V v = load_some(xs(n, c), count);
           const V rv = gate == Gate::residual ? load_some(rs(n, c), count) : V{};
           const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
-          const P dz = gated<T, form, gate>(load_some(dys(n, c), count), v, apply.normal, rv, bits, c, count, f);
+          const P dz = gated<T, P, form, gate>(load_some(dys(n, c), count), v, apply.normal, rv, bits, c, count, f);
           if (drs.data) store_some(drs(n, c), dz.rounded(), count);
           store_some(dxs(n, c), apply(dz, P::of(v)), count);
         }
@@ -727,29 +736,39 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
 }
 
 // ------------------------------------------------------------------------------------------------ the table
-template <class T, Order order, Form form, bool residual, bool signs>
+// Calls run(few) with the slab's `few` as a constant.
+template <class Run>
+void choose_few(const Slab& slab, Run run) {
+  if (slab.few)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
+}
+
+template <class T, class P, Order order, Form form, bool residual, bool signs>
 void normalize_case(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
                     const KernelFusion& f) {
   if constexpr (order == Order::planar)
-    planar_normalize<T, form, residual, signs>(slab, x, y, k, f);
+    planar_normalize<T, P, form, residual, signs>(slab, x, y, k, f);
   else
-    interleaved_normalize<T, form, residual, signs>(slab, x, y, k, f);
+    interleaved_normalize<T, P, form, residual, signs>(slab, x, y, k, f);
 }
 
-template <class T, Order order, Form form>
+template <class T, class P, Order order, Form form>
 void normalize_form(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
                     const KernelFusion& f) {
-  if (!f.residual) return normalize_case<T, order, form, false, false>(slab, x, y, k, f);
-  if (!f.signs) return normalize_case<T, order, form, true, false>(slab, x, y, k, f);
-  return normalize_case<T, order, form, true, true>(slab, x, y, k, f);
+  if (!f.residual) return normalize_case<T, P, order, form, false, false>(slab, x, y, k, f);
+  if (!f.signs) return normalize_case<T, P, order, form, true, false>(slab, x, y, k, f);
+  return normalize_case<T, P, order, form, true, true>(slab, x, y, k, f);
 }
 
 template <class T, Order order>
 void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
                     const KernelFusion& f) {
-  if (f.activation == Activation::identity) return normalize_form<T, order, Form::identity>(slab, x, y, k, f);
-  if (f.activation == Activation::relu) return normalize_form<T, order, Form::relu>(slab, x, y, k, f);
-  return normalize_form<T, order, Form::any>(slab, x, y, k, f);
+  using P = typename In<T, true>::E;
+  if (f.activation == Activation::identity) return normalize_form<T, P, order, Form::identity>(slab, x, y, k, f);
+  if (f.activation == Activation::relu) return normalize_form<T, P, order, Form::relu>(slab, x, y, k, f);
+  return normalize_form<T, P, order, Form::any>(slab, x, y, k, f);
 }
 
 // Calls run<form, gate>() for the case at hand.
@@ -771,22 +790,29 @@ void choose_gate(const KernelFusion& f, Gate gate, Run run) {
 template <class T, Order order>
 void reduce_slab(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
                  const NormalizeCoefficients& k, const KernelFusion& f, Gate gate, double* sums) {
-  choose_gate(f, gate, [&](auto form, auto how) {
-    if constexpr (order == Order::planar)
-      planar_reduce<T, form.value, how.value>(slab, dy, x, mean, k, f, sums);
-    else
-      interleaved_reduce<T, form.value, how.value>(slab, dy, x, mean, k, f, sums);
+  choose_few(slab, [&](auto few) {
+    choose_gate(f, gate, [&](auto form, auto how) {
+      using P = typename In<T, few.value>::E;
+      using S = typename In<T, few.value>::S;
+      if constexpr (order == Order::planar)
+        planar_reduce<T, P, S, form.value, how.value>(slab, dy, x, mean, k, f, sums);
+      else
+        interleaved_reduce<T, P, S, form.value, how.value>(slab, dy, x, mean, k, f, sums);
+    });
   });
 }
 
 template <class T, Order order>
 void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients& k, const ApplyCoefficients& a, const KernelFusion& f, Gate gate) {
-  choose_gate(f, gate, [&](auto form, auto how) {
-    if constexpr (order == Order::planar)
-      planar_apply<T, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
-    else
-      interleaved_apply<T, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+  choose_few(slab, [&](auto few) {
+    choose_gate(f, gate, [&](auto form, auto how) {
+      using P = typename In<T, few.value>::E;
+      if constexpr (order == Order::planar)
+        planar_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+      else
+        interleaved_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+    });
   });
 }
 

@@ -8,11 +8,12 @@ namespace batchnorm {
 // A slab: `samples` x `channels` x `inner` of one pool, pointers already at its first element.
 struct Slab {
   int64_t samples, channels, inner;
+  bool few;  // the pool has so few values that roundings do not average out: see kernels.cpp
 };
 
 constexpr int64_t kMaxPlanarChannels = 64;  // of one planar slab
 
-// Coefficients of a slab's channels, in the compute type: float64, but float32 for 16-bit elements.
+// Coefficients of a slab's channels, in the type that elements are computed in.
 struct NormalizeCoefficients {
   const void *mean, *scale, *shift;
   // For the gradient of relu, in the type of the vectors (float32, float64 for float64): z > 0 just where
@@ -37,11 +38,11 @@ struct KernelFusion {
 };
 
 struct Kernels {
-  // sums[c], sums[channels + c] += sum of (x - shift[c]) and of its square; `few` where the pool is small, and the
-  // roundings of 16-bit elements' sums would not average out
-  void (*moments)(const Slab&, const Operand& x, const double* shift, bool few, double* sums);
+  // sums[c], sums[channels + c] += sum of (x - shift[c]) and of its square
+  void (*moments)(const Slab&, const Operand& x, const double* shift, double* sums);
   void (*normalize)(const Slab&, const Operand& x, const Operand& y, const NormalizeCoefficients&, const KernelFusion&);
-  // sums[c], sums[channels + c] += sum of dz and of dz * (x - mean[c])
+  // sums[c], sums[channels + c] += sum of dz and of dz * (x - mean[c]); where 16-bit elements are not few, the mean is
+  // rounded to float32
   void (*reduce)(const Slab&, const Operand& dy, const Operand& x, const double* mean, const NormalizeCoefficients&,
                  const KernelFusion&, Gate, double* sums);
   void (*apply)(const Slab&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,

@@ -39,22 +39,22 @@ INLINE Vec<T> load_or(const T* p, int count, T absent) {
 }
 // Doubles, as many as a vector of T has elements.
 template <class T>
-INLINE Pack<T> load_doubles(const double* p, int count) {
-  Pack<T> v;
-  for (int i = 0; i < Pack<T>::parts; ++i)
+INLINE InDoubles<T> load_doubles(const double* p, int count) {
+  InDoubles<T> v;
+  for (int i = 0; i < InDoubles<T>::parts; ++i)
     v.part[i] = load_some<double>(p + i * kLanes64, std::clamp(count - i * kLanes64, 0, kLanes64));
   return v;
 }
 template <class T>
-INLINE void store_doubles(double* p, const Pack<T>& v, int count) {
-  for (int i = 0; i < Pack<T>::parts; ++i)
+INLINE void store_doubles(double* p, const InDoubles<T>& v, int count) {
+  for (int i = 0; i < InDoubles<T>::parts; ++i)
     store_some<double>(p + i * kLanes64, v.part[i], std::clamp(count - i * kLanes64, 0, kLanes64));
 }
 template <class T>
-INLINE void add_doubles(double* p, const Pack<T>& v, int count) {
-  Pack<T> sum = load_doubles<T>(p, count);
-  for (int i = 0; i < Pack<T>::parts; ++i) sum.part[i] += v.part[i];
-  store_doubles(p, sum, count);
+INLINE void add_doubles(double* p, const InDoubles<T>& v, int count) {
+  InDoubles<T> sum = load_doubles<T>(p, count);
+  for (int i = 0; i < InDoubles<T>::parts; ++i) sum.part[i] += v.part[i];
+  store_doubles<T>(p, sum, count);
 }
 
 // ---------------------------------------------------------------------------------------------- the product
@@ -98,7 +98,7 @@ struct Call {
   static constexpr int L = Lane<T>::width, G = gates_of(kCell), K = kept_of(kCell);
   static constexpr int kTile = 5 * L;  // of each row and block
   using V = Vec<T>;
-  using P = Pack<T>;
+  using P = InDoubles<T>;
 
   const Recurrence& call;
   const RecurrentInput& in;
@@ -176,8 +176,8 @@ struct Call {
         }
       }
       for (int i = 0; i < P::parts; ++i) c.scale.part[i] = square.part[i] / double(rows);
-      store_doubles(mean, c.mean, units);
-      store_doubles(var, c.scale, units);
+      store_doubles<T>(mean, c.mean, units);
+      store_doubles<T>(var, c.scale, units);
     }
     inverse_root(c.scale, eps);
     return c;
@@ -443,8 +443,8 @@ struct Call {
       Sums sums;
       for (int64_t r = 0; r < rows; ++r)
         sums.add(Lane<T>::load(tile + (r * G + g) * L), standardized(c, load_some(x + r * G * H, units)));
-      add_doubles(d.gamma_hh + of, sums.dz_x, units);
-      add_doubles(d.beta_hh + of, sums.dz, units);
+      add_doubles<T>(d.gamma_hh + of, sums.dz_x, units);
+      add_doubles<T>(d.beta_hh + of, sums.dz, units);
       for (int64_t r = 0; r < rows; ++r) {
         const P standard = standardized(c, load_some(x + r * G * H, units));
         store_some(as<T>(d.hh) + (starts[t] + r) * G * H + of,
@@ -471,8 +471,8 @@ struct Call {
     Sums sums;
     for (int64_t r = 0; r < rows; ++r)
       sums.add(Lane<T>::load(d_cell + r * L), standardized(c, load_some(x + r * H, units)));
-    add_doubles(d.gamma_c + at, sums.dz_x, units);
-    add_doubles(d.beta_c + at, sums.dz, units);
+    add_doubles<T>(d.gamma_c + at, sums.dz_x, units);
+    add_doubles<T>(d.beta_c + at, sums.dz, units);
     for (int64_t r = 0; r < rows; ++r) {
       const P standard = standardized(c, load_some(x + r * H, units));
       Lane<T>::store(d_cell + r * L, through(c, scale, sums, double(rows), Lane<T>::load(d_cell + r * L), standard));

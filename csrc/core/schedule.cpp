@@ -15,9 +15,10 @@ const KernelTable& kernel_table();  // dispatch.cpp
 namespace {
 
 constexpr int64_t kSerialElements = 32768;
-constexpr int64_t kFewValues = 8192;
+constexpr int64_t kFewValues = 8192, kFewFloat32 = 1024;
 constexpr int64_t kPieceBytes = 128 << 10;
-constexpr int64_t kMaxBlocks = 64;  // row blocks of one pool, interleaved
+constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
+constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
 
 int64_t element_size(Dtype d) { return d == Dtype::float64 ? 8 : d == Dtype::float32 ? 4 : 2; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -58,13 +59,15 @@ struct Piece {
 
 struct Plan {
   Shape shape;
+  bool one_phase;
   bool whole;  // each piece holds all values of its channels' pools: both phases run while it is in cache
   int64_t group = 1, groups = 1;              // planar: channels of a piece
   int64_t block = 1, blocks = 1;              // samples of a piece, within a pool
   int64_t inner_block = 1, inner_blocks = 1;  // planar: part of a plane
   const double* counts = nullptr;             // of the pools, where not every position is valid
 
-  explicit Plan(const Shape& s) : shape(s) {
+  // Where there is but one phase, nothing is walked twice: pieces are runs of memory.
+  explicit Plan(const Shape& s, bool one_phase = false) : shape(s), one_phase(one_phase) {
     const int64_t bytes = element_size(s.dtype), pools = s.pools(), pool = std::min(s.pool_size, s.samples);
     const Caches& cache = caches();
     block = pool;
@@ -72,16 +75,17 @@ struct Plan {
     if (s.order == Order::planar) {
       const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
       const int64_t plane = std::max<int64_t>(1, s.inner * bytes);
-      group = std::clamp<int64_t>(ceil_div(2048, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
+      group =
+          std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
       while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
       groups = ceil_div(s.channels, group);
       whole = plane * pool <= budget && (pools * groups >= 8 || s.samples * s.channels * s.inner <= kSerialElements);
-      if (!whole) {
-        group = 1;
-        groups = s.channels;
-        block = std::clamp<int64_t>(kPieceBytes / plane, 1, pool);
+      if (!whole || one_phase) {
+        group = one_phase ? std::clamp<int64_t>(kPieceBytes / plane, 1, std::max<int64_t>(s.channels, 1)) : 1;
+        groups = ceil_div(s.channels, group);
+        block = std::clamp<int64_t>(kPieceBytes / (plane * group), 1, std::max<int64_t>(pool, 1));
         blocks = ceil_div(pool, block);
-        inner_block = std::min(s.inner, kPieceBytes / bytes);
+        inner_block = std::clamp<int64_t>(s.inner, 1, kPieceBytes / bytes);
         inner_blocks = ceil_div(s.inner, inner_block);
       }
     } else {
@@ -90,7 +94,9 @@ struct Plan {
       groups = std::min<int64_t>(s.channels, 1);  // no channels, no pieces
       whole = pool * s.channels <= kSerialElements || (pools >= 8 && pool * row <= cache.l3 / 8);
       if (!whole) {
-        block = std::min(pool, std::max({kPieceBytes / row, ceil_div(pool, kMaxBlocks), int64_t{32}}));
+        // Long enough for a block's sums to be little beside its rows.
+        const int64_t least = std::clamp<int64_t>(pool / 16, 32, 128);
+        block = std::min(pool, std::max({kPieceBytes / row, ceil_div(pool, kMaxBlocks), least}));
         block = ceil_div(block, 32) * 32;
         blocks = ceil_div(pool, block);
       }
@@ -100,7 +106,7 @@ struct Plan {
   int64_t pieces_a_pool() const { return groups * blocks * inner_blocks; }
   int64_t pieces() const { return shape.pools() * pieces_a_pool(); }
   // Doubles that hold the two sums of every channel of every piece.
-  int64_t sums() const { return 2 * shape.pools() * shape.channels * blocks * inner_blocks; }
+  int64_t sums() const { return one_phase ? 0 : 2 * shape.pools() * shape.channels * blocks * inner_blocks; }
   int64_t statistics() const { return shape.pools() * shape.channels; }
 
   Piece piece(int64_t i) const {
@@ -135,9 +141,16 @@ struct Plan {
                 (p.sample * o.sample_stride + p.channel * o.channel_stride + p.first) * element_size(shape.dtype);
     return part;
   }
-  Slab slab(const Piece& p) const { return {p.samples, p.channels, p.inner}; }
   // Padding gathers at one end: first and last in turn give every thread its share of both.
   int64_t turn(int64_t i) const { return !shape.valid ? i : i % 2 ? pieces() - 1 - i / 2 : i / 2; }
+  Slab slab(const Piece& p) const { return {p.samples, p.channels, p.inner, few(p.pool)}; }
+  // Whether a pool counts as one of few values; where the coefficients' type hangs on it, as the smallest of all pools.
+  bool few(int64_t pool) const {
+    if (shape.dtype == Dtype::float32) return shape.valid || count(shape.pools() - 1) < kFewFloat32;
+    return count(pool) < kFewValues;
+  }
+  // Whether gradients are computed in float64.
+  bool wide() const { return shape.dtype == Dtype::float64 || (shape.dtype == Dtype::float32 && few(0)); }
 };
 
 // The valid positions in [begin, end) as runs, and what lies between them as gaps, in order.
@@ -263,11 +276,11 @@ struct Scratch {
   double *shift, *sums;
   Coefficients k;
   double* counts;  // of the pools
-  Scratch(const Plan& plan, double* workspace)
+  Scratch(const Plan& plan, double* workspace, bool wide)
       : shift(workspace),
         sums(workspace + plan.statistics()),
-        k{element_size(plan.shape.dtype) > 2, element_size(plan.shape.dtype) == 8 ? 8 : 4,
-          reinterpret_cast<char*>(sums + plan.sums()), plan.statistics()},
+        k{wide, element_size(plan.shape.dtype) == 8 ? 8 : 4, reinterpret_cast<char*>(sums + plan.sums()),
+          plan.statistics()},
         counts(sums + plan.sums() + 8 * plan.statistics()) {}
 };
 
@@ -277,6 +290,8 @@ Gate gate_of(const Fusion& f) {
   return f.residual ? Gate::residual : Gate::recompute;
 }
 
+enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
+
 struct Runner {
   Plan plan;
   Scratch scratch;
@@ -285,9 +300,9 @@ struct Runner {
   Parallel parallel;
   bool stream;
 
-  Runner(const Shape& shape, const Fusion& f, double* workspace, Parallel par)
-      : plan(shape),
-        scratch(plan, workspace),
+  Runner(Verb verb, const Shape& shape, const Fusion& f, double* workspace, Parallel par)
+      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply),
+        scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
         fusion(f),
         parallel(par),
@@ -400,20 +415,21 @@ struct Runner {
     const Piece p = plan.piece(i);
     double* sums = scratch.sums + plan.sums_offset(i);
     std::fill_n(sums, 2 * p.channels, 0.0);
-    const bool few = plan.count(p.pool) < kFewValues;
-    valid_parts(p, [&](const Piece& v) {
-      kernels.moments(plan.slab(v), plan.at(x, v), scratch.shift + statistic(p), few, sums);
-    });
+    valid_parts(
+        p, [&](const Piece& v) { kernels.moments(plan.slab(v), plan.at(x, v), scratch.shift + statistic(p), sums); });
   }
 
   void add_reductions(int64_t i, const Operand& dy, const Operand& x, const double* mean) const {
     const Piece p = plan.piece(i);
     double* sums = scratch.sums + plan.sums_offset(i);
     std::fill_n(sums, 2 * p.channels, 0.0);
+    mean += statistic(p);
     valid_parts(p, [&](const Piece& v) {
-      kernels.reduce(plan.slab(v), plan.at(dy, v), plan.at(x, v), mean + statistic(p),
-                     scratch.k.normalize(statistic(p)), fused(v), gate_of(fusion), sums);
+      kernels.reduce(plan.slab(v), plan.at(dy, v), plan.at(x, v), mean, scratch.k.normalize(statistic(p)), fused(v),
+                     gate_of(fusion), sums);
     });
+    if (!plan.few(p.pool) && element_size(plan.shape.dtype) == 2)
+      for (int64_t c = 0; c < p.channels; ++c) sums[p.channels + c] += (double(float(mean[c])) - mean[c]) * sums[c];
   }
 
   // The two sums of statistic s, over the pieces that hold its values, in their order.
@@ -516,7 +532,7 @@ size_t workspace_size(const Shape& shape) {
 }
 
 void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {
-  const Runner run(shape, {}, workspace, parallel);
+  const Runner run(Verb::moments, shape, {}, workspace, parallel);
   run.set_shifts(x);
   run.two_phases([&](int64_t i) { run.add_moments(i, x); },
                  [&](int64_t pool, int64_t c) { run.finish_moments(pool, c, mean, m2); }, [](int64_t) {});
@@ -524,14 +540,14 @@ void moments(const Shape& shape, const Operand& x, double* mean, double* m2, dou
 
 void normalize(const Shape& shape, const Operand& x, const Operand& y, const double* mean, const double* var,
                Vector gamma, Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
-  const Runner run(shape, fusion, workspace, parallel);
+  const Runner run(Verb::normalize, shape, fusion, workspace, parallel);
   run.set_all_normalize(mean, var, {gamma, beta, eps});
   run.one_phase([&](int64_t i) { run.normalize_piece(i, x, y); });
 }
 
 void forward(const Shape& shape, const Operand& x, const Operand& y, double* mean, double* var, Vector gamma,
              Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
-  const Runner run(shape, fusion, workspace, parallel);
+  const Runner run(Verb::forward, shape, fusion, workspace, parallel);
   const Affine affine{gamma, beta, eps};
   run.set_shifts(x);
   run.two_phases([&](int64_t i) { run.add_moments(i, x); },
@@ -547,7 +563,7 @@ void forward(const Shape& shape, const Operand& x, const Operand& y, double* mea
 void backward_reduce(const Shape& shape, const Operand& dy, const Operand& x, const double* mean, const double* var,
                      Vector gamma, Vector beta, double eps, const Fusion& fusion, double* sum_dz,
                      double* sum_dz_centered, double* workspace, Parallel parallel) {
-  const Runner run(shape, fusion, workspace, parallel);
+  const Runner run(Verb::backward_reduce, shape, fusion, workspace, parallel);
   run.set_all_normalize(mean, var, {gamma, beta, eps});
   run.two_phases([&](int64_t i) { run.add_reductions(i, dy, x, mean); },
                  [&](int64_t pool, int64_t c) {
@@ -561,7 +577,7 @@ void backward_apply(const Shape& shape, const Operand& dy, const Operand& x, con
                     const Operand& d_residual, const double* mean, const double* var, Vector gamma, Vector beta,
                     double eps, const Fusion& fusion, const double* k1, const double* k2, const double* k3,
                     double* workspace, Parallel parallel) {
-  const Runner run(shape, fusion, workspace, parallel);
+  const Runner run(Verb::backward_apply, shape, fusion, workspace, parallel);
   run.set_all_normalize(mean, var, {gamma, beta, eps});
   for (int64_t i = 0; i < run.plan.statistics(); ++i) set_apply(run.scratch.k, i, mean[i], k1[i], k2[i], k3[i]);
   run.one_phase([&](int64_t i) { run.apply_piece(i, dy, x, dx, d_residual); });
@@ -574,7 +590,7 @@ void backward(const Shape& shape, const Operand& dy, const Operand& x, const Ope
     backward_reduce(shape, dy, x, mean, var, gamma, beta, eps, fusion, sum_dz, sum_dz_centered, workspace, parallel);
     return;
   }
-  const Runner run(shape, fusion, workspace, parallel);
+  const Runner run(Verb::backward, shape, fusion, workspace, parallel);
   run.set_all_normalize(mean, var, {gamma, beta, eps});
   run.two_phases([&](int64_t i) { run.add_reductions(i, dy, x, mean); },
                  [&](int64_t pool, int64_t c) {

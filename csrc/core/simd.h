@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__) || defined(__AVX512F__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -186,26 +187,36 @@ struct Lane<f16> {
   static INLINE S scalar(f16 v) { return half_to_float(v.bits); }
 };
 
-// Writes around the cache where the address allows it.
+// Writes around the cache; the address is a multiple of the width.
+INLINE void stream_bytes(void* p, f32 v) {
+#if VB == 64
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif VB == 32
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(static_cast<float*>(p), (__m128)v);
+#else
+  store_bytes(p, v);
+#endif
+}
+INLINE void stream_bytes(void* p, u16 v) {
+#if VB == 64
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif VB == 32
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  store_bytes(p, v);
+#endif
+}
 template <class T, class V>
 INLINE void stream(T* p, V v) {
-#if VB == 32 && defined(__AVX2__)
-  if constexpr (sizeof(T) == sizeof(typename Lane<T>::S)) {
-    _mm256_stream_si256((__m256i*)p, (__m256i)v);
-    return;
+  if constexpr (sizeof(T) == 2) {
+    T values[Lane<T>::width];
+    Lane<T>::store(values, v);
+    stream_bytes(p, load_bytes<u16>(values));
+  } else {
+    stream_bytes(p, (f32)v);
   }
-#elif VB == 64
-  if constexpr (sizeof(T) == sizeof(typename Lane<T>::S)) {
-    _mm512_stream_si512((__m512i*)p, (__m512i)v);
-    return;
-  }
-#elif defined(__SSE2__)
-  if constexpr (sizeof(T) == sizeof(typename Lane<T>::S)) {
-    _mm_stream_si128((__m128i*)p, (__m128i)v);
-    return;
-  }
-#endif
-  Lane<T>::store(p, v);
 }
 
 template <class M, class V>
@@ -222,49 +233,39 @@ INLINE V vmin(V a, V b) {
   return select(a > b, b, a);
 }
 
-// ---- a vector of elements in the compute type: float64 for float32 and float64, float32 for 16 bits
+// ---- a vector of elements in the type that is computed in
 template <class T>
-struct Pack {  // bf16, f16
+struct Pack {
   using L = Lane<T>;
   using V = typename L::V;
-  using C = f32;
-  using S = float;
-  static constexpr int parts = 1, width = L::width, lanes = kLanes32;
+  using C = V;
+  using S = typename L::S;
+  static constexpr int parts = 1, width = L::width, lanes = L::width;
   C part[1];
   static INLINE Pack of(V v) { return {{v}}; }
   static INLINE Pack load(const T* p) { return {{L::load(p)}}; }
   INLINE V rounded() const { return part[0]; }
 };
 
-template <>
-struct Pack<float> {
-  using L = Lane<float>;
+// A vector of float32 values as float64.
+struct Wide {
   using V = f32;
   using C = f64;
   using S = double;
   static constexpr int parts = 2, width = kLanes32, lanes = kLanes64;
   C part[2];
-  static INLINE Pack of(V v) {
+  static INLINE Wide of(V v) {
     return {{widen(__builtin_shufflevector(v, v, LOW_LANES)), widen(__builtin_shufflevector(v, v, HIGH_LANES))}};
   }
-  static INLINE Pack load(const float* p) {
+  static INLINE Wide load(const float* p) {
     return {{widen(load_bytes<half_f32>(p)), widen(load_bytes<half_f32>(p + kLanes64))}};
   }
   INLINE V rounded() const { return __builtin_shufflevector(narrow(part[0]), narrow(part[1]), LOW_LANES, HIGH_LANES); }
 };
 
-template <>
-struct Pack<double> {
-  using L = Lane<double>;
-  using V = f64;
-  using C = f64;
-  using S = double;
-  static constexpr int parts = 1, width = kLanes64, lanes = kLanes64;
-  C part[1];
-  static INLINE Pack of(V v) { return {{v}}; }
-  static INLINE Pack load(const double* p) { return {{L::load(p)}}; }
-  INLINE V rounded() const { return part[0]; }
-};
+// float64 for float32 and float64 elements.
+template <class T>
+using InDoubles = std::conditional_t<sizeof(T) == 4, Wide, Pack<T>>;
 
 template <class V>
 struct Masks;  // the integer vector of a comparison

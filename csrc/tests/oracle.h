@@ -1,12 +1,12 @@
 // The formulas of batchnorm.h in long double, each value with the error that the core is allowed.
 //
-// The budget is derived, not tuned. The core computes in a wider type than the elements: float32 for 16 bits, float64
-// for the others; u is its unit roundoff. mean, scale, shift, k1, k2 and k3 are computed in float64 and rounded to that
-// type, so they carry an error of u (where it is float64: the roundings of their own formulas). From there on each
-// operation adds u of its result. Activations and their derivatives are taken of z rounded to float32 (float64 for
-// float64 elements), with a few units of that type, as stated at their place. An element that is stored adds half a
-// unit in the last place of its own type. Where a derivative jumps, either side counts only within z's own error of the
-// jump.
+// The budget is derived, not tuned. The core computes in float32, and in float64 for float64 elements, for sums, and
+// for float32 elements but for the gradients of pools of many values; u is the unit roundoff. mean, scale, shift, k1,
+// k2 and k3 are computed in float64 and rounded to that type, so they carry an error of u (where it is float64: the
+// roundings of their own formulas). From there on each operation adds u of its result. Activations and their
+// derivatives are taken of z rounded to float32 (float64 for float64 elements), with a few units of that type, as
+// stated at their place. An element that is stored adds half a unit in the last place of its own type. Where a
+// derivative jumps, either side counts only within z's own error of the jump.
 #pragma once
 
 #include "elements.h"
@@ -19,10 +19,9 @@ constexpr Real kCoefficientRoundings = 12;  // gamma / sqrt(var + eps)^3 * (sum 
 
 // Error of a sum of `count` terms, relative to the sum of their magnitudes. In float64 far above the 2^-53 sqrt(count)
 // of its additions. The moments of many 16-bit elements are added up in float32, a few terms at a time.
-constexpr int64_t kManyValues = 8192;
+constexpr int64_t kManyValues = 8192, kManyFloat32 = 1024;
 inline bool in_float32(Dtype element, int64_t count) { return format_of(element).size == 2 && count >= kManyValues; }
-inline Real moments_error(Dtype element, int64_t count) { return in_float32(element, count) ? 20 * 0x1p-24L : 1e-12L; }
-constexpr Real kReductionError = 1e-12L;
+inline Real sum_error(Dtype element, int64_t count) { return in_float32(element, count) ? 20 * 0x1p-24L : 1e-12L; }
 constexpr Real kSmallestDouble = 0x1p-1074L;
 // What a sum may lose of each term that is too small for its type.
 inline Real smallest_term(Dtype element, int64_t count) {
@@ -41,8 +40,11 @@ struct Bounded {
 struct Precision {
   Real unit, coefficient, tiny;      // of the compute type, its coefficients, its smallest value
   Real activation, tiny_activation;  // of the type that activations are computed in, its smallest normal value
-  explicit Precision(Dtype element) {
-    const Format& compute = format_of(format_of(element).size == 2 ? Dtype::float32 : Dtype::float64);
+  bool wide;                         // computed in float64
+  // `smallest`: values of the smallest pool; 0 of what is normalized
+  Precision(Dtype element, int64_t smallest)
+      : wide(element == Dtype::float64 || (element == Dtype::float32 && smallest < kManyFloat32)) {
+    const Format& compute = format_of(wide ? Dtype::float64 : Dtype::float32);
     const Format& inner = format_of(element == Dtype::float64 ? Dtype::float64 : Dtype::float32);
     unit = compute.unit_roundoff;
     coefficient = compute.size == 8 ? kCoefficientRoundings * unit : unit;
@@ -50,6 +52,8 @@ struct Precision {
     activation = inner.unit_roundoff;
     tiny_activation = inner.smallest_normal;
   }
+  // The mean as the compute type holds it; the rest of it is carried by the shift.
+  Real high(Real mean) const { return wide ? mean : Real(float(mean)); }
 };
 
 // What one channel of one pool is normalized with.
@@ -58,15 +62,11 @@ struct Coefficients {
   Real scale() const { return gamma / std::sqrt(var + eps); }
 };
 
-// The mean as the compute type holds it; the rest of it is carried by the shift.
-inline Real high_part(Real mean, Dtype element) { return format_of(element).size == 2 ? Real(float(mean)) : mean; }
-
 // z = (x - mean) * scale + beta + residual
-inline Bounded pre_activation(const Coefficients& k, Dtype element, Real x, Real residual) {
-  const Precision p(element);
-  const Real scale = k.scale(), high = high_part(k.mean, element), low = high - k.mean;
-  const Real product = std::fabs((x - high) * scale), shift = std::fabs(k.beta) + std::fabs(low * scale);
+inline Bounded pre_activation(const Coefficients& k, const Precision& p, Real x, Real residual) {
+  const Real scale = k.scale(), high = p.high(k.mean), low = high - k.mean;
   const Real linear = (x - k.mean) * scale + k.beta, z = linear + residual;
+  const Real product = std::fabs((x - high) * scale), shift = std::fabs(k.beta) + std::fabs(low * scale);
   const Real error = (p.coefficient + 2 * p.unit) * product + p.coefficient * shift +
                      p.unit * (std::fabs(linear) + std::fabs(z)) + p.tiny * (std::fabs(scale) + 4);
   return {z, 1.01L * error};
@@ -179,9 +179,8 @@ struct Curve {
 };
 
 // dx = k1 * dz + k2 * (x - mean) + k3
-inline Bounded input_gradient(const Bounded& dz, Real k1, Real k2, Real k3, Real x, Real mean, Dtype element) {
-  const Precision p(element);
-  const Real high = high_part(mean, element), first = std::fabs(k1 * dz.value), second = std::fabs(k2 * (x - high)),
+inline Bounded input_gradient(const Bounded& dz, Real k1, Real k2, Real k3, Real x, Real mean, const Precision& p) {
+  const Real high = p.high(mean), first = std::fabs(k1 * dz.value), second = std::fabs(k2 * (x - high)),
              third = std::fabs(k3) + std::fabs(k2 * (high - mean));
   const Real error = std::fabs(k1) * dz.error + (p.coefficient + 3 * p.unit) * first +
                      (p.coefficient + 4 * p.unit) * second + (p.coefficient + 2 * p.unit) * third +

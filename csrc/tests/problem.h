@@ -174,11 +174,14 @@ struct Problem {
     const int64_t s = statistic(n, channel);
     return {means[s], vars[s], gamma.get(channel, 1), beta.get(channel, 0), c.eps};
   }
-  Curve curve() const { return {c.fused.activation, c.slope, Precision(c.shape.dtype)}; }
+  // Of the gradients, and of what is normalized.
+  Precision precision() const { return {c.shape.dtype, is_masked() ? 0 : pool_values(c.shape.pools() - 1)}; }
+  Precision normalized() const { return {c.shape.dtype, 0}; }
+  Curve curve() const { return {c.fused.activation, c.slope, precision()}; }
 
-  Bounded z(const Coefficients& k, int64_t n, int64_t channel, int64_t i) const {
+  Bounded z(const Coefficients& k, const Precision& precision, int64_t n, int64_t channel, int64_t i) const {
     const Real added = c.fused.residual ? residual.get(n, channel, i) : 0;
-    return pre_activation(k, c.shape.dtype, x.get(n, channel, i), added);
+    return pre_activation(k, precision, x.get(n, channel, i), added);
   }
 
  private:
@@ -196,7 +199,7 @@ struct Problem {
 
   Bounded dz(const Coefficients& k, int64_t n, int64_t channel, int64_t i) const {
     const Real upstream = dy.get(n, channel, i);
-    if (!c.fused.signs) return curve().gated(curve().derivative(z(k, n, channel, i)), upstream);
+    if (!c.fused.signs) return curve().gated(curve().derivative(z(k, precision(), n, channel, i)), upstream);
     if (sign(signs, n, channel, i)) return {upstream, 0};
     const Real off = c.fused.activation == Activation::leaky_relu ? c.slope : 0;
     return curve().gated({off, curve().precision.activation * std::fabs(off)}, upstream);

@@ -75,7 +75,7 @@ inline void judge_moments(Run& r, const Doubles& mean, const Doubles& square, bo
   const Problem& p = r.p;
   for (int64_t s = 0; s < p.statistics(); ++s) {
     const int64_t pool = s / r.shape().channels, channel = s % r.shape().channels;
-    const Real relative = moments_error(r.shape().dtype, p.pool_values(pool)),
+    const Real relative = sum_error(r.shape().dtype, p.pool_values(pool)),
                tiny = 2 * smallest_term(r.shape().dtype, p.pool_values(pool));
     const Real count = Real(std::max<int64_t>(p.pool_values(pool), 1)), divisor = is_variance ? count : 1;
     const Real exact = p.exact_mean[s], m2 = p.exact_m2[s], std = std::sqrt(m2 / count), shift = shift_of(p, s);
@@ -90,7 +90,7 @@ inline void judge_normalized(Run& r, const Tensor& y, const Doubles& mean, const
   const Problem& p = r.p;
   const Curve curve = p.curve();
   p.for_each_element([&](int64_t n, int64_t c, int64_t i) {
-    const Bounded z = p.z(p.coefficients(mean, var, n, c), n, c, i);
+    const Bounded z = p.z(p.coefficients(mean, var, n, c), p.normalized(), n, c, i);
     r.expect("y", n, c, i, y.get(n, c, i), stored(curve.value(z), r.shape().dtype));
     if (!p.c.fused.signs) return;
     const int sign = curve.sign(z);
@@ -102,17 +102,20 @@ inline void judge_sums(Run& r, const Doubles& mean, const std::vector<Bounded>& 
                        const Doubles& centered) {
   const Problem& p = r.p;
   std::vector<Bounded> first(size_t(p.statistics())), second(size_t(p.statistics()));
-  const Real tiny = 2 * kSmallestDouble;
+  const Dtype dtype = r.shape().dtype;
   size_t at = 0;
   p.for_each_element([&](int64_t n, int64_t c, int64_t i) {
     const Bounded& dz = dzs[at++];
     const int64_t s = p.statistic(n, c);
     const Real d = p.x.get(n, c, i) - Real(mean[s]);
+    const int64_t count = p.pool_values(p.pool(n));
+    const Real reach = std::fabs(d) + (in_float32(dtype, count) ? 0x1p-24L * std::fabs(Real(mean[s])) : 0);
+    const Real tiny = 2 * smallest_term(dtype, count);
     first[s].value += dz.value;
     second[s].value += dz.value * d;
-    const Real error = dz.error + kReductionError * std::fabs(dz.value);
+    const Real error = dz.error + sum_error(dtype, count) * std::fabs(dz.value);
     first[s].error += error + tiny;
-    second[s].error += error * std::fabs(d) + tiny;
+    second[s].error += error * reach + tiny;
   });
   for (int64_t s = 0; s < p.statistics(); ++s) {
     const int64_t pool = s / r.shape().channels, channel = s % r.shape().channels;
@@ -134,7 +137,7 @@ inline void judge_gradient(Run& r, const Tensor& dx, const Tensor* d_residual, c
     const int64_t s = p.statistic(n, c);
     const Bounded& dz = dzs[at++];
     const Gradient g = gradient(s, n, c);
-    const Bounded right = input_gradient(dz, g.k1, g.k2, g.k3, p.x.get(n, c, i), mean[s], r.shape().dtype);
+    const Bounded right = input_gradient(dz, g.k1, g.k2, g.k3, p.x.get(n, c, i), mean[s], p.precision());
     r.expect("dx", n, c, i, dx.get(n, c, i), stored(right, r.shape().dtype));
     if (d_residual) r.expect("d_residual", n, c, i, d_residual->get(n, c, i), stored(dz, r.shape().dtype));
   });
