@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -225,6 +226,17 @@ def test_the_core_is_as_exact_as_aten(monkeypatch):
             error, bound = ((found[name] - value).norm() / value.norm() for found in (core, peer))
             assert error <= 2 * bound + 2e-7, (pool, recurrent, ours.__name__, name, error, bound)
             assert torch.equal(core[name], again[name]) or name.startswith("weight"), name
+
+
+def test_nothing_of_a_graph_outlives_it():
+    for ours, _ in LAYERS.values():
+        output, _ = ours(INPUT, HIDDEN, batch_norm="frame", recurrent=True)(torch.randn(STEPS, SAMPLES, INPUT))
+        node = output.grad_fn
+        while "Recurrence" not in node.name():
+            node = node.next_functions[0][0]
+        alive = weakref.ref(node)
+        del output, node
+        assert alive() is None
 
 
 def test_statistics_by_step():

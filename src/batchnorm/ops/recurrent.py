@@ -270,7 +270,8 @@ class _Recurrence(torch.autograd.Function):
         ctx.call = cell, sizes, by_hh, by_c
         ctx.kernel = number, steps, settings, (kept, cells, hh, *used)
         ctx.set_materialize_grads(False)
-        return output, last(cells, sizes).clone() if cell == "LSTM" else cells
+        # Not `cells` itself, which the context holds: an output there would hold its context in turn.
+        return output, last(cells, sizes).clone() if cell == "LSTM" else cells.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_c_n: Tensor | None) -> Any:
