@@ -34,6 +34,7 @@ _PUBLIC = {
     "fold": "batchnorm.surgery.folding",
     "freeze": "batchnorm.surgery.freezing",
     "insert": "batchnorm.surgery.insertion",
+    "joinable": "batchnorm.nn.joining",
     "load_flax": "batchnorm.population.checkpoints",
     "load_keras": "batchnorm.population.checkpoints",
     "mode": "batchnorm.nn.modes",
@@ -47,11 +48,13 @@ _PUBLIC = {
     "show_config": "batchnorm.ops.configuration",
     "standardize": "batchnorm.nn.standardization",
     "summary": "batchnorm.diagnosis.summary",
+    "sync_running_statistics": "batchnorm.population.averaging",
     "to_flax": "batchnorm.population.checkpoints",
     "to_keras": "batchnorm.population.checkpoints",
     "transaction": "batchnorm.nn.modes",
     "tune_example_weight": "batchnorm.population.weighing",
     "unfreeze": "batchnorm.surgery.freezing",
+    "use_domain": "batchnorm.nn.domains",
 }
 
 _MODULES = ("errors", "functional", "lab", "nn", "training")
@@ -81,6 +84,8 @@ if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
     from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
+    from batchnorm.nn.domains import use_domain as use_domain
+    from batchnorm.nn.joining import joinable as joinable
     from batchnorm.nn.modes import accumulate as accumulate
     from batchnorm.nn.modes import mode as mode
     from batchnorm.nn.modes import no_update as no_update
@@ -100,6 +105,7 @@ if TYPE_CHECKING:
     from batchnorm.population.adaptation import adapt as adapt
     from batchnorm.population.adaptation import restore as restore
     from batchnorm.population.averaging import average_statistics as average_statistics
+    from batchnorm.population.averaging import sync_running_statistics as sync_running_statistics
     from batchnorm.population.calibration import calibrate as calibrate
     from batchnorm.population.checkpoints import load_flax as load_flax
     from batchnorm.population.checkpoints import load_keras as load_keras

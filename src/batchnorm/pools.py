@@ -176,9 +176,9 @@ def all_gather(values: Tensor, pool: Pool) -> Tensor:
     return gathered
 
 
-def all_reduce_max(number: int, pool: Pool) -> int:
+def all_reduce_max(number: int, pool: Pool, device: torch.device) -> int:
     """The largest of the ranks' numbers."""
-    most = torch.tensor(number)
+    most = torch.tensor(number, device=device)
     with waiting(pool):
         dist.all_reduce(most, dist.ReduceOp.MAX, group=process_group(pool.process_group))
     return int(most)
@@ -193,7 +193,13 @@ def is_alone(given: Any) -> bool:
     """Whether there are no other ranks to merge with."""
     if given is None or not (dist.is_available() and dist.is_initialized()):
         return True
-    return dist.get_world_size(process_group(given)) == 1
+    ranks = dist.get_world_size(process_group(given))
+    if ranks < 1:
+        raise SynchronizationError(
+            "this process is not in the process group that it was told to share statistics with; "
+            "give each process the group that has it as a member"
+        )
+    return ranks == 1
 
 
 class waiting:  # noqa: N801 - a context manager, named as one

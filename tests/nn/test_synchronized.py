@@ -26,6 +26,13 @@ def run_ranks(ranks, *checks):
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_equal_one_process(ranks):
-    run_ranks(ranks, "equality", "pools")
+def test_two_ranks():
+    run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "absent")
+
+
+def test_three_ranks():
+    run_ranks(3, "equality", "pools", "ghosts", "steps", "uneven")
+
+
+def test_four_ranks_under_data_parallel():
+    run_ranks(4, "data_parallel", "domains")

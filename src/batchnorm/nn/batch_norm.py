@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import replace
@@ -145,10 +146,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         _check_numbers(num_features, eps, momentum)
         for name, value in options.items():
             _check_option(name, value)
-        if running == "debiased" and momentum is None:
-            raise InputError("running='debiased' corrects a moving average and needs a momentum, got None")
-        if renorm is not None and not track_running_stats:
-            raise InputError("renorm= needs running statistics, got track_running_stats=False")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         check_together(options, self, momentum)
         if affine and not bias:
@@ -183,30 +180,54 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 self._buffers.pop(name, None)
                 self._non_persistent_buffers_set.discard(name)
         if option in ("pool", "max_steps", "domains"):
-            self._shape_statistics()
+            self._shape_statistics(option)
         options = self.__dict__
         options["_pooled"] = any(options.get(key, OPTIONS[key]) != OPTIONS[key] for key in _POOLED)
         options["_special"] = any(options.get(key, OPTIONS.get(key)) != OPTIONS.get(key) for key in _SPECIAL)
 
-    def _shape_statistics(self) -> None:
-        """A row of running statistics for each domain, or each time step; torch's single one for all where added."""
+    def _shape_statistics(self, option: str) -> None:
+        """Rows of running statistics for each domain and time step; what is added takes the current domain's."""
         options = self.__dict__
-        steps = options.get("max_steps", 0) if options.get("pool") == "frame" else 0
-        rows = tuple(filter(None, (options.get("domains", 0), steps)))
+        domains, steps = rows(options)
+        shape = tuple(filter(None, (domains, steps)))
         for name, own in (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0)):
             buffer = self._buffers.get(name)
-            if buffer is None or tuple(buffer.shape) == (*rows, *buffer.shape[buffer.ndim - own :]):
+            if buffer is None:
                 continue
-            tail = buffer.shape[buffer.ndim - own :]
-            one = buffer.reshape(-1, *tail)[min(self.domain, buffer.reshape(-1, *tail).shape[0] - 1)]
-            self._buffers[name] = one.expand(*rows, *tail).clone()
-        if self.domain >= max(options.get("domains", 0), 1):
+            lead, tail = buffer.shape[: buffer.ndim - own], buffer.shape[buffer.ndim - own :]
+            if lead == shape:
+                continue
+            # A single axis of rows is of what this option is not about, where the layer has that.
+            by_domain = not steps if option == "domains" else bool(domains)
+            before = tuple(lead) if len(lead) == 2 else (*lead, 1) if by_domain else (1, *lead)
+            kept = buffer.reshape(*before, *tail) if lead else buffer[None, None]
+            if len(kept) != max(domains, 1):
+                kept = kept[min(self.domain, len(kept) - 1)][None]
+            if kept.shape[1] != max(steps, 1):
+                kept = kept[:, :1]
+            self._buffers[name] = kept.expand(max(domains, 1), max(steps, 1), *tail).reshape((*shape, *tail)).clone()
+        if self.domain >= max(domains, 1):
             self.domain = 0
         if "nonfinite" in options:
             self._prepare("nonfinite")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**OPTIONS, **state})
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None and not isinstance(self.process_group, str):
+            raise InputError(
+                f"{self._name()} cannot be pickled, because its process_group is a handle of this process; set it to "
+                "'world' or None before, or save net.state_dict()"
+            )
+        return dict(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy in the same process group, which is a handle and is not copied."""
+        memo[id(self.process_group)] = self.process_group
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @property
     def decay(self) -> float | None:
@@ -338,11 +359,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 + (f"; with pool={self.pool!r} they are the last axis" if self.pool else "")
             )
 
+    def _name(self) -> str:
+        return f"layer '{self.label}'" if self.label else f"{type(self).__name__}({self.num_features})"
+
     def _pool(self, seen: View) -> Pool:
         """The pool that the layer's options and the view of its input make."""
         size = len(seen.x) // seen.steps if seen.steps else self.ghost_size * seen.scale
-        name = f"layer '{self.label}'" if self.label else f"{type(self).__name__}({self.num_features})"
-        pool = functional.pool_of(seen.x, size, self.channel_groups, self.process_group, name)
+        pool = functional.pool_of(seen.x, size, self.channel_groups, self.process_group, self._name())
         if seen.steps and not is_alone(self.process_group):
             pool = replace(pool, process_group=self.process_group)
         return pool
@@ -572,6 +595,11 @@ def _itself(y: Tensor) -> Tensor:
     return y
 
 
+def rows(options: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of domains and time steps that have running statistics of their own; 0: they are not told apart."""
+    return options.get("domains", 0), options.get("max_steps", 0) if options.get("pool") == "frame" else 0
+
+
 def _momentum(momentum: float | None, decay: float | None) -> float | None:
     """The momentum of `momentum=` or `decay=`; warns once of what looks like the other convention."""
     global _warned
@@ -648,8 +676,14 @@ def check_together(options: dict[str, Any], layer: Any, momentum: float | None) 
         raise InputError("ghost_size does not go with pool='frame', whose pools are the time steps")
     if options["ghost_update"] == "decay" and (momentum is None or options["running"] != "ema" or not ghosts):
         raise InputError("ghost_update='decay' needs ghost_size, running='ema' and a momentum")
+    if options["ghost_update"] == "decay" and options["process_group"] is not None:
+        raise InputError("ghost_update='decay' takes in this rank's ghosts alone; with process_group= give 'merge'")
     if groups and channels % groups:
         raise InputError(f"channel_groups={groups} does not divide {channels} channels into equal groups")
+    if options["running"] == "debiased" and momentum is None:
+        raise InputError("running='debiased' corrects a moving average and needs a momentum, got None")
+    if options["renorm"] is not None and not layer.track_running_stats:
+        raise InputError("renorm= needs running statistics, got track_running_stats=False")
     if options["renorm"] is not None and (ghosts or pool == "frame"):
         raise InputError("renorm corrects one pool a channel; it does not go with ghost_size or pool='frame'")
     if (options["domains"] or pool == "frame") and not layer.track_running_stats:

@@ -76,7 +76,7 @@ def view(
 
 def equal_steps(seen: View, pool: Pool) -> View:
     """The same with as many time steps as the rank that has the most; the others' are not valid."""
-    most = all_reduce_max(seen.steps, pool)
+    most = all_reduce_max(seen.steps, pool, seen.x.device)
     samples = max(len(seen.x) // seen.steps, 1) if seen.steps else 1
     missing = most * samples - len(seen.x)
     if not missing:

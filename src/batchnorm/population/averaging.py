@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, SynchronizationError
+from batchnorm.pools import Pool, all_gather, is_alone
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -38,22 +39,89 @@ def average_statistics(
 
     Source: Izmailov et al. 2018 (SWA), whose statistics torch averages blindly with ``use_buffers=True``.
     """
-    net_ = _unwrapped(net)
-    layers = {name: m for name, m in net_.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    layers = _layers(net)
     if not layers or not models:
         raise InputError(f"average_statistics: got {len(layers)} layers with running statistics, {len(models)} models")
     if weights is not None and (len(weights) != len(models) or min(weights) < 0 or sum(weights) <= 0):
         raise InputError(f"average_statistics: got weights={list(weights)} for {len(models)} models; expected as many")
     states = [_state(model) for model in models]
     new = {name: _merged(name, layer, states, weights) for name, layer in layers.items()}
-    with torch.no_grad():
-        for name, (mean, var, batches) in new.items():
-            layer = layers[name]
-            layer.running_mean.copy_(mean)  # type: ignore[union-attr]
-            layer.running_var.copy_(var)  # type: ignore[union-attr]
-            if layer.num_batches_tracked is not None and weights is None:
-                layer.num_batches_tracked.copy_(batches)
+    for name, (mean, var, batches) in new.items():
+        _write(layers[name], mean, var)
+        if layers[name].num_batches_tracked is not None and weights is None:
+            layers[name].num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
     return net
+
+
+@torch.no_grad()
+def sync_running_statistics(net: Net, process_group: Any = "world") -> Net:
+    """Merge the running statistics of all ranks by the batches that each has tracked, in place.
+
+    As `average_statistics` of the ranks' networks, for data-parallel training in which each rank normalizes by its own
+    batch (`DistributedDataParallel` overwrites the others' statistics with those of rank 0, which saw a part of the
+    data): call it before evaluation and before a checkpoint, on every rank. Each rank's ``num_batches_tracked`` stays
+    its own number, so that merging again, also after further training, counts no batch twice. Layers with
+    ``process_group=`` have equal statistics already, and keep them.
+
+    Args:
+        net: the network, with torch's layers or this package's; a wrapped one may be given as it is.
+        process_group: "world" or a group of torch.distributed, every rank of which makes this call.
+
+    Returns:
+        The network. A layer (or domain, or time step) that no rank has tracked a batch of is left as it is.
+
+    Raises:
+        InputError: no layer with running statistics.
+        SynchronizationError: a rank that does not make the call within the group's timeout, or has other layers.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2))
+        >>> sync_running_statistics(net) is net  # a process alone is the world
+        True
+    """
+    layers = _layers(net)
+    if not layers:
+        raise InputError(f"sync_running_statistics: {type(net).__name__} has no layer with running statistics")
+    if is_alone(process_group):
+        return net
+    keys = [
+        (f"{name}." if name else "") + key
+        for name, layer in layers.items()
+        for key in ("running_mean", "running_var", "num_batches_tracked")
+        if getattr(layer, key) is not None
+    ]
+    buffers = dict(_unwrapped(net).named_buffers())
+    own = torch.cat([buffers[key].flatten().to(buffers[keys[0]].device, torch.float64) for key in keys])
+    pool = Pool(process_group=process_group, layer="sync_running_statistics")
+    lengths = all_gather(own.new_tensor([own.numel()]), pool)
+    if (lengths != own.numel()).any():
+        raise SynchronizationError(
+            f"sync_running_statistics: the ranks keep {lengths.flatten().int().tolist()} statistics; "
+            "expected the same layers on all. Nothing was changed"
+        )
+    sizes = [buffers[key].numel() for key in keys]
+    states = [
+        {key: part.view_as(buffers[key]) for key, part in zip(keys, rank.split(sizes), strict=True)}
+        for rank in all_gather(own, pool)
+    ]
+    for name, layer in layers.items():
+        counted = layer.num_batches_tracked is not None
+        if counted and not any(state[f"{name}.num_batches_tracked".lstrip(".")].any() for state in states):
+            continue
+        mean, var, _ = _merged(name, layer, states, None if counted else [1.0] * len(states))
+        _write(layer, mean, var)
+    return net
+
+
+def _layers(net: nn.Module) -> dict[str, _BatchNorm]:
+    modules = _unwrapped(net).named_modules()
+    return {name: m for name, m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None}
+
+
+@torch.no_grad()
+def _write(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    layer.running_mean.copy_(mean)  # type: ignore[union-attr]
+    layer.running_var.copy_(var)  # type: ignore[union-attr]
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:
@@ -66,7 +134,7 @@ def _state(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _merged(
-    name: str, layer: _BatchNorm, states: list[Mapping[str, Tensor]], weights: Sequence[float] | None
+    name: str, layer: _BatchNorm, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, var, batches) of a layer over all models, in float64."""
     prefix = f"{name}." if name else ""
@@ -81,11 +149,17 @@ def _merged(
         return torch.stack(found)
 
     means, variances = stack("running_mean"), stack("running_var")
-    if means.shape[1] != layer.num_features:
-        raise InputError(f"average_statistics: layer {name!r} has {layer.num_features} channels, got {means.shape[1]}")
+    assert layer.running_mean is not None
+    if means.shape[1:] != layer.running_mean.shape:
+        raise InputError(
+            f"average_statistics: layer {name!r} has {layer.num_features} channels and statistics of shape "
+            f"{tuple(layer.running_mean.shape)}, got {tuple(means.shape[1:])}"
+        )
     counts = stack("num_batches_tracked") if weights is None else means.new_tensor(weights)
     if counts.sum() <= 0:
         raise InputError(f"average_statistics: layer {name!r} has tracked no batch in any model; give weights=")
-    share = (counts / counts.sum())[:, None]
+    total = counts.sum(0)  # a domain or time step that none has tracked is the same in all
+    share = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), 1 / len(counts))
+    share = share.reshape(*share.shape, *[1] * (means.ndim - share.ndim))
     mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean).square())).sum(0), counts.sum()
+    return mean, (share * (variances + (means - mean).square())).sum(0), total

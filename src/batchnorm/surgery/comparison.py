@@ -103,8 +103,9 @@ def random_state_kept(net: nn.Module) -> Iterator[None]:
 
 def copy_of(net: nn.Module) -> nn.Module:
     """A deep copy, or a ``SurgeryError`` that names what cannot be copied."""
+    groups = (getattr(module, "process_group", None) for module in net.modules())  # handles, which have no copies
     try:
-        return copy.deepcopy(net)
+        return copy.deepcopy(net, {id(group): group for group in groups})
     except Exception as error:
         computed = [
             f"{name}.{key}".lstrip(".")

@@ -25,6 +25,7 @@ _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.BatchNorm3d: ours.BatchNorm3d,
 }
 _BY_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
+_ROWS = ("pool", "max_steps", "domains")
 _RENAMED = {"running_var": "running_var_kind"}
 _NO_FORM = {
     "group_norm": "GroupNorm pools over a sample, batch normalization over the batch: no GroupNorm computes the same",
@@ -39,6 +40,9 @@ class Original:
     kind: type[nn.Module]
     attributes: dict[str, Any]
     buffers: frozenset[str]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Original:
+        return self  # never changed, and a process group in it is a handle
 
 
 class Absorbed(nn.Identity):
@@ -58,6 +62,10 @@ def convert(net: nn.Module, example: Any = None, *, to: str = "batchnorm", **opt
 
     Layers keep their parameters, running statistics, hooks and ``state_dict`` keys; they stay the same objects, so
     optimizers need not know. ``revert`` undoes it.
+
+    ``torch.nn.SyncBatchNorm`` keeps its process group as ``process_group=`` (the default group is "world"), unless that
+    option is given. With a process group, ``layer.label`` becomes the layer's name in ``net``, which errors of
+    synchronization tell.
 
     Args:
         net: the network; it is changed and returned.
@@ -89,15 +97,15 @@ def convert(net: nn.Module, example: Any = None, *, to: str = "batchnorm", **opt
         raise SurgeryError("convert: the network has no batch normalization")
     given = None if example is None else Example.of(example)
     axes = {} if given is None else _axes(root, given)
-    targets = {name: _target(layer, to, axes.get(id(layer))) for name, layer in layers.items()}
+    targets = {name: _target(layer, to, axes.get(id(layer)), values) for name, layer in layers.items()}
     reasons = [f"'{name}' {target}" for name, target in targets.items() if isinstance(target, str)]
     if reasons:
         raise SurgeryError(f"convert: {'; '.join(reasons)}. Nothing was changed.")
-    steps = [
-        Step(f"{name}: {target.__name__}", becoming(layers[name], target, values))
-        for name, target in targets.items()
-        if not isinstance(target, str)
-    ]
+    steps = []
+    for name, target in targets.items():
+        assert not isinstance(target, str)
+        own = _with_group(name, layers[name], target, values)
+        steps.append(Step(f"{name}: {target.__name__}", becoming(layers[name], target, own)))
     before = copy_of(root).eval() if given is not None and not values else None
 
     def verify() -> None:
@@ -118,13 +126,21 @@ def revert(net: nn.Module) -> nn.Module:
 
     Raises:
         InputError: when ``net`` is no module.
-        SurgeryError: for frozen layers; unfreeze first.
+        SurgeryError: for frozen layers; unfreeze first. For statistics of domains or time steps that differ, where
+            there was one set of them. Nothing is then changed.
     """
     root = unwrap(net, "revert")
     changed = {name: m for name, m in root.named_modules() if _MEMORY in m.__dict__}
     frozen = [name for name, module in changed.items() if is_frozen(module)]
     if frozen:
         raise SurgeryError(f"revert: {', '.join(map(repr, frozen))} frozen; call bn.unfreeze(net) first")
+    many = [name for name, module in changed.items() if _loses_rows(module)]
+    if many:
+        raise SurgeryError(
+            f"revert: {', '.join(map(repr, many))} has statistics of several domains or time steps, and had one set of "
+            "them; choose first: bn.use_domain(net, i) and bn.convert(net, domains=0) keep those of domain i, "
+            "bn.convert(net, pool=None, max_steps=0) those of the first step. Nothing was changed."
+        )
     steps = [Step(f"{name}: as it was", _restoring(module)) for name, module in changed.items()]
     for name, module in root.named_modules():
         if isinstance(module, Absorbed):
@@ -212,17 +228,31 @@ def _noting_axes(found: dict[int, int], key: int) -> Callable[[nn.Module, tuple[
     return note
 
 
-def _target(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | str:
+def _target(layer: _BatchNorm, to: str, axes: int | None, options: dict[str, Any]) -> type[nn.Module] | str:
+    """The class that the layer becomes, or why it cannot."""
     if to in _NO_FORM:
         return f"stays: {_NO_FORM[to]}"
     reason = refusal(layer)
     if reason is not None:
         return reason
+    target = _class(layer, to, axes)
+    if isinstance(target, str) or not issubclass(target, ours._BatchNorm):
+        return target
+    try:
+        plain = target(layer.num_features, track_running_stats=layer.track_running_stats, device="meta")
+        present = {name: getattr(layer, name, default) for name, default in ours.OPTIONS.items()}
+        ours.check_together({**present, **options}, plain, options.get("momentum", layer.momentum))
+    except InputError as error:
+        return f"cannot have these options: {error}"
+    return target
+
+
+def _class(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | str:
     if to == "batchnorm" and isinstance(layer, ours._BatchNorm):
         return type(layer)
     if to == "sync" and isinstance(layer, nn.SyncBatchNorm):
         return nn.SyncBatchNorm
-    if isinstance(layer, ours._BatchNorm) and (reason := _only_ours(layer)):
+    if isinstance(layer, ours._BatchNorm) and (reason := _only_ours(layer, to)):
         return reason
     if to == "sync":
         return nn.SyncBatchNorm
@@ -237,8 +267,21 @@ def _target(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | s
     return _PAIRS[plain] if to == "batchnorm" else plain
 
 
-def _only_ours(layer: ours._BatchNorm) -> str | None:
+def _with_group(name: str, layer: _BatchNorm, target: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+    """The options of one layer: its process group is kept where none is given, and then it is told its name."""
+    if not issubclass(target, ours._BatchNorm):
+        return options
+    group = getattr(layer, "process_group", None)
+    if isinstance(layer, nn.SyncBatchNorm):
+        group = group or "world"
+    group = options.get("process_group", group)
+    return options if group is None else {**options, "process_group": group, "label": name}
+
+
+def _only_ours(layer: ours._BatchNorm, to: str) -> str | None:
     for name, default in ours.OPTIONS.items():
+        if name == "process_group" and to == "sync":
+            continue
         if name != "negative_slope" and getattr(layer, name) != default:
             return f"has {name}={getattr(layer, name)!r}, which torch.nn's layers lack"
     return None
@@ -251,17 +294,19 @@ def _own(layer: nn.Module) -> dict[str, Any]:
 
 
 def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
+    group = layer.__dict__.get("process_group")
     for name in ours.OPTIONS.keys() | {"_special", "_pooled", "domain", "label"}:
         layer.__dict__.pop(name, None)
     if kind is nn.SyncBatchNorm:
-        layer.__dict__["process_group"] = None
-    else:
-        layer.__dict__.pop("process_group", None)
+        layer.__dict__["process_group"] = None if group == "world" else group
 
 
 def _restoring(layer: nn.Module) -> Callable[[], None]:
     def do() -> None:
         original: Original = layer.__dict__.pop(_MEMORY)
+        if isinstance(layer, ours._BatchNorm):
+            for name in _ROWS:  # which shape the statistics
+                setattr(layer, name, original.attributes.get(name, ours.OPTIONS[name]))
         layer.__class__ = original.kind
         for name in _own(layer).keys() - original.attributes.keys():
             del layer.__dict__[name]
@@ -271,6 +316,22 @@ def _restoring(layer: nn.Module) -> Callable[[], None]:
             layer._non_persistent_buffers_set.discard(name)
 
     return do
+
+
+def _loses_rows(layer: nn.Module) -> bool:
+    """Whether reverting would drop statistics that differ from those it keeps."""
+    if not isinstance(layer, ours._BatchNorm):
+        return False
+    now, before = ours.rows(layer.__dict__), ours.rows(layer.__dict__[_MEMORY].attributes)
+    for axis in (0, 1):
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value = layer._buffers.get(name)
+            if value is None or now[axis] in (0, before[axis]):
+                continue
+            each = value.reshape(*(max(n, 1) for n in now), -1)
+            if bool((each != each.narrow(axis, 0, 1)).any()):
+                return True
+    return False
 
 
 def _returning(net: nn.Module, stand_in: Absorbed) -> Callable[[], None]:
