@@ -572,3 +572,14 @@ def test_calibrated_by_step_group_ghost_and_domain() -> None:
     assert (domains.running_mean[[0, 2]] == 0).all()
     assert domains.num_batches_tracked.tolist() == [0, 3, 0]
     assert domains.domains == 3
+
+
+def test_exact_accumulation_refuses_pools_that_it_would_get_wrong() -> None:
+    x = torch.randn(4, 3, 5)
+    with pytest.raises(InputError, match="ghost_size="):
+        bn.accumulate_exact(bn.BatchNorm1d(3, ghost_size=2), [x, x], lambda net, b: net(b).sum())
+    layer, lengths = bn.BatchNorm1d(3), torch.tensor([5, 1, 2, 2])
+    with pytest.raises(InputError, match="masked"):
+        bn.accumulate_exact(layer, [x, x], lambda net, b: net(b, lengths=lengths).sum())
+    assert layer.source == "auto"
+    assert layer.num_batches_tracked == 0

@@ -45,7 +45,8 @@ def accumulate_exact(net: nn.Module, micro_batches: Sequence[Any], loss: Callabl
         use of a layer, as by the large batch.
 
     Raises:
-        InputError: no micro-batch, no layer that takes part, or one with batch renormalization.
+        InputError: no micro-batch, no layer that takes part, one with batch renormalization or other pools than its
+            channels, or one that is given masked or packed values.
     """
     micro_batches = list(micro_batches)
     if not micro_batches:
@@ -60,7 +61,8 @@ def accumulate_exact(net: nn.Module, micro_batches: Sequence[Any], loss: Callabl
         with torch.no_grad():
             for (name, _), pooled in statistics.items():
                 if name in updating:
-                    running_statistics.update(layers[name], pooled.mean, pooled.variance(unbiased=False), pooled.count)
+                    mean, var = pooled.mean[None], pooled.variance(unbiased=False)[None]
+                    running_statistics.update(layers[name], mean, var, pooled.count.reshape(1, 1))
     return total
 
 
@@ -75,6 +77,9 @@ def _participants(net: nn.Module) -> dict[str, Any]:
     for name, layer in layers.items():
         if layer.renorm is not None:
             raise InputError(f"accumulate_exact: layer {name!r} has renorm=, whose r and d belong to a batch")
+        pooled = [k for k in ("pool", "ghost_size", "channel_groups", "process_group", "domains") if getattr(layer, k)]
+        if pooled:
+            raise InputError(f"accumulate_exact: layer {name!r} has {pooled[0]}=; it is for channels as the only pools")
         if isinstance(layer, StepBatchNorm):
             raise InputError(f"accumulate_exact: layer {name!r} has statistics by time step, which are not merged")
     return layers
@@ -102,7 +107,7 @@ class _Passes:
                 layer.running_mean = torch.zeros_like(like)
                 layer.running_var = torch.full_like(like, 1 - layer.eps)
                 layer.source, layer.update, layer.example_weight = "running", "never", 0.0
-                hooks.append(layer.register_forward_pre_hook(self._standardize(name)))
+                hooks.append(layer.register_forward_pre_hook(self._standardize(name), with_kwargs=True))
             yield
         finally:
             for hook in hooks:
@@ -112,9 +117,16 @@ class _Passes:
             for layer, source, update, example_weight in memory:
                 layer.source, layer.update, layer.example_weight = source, update, example_weight
 
-    def _standardize(self, name: str) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
-        def hook(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *rest = args
+    def _standardize(self, name: str) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kwargs = dict(kwargs)
+            x, *rest = args or (kwargs.pop("input"),)
+            masked = len(rest) > 1 or any(kwargs.get(k) is not None for k in ("mask", "lengths", "weights"))
+            if masked or not isinstance(x, Tensor) or x.is_nested:
+                raise InputError(
+                    f"accumulate_exact: layer {name!r} is given masked, weighted or packed values, which are not "
+                    "merged exactly; bn.accumulate merges their statistics"
+                )
             use = (name, sum(earlier == name for (earlier, _), _ in self.seen))
             self.seen.append((use, x))
             if use not in self.given:  # the first pass: any statistics will do
@@ -122,7 +134,8 @@ class _Passes:
                 self.given[use] = _Point(batch.mean, batch.variance(unbiased=False))
             mean, var = (_along(s, x) for s in self.given[use])
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return (((x.to(dtype) - mean.to(dtype)) * torch.rsqrt(var + layer.eps).to(dtype)).to(x.dtype), *rest)
+            standardized = ((x.to(dtype) - mean.to(dtype)) * torch.rsqrt(var + layer.eps).to(dtype)).to(x.dtype)
+            return (standardized, *rest), kwargs
 
         return hook
 
