@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 VERBS = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-RUN = [ROOT / "README.md", *VERBS]
+RUN = [ROOT / "README.md", ROOT / "docs" / "pools.md", *VERBS]
 
 
 def blocks(page: Path) -> list[str]:
@@ -32,6 +33,19 @@ def test_examples_run(page, tmp_path, monkeypatch):
     namespace: dict = {"__name__": "__docs__"}
     for number, source in enumerate(blocks(page)):
         exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
+
+
+def test_the_pictures_of_pools_are_computed():
+    module = runpy.run_path(str(ROOT / "docs" / "scripts" / "pools.py"))
+    pools = {title: module["labels"](options, call) for title, options, call in module["PANELS"]}
+    plain, valid, ghosts, groups, frames, all_ = pools.values()
+    assert (plain == plain[:1, :, :1]).all()
+    assert plain.max() + 1 == 4
+    assert (valid[1, :, 2:] == -1).all()
+    assert len(set(ghosts.flatten())) == 8
+    assert len(set(groups.flatten())) == 2
+    assert len(set(frames.flatten())) == 24
+    assert len(set(all_.flatten()) - {-1}) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -457,3 +457,38 @@ def test_weights_computed_by_hooks_are_an_error_that_says_how_to_mend_it():
         fold(net, torch.randn(1, 3, 4, 4))
     nn.utils.prune.remove(conv, "weight")
     assert fold(net, torch.randn(1, 3, 4, 4)).certificate.folded
+
+
+@pytest.mark.parametrize(
+    ("options", "folds"),
+    [
+        ({"pool": "sequence"}, True),
+        ({"pool": "sequence", "batch_first": False, "ghost_size": 2, "channel_groups": 2}, True),
+        ({"pool": "frame", "max_steps": 3}, False),
+        ({"pool": "sequence", "domains": 2}, False),
+    ],
+)
+def test_pools_fold_where_inference_is_one_affine_map(options: dict, folds: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), bn.BatchNorm1d(6, **options), nn.ReLU())
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 7, 5)
+    result = bn.fold(net.eval(), x)
+    assert len(result.certificate.folded) == folds
+    torch.testing.assert_close(result.model(x), net(x))
+
+
+def test_a_layer_that_is_given_lengths_is_kept() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(5, 6, 1), bn.BatchNorm1d(6)
+
+        def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x), lengths=lengths)
+
+    net = Masked().eval()
+    result = bn.fold(net, (torch.randn(3, 5, 7), torch.tensor([7, 3, 1])))
+    assert [kept.layer for kept in result.certificate.kept] == ["norm"]

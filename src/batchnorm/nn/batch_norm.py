@@ -235,6 +235,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return None if self.momentum is None else 1 - self.momentum
 
     @property
+    def channels_last(self) -> bool:
+        """Whether the channels are the last axis of the input, and not the second."""
+        return self.pool is not None
+
+    @property
     def normalizes_by_batch(self) -> bool:
         """Whether the batch's statistics normalize, or else the running ones."""
         if self.source == "auto":

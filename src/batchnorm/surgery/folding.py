@@ -39,7 +39,9 @@ _UNDERSTOOD = {  # options of our layers that are read here, or that change noth
     *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias"),
     *("activation", "negative_slope", "source", "update"),
     *("decay", "nonfinite", "renorm", "running", "running_var", "running_var_kind", "trains_affine"),
+    *("ghost_size", "ghost_update", "channel_groups", "process_group", "batch_first", "max_steps"),
 }
+_HARMLESS = {("pool", "sequence")}  # scale and shift of the last axis
 
 
 @dataclass(frozen=True)
@@ -369,7 +371,7 @@ def _unknown_transform(layer: nn.Module) -> str | None:
     defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | ours.OPTIONS
     for key in defaults.keys() - _UNDERSTOOD:
         value = getattr(layer, key, defaults[key])
-        if value != defaults[key]:
+        if value != defaults[key] and (key, value) not in _HARMLESS:
             return f"its option {key}={value!r} makes more of it than scale and shift"
     activation = layer.activation
     if activation and activation not in activations.KNOWN:
