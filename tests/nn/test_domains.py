@@ -81,6 +81,28 @@ def test_freezing():
     assert changed.tolist() == [False, False, True]
 
 
+def test_verbs_take_the_domain_in_use():
+    net = trained()
+    before = copy.deepcopy(net.state_dict())
+    bn.use_domain(net, 1)
+    bn.calibrate(net, [DATA[0]])
+    torch.testing.assert_close(net[0].running_mean[1], DATA[0].mean(0))
+    torch.testing.assert_close(net[0].running_var[1], DATA[0].var(0))
+    changed = [key for key, value in net.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == ["0.running_mean", "0.running_var"]
+    assert torch.equal(net[0].running_mean[::2], before["0.running_mean"][::2])
+    calibrated = copy.deepcopy(net.state_dict())
+    bn.adapt(net, DATA[2], prior=0)
+    torch.testing.assert_close(net[0].running_mean[1], DATA[2].mean(0))
+    assert torch.equal(net[0].running_mean[::2], before["0.running_mean"][::2])
+    bn.restore(net)
+    assert all(torch.equal(value, calibrated[key]) for key, value in net.state_dict().items())
+    assert bn.summary(net, DATA[0]).layers[0].health == "good"
+    assert not bn.fold(net.eval(), DATA[0]).certificate.folded
+    with pytest.raises(InputError, match=r"keeps \(3, 3\) statistics"):
+        bn.to_flax(net)
+
+
 def test_models_are_averaged_domain_by_domain():
     nets = [trained(), trained()]
     with bn.use_domain(nets[1], 0):

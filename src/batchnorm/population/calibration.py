@@ -476,9 +476,9 @@ class _Measurement:
             layer = self._layers[name]
             layer.running_mean, layer.running_var = mean, var
             if isinstance(layer, Ours):
-                for option in ("source", "update"):
-                    setattr(layer, option, self._options[name][option])
                 layer.__dict__.update({option: self._options[name][option] for option in _ALONE})
+                for option in ("source", "update"):  # last, as these tell the layer what path to take
+                    setattr(layer, option, self._options[name][option])
             if name in self._tracked:
                 setattr(layer, _step_counter(layer) or "", self._tracked[name])
         for module, training in self._modes:

@@ -426,6 +426,12 @@ def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
     def array(value: Any) -> Any:
         return None if value is None else value.detach().cpu().float().numpy().copy()
 
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and getattr(layer.running_mean, "ndim", 1) > 1:
+            raise InputError(
+                f"{verb}: layer {name!r} keeps {tuple(layer.running_mean.shape)} statistics, those of domains or time "  # type: ignore[union-attr]
+                "steps, and other frameworks one set; bn.convert(net, domains=0) keeps those of the domain in use"
+            )
     found = [
         (name, ForeignBatchNorm(name, array(m.running_mean), array(m.running_var), array(m.weight), array(m.bias)))
         for name, m in net.named_modules()
