@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from batchnorm.lab.experiments import EXPERIMENTS
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Table, Trial, difference
 from batchnorm.lab.task import Task
-from batchnorm.report import write_gallery
+from batchnorm.report import drawing, write_gallery
 from batchnorm.training.loop import Interrupted
 
 
@@ -65,7 +66,10 @@ def test_smoke(name, tmp_path):
     assert page.count("<svg") == 1
     assert "Source of the claim" in page
     assert not re.search(r'(src|href)="(?!#|data:)', page)
-    assert (tmp_path / "images" / f"{name}.svg").read_text().startswith("<?xml")
+    light, dark = ((tmp_path / "images" / f"{name}-{ground}.svg").read_text() for ground in ("light", "dark"))
+    assert light.startswith("<?xml")
+    assert drawing.COLORS["text"] in light
+    assert drawing.COLORS["text"] not in dark
 
 
 def run_small(**options):
@@ -213,6 +217,15 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs" / "lab" / "trials").is_dir()
     assert main(["lab", "figure1", "--set", "lr=-1"]) == 2
     assert "lr=-1" in capsys.readouterr().err
+
+
+def test_dark_figures_have_the_pages_dark_colours():
+    style = (Path(drawing.__file__).parent / "templates" / "style.css").read_text()
+    light, night = style.split("prefers-color-scheme: dark")
+    for role, variable in drawing.VARIABLES.items():
+        # Text and rules of the light page are its own; all else is the drawing's.
+        assert re.search(rf"{variable}: {drawing.DARK[role]}", night), role
+        assert role in ("text", "grid") or re.search(rf"{variable}: {drawing.COLORS[role]}", light), role
 
 
 def test_the_face():

@@ -31,6 +31,18 @@ COLORS = {
     "text": "#333333",
     "grid": "#d9d9d9",
 }
+# The same on a dark ground; templates/style.css has both.
+DARK = {
+    "batch norm": "#56b4e9",
+    "baseline": "#f0a04b",
+    "green": "#2fc79b",
+    "purple": "#dd93bd",
+    "sky": "#a8d8f5",
+    "orange": "#e6c04b",
+    "gray": "#a3a3a3",
+    "text": "#c3c9cf",
+    "grid": "#363c42",
+}
 VARIABLES = {
     "batch norm": "--batch-norm",
     "baseline": "--baseline",
@@ -93,6 +105,13 @@ def svg(figure: Figure) -> str:
 def save_png(figure: Figure, path: Path) -> None:
     """The figure as a PNG file, on white."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=160, facecolor="white"))
+
+
+def dark(svg: str) -> str:
+    """The same file for a dark ground."""
+    for role, color in COLORS.items():
+        svg = svg.replace(color, DARK[role])
+    return svg
 
 
 def for_page(svg: str, name: str, alternative: str) -> str:

@@ -52,7 +52,7 @@ def write_gallery(
         experiments, results: what was run, and what it gave, in the same order.
         title: of the page.
         note: one or two sentences below it, such as why the settings are what they are.
-        images: a folder that gets each figure as NAME.svg too.
+        images: a folder that gets each figure as NAME-light.svg and NAME-dark.svg too.
 
     Raises:
         InputError: no results, or the folder cannot be written.
@@ -113,7 +113,8 @@ def _figure(experiment: Experiment, result: Result, images: str | Path | None) -
         svg = drawing.svg(lab_figures.draw(experiment, result))
     if images is not None:
         Path(images).mkdir(parents=True, exist_ok=True)
-        write_text(Path(images) / f"{experiment.name}.svg", svg)
+        write_text(Path(images) / f"{experiment.name}-light.svg", svg)
+        write_text(Path(images) / f"{experiment.name}-dark.svg", drawing.dark(svg))
     return drawing.for_page(
         svg, experiment.name, f"{experiment.title}: {'; '.join(p.title for p in experiment.panels)}"
     )

@@ -136,10 +136,10 @@ def _lines(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
         else:
             _median(axes, panel, curves, arm, named)
             _mark_divergence(axes, panel, result.trials, arm, named)
+    _name_axes(axes, panel)
     if panel.categories:
         axes.set_xticks(range(len(panel.categories)), panel.categories)
         axes.grid(visible=False, axis="x")
-    _name_axes(axes, panel)
     if panel.xscale == "log":
         _ticks(axes, sorted({x for t in result.trials for c in t.curves.get(panel.name, {}).values() for x in c[0]}))
 
@@ -172,13 +172,14 @@ def _categories(
     axes: Axes, panel: Panel, curves: Sequence[Sequence[Sequence[float]]], arm: str, offset: float, named: _Styles
 ) -> None:
     style = named[arm]
-    for number, (x, y) in enumerate(curves):
+    for x, y in curves:
         places = [at + offset for at in x]
         values = [panel.scale * value for value in y]
-        axes.plot(places, values, "o", ms=4, alpha=0.55, mew=0, color=style["color"], label=arm if not number else None)
+        axes.plot(places, values, "o", ms=4.5, alpha=0.6, mew=0, color=style["color"])
     for i, at in enumerate(curves[0][0]):
         mean = statistics.fmean(panel.scale * y[i] for _, y in curves)
-        axes.plot([at + offset - 0.09, at + offset + 0.09], [mean, mean], color=style["color"], lw=2.2)
+        ends = [at + offset - 0.08, at + offset + 0.08]
+        axes.plot(ends, [mean, mean], color=style["color"], lw=2.4, label=None if i else arm)
 
 
 def _dots(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
@@ -221,10 +222,8 @@ def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> 
                 axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
     axes.set(title=f"{panel.title}: {arm}", xlabel=panel.x, ylabel=panel.y)
     for ticks, places in ((axes.set_xticks, x), (axes.set_yticks, y)):
-        every = max(1, (len(places) - 1) // 5 if len(places) > 9 else 1)
-        ticks(
-            [i + 0.5 for i in range(0, len(places), every)], [f"{places[i]:.3g}" for i in range(0, len(places), every)]
-        )
+        shown_at = range(0, len(places), (len(places) - 1) // 2 if len(places) > 9 else 1)
+        ticks([i + 0.5 for i in shown_at], [f"{places[i]:.3g}" for i in shown_at])
     axes.grid(visible=False)
     if arm == list(means)[-1]:
         figure.colorbar(drawn, ax=axes, pad=0.02).outline.set_visible(False)
@@ -252,6 +251,10 @@ def _mark_divergence(axes: Axes, panel: Panel, trials: Sequence[Trial], arm: str
 def _name_axes(axes: Axes, panel: Panel) -> None:
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale=panel.xscale, yscale=panel.yscale)
     axes.set_ylim(*panel.limits)
+    if panel.yscale == "log":
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if high < 8 * low else "")
 
 
 def _ticks(axes: Axes, values: list[float]) -> None:

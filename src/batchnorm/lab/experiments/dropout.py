@@ -85,9 +85,9 @@ EXPERIMENT = Experiment(
     "and statistics measured again without dropout raise the accuracy (95 % intervals of the paired differences).",
     source="Li, Chen, Hu & Yang 2019, Understanding the Disharmony between Dropout and Batch Normalization.",
     config=DropoutConfig(steps=10_000),
-    quick={"steps": 1000},
+    quick={"steps": 800},
     smoke={"steps": 2, "rates": (0.0, 0.5), "data": "digits"},
-    seconds=(10, 90),
+    seconds=(10, 85),
     trial=trial,
     verdict=verdict,
     panels=(

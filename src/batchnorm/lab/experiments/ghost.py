@@ -56,9 +56,9 @@ EXPERIMENT = Experiment(
     "batch (95 % intervals of the paired differences).",
     source="Hoffer, Hubara & Soudry 2017; Summers & Dinneen 2020, section 3.2.",
     config=GhostConfig(network="convnet", data="mnist5k", steps=1500, batch_size=64),
-    quick={"data": "digits", "steps": 300},
+    quick={"data": "digits", "steps": 250, "sizes": (2, 8, 32)},
     smoke={"data": "digits", "steps": 2, "sizes": (8, 16, 32), "batch_size": 32},
-    seconds=(9, 150),
+    seconds=(10, 150),
     trial=trial,
     verdict=verdict,
     panels=(

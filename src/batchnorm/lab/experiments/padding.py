@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
     config=PaddingConfig(steps=3000),
     quick={"data": "digits", "steps": 300},
     smoke={"data": "digits", "steps": 2, "paddings": (1, 2)},
-    seconds=(7, 120),
+    seconds=(8, 72),
     trial=trial,
     verdict=verdict,
     panels=(Panel("accuracy", "Final test accuracy", x="padded length / longest sequence", xscale="log", scale=100),),

@@ -77,7 +77,7 @@ EXPERIMENT = Experiment(
     config=StandardizationConfig(steps=10_000),
     quick={"steps": 1200},
     smoke={"steps": 3, "data": "digits"},
-    seconds=(8, 60),
+    seconds=(5, 32),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(),),
