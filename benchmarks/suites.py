@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import growth, kernels, peers, recurrent, steps, wall
+from . import growth, kernels, peers, ranks, recurrent, steps, wall
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -44,6 +44,11 @@ def _step(quick: bool) -> list[Job]:
     return [partial(steps.measure, network, dtype, 2.0 if quick else 15.0) for network, dtype in grid]
 
 
+def _ranks(quick: bool) -> list[Job]:
+    cases = product(ranks.SHAPES, (2,) if quick else ranks.RANKS)
+    return [partial(ranks.measure, n, shape, 10 if quick else 60) for shape, n in cases]
+
+
 def _memory(quick: bool) -> list[Job]:
     grid = [("mobilenet", "float32")] if quick else product(NETWORKS, ("float32", "bfloat16"))
     return [partial(steps.memory, network, dtype) for network, dtype in grid]
@@ -71,6 +76,7 @@ SUITES: dict[str, Suite] = {
     "memory": Suite(_memory),
     "growth": Suite(_growth),
     "recurrent": Suite(_recurrent),
+    "ranks": Suite(_ranks),
     "allocator": Suite(partial(_allocator, "default")),
     "allocator-thp": Suite(partial(_allocator, "thp"), {"THP_MEM_ALLOC_ENABLE": "1"}),
     "allocator-tcmalloc": Suite(partial(_allocator, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),

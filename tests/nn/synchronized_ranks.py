@@ -30,6 +30,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
 
 def close(mine, expected, what, dtype=torch.float64):
     limit = EPS[dtype]
+    mine, expected = mine.detach(), expected.detach()
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     assert (mine.dtype, mine.shape) == (expected.dtype, expected.shape), (what, mine.shape, expected.shape)
     error = float((mine.double() - expected.double()).abs().max()) if mine.numel() else 0.0
