@@ -44,8 +44,8 @@ def cases(quick: bool) -> list[tuple[str, Size, str | None]]:
     if quick:
         return found
     found += [(cell, Size(), None) for cell in ("GRU", "RNN")]
-    found += [("LSTM", Size(steps=steps), "steps") for steps in (25, 50, 100, 200, 400)]
-    return found + [("LSTM", Size(hidden=hidden), "hidden") for hidden in (32, 64, 128, 256, 512)]
+    found += [("LSTM", Size(steps=steps), "steps") for steps in (25, 50, 100, 200)]
+    return found + [("LSTM", Size(hidden=hidden), "hidden") for hidden in (32, 64, 128, 256)]
 
 
 class Loop(nn.Module):
@@ -92,7 +92,7 @@ def build(cell: str, hidden: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     found: dict[str, nn.Module] = {"torch": getattr(nn, cell)(hidden, hidden)}
     for name, options in FORMS.items():
-        found[name] = getattr(bn, cell)(hidden, hidden, max_steps=400, **options)
+        found[name] = getattr(bn, cell)(hidden, hidden, max_steps=200, **options)
     if cell == "LSTM":
         found |= {name: Loop(found[of]) for name, of in LOOPS.items()}
     return found

@@ -1,6 +1,6 @@
 """Evidence for batch normalization in recurrent networks: two data sets, five seeds, every row kept.
 
-python -m benchmarks.sequences run     # train and measure (about half an hour on two cores), into results/
+python -m benchmarks.sequences run     # train and measure (about ten minutes on a quiet core), into results/
 python -m benchmarks.sequences page    # figures and the tables of docs/recurrent.md, out of these rows
 """
 
@@ -271,8 +271,7 @@ def draw_gradients(rows: list[dict[str, Any]], path: Path) -> None:
         steps = [*range(0, 784, 8), 783]
         mean = [math.exp(statistics.fmean(math.log(max(v, 1e-30)) for v in at)) for at in zip(*curves, strict=True)]
         axes.semilogy(steps, mean, color=color, linestyle=style, linewidth=2, label=f"gamma = {gamma:g}")
-        axes.annotate(f"{gamma:g}", (0, mean[0]), textcoords="offset points", xytext=(-4, 0), ha="right", va="center")
-    axes.set(xlabel="time step t", ylabel="norm of dL/dh_t (geometric mean of 5 seeds)", xlim=(-60, 790))
+    axes.set(xlabel="time step t", ylabel="norm of dL/dh_t (geometric mean of 5 seeds)", xlim=(0, 790))
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
@@ -292,9 +291,12 @@ def page() -> None:
     path = DOCS / "recurrent.md"
     text = path.read_text(encoding="utf-8")
     for name, make in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        text = before + begin + make() + end + rest.partition(end)[2]
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"{path} has no block {name!r}")
+        text = f"{before}{begin}{make()}\n{end}{after}"
     path.write_text(text, encoding="utf-8")
     (DOCS / "images").mkdir(exist_ok=True)
     draw_gradients(rows, DOCS / "images" / "recurrent-gradients.svg")

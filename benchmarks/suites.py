@@ -55,7 +55,7 @@ def _memory(quick: bool) -> list[Job]:
 
 
 def _recurrent(quick: bool) -> list[Job]:
-    return [partial(recurrent.measure, *case, 2.0 if quick else 6.0) for case in recurrent.cases(quick)]
+    return [partial(recurrent.measure, *case, 1.0 if quick else 2.5) for case in recurrent.cases(quick)]
 
 
 def _peers(quick: bool) -> list[Job]:
