@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import growth, kernels, peers, ranks, recurrent, steps, wall
+from . import growth, kernels, peers, pools, ranks, recurrent, steps, wall
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -58,6 +58,10 @@ def _recurrent(quick: bool) -> list[Job]:
     return [partial(recurrent.measure, *case, 1.0 if quick else 2.5) for case in recurrent.cases(quick)]
 
 
+def _pools(quick: bool) -> list[Job]:
+    return [partial(pools.measure, case, 0.5 if quick else 1.0) for case in pools.cases(quick)]
+
+
 def _peers(quick: bool) -> list[Job]:
     return [partial(peers.measure_jax, case, 0.5 if quick else 2.0) for case in peers.jax_cases(quick)]
 
@@ -77,6 +81,7 @@ SUITES: dict[str, Suite] = {
     "growth": Suite(_growth),
     "recurrent": Suite(_recurrent),
     "ranks": Suite(_ranks),
+    "pools": Suite(_pools),
     "allocator": Suite(partial(_allocator, "default")),
     "allocator-thp": Suite(partial(_allocator, "thp"), {"THP_MEM_ALLOC_ENABLE": "1"}),
     "allocator-tcmalloc": Suite(partial(_allocator, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),

@@ -12,6 +12,9 @@
 #include "simd.h"
 
 namespace batchnorm::BATCHNORM_ISA {
+
+extern const CoefficientKernels coefficients[2];  // coefficients.cpp
+
 namespace {
 
 template <class T>
@@ -350,19 +353,20 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
   using L = Lane<T>;
   constexpr i64 W = L::width;
   LaneSums lanes(slab.channels);
-  for (i64 n = 0; n < slab.samples; ++n) {
+  for (i64 k = 0; k < slab.samples; ++k) {
+    const Run run = slab.run(k);
     for (i64 c = 0; c < slab.channels; ++c) {
-      const T* p = at<const T>(x, n, c);
+      const T* p = at<const T>(x, run.sample, c) + run.first;
       const auto s = everywhere<P>(shift[c]);
       sum_plane<P>(
-          slab.inner, lanes.first + c, lanes.second + c,
+          run.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<P>& a) {
             const auto d = minus(P::of(Lane<T>::load(p + i)), s);
             a.add(d, d);
           },
           [&](i64 i, i64 count, Sums<P>& a) {
-            const auto d = slab.inner >= W ? only(minus(P::of(Lane<T>::load(p + i + count - W)), s), W - count, W)
-                                           : only(minus(P::of(load_some(p + i, count)), s), 0, count);
+            const auto d = run.inner >= W ? only(minus(P::of(Lane<T>::load(p + i + count - W)), s), W - count, W)
+                                          : only(minus(P::of(load_some(p + i, count)), s), 0, count);
             a.add(d, d);
           });
     }
@@ -496,14 +500,15 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
   using V = typename L::V;
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
-    const i64 n = order(step);
+    const Run run = slab.run(order(step));
+    const i64 n = run.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       const auto normal = Normal<T, P>::broadcast(k, c);
-      const T* p = at<const T>(x, n, c);
-      const T* r = residual ? at<const T>(f.residual, n, c) : nullptr;
+      const T* p = at<const T>(x, n, c) + run.first;
+      const T* r = residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
       uint8_t* bits = signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       write_plane<!signs>(
-          at<T>(y, n, c), slab.inner, f.stream,
+          at<T>(y, n, c) + run.first, run.inner, f.stream,
           [&](i64 i) {
             const V rv = residual ? L::load(r + i) : V{};
             return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits, i, L::width, f);
@@ -579,15 +584,17 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
   using L = Lane<T>;
   using V = typename L::V;
   LaneSums lanes(slab.channels);
-  for (i64 n = 0; n < slab.samples; ++n) {
+  for (i64 step = 0; step < slab.samples; ++step) {
+    const Run run = slab.run(step);
+    const i64 n = run.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       const auto normal = Normal<T, P>::broadcast(k, c);
       const auto m = everywhere<S>(mean[c]);
-      const T *p = at<const T>(x, n, c), *g = at<const T>(dy, n, c);
-      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) : nullptr;
+      const T *p = at<const T>(x, n, c) + run.first, *g = at<const T>(dy, n, c) + run.first;
+      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       sum_plane<S>(
-          slab.inner, lanes.first + c, lanes.second + c,
+          run.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
             a.add(S::of(gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded()),
@@ -672,15 +679,16 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
   using V = typename L::V;
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
-    const i64 n = order(step);
+    const Run run = slab.run(order(step));
+    const i64 n = run.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       const auto apply = Apply<T, P>::broadcast(k, a, c);
-      const T *p = at<const T>(x, n, c), *g = at<const T>(dy, n, c);
-      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) : nullptr;
+      const T *p = at<const T>(x, n, c) + run.first, *g = at<const T>(dy, n, c) + run.first;
+      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
-      T* out = d_residual ? at<T>(d_residual, n, c) : nullptr;
+      T* out = d_residual ? at<T>(d_residual, n, c) + run.first : nullptr;
       write_plane<gate != Gate::signs>(
-          at<T>(dx, n, c), slab.inner, f.stream,
+          at<T>(dx, n, c) + run.first, run.inner, f.stream,
           [&](i64 i) {
             const V v = L::load(p + i);
             const V rv = gate == Gate::residual ? L::load(r + i) : V{};
@@ -831,6 +839,7 @@ const KernelTable table = {
     {{planar_kernels<float>(), planar_kernels<double>(), planar_kernels<bf16>(), planar_kernels<f16>()},
      {interleaved_kernels<float>(), interleaved_kernels<double>(), interleaved_kernels<bf16>(),
       interleaved_kernels<f16>()}},
+    coefficients,
     kLanes32};
 
 }  // namespace

@@ -5,10 +5,17 @@
 
 namespace batchnorm {
 
+// Neighbouring places of one sample, counted from a slab's first.
+struct Run {
+  int64_t sample, first, inner;
+};
+
 // A slab: `samples` x `channels` x `inner` of one pool, pointers already at its first element.
 struct Slab {
   int64_t samples, channels, inner;
-  bool few;  // the pool has so few values that roundings do not average out: see kernels.cpp
+  bool few;                   // the pool has so few values that roundings do not average out: see kernels.cpp
+  const Run* runs = nullptr;  // planar: where given, so many runs in place of the samples
+  Run run(int64_t n) const { return runs ? runs[n] : Run{n, 0, inner}; }
 };
 
 constexpr int64_t kMaxPlanarChannels = 64;  // of one planar slab
@@ -49,10 +56,26 @@ struct Kernels {
                 const NormalizeCoefficients&, const ApplyCoefficients&, const KernelFusion&, Gate);
 };
 
+// What sums of a run of channels become; coefficients are in the compute type of the kernels.
+struct CoefficientKernels {
+  // mean, and sum of (x - mean)^2 / divisor, of `count` values whose sums are those of `moments`
+  void (*statistics)(int64_t channels, double count, double divisor, const double* shift, const double* sum,
+                     const double* square, double* mean, double* spread);
+  // Those of NormalizeCoefficients: where the mean is rounded, what is left of it joins the shift.
+  void (*normalize)(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
+                    double eps, void* means, void* scales, void* shifts);
+  // Those of ApplyCoefficients, of given ones and of the sums of `reduce` over `count` values.
+  void (*apply)(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
+                void* to_k2, void* to_k3);
+  void (*gradient)(int64_t channels, double count, const double* mean, const double* var, const double* gamma,
+                   double eps, const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3);
+};
+
 // [order][dtype]
 struct KernelTable {
   Kernels of[2][4];
-  int64_t lanes;  // float32 values in a vector
+  const CoefficientKernels* coefficients;  // in float32, in float64
+  int64_t lanes;                           // float32 values in a vector
 };
 
 const KernelTable* kernels_baseline();

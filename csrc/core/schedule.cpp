@@ -5,6 +5,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "batchnorm.h"
 #include "kernels.h"
 
@@ -57,6 +61,13 @@ struct Piece {
   int64_t pool, channel, channels, sample, samples, first, inner;
 };
 
+double valid_share(const Shape& s) {
+  if (!s.valid || s.samples * s.inner == 0) return 1;
+  int64_t count = 0;
+  for (int64_t i = 0; i < s.valid_count; ++i) count += s.valid[i].end - s.valid[i].begin;
+  return double(count) / double(s.samples * s.inner);
+}
+
 struct Plan {
   Shape shape;
   bool one_phase;
@@ -74,13 +85,15 @@ struct Plan {
     inner_block = s.inner;
     if (s.order == Order::planar) {
       const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
-      const int64_t plane = std::max<int64_t>(1, s.inner * bytes);
+      // Of a plane, what is read.
+      const int64_t plane = std::max<int64_t>(1, int64_t(double(s.inner * bytes) * valid_share(s)));
       group =
           std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
       while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
       groups = ceil_div(s.channels, group);
       whole = plane * pool <= budget && (pools * groups >= 8 || s.samples * s.channels * s.inner <= kSerialElements);
       if (!whole || one_phase) {
+        whole = false;
         group = one_phase ? std::clamp<int64_t>(kPieceBytes / plane, 1, std::max<int64_t>(s.channels, 1)) : 1;
         groups = ceil_div(s.channels, group);
         block = std::clamp<int64_t>(kPieceBytes / (plane * group), 1, std::max<int64_t>(pool, 1));
@@ -106,8 +119,10 @@ struct Plan {
   int64_t pieces_a_pool() const { return groups * blocks * inner_blocks; }
   int64_t pieces() const { return shape.pools() * pieces_a_pool(); }
   // Doubles that hold the two sums of every channel of every piece.
-  int64_t sums() const { return one_phase ? 0 : 2 * shape.pools() * shape.channels * blocks * inner_blocks; }
+  int64_t sums() const { return one_phase ? 0 : 2 * slots() * blocks * inner_blocks; }
   int64_t statistics() const { return shape.pools() * shape.channels; }
+  // Places for coefficients: one a statistic, or one a channel of each piece.
+  int64_t slots() const { return whole ? pieces() * group : statistics(); }
 
   Piece piece(int64_t i) const {
     Piece p;
@@ -153,12 +168,17 @@ struct Plan {
   bool wide() const { return shape.dtype == Dtype::float64 || (shape.dtype == Dtype::float32 && few(0)); }
 };
 
+// The first range that ends behind a position.
+const Range* first_range(const Shape& s, int64_t position) {
+  return std::upper_bound(s.valid, s.valid + s.valid_count, position,
+                          [](int64_t at, const Range& r) { return at < r.end; });
+}
+
 // The valid positions in [begin, end) as runs, and what lies between them as gaps, in order.
 template <class Run, class Gap>
 void walk(const Shape& s, int64_t begin, int64_t end, const Run& run, const Gap& gap) {
   const Range* const last = s.valid + s.valid_count;
-  const Range* range =
-      std::upper_bound(s.valid, last, begin, [](int64_t position, const Range& r) { return position < r.end; });
+  const Range* range = first_range(s, begin);
   for (int64_t at = begin; at < end; ++range) {
     const int64_t first = range == last ? end : std::clamp(range->begin, at, end);
     if (at < first) gap(at, first);
@@ -168,6 +188,20 @@ void walk(const Shape& s, int64_t begin, int64_t end, const Run& run, const Gap&
 }
 
 void nothing(int64_t, int64_t) {}
+
+void write_zeros(char* to, int64_t bytes, bool around_cache) {
+#if defined(__SSE2__)
+  constexpr int64_t line = 64;
+  if (around_cache && bytes >= 4 * line) {
+    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to) % line);
+    std::memset(to, 0, size_t(head));
+    to += head;
+    for (bytes -= head; bytes >= line; bytes -= line, to += line)
+      for (int64_t i = 0; i < line; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
+  }
+#endif
+  std::memset(to, 0, size_t(bytes));
+}
 
 template <class F>
 void for_each(const Plan& plan, int64_t count, Parallel parallel, const F& f) {
@@ -188,14 +222,14 @@ struct Coefficients {
   char* base;
   int64_t count;
   int64_t size() const { return wide ? 8 : 4; }
-  void set(int array, int64_t i, double v) const {
-    if (v != v) v = std::numeric_limits<double>::quiet_NaN();  // bfloat16 stores rely on NaNs of this one kind
-    if (wide)
-      reinterpret_cast<double*>(base)[array * count + i] = v;
-    else
-      reinterpret_cast<float*>(base)[array * count + i] = float(v);
+  void set_means(int64_t i, const double* mean, int64_t count) const {
+    for (int64_t c = 0; c < count; ++c)
+      if (wide)
+        reinterpret_cast<double*>(at(0, i))[c] = mean[c];
+      else
+        reinterpret_cast<float*>(at(0, i))[c] = mean[c] == mean[c] ? float(mean[c]) : NAN;
   }
-  const void* at(int array, int64_t i) const { return base + (array * count + i) * size(); }
+  char* at(int array, int64_t i) const { return base + (array * count + i) * size(); }
   NormalizeCoefficients normalize(int64_t i) const { return {at(0, i), at(1, i), at(2, i), gate(0, i), gate(1, i)}; }
   // Two arrays more, behind six of eight bytes: float64 for float64, else float32.
   const void* gate(int array, int64_t i) const { return base + 48 * count + (array * count + i) * gate_size; }
@@ -210,21 +244,7 @@ struct Coefficients {
     }
   }
   ApplyCoefficients apply(int64_t i) const { return {at(3, i), at(4, i), at(5, i)}; }
-  double rounded(double v) const { return wide ? v : double(float(v)); }
 };
-
-struct Affine {
-  Vector gamma, beta;
-  double eps;
-};
-
-// Where the mean is rounded, what is left of it joins the shift.
-void set_normalize(const Coefficients& k, int64_t i, int64_t channel, double mean, double var, const Affine& a) {
-  const double scale = element(a.gamma, channel, 1) / std::sqrt(var + a.eps);
-  k.set(0, i, mean);
-  k.set(1, i, scale);
-  k.set(2, i, element(a.beta, channel, 0) + (k.rounded(mean) - mean) * scale);
-}
 
 // The largest value of type S at which s * (x - mean) * scale + shift is not above 0, s being the sign of the scale:
 // z rises with s * x, and so does what rounding makes of it, so one comparison tells the side of the kink.
@@ -258,30 +278,33 @@ S relu_threshold(double mean, double scale, double shift) {
 }
 
 // What the gradient of relu is gated by.
-void set_relu_gate(const Coefficients& k, int64_t i, int64_t channel, double mean, double var, const Affine& a) {
-  const double scale = element(a.gamma, channel, 1) / std::sqrt(var + a.eps), shift = element(a.beta, channel, 0);
+void set_relu_gate(const Coefficients& k, int64_t i, double mean, double var, double gamma, double beta, double eps) {
+  const double scale = gamma / std::sqrt(var + eps);
   const double t =
-      k.gate_size == 8 ? relu_threshold<double>(mean, scale, shift) : double(relu_threshold<float>(mean, scale, shift));
+      k.gate_size == 8 ? relu_threshold<double>(mean, scale, beta) : double(relu_threshold<float>(mean, scale, beta));
   k.set_gate(i, t, scale < 0);
-}
-
-void set_apply(const Coefficients& k, int64_t i, double mean, double k1, double k2, double k3) {
-  k.set(3, i, k1);
-  k.set(4, i, k2);
-  k.set(5, i, k3 + k2 * (k.rounded(mean) - mean));
 }
 
 // ---------------------------------------------------------------------------------------------- scratch memory
 struct Scratch {
-  double *shift, *sums;
+  double *gamma, *beta, *shift, *sums;
   Coefficients k;
   double* counts;  // of the pools
   Scratch(const Plan& plan, double* workspace, bool wide)
-      : shift(workspace),
-        sums(workspace + plan.statistics()),
-        k{wide, element_size(plan.shape.dtype) == 8 ? 8 : 4, reinterpret_cast<char*>(sums + plan.sums()),
-          plan.statistics()},
-        counts(sums + plan.sums() + 8 * plan.statistics()) {}
+      : gamma(workspace),
+        beta(gamma + plan.shape.channels),
+        shift(beta + plan.shape.channels),
+        sums(shift + plan.slots()),
+        k{wide, element_size(plan.shape.dtype) == 8 ? 8 : 4, reinterpret_cast<char*>(sums + plan.sums()), plan.slots()},
+        counts(sums + plan.sums() + 8 * plan.slots()) {}
+};
+
+// What is done at once: a piece, or the channels of one alone.
+struct Work {
+  Piece piece;
+  int64_t at;              // of its channels among the statistics
+  int64_t slot;            // of their coefficients: where pieces are whole, the next piece of a thread takes the same
+  double *first, *second;  // the two sums of its channels
 };
 
 Gate gate_of(const Fusion& f) {
@@ -296,7 +319,9 @@ struct Runner {
   Plan plan;
   Scratch scratch;
   const Kernels& kernels;
+  const CoefficientKernels& coefficients;
   Fusion fusion;
+  double eps = 0;
   Parallel parallel;
   bool stream;
 
@@ -304,6 +329,7 @@ struct Runner {
       : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply),
         scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
+        coefficients(kernel_table().coefficients[scratch.k.wide]),
         fusion(f),
         parallel(par),
         stream(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2) {
@@ -316,36 +342,63 @@ struct Runner {
     plan.counts = scratch.counts;
   }
 
+  Runner(Verb verb, const Shape& shape, Vector gamma, Vector beta, double eps, const Fusion& f, double* workspace,
+         Parallel par)
+      : Runner(verb, shape, f, workspace, par) {
+    this->eps = eps;
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      scratch.gamma[c] = element(gamma, c, 1);
+      scratch.beta[c] = element(beta, c, 0);
+    }
+  }
+
   // The first position of a pool.
   int64_t pool_begin(int64_t pool) const {
     return std::min(pool * plan.shape.pool_size, plan.shape.samples) * plan.shape.inner;
   }
 
-  // The part of piece p at positions [begin, end), which lie in one sample where there are samples.
-  Piece part(const Piece& p, int64_t begin, int64_t end) const {
-    Piece part = p;
-    part.sample = begin / plan.shape.inner;
-    part.first = begin % plan.shape.inner;
-    const bool planar = plan.shape.order == Order::planar;
-    part.samples = planar ? 1 : end - begin;
-    part.inner = planar ? end - begin : 1;
-    return part;
-  }
-
-  // run on what is valid of piece p, gap on what is not.
+  // run on what is valid of piece p, as slabs; gap on what is not.
   template <class Run, class Gap>
   void parts(const Piece& p, const Run& run, const Gap& gap) const {
     if (p.samples <= 0 || p.inner <= 0) return;
-    if (!plan.shape.valid) return run(p);
-    const int64_t inner = plan.shape.inner;
-    const auto walked = [&](int64_t begin, int64_t end) {
+    if (!plan.shape.valid) return run(p, plan.slab(p));
+    if (plan.shape.order == Order::interleaved) {
+      const auto rows = [&](int64_t begin, int64_t end) {
+        Piece part = p;
+        part.sample = begin;
+        part.samples = end - begin;
+        return part;
+      };
+      return walk(
+          plan.shape, p.sample, p.sample + p.samples,
+          [&](int64_t b, int64_t e) { run(rows(b, e), plan.slab(rows(b, e))); },
+          [&](int64_t b, int64_t e) { gap(rows(b, e)); });
+    }
+    constexpr int64_t most = 256;
+    batchnorm::Run runs[most];
+    Slab slab = plan.slab(p);
+    slab.runs = runs;
+    slab.samples = 0;
+    for (int64_t n = 0; n < p.samples; ++n) {
+      const int64_t sample = (p.sample + n) * plan.shape.inner, begin = sample + p.first;
       walk(
-          plan.shape, begin, end, [&](int64_t b, int64_t e) { run(part(p, b, e)); },
-          [&](int64_t b, int64_t e) { gap(part(p, b, e)); });
-    };
-    if (plan.shape.order == Order::interleaved) return walked(p.sample, p.sample + p.samples);
-    for (int64_t n = p.sample; n < p.sample + p.samples; ++n)
-      walked(n * inner + p.first, n * inner + p.first + p.inner);
+          plan.shape, begin, begin + p.inner,
+          [&](int64_t b, int64_t e) {
+            runs[slab.samples++] = {n, b - begin, e - b};
+            if (slab.samples < most) return;
+            run(p, slab);
+            slab.samples = 0;
+          },
+          [&](int64_t b, int64_t e) {
+            Piece part = p;
+            part.sample += n;
+            part.samples = 1;
+            part.first = b - sample;
+            part.inner = e - b;
+            gap(part);
+          });
+    }
+    if (slab.samples) run(p, slab);
   }
 
   template <class Run>
@@ -358,13 +411,11 @@ struct Runner {
     char* const data = static_cast<char*>(plan.at(o, p).data);
     const int64_t size = element_size(plan.shape.dtype);
     if (plan.shape.order == Order::planar) {
-      for (int64_t c = 0; c < p.channels; ++c)
-        std::memset(data + c * o.channel_stride * size, 0, size_t(p.inner * size));
+      for (int64_t c = 0; c < p.channels; ++c) write_zeros(data + c * o.channel_stride * size, p.inner * size, stream);
     } else if (o.sample_stride == p.channels) {
-      std::memset(data, 0, size_t(p.samples * p.channels * size));
+      write_zeros(data, p.samples * p.channels * size, stream);
     } else {
-      for (int64_t n = 0; n < p.samples; ++n)
-        std::memset(data + n * o.sample_stride * size, 0, size_t(p.channels * size));
+      for (int64_t n = 0; n < p.samples; ++n) write_zeros(data + n * o.sample_stride * size, p.channels * size, stream);
     }
   }
 
@@ -374,13 +425,7 @@ struct Runner {
     *place = 0;
     if (!plan.count(pool)) return false;
     if (!plan.shape.valid) return true;
-    int64_t first = -1;
-    walk(
-        plan.shape, pool_begin(pool), pool_begin(pool + 1),
-        [&](int64_t b, int64_t) {
-          if (first < 0) first = b;
-        },
-        nothing);
+    const int64_t begin = pool_begin(pool), first = std::max(begin, first_range(plan.shape, begin)->begin);
     *sample = first / plan.shape.inner;
     *place = first % plan.shape.inner;
     return true;
@@ -398,83 +443,94 @@ struct Runner {
     return f;
   }
 
-  // Where piece p's channels start among the statistics.
-  int64_t statistic(const Piece& p) const { return p.pool * plan.shape.channels + p.channel; }
-
-  void set_shifts(const Operand& x) const {
-    const Shape& s = plan.shape;
-    for (int64_t pool = 0; pool < s.pools(); ++pool) {
-      int64_t sample, place;
-      const bool any = first_valid(pool, &sample, &place);
-      for (int64_t c = 0; c < s.channels; ++c)
-        scratch.shift[pool * s.channels + c] = any ? finite_value(s, x, sample, c, place) : 0;
-    }
+  // ------------------------------------------------------------------------------------------ steps of one work
+  // The first valid value of each channel, from which all others are taken.
+  void set_shifts(const Work& w, const Operand& x) const {
+    int64_t sample, place;
+    const bool any = first_valid(w.piece.pool, &sample, &place);
+    for (int64_t c = 0; c < w.piece.channels; ++c)
+      scratch.shift[w.slot + c] = any ? finite_value(plan.shape, x, sample, w.piece.channel + c, place) : 0;
   }
 
-  void add_moments(int64_t i, const Operand& x) const {
-    const Piece p = plan.piece(i);
-    double* sums = scratch.sums + plan.sums_offset(i);
-    std::fill_n(sums, 2 * p.channels, 0.0);
-    valid_parts(
-        p, [&](const Piece& v) { kernels.moments(plan.slab(v), plan.at(x, v), scratch.shift + statistic(p), sums); });
+  void set_normalize(const Work& w, const double* mean, const double* var) const {
+    const Coefficients& k = scratch.k;
+    coefficients.normalize(w.piece.channels, mean + w.at, var + w.at, scratch.gamma + w.piece.channel,
+                           scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
   }
 
-  void add_reductions(int64_t i, const Operand& dy, const Operand& x, const double* mean) const {
-    const Piece p = plan.piece(i);
-    double* sums = scratch.sums + plan.sums_offset(i);
-    std::fill_n(sums, 2 * p.channels, 0.0);
-    mean += statistic(p);
-    valid_parts(p, [&](const Piece& v) {
-      kernels.reduce(plan.slab(v), plan.at(dy, v), plan.at(x, v), mean, scratch.k.normalize(statistic(p)), fused(v),
-                     gate_of(fusion), sums);
+  // What a backward needs of them; `population` where set_gradient takes the scale from there.
+  void set_gated(const Work& w, const double* mean, const double* var, bool population = false) const {
+    if (!population && gate_of(fusion) != Gate::recompute && gate_of(fusion) != Gate::residual)
+      return scratch.k.set_means(w.slot, mean + w.at, w.piece.channels);
+    set_normalize(w, mean, var);
+    if (gate_of(fusion) != Gate::recompute || fusion.activation != Activation::relu) return;
+    const double *gamma = scratch.gamma + w.piece.channel, *beta = scratch.beta + w.piece.channel;
+    for (int64_t c = 0; c < w.piece.channels; ++c)
+      set_relu_gate(scratch.k, w.slot + c, mean[w.at + c], var[w.at + c], gamma[c], beta[c], eps);
+  }
+
+  void add_moments(const Work& w, const Operand& x) const {
+    std::fill_n(w.first, 2 * w.piece.channels, 0.0);
+    valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
+      kernels.moments(slab, plan.at(x, v), scratch.shift + w.slot, w.first);
     });
-    if (!plan.few(p.pool) && element_size(plan.shape.dtype) == 2)
-      for (int64_t c = 0; c < p.channels; ++c) sums[p.channels + c] += (double(float(mean[c])) - mean[c]) * sums[c];
   }
 
-  // The two sums of statistic s, over the pieces that hold its values, in their order.
-  void merged(int64_t pool, int64_t channel, double* first, double* second) const {
-    const int64_t parts = plan.blocks * plan.inner_blocks, group = channel / plan.group;
-    const int64_t begin = pool * plan.pieces_a_pool() + group * parts;
-    const Piece p = plan.piece(begin);
-    const double* sums = scratch.sums + plan.sums_offset(begin) + (channel - p.channel);
-    double a = 0, b = 0;
-    for (int64_t k = 0; k < parts; ++k) {
-      a += sums[2 * p.channels * k];
-      b += sums[2 * p.channels * k + p.channels];
-    }
-    *first = a;
-    *second = b;
+  void add_reductions(const Work& w, const Operand& dy, const Operand& x, const double* mean) const {
+    std::fill_n(w.first, 2 * w.piece.channels, 0.0);
+    mean += w.at;
+    valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
+      kernels.reduce(slab, plan.at(dy, v), plan.at(x, v), mean, scratch.k.normalize(w.slot), fused(v), gate_of(fusion),
+                     w.first);
+    });
+    if (!plan.few(w.piece.pool) && element_size(plan.shape.dtype) == 2)
+      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (double(float(mean[c])) - mean[c]) * w.first[c];
   }
 
-  void finish_moments(int64_t pool, int64_t channel, double* mean, double* m2) const {
-    double sum, square;
-    merged(pool, channel, &sum, &square);
-    const int64_t i = pool * plan.shape.channels + channel;
-    const double count = double(std::max<int64_t>(plan.count(pool), 1)), offset = sum / count;
-    mean[i] = scratch.shift[i] + offset;
-    const double rest = square - sum * offset;
-    m2[i] = rest < 0 ? 0 : rest;  // NaN stays
+  double values(const Work& w) const { return double(std::max<int64_t>(plan.count(w.piece.pool), 1)); }
+
+  void finish_moments(const Work& w, double divisor, double* mean, double* spread) const {
+    coefficients.statistics(w.piece.channels, values(w), divisor, scratch.shift + w.slot, w.first, w.second,
+                            mean + w.at, spread + w.at);
   }
 
-  void normalize_piece(int64_t i, const Operand& x, const Operand& y) const {
-    const Piece p = plan.piece(i);
+  void finish_reductions(const Work& w, double* sum_dz, double* sum_dz_centered) const {
+    std::copy_n(w.first, w.piece.channels, sum_dz + w.at);
+    std::copy_n(w.second, w.piece.channels, sum_dz_centered + w.at);
+  }
+
+  // The coefficients of dx where the statistics are the batch's, or constants.
+  void set_gradient(const Work& w, const double* mean, const double* var, bool population) const {
+    const Coefficients& k = scratch.k;
+    const int64_t n = w.piece.channels;
+    if (!population)
+      return coefficients.gradient(n, values(w), mean + w.at, var + w.at, scratch.gamma + w.piece.channel, eps, w.first,
+                                   w.second, k.at(3, w.slot), k.at(4, w.slot), k.at(5, w.slot));
+    std::copy_n(k.at(1, w.slot), n * k.size(), k.at(3, w.slot));
+    for (int array = 4; array < 6; ++array) std::fill_n(k.at(array, w.slot), n * k.size(), char(0));
+  }
+
+  void set_apply(const Work& w, const double* mean, const double* k1, const double* k2, const double* k3) const {
+    const Coefficients& k = scratch.k;
+    coefficients.apply(w.piece.channels, mean + w.at, k1 + w.at, k2 + w.at, k3 + w.at, k.at(3, w.slot), k.at(4, w.slot),
+                       k.at(5, w.slot));
+  }
+
+  void normalize(const Work& w, const Operand& x, const Operand& y) const {
     parts(
-        p,
-        [&](const Piece& v) {
-          kernels.normalize(plan.slab(v), plan.at(x, v), plan.at(y, v), scratch.k.normalize(statistic(p)), fused(v));
+        w.piece,
+        [&](const Piece& v, const Slab& slab) {
+          kernels.normalize(slab, plan.at(x, v), plan.at(y, v), scratch.k.normalize(w.slot), fused(v));
         },
         [&](const Piece& gap) { clear(gap, y); });
   }
 
-  void apply_piece(int64_t i, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
-    const Piece p = plan.piece(i);
-    const int64_t s = statistic(p);
+  void apply(const Work& w, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
     parts(
-        p,
-        [&](const Piece& v) {
-          kernels.apply(plan.slab(v), plan.at(dy, v), plan.at(x, v), plan.at(dx, v), plan.at(d_residual, v),
-                        scratch.k.normalize(s), scratch.k.apply(s), fused(v), gate_of(fusion));
+        w.piece,
+        [&](const Piece& v, const Slab& slab) {
+          kernels.apply(slab, plan.at(dy, v), plan.at(x, v), plan.at(dx, v), plan.at(d_residual, v),
+                        scratch.k.normalize(w.slot), scratch.k.apply(w.slot), fused(v), gate_of(fusion));
         },
         [&](const Piece& gap) {
           clear(gap, dx);
@@ -482,105 +538,150 @@ struct Runner {
         });
   }
 
-  // reduce(i) on every piece, finish(pool, channel) on every statistic, apply(i) on every piece, in reverse order
-  // within each thread; piece by piece where a piece is whole.
-  template <class Reduce, class Finish, class Apply>
-  void two_phases(Reduce reduce, Finish finish, Apply apply) const {
-    if (plan.whole) {
-      for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-          const int64_t i = plan.turn(k);
-          reduce(i);
-          const Piece p = plan.piece(i);
-          for (int64_t c = 0; c < p.channels; ++c) finish(p.pool, p.channel + c);
-          apply(i);
-        }
-      });
-      return;
-    }
-    one_phase(reduce);
-    const int64_t channels = plan.shape.channels;
-    for_each(plan, plan.statistics(), parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) finish(i / channels, i % channels);
-    });
-    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = end - 1; i >= begin; --i) apply(plan.turn(i));
-    });
+  // ------------------------------------------------------------------------------------------ orders of work
+  Work work(const Piece& p, int64_t slot, double* sums) const {
+    return {p, p.pool * plan.shape.channels + p.channel, slot, sums, sums + p.channels};
   }
 
+  // f on pieces [begin, end) of a plan of whole pieces, with coefficients of their own.
   template <class F>
-  void one_phase(F f) const {
+  void for_whole_pieces(const F& f) const {
     for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(plan.turn(i));
+      const int64_t slot = begin * plan.group;
+      for (int64_t k = begin; k < end; ++k) f(work(plan.piece(plan.turn(k)), slot, scratch.sums + 2 * slot));
     });
   }
 
-  void set_all_normalize(const double* mean, const double* var, const Affine& a) const {
-    for (int64_t i = 0; i < plan.statistics(); ++i)
-      set_normalize(scratch.k, i, i % plan.shape.channels, mean[i], var[i], a);
-    if (gate_of(fusion) == Gate::recompute && fusion.activation == Activation::relu)
-      for (int64_t i = 0; i < plan.statistics(); ++i)
-        set_relu_gate(scratch.k, i, i % plan.shape.channels, mean[i], var[i], a);
+  // f on piece i of a plan of parts, whose coefficients stand ready.
+  template <class F>
+  void part_of(int64_t i, const F& f) const {
+    const Piece p = plan.piece(plan.turn(i));
+    f(work(p, p.pool * plan.shape.channels + p.channel, scratch.sums + plan.sums_offset(plan.turn(i))));
+  }
+
+  // f on all channels of all pools of a plan of parts, runs of channels at once; their sums are those of a group's
+  // first part.
+  template <class F>
+  void for_channels(const F& f) const {
+    const int64_t channels = plan.shape.channels, parts = plan.blocks * plan.inner_blocks;
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end;) {
+        const int64_t pool = i / channels, channel = i % channels, group = channel / plan.group;
+        const int64_t first = pool * plan.pieces_a_pool() + group * parts;
+        Piece p = plan.piece(first);
+        const int64_t stride = p.channels;
+        double* const sums = scratch.sums + plan.sums_offset(first) + (channel - p.channel);
+        p.channels = std::min(end - i, p.channel + p.channels - channel);
+        p.channel = channel;
+        f(Work{p, i, i, sums, sums + stride});
+        i += p.channels;
+      }
+    };
+    // Not worth the threads where there is little to add.
+    plan.statistics() * (parts + 8) < kSerialElements ? run(0, plan.statistics())
+                                                      : for_each(plan, plan.statistics(), parallel, run);
+  }
+
+  // Adds the sums of all parts to those of the first, in their order.
+  void merge(const Work& w) const {
+    const int64_t parts = plan.blocks * plan.inner_blocks, stride = w.second - w.first;
+    for (int64_t k = 1; k < parts; ++k)
+      for (double* sums : {w.first, w.second})
+        for (int64_t c = 0; c < w.piece.channels; ++c) sums[c] += sums[2 * stride * k + c];
+  }
+
+  // prepare, reduce, finish, apply: on each piece where pieces are whole; else prepare and finish on all channels,
+  // and apply on the pieces in reverse order within each thread.
+  template <class Prepare, class Reduce, class Finish, class Apply>
+  void two_phases(Prepare prepare, Reduce reduce, Finish finish, Apply apply) const {
+    if (plan.whole)
+      return for_whole_pieces([&](const Work& w) {
+        prepare(w);
+        reduce(w);
+        finish(w);
+        apply(w);
+      });
+    for_channels(prepare);
+    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) part_of(i, reduce);
+    });
+    for_channels([&](const Work& w) {
+      merge(w);
+      finish(w);
+    });
+    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) part_of(i, apply);
+    });
+  }
+
+  template <class Prepare, class Apply>
+  void one_phase(Prepare prepare, Apply apply) const {
+    if (!plan.pieces()) return;
+    if (plan.whole)
+      return for_whole_pieces([&](const Work& w) {
+        prepare(w);
+        apply(w);
+      });
+    for_channels(prepare);
+    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) part_of(i, apply);
+    });
   }
 };
+
+void done(const Work&) {}
 
 }  // namespace
 
 size_t workspace_size(const Shape& shape) {
   const Plan plan(shape);
-  return size_t(9 * plan.statistics() + plan.sums() + (shape.valid ? shape.pools() : 0));
+  return size_t(2 * shape.channels + 9 * plan.slots() + plan.sums() + (shape.valid ? shape.pools() : 0));
 }
 
 void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {
   const Runner run(Verb::moments, shape, {}, workspace, parallel);
-  run.set_shifts(x);
-  run.two_phases([&](int64_t i) { run.add_moments(i, x); },
-                 [&](int64_t pool, int64_t c) { run.finish_moments(pool, c, mean, m2); }, [](int64_t) {});
+  run.two_phases([&](const Work& w) { run.set_shifts(w, x); }, [&](const Work& w) { run.add_moments(w, x); },
+                 [&](const Work& w) { run.finish_moments(w, 1, mean, m2); }, done);
 }
 
 void normalize(const Shape& shape, const Operand& x, const Operand& y, const double* mean, const double* var,
                Vector gamma, Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
-  const Runner run(Verb::normalize, shape, fusion, workspace, parallel);
-  run.set_all_normalize(mean, var, {gamma, beta, eps});
-  run.one_phase([&](int64_t i) { run.normalize_piece(i, x, y); });
+  const Runner run(Verb::normalize, shape, gamma, beta, eps, fusion, workspace, parallel);
+  run.one_phase([&](const Work& w) { run.set_normalize(w, mean, var); },
+                [&](const Work& w) { run.normalize(w, x, y); });
 }
 
 void forward(const Shape& shape, const Operand& x, const Operand& y, double* mean, double* var, Vector gamma,
              Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
-  const Runner run(Verb::forward, shape, fusion, workspace, parallel);
-  const Affine affine{gamma, beta, eps};
-  run.set_shifts(x);
-  run.two_phases([&](int64_t i) { run.add_moments(i, x); },
-                 [&](int64_t pool, int64_t c) {
-                   const int64_t i = pool * shape.channels + c;
-                   run.finish_moments(pool, c, mean, var);
-                   var[i] /= double(std::max<int64_t>(run.plan.count(pool), 1));
-                   set_normalize(run.scratch.k, i, c, mean[i], var[i], affine);
+  const Runner run(Verb::forward, shape, gamma, beta, eps, fusion, workspace, parallel);
+  run.two_phases([&](const Work& w) { run.set_shifts(w, x); }, [&](const Work& w) { run.add_moments(w, x); },
+                 [&](const Work& w) {
+                   run.finish_moments(w, run.values(w), mean, var);
+                   run.set_normalize(w, mean, var);
                  },
-                 [&](int64_t i) { run.normalize_piece(i, x, y); });
+                 [&](const Work& w) { run.normalize(w, x, y); });
 }
 
 void backward_reduce(const Shape& shape, const Operand& dy, const Operand& x, const double* mean, const double* var,
                      Vector gamma, Vector beta, double eps, const Fusion& fusion, double* sum_dz,
                      double* sum_dz_centered, double* workspace, Parallel parallel) {
-  const Runner run(Verb::backward_reduce, shape, fusion, workspace, parallel);
-  run.set_all_normalize(mean, var, {gamma, beta, eps});
-  run.two_phases([&](int64_t i) { run.add_reductions(i, dy, x, mean); },
-                 [&](int64_t pool, int64_t c) {
-                   const int64_t i = pool * shape.channels + c;
-                   run.merged(pool, c, sum_dz + i, sum_dz_centered + i);
-                 },
-                 [](int64_t) {});
+  const Runner run(Verb::backward_reduce, shape, gamma, beta, eps, fusion, workspace, parallel);
+  run.two_phases([&](const Work& w) { run.set_gated(w, mean, var); },
+                 [&](const Work& w) { run.add_reductions(w, dy, x, mean); },
+                 [&](const Work& w) { run.finish_reductions(w, sum_dz, sum_dz_centered); }, done);
 }
 
 void backward_apply(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx,
                     const Operand& d_residual, const double* mean, const double* var, Vector gamma, Vector beta,
                     double eps, const Fusion& fusion, const double* k1, const double* k2, const double* k3,
                     double* workspace, Parallel parallel) {
-  const Runner run(Verb::backward_apply, shape, fusion, workspace, parallel);
-  run.set_all_normalize(mean, var, {gamma, beta, eps});
-  for (int64_t i = 0; i < run.plan.statistics(); ++i) set_apply(run.scratch.k, i, mean[i], k1[i], k2[i], k3[i]);
-  run.one_phase([&](int64_t i) { run.apply_piece(i, dy, x, dx, d_residual); });
+  const Runner run(Verb::backward_apply, shape, gamma, beta, eps, fusion, workspace, parallel);
+  run.one_phase(
+      [&](const Work& w) {
+        run.set_gated(w, mean, var);
+        run.set_apply(w, mean, k1, k2, k3);
+      },
+      [&](const Work& w) { run.apply(w, dy, x, dx, d_residual); });
 }
 
 void backward(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
@@ -590,18 +691,14 @@ void backward(const Shape& shape, const Operand& dy, const Operand& x, const Ope
     backward_reduce(shape, dy, x, mean, var, gamma, beta, eps, fusion, sum_dz, sum_dz_centered, workspace, parallel);
     return;
   }
-  const Runner run(Verb::backward, shape, fusion, workspace, parallel);
-  run.set_all_normalize(mean, var, {gamma, beta, eps});
-  run.two_phases([&](int64_t i) { run.add_reductions(i, dy, x, mean); },
-                 [&](int64_t pool, int64_t c) {
-                   const int64_t i = pool * shape.channels + c;
-                   run.merged(pool, c, sum_dz + i, sum_dz_centered + i);
-                   const double inv_std = 1 / std::sqrt(var[i] + eps), k1 = element(gamma, c, 1) * inv_std;
-                   const double m = double(std::max<int64_t>(run.plan.count(pool), 1));
-                   const double k2 = population ? 0 : -k1 * inv_std * inv_std * (sum_dz_centered[i] / m);
-                   set_apply(run.scratch.k, i, mean[i], k1, k2, population ? 0 : -k1 * (sum_dz[i] / m));
+  const Runner run(Verb::backward, shape, gamma, beta, eps, fusion, workspace, parallel);
+  run.two_phases([&](const Work& w) { run.set_gated(w, mean, var, population); },
+                 [&](const Work& w) { run.add_reductions(w, dy, x, mean); },
+                 [&](const Work& w) {
+                   run.finish_reductions(w, sum_dz, sum_dz_centered);
+                   run.set_gradient(w, mean, var, population);
                  },
-                 [&](int64_t i) { run.apply_piece(i, dy, x, dx, d_residual); });
+                 [&](const Work& w) { run.apply(w, dy, x, dx, d_residual); });
 }
 
 }  // namespace batchnorm

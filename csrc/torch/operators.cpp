@@ -182,6 +182,13 @@ struct Threads {
   static batchnorm::Parallel parallel() { return {&Threads::run, nullptr}; }
 };
 
+// f(begin, end) on runs of columns, by all threads where there is much to do.
+template <class F>
+void for_columns(int64_t rows, int64_t columns, const F& f) {
+  if (rows * columns < 16384) return f(0, columns);
+  torch::stable::parallel_for(0, columns, 64, f);
+}
+
 // The input of a call, and the order that it is walked in: that of the results. Other operands are brought into it.
 class Call {
  public:
@@ -341,7 +348,8 @@ std::tuple<Tensor, Tensor> moments(Tensor x, int64_t pool_size, OptionalTensor m
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor weight, OptionalTensor bias,
                                                    OptionalTensor residual, int64_t pool_size, double eps,
-                                                   int64_t activation, double slope, bool save_signs, OptionalTensor mask) {
+                                                   int64_t activation, double slope, bool save_signs,
+                                                   OptionalTensor mask) {
   Call call(x, pool_size, mask);
   Tensor y = call.empty();
   Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(x, save_signs);
@@ -371,7 +379,8 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor mean, Tensor var, Optional
 
 std::tuple<Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
                                            OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
-                                           int64_t pool_size, double eps, int64_t activation, double slope, OptionalTensor mask) {
+                                           int64_t pool_size, double eps, int64_t activation, double slope,
+                                           OptionalTensor mask) {
   Call call(x, pool_size, mask);
   weight = contiguous(weight);
   bias = contiguous(bias);
@@ -409,7 +418,8 @@ std::tuple<Tensor, Tensor> backward_apply(Tensor dy, Tensor x, OptionalTensor we
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
                                                     OptionalTensor residual, OptionalTensor signs, Tensor mean,
                                                     Tensor var, int64_t pool_size, double eps, int64_t activation,
-                                                    double slope, bool population, bool want_x, bool want_residual, OptionalTensor mask) {
+                                                    double slope, bool population, bool want_x, bool want_residual,
+                                                    OptionalTensor mask) {
   Call call(x, pool_size, mask);
   const auto nothing = [&] { return empty_of({0}, x.scalar_type()); };
   OptionalTensor dx, d_residual;
@@ -430,15 +440,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Optiona
   Tensor d_bias = bias ? empty_of({channels}, bias->scalar_type()) : nothing();
   if (weight || bias) {
     Values gammas(d_weight), betas(d_bias);
-    for (int64_t c = 0; c < channels; ++c) {
-      double gamma = 0, beta = 0;
-      for (int64_t p = 0; p < pools; ++p) {
-        gamma += centered[p * channels + c] / std::sqrt(vars.data()[p * channels + c] + eps);
-        beta += sum[p * channels + c];
+    for_columns(pools, channels, [&](int64_t begin, int64_t end) {
+      constexpr int64_t most = 64;
+      for (int64_t c = begin; c < end; c += most) {
+        const int64_t n = std::min(most, end - c);
+        double gamma[most] = {}, beta[most] = {};
+        for (int64_t p = 0; p < pools; ++p)
+          for (int64_t k = 0; k < n; ++k) {
+            const int64_t i = p * channels + c + k;
+            gamma[k] += centered[i] / std::sqrt(vars.data()[i] + eps);
+            beta[k] += sum[i];
+          }
+        for (int64_t k = 0; k < n; ++k) {
+          if (weight) gammas.set(c + k, gamma[k]);
+          if (bias) betas.set(c + k, beta[k]);
+        }
       }
-      if (weight) gammas.set(c, gamma);
-      if (bias) betas.set(c, beta);
-    }
+    });
   }
   return {want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), d_weight, d_bias};
 }
@@ -461,18 +479,26 @@ void update_statistics(OptionalTensor running_mean, OptionalTensor running_var, 
   if (running_mean) means_kept.emplace(*running_mean);
   if (running_var) vars_kept.emplace(*running_var);
   const double correction = unbiased && count > 1 ? double(count) / double(count - 1) : 1.0;
-  for (int64_t c = 0; c < channels; ++c) {
-    double n = 0, m = 0, m2 = 0;  // Chan's merge over the pools
-    for (int64_t p = 0; p < pools; ++p) {
-      const double part = double(std::min(pool_count, count - p * pool_count));
-      const double delta = means[p * channels + c] - m;
-      m2 += vars[p * channels + c] * part + delta * delta * n * part / (n + part);
-      n += part;
-      m += delta * part / n;
+  for_columns(pools, channels, [&](int64_t begin, int64_t end) {
+    constexpr int64_t most = 64;
+    for (int64_t c = begin; c < end; c += most) {
+      const int64_t width = std::min(most, end - c);
+      double n = 0, m[most] = {}, m2[most] = {};  // Chan's merge over the pools
+      for (int64_t p = 0; p < pools; ++p) {
+        const double part = double(std::min(pool_count, count - p * pool_count)), share_of_part = part / (n + part);
+        for (int64_t k = 0; k < width; ++k) {
+          const double delta = means[p * channels + c + k] - m[k];
+          m2[k] += vars[p * channels + c + k] * part + delta * delta * n * share_of_part;
+          m[k] += delta * share_of_part;
+        }
+        n += part;
+      }
+      for (int64_t k = 0; k < width; ++k) {
+        if (running_mean) means_kept->set(c + k, (1 - share) * (*means_kept)[c + k] + share * m[k]);
+        if (running_var) vars_kept->set(c + k, (1 - share) * (*vars_kept)[c + k] + share * (m2[k] / n) * correction);
+      }
     }
-    if (running_mean) means_kept->set(c, (1 - share) * (*means_kept)[c] + share * m);
-    if (running_var) vars_kept->set(c, (1 - share) * (*vars_kept)[c] + share * (m2 / n) * correction);
-  }
+  });
 }
 
 // The same into tensors of the caller's, of the shape and memory format of x: what a kernel costs without its memory.

@@ -1,0 +1,74 @@
+// What the sums of a run of channels become: statistics, and the coefficients of the kernels. Compiled once for each
+// instruction set; the loops are the compiler's to vectorize.
+#include <cmath>
+#include <limits>
+
+#include "kernels.h"
+
+namespace batchnorm::BATCHNORM_ISA {
+namespace {
+
+// The kernels rely on NaNs of this one kind, when they store bfloat16.
+template <class S>
+S stored(double v) {
+  return v != v ? std::numeric_limits<S>::quiet_NaN() : S(v);
+}
+
+void statistics(int64_t channels, double count, double divisor, const double* shift, const double* sum,
+                const double* square, double* __restrict mean, double* __restrict spread) {
+  const double share = 1 / count, part = 1 / divisor;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double offset = sum[c] * share, rest = square[c] - sum[c] * offset;
+    mean[c] = shift[c] + offset;
+    spread[c] = (rest < 0 ? 0 : rest) * part;  // NaN stays
+  }
+}
+
+template <class S>
+void normalize(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
+               double eps, void* means, void* scales, void* shifts) {
+  S* __restrict m = static_cast<S*>(means), * __restrict k = static_cast<S*>(scales), * __restrict b = static_cast<S*>(shifts);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double scale = gamma[c] / std::sqrt(var[c] + eps), high = stored<S>(mean[c]);
+    m[c] = S(high);
+    k[c] = stored<S>(scale);
+    b[c] = stored<S>(beta[c] + (high - mean[c]) * scale);
+  }
+}
+
+template <class S>
+void apply(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
+           void* to_k2, void* to_k3) {
+  S* __restrict a = static_cast<S*>(to_k1), * __restrict b = static_cast<S*>(to_k2), * __restrict d = static_cast<S*>(to_k3);
+  for (int64_t c = 0; c < channels; ++c) {
+    a[c] = stored<S>(k1[c]);
+    b[c] = stored<S>(k2[c]);
+    d[c] = stored<S>(k3[c] + k2[c] * (double(S(mean[c])) - mean[c]));
+  }
+}
+
+template <class S>
+void gradient(int64_t channels, double count, const double* mean, const double* var, const double* gamma, double eps,
+              const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3) {
+  S* __restrict a = static_cast<S*>(k1), * __restrict b = static_cast<S*>(k2), * __restrict d = static_cast<S*>(k3);
+  const double share = 1 / count;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double inv_std = 1 / std::sqrt(var[c] + eps), first = gamma[c] * inv_std;
+    const double second = -first * inv_std * inv_std * (sum_dz_centered[c] * share);
+    a[c] = stored<S>(first);
+    b[c] = stored<S>(second);
+    d[c] = stored<S>(second * (double(S(mean[c])) - mean[c]) - first * (sum_dz[c] * share));
+  }
+}
+
+template <class S>
+constexpr CoefficientKernels coefficient_kernels() {
+  return {statistics, normalize<S>, apply<S>, gradient<S>};
+}
+
+}  // namespace
+
+extern const CoefficientKernels coefficients[2];
+const CoefficientKernels coefficients[2] = {coefficient_kernels<float>(), coefficient_kernels<double>()};
+
+}  // namespace batchnorm::BATCHNORM_ISA
