@@ -18,7 +18,7 @@ from torch.distributed.algorithms.join import Join
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-from batchnorm.errors import SynchronizationError
+from batchnorm.errors import InputError, SynchronizationError
 
 EPS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -317,6 +317,10 @@ def domains():
 def uneven():
     """Inside Join, with another number of batches on each rank."""
     rank, n = dist.get_rank(), dist.get_world_size()
+    with pytest.raises(InputError, match="one of their own"):
+        bn.joinable(parallel(network("world")))
+    with pytest.raises(SynchronizationError, match="no batch of its own"):
+        bn.joinable(parallel(network(dist.new_group()))).join_hook().record.repeat()
     for options in ({}, {"renorm": bn.Renorm(r_max=2, d_max=2)}, {"ghost_size": 1}, {"channel_groups": 2}):
         for divide in (True, False):
             joins(rank, n, options, divide)
