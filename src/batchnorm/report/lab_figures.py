@@ -223,7 +223,7 @@ def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> 
     axes.set(title=f"{panel.title}: {arm}", xlabel=panel.x, ylabel=panel.y)
     for ticks, places in ((axes.set_xticks, x), (axes.set_yticks, y)):
         shown_at = range(0, len(places), (len(places) - 1) // 2 if len(places) > 9 else 1)
-        ticks([i + 0.5 for i in shown_at], [f"{places[i]:.3g}" for i in shown_at])
+        ticks([i + 0.5 for i in shown_at], [f"{round(places[i], 9):.3g}" for i in shown_at])
     axes.grid(visible=False)
     if arm == list(means)[-1]:
         figure.colorbar(drawn, ax=axes, pad=0.02).outline.set_visible(False)
