@@ -68,6 +68,27 @@ double valid_share(const Shape& s) {
   return double(count) / double(s.samples * s.inner);
 }
 
+// Valid values, a channel, of the pool that has the fewest.
+int64_t fewest_values(const Shape& s) {
+  const int64_t pools = s.pools(), size = s.pool_size * s.inner;
+  if (!s.valid) return std::min(s.pool_size, s.samples - (pools - 1) * s.pool_size) * s.inner;
+  int64_t fewest = std::numeric_limits<int64_t>::max(), pool = 0, count = 0;
+  const auto close = [&] {
+    fewest = std::min(fewest, count);
+    count = 0;
+    ++pool;
+  };
+  for (int64_t i = 0; i < s.valid_count; ++i)
+    for (int64_t at = s.valid[i].begin; at < s.valid[i].end;) {
+      while (at >= (pool + 1) * size) close();
+      const int64_t end = std::min(s.valid[i].end, (pool + 1) * size);
+      count += end - at;
+      at = end;
+    }
+  while (pool < pools) close();
+  return fewest;
+}
+
 struct Plan {
   Shape shape;
   bool one_phase;
@@ -76,11 +97,13 @@ struct Plan {
   int64_t block = 1, blocks = 1;              // samples of a piece, within a pool
   int64_t inner_block = 1, inner_blocks = 1;  // planar: part of a plane
   const double* counts = nullptr;             // of the pools, where not every position is valid
+  int64_t fewest = 0;                         // values of the smallest pool
 
   // Where there is but one phase, nothing is walked twice: pieces are runs of memory.
   explicit Plan(const Shape& s, bool one_phase = false) : shape(s), one_phase(one_phase) {
     const int64_t bytes = element_size(s.dtype), pools = s.pools(), pool = std::min(s.pool_size, s.samples);
     const Caches& cache = caches();
+    fewest = fewest_values(s);
     block = pool;
     inner_block = s.inner;
     if (s.order == Order::planar) {
@@ -161,7 +184,7 @@ struct Plan {
   Slab slab(const Piece& p) const { return {p.samples, p.channels, p.inner, few(p.pool)}; }
   // Whether a pool counts as one of few values; where the coefficients' type hangs on it, as the smallest of all pools.
   bool few(int64_t pool) const {
-    if (shape.dtype == Dtype::float32) return shape.valid || count(shape.pools() - 1) < kFewFloat32;
+    if (shape.dtype == Dtype::float32) return fewest < kFewFloat32;
     return count(pool) < kFewValues;
   }
   // Whether gradients are computed in float64.
@@ -191,8 +214,8 @@ void nothing(int64_t, int64_t) {}
 
 void write_zeros(char* to, int64_t bytes, bool around_cache) {
 #if defined(__SSE2__)
-  constexpr int64_t line = 64;
-  if (around_cache && bytes >= 4 * line) {
+  constexpr int64_t line = 64, long_run = 16 << 10;
+  if (around_cache && bytes >= long_run) {
     const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to) % line);
     std::memset(to, 0, size_t(head));
     to += head;
@@ -332,7 +355,9 @@ struct Runner {
         coefficients(kernel_table().coefficients[scratch.k.wide]),
         fusion(f),
         parallel(par),
-        stream(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2) {
+        // Not where runs of valid values share lines with zeros.
+        stream((!shape.valid || shape.order == Order::interleaved) &&
+               shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2) {
     if (!shape.valid) return;
     for (int64_t pool = 0; pool < shape.pools(); ++pool) {
       int64_t count = 0;
@@ -417,6 +442,17 @@ struct Runner {
     } else {
       for (int64_t n = 0; n < p.samples; ++n) write_zeros(data + n * o.sample_stride * size, p.channels * size, stream);
     }
+  }
+
+  // Clears whole planes that lie beside one another, at once: gaps are many and short. Whether it has.
+  bool clear_planes(const Piece& p, const Operand& o) const {
+    if (!plan.shape.valid || plan.shape.order == Order::interleaved || !o || p.samples <= 0) return false;
+    if (o.channel_stride != p.inner && p.channels > 1) return false;
+    const int64_t size = element_size(plan.shape.dtype);
+    char* const data = static_cast<char*>(plan.at(o, p).data);
+    for (int64_t n = 0; n < p.samples; ++n)
+      std::memset(data + n * o.sample_stride * size, 0, size_t(p.channels * p.inner * size));
+    return true;
   }
 
   // The first valid sample and place of a pool; whether there is one.
@@ -517,15 +553,19 @@ struct Runner {
   }
 
   void normalize(const Work& w, const Operand& x, const Operand& y) const {
+    const bool cleared = clear_planes(w.piece, y);
     parts(
         w.piece,
         [&](const Piece& v, const Slab& slab) {
           kernels.normalize(slab, plan.at(x, v), plan.at(y, v), scratch.k.normalize(w.slot), fused(v));
         },
-        [&](const Piece& gap) { clear(gap, y); });
+        [&](const Piece& gap) {
+          if (!cleared) clear(gap, y);
+        });
   }
 
   void apply(const Work& w, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
+    const bool cleared = clear_planes(w.piece, dx), residual_cleared = clear_planes(w.piece, d_residual);
     parts(
         w.piece,
         [&](const Piece& v, const Slab& slab) {
@@ -533,8 +573,8 @@ struct Runner {
                         scratch.k.normalize(w.slot), scratch.k.apply(w.slot), fused(v), gate_of(fusion));
         },
         [&](const Piece& gap) {
-          clear(gap, dx);
-          clear(gap, d_residual);
+          if (!cleared) clear(gap, dx);
+          if (!residual_cleared) clear(gap, d_residual);
         });
   }
 

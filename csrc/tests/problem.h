@@ -175,7 +175,7 @@ struct Problem {
     return {means[s], vars[s], gamma.get(channel, 1), beta.get(channel, 0), c.eps};
   }
   // Of the gradients, and of what is normalized.
-  Precision precision() const { return {c.shape.dtype, is_masked() ? 0 : pool_values(c.shape.pools() - 1)}; }
+  Precision precision() const { return {c.shape.dtype, *std::min_element(values_.begin(), values_.end())}; }
   Precision normalized() const { return {c.shape.dtype, 0}; }
   Curve curve() const { return {c.fused.activation, c.slope, precision()}; }
 
