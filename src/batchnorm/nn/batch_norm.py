@@ -19,9 +19,9 @@ from batchnorm.functional import Measured
 from batchnorm.moments import Moments
 from batchnorm.nn import saved_modes
 from batchnorm.nn.example_weighing import by_example
-from batchnorm.nn.renormalization import Renorm, effective
+from batchnorm.nn.renormalization import Renorm, by_measured, effective
 from batchnorm.nn.running_statistics import ESTIMATORS, NONFINITE, VARIANCES, Accumulator, recomputing, update
-from batchnorm.nn.sequences import POOLS, View, equal_steps, view
+from batchnorm.nn.sequences import POOLS, View, equal_steps, plain, view
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, is_alone
 
@@ -304,7 +304,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if functional.is_traced(input):
             return self._traced(input, residual)
         if self._special:
-            return self._by_options(View(input, None, None, 1, 0, _itself, residual), use_batch, updates)
+            return self._by_options(plain(input, residual), use_batch, updates)
         if not use_batch:
             if mean is None or var is None:
                 raise InputError(
@@ -411,8 +411,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if use_batch:
             functional.check_pools(x, self.eps, pool, seen.mask)
             if self.renorm is not None and self.running_mean is not None:
-                weight, bias = self._renormalized(seen, pool, weight, bias)
-            y, measured = functional.by_pools(x, weight, bias, residual, *settings, pool, seen.mask, seen.weights)
+                measured, weight, bias = self._renormalized(seen, pool, weight, bias)
+            apart = pool.is_merged or seen.mask is not None or seen.weights is not None or functional.is_traced(x)
+            if measured is not None and not apart:  # measured once is enough
+                kind, slope = self.activation or "identity", self.negative_slope
+                y = by_measured(x, weight, bias, residual, measured.mean, measured.var, 0, self.eps, kind, slope)
+            else:
+                y, measured = functional.by_pools(x, weight, bias, residual, *settings, pool, seen.mask, seen.weights)
         elif self.example_weight and x.numel():
             if seen.mask is not None:
                 raise InputError("example_weight does not go with a mask, lengths or packed sequences yet")
@@ -459,13 +464,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _renormalized(
         self, seen: View, pool: Pool, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """gamma r and gamma d + beta for this batch."""
+    ) -> tuple[Measured, Tensor, Tensor]:
+        """The statistics of this batch, gamma r, and gamma d + beta."""
         if pool.size or seen.steps:
             raise InputError("renorm corrects one pool a channel; it does not go with ghost_size or pool='frame'")
-        _, mean, var = functional.measure(seen.x, pool, seen.mask, seen.weights)
+        measured = functional.measure(seen.x, pool, seen.mask, seen.weights)
         dtype = seen.x.dtype if weight is None else weight.dtype
-        return effective(weight, bias, *self._corrections(mean[0], var[0], seen), dtype)
+        r, d = self._corrections(measured.mean[0], measured.var[0], seen)
+        return measured, *effective(weight, bias, r, d, dtype)
 
     def _corrections(self, mean: Tensor, var: Tensor, seen: View) -> tuple[Tensor, Tensor]:
         """r and d for this batch; a recomputation takes those of the forward that it repeats."""
@@ -539,7 +545,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """The same on ATen's own operators, for other runtimes and for torch.fx."""
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         if self._special or self._pooled or (updates and (self.momentum is None or not use_batch)):
-            return self._by_options(View(x, None, None, 1, 0, _itself, residual), use_batch, updates)
+            return self._by_options(plain(x, residual), use_batch, updates)
         tracked = updates or not use_batch
         momentum = 0.0 if self.momentum is None else self.momentum
         if updates and self.num_batches_tracked is not None:
@@ -594,10 +600,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             if getattr(self, name) != default
         ]
         return ", ".join([super().extra_repr(), *changed])
-
-
-def _itself(y: Tensor) -> Tensor:
-    return y
 
 
 def rows(options: dict[str, Any]) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def view(
     if pool is None:
         x = given
         masked, weighed = functional.positions(x, mask, lengths, weights)
-        return View(x, masked, weighed, 1, 0, _same, residual)
+        return replace(plain(x, residual), mask=masked, weights=weighed)
     return _padded(given, residual, mask, lengths, weights, pool, batch_first, ghosts)
 
 
@@ -91,6 +91,11 @@ def equal_steps(seen: View, pool: Pool) -> View:
     assert x is not None
     residual, weights = padded(seen.residual), padded(seen.weights)
     return replace(seen, x=x, residual=residual, mask=padded(mask), weights=weights, steps=most)
+
+
+def plain(x: Tensor, residual: Tensor | None) -> View:
+    """An input (N, C, *space) as it is."""
+    return View(x, None, None, 1, 0, _same, residual)
 
 
 def _same(y: Tensor) -> Tensor:
@@ -115,13 +120,13 @@ def _padded(
         )
     samples, steps = (given.shape[0], given.shape[1]) if batch_first else (given.shape[1], given.shape[0])
     first, second = given.shape[:2]
-    plain = given.transpose(1, 2)  # (N, C, L) where the batch is first
+    turned_back = given.transpose(1, 2)  # (N, C, L) where the batch is first
     if lengths is not None:
         if mask is not None:
             raise InputError("got mask and lengths, two ways to say what is valid; give one of them")
         mask = functional.within(lengths, samples, steps, given.device)
         mask = mask if batch_first else mask.t()
-    masked, weighed = functional.positions(plain, mask, None, weights)
+    masked, weighed = functional.positions(turned_back, mask, None, weights)
     by_time = pool == "frame"
     turned = batch_first if by_time else ghosts and not batch_first  # what is one pool must stand together
 
