@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import growth, kernels, peers, pools, ranks, recurrent, steps, wall
+from . import calibration, growth, kernels, peers, pools, ranks, recurrent, steps, wall
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -62,6 +62,11 @@ def _pools(quick: bool) -> list[Job]:
     return [partial(pools.measure, case, 0.5 if quick else 1.0) for case in pools.cases(quick)]
 
 
+def _calibrate(quick: bool) -> list[Job]:
+    grid = [("mlp", "torch")] if quick else product(calibration.SAMPLES, ("torch", "ours fused"))
+    return [partial(calibration.measure, network, norm, 3.0 if quick else 10.0) for network, norm in grid]
+
+
 def _peers(quick: bool) -> list[Job]:
     return [partial(peers.measure_jax, case, 0.5 if quick else 2.0) for case in peers.jax_cases(quick)]
 
@@ -82,6 +87,7 @@ SUITES: dict[str, Suite] = {
     "recurrent": Suite(_recurrent),
     "ranks": Suite(_ranks),
     "pools": Suite(_pools),
+    "calibrate": Suite(_calibrate),
     "allocator": Suite(partial(_allocator, "default")),
     "allocator-thp": Suite(partial(_allocator, "thp"), {"THP_MEM_ALLOC_ENABLE": "1"}),
     "allocator-tcmalloc": Suite(partial(_allocator, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),

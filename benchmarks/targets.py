@@ -94,6 +94,7 @@ TARGETS = (
         {"network": ("resnet18",), "dtype": ("float32",), **_FUSED},
         ("step", "x_torch", 1.08),
     ),
+    *_group("calibrate, beside forward passes in training mode", {}, ("calibrate", "x_limit", 1.1)),
     *_group(
         "LSTM training step with batch_norm='sequence'",
         {"cell": ("LSTM",), "shape": ([100, 64, 128],), "contestant": ("ours sequence",)},

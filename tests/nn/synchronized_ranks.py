@@ -314,6 +314,18 @@ def domains():
         assert (statistics[0] != statistics[1]).all()
 
 
+def two_forwards():
+    """Before one backward, each of which broadcasts the buffers: the gradients are the means of all ranks' own."""
+    x = draw(2, 4, 2, 5, 5, seed=dist.get_rank())
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Conv2d(2, 3, 3), bn.BatchNorm2d(3)).double()
+    net = parallel(copy.deepcopy(alone))
+    for module in (alone, net):
+        (module(x[0]) * module(x[1])).sin().sum().backward()
+    for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+        close(p.grad, summed(q.grad) / dist.get_world_size(), "gradient of two forwards")
+
+
 def uneven():
     """Inside Join, with another number of batches on each rank."""
     rank, n = dist.get_rank(), dist.get_world_size()

@@ -156,3 +156,27 @@ def test_refused():
         bn.BatchNorm1d(3, renorm=True)
     with pytest.raises(InputError, match="needs running statistics"):
         bn.BatchNorm1d(3, renorm=bn.Renorm(), track_running_stats=False)
+
+
+def test_ensembles_under_vmap_are_the_layers_one_by_one():
+    layers = [bn.BatchNorm1d(3, renorm=bn.Renorm(r_max=2, d_max=1, warmup=0)) for _ in range(4)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x, slope = torch.randn(8, 3), torch.arange(3.0)
+
+    def loss(parameters, buffers, x):
+        y = torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+        return (y * slope).sin().sum()
+
+    gradients, dx = torch.vmap(torch.func.grad(loss, (0, 2)), (0, 0, None))(parameters, buffers, x)
+    for k, layer in enumerate(layers):
+        alone = copy.deepcopy(layer)
+        mine = x.clone().requires_grad_()
+        (alone(mine) * slope).sin().sum().backward()
+        torch.testing.assert_close(gradients["weight"][k], alone.weight.grad)
+        torch.testing.assert_close(dx[k], mine.grad)
+        for name, buffer in alone.named_buffers():
+            torch.testing.assert_close(buffers[name][k], buffer)

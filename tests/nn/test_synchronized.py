@@ -27,7 +27,7 @@ def run_ranks(ranks, *checks):
 
 
 def test_two_ranks():
-    run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "absent")
+    run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "two_forwards", "absent")
 
 
 def test_three_ranks():

@@ -114,6 +114,31 @@ class TestStatistics:
             np.testing.assert_allclose(layer.running_mean, expected.mean, rtol=1e-11)
             np.testing.assert_allclose(layer.running_var, expected.var, rtol=1e-11)
 
+    def test_many_batches_of_every_size(self):
+        # More than are merged at once; among them batches of one value, and empty ones.
+        batches = list(torch.randn(700, 3).mul(3).add(50).split([1, 4, 0, 2, 7] * 50))
+        net = nn.Sequential(nn.BatchNorm1d(3), nn.Identity(), bn.BatchNorm1d(3, activation="relu"))
+        bn.calibrate(net, batches)
+        expected = torch.cat(batches).double()
+        np.testing.assert_allclose(net[0].running_mean, expected.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(net[0].running_var, expected.var(0), rtol=1e-6)
+        assert net[0].num_batches_tracked == net[2].num_batches_tracked == 200
+        assert "forward" not in vars(net[0])
+        assert "forward" not in vars(net[2])
+
+    def test_a_layer_with_a_forward_of_its_own_keeps_it(self):
+        class Shifted(nn.BatchNorm1d):
+            def forward(self, x):
+                return super().forward(x) + 100
+
+        inherited, patched, batches = Shifted(3), nn.BatchNorm1d(3), torch.randn(12, 3).split(4)
+        patched.forward = lambda x: nn.BatchNorm1d.forward(patched, x) + 100
+        for layer in (inherited, patched):
+            net, own = nn.Sequential(layer, nn.BatchNorm1d(3)), vars(layer).get("forward")
+            bn.calibrate(net, batches)
+            assert vars(layer).get("forward") is own
+            torch.testing.assert_close(net[1].running_mean, torch.full((3,), 100.0))
+
     @pytest.mark.parametrize("method", ["pooled", "sequential"])
     def test_output_of_one_calibrated_batch_is_the_training_output(self, method):
         # Up to m/(m-1): here m is large enough for that to vanish beside the tolerance.
@@ -397,12 +422,13 @@ class TestRestoration:
     def test_interrupted_while_writing(self, monkeypatch):
         net = randomize(network())
         before = state_of(net)
-        copy, calls = torch.Tensor.copy_, []
+        copy, calls, own = torch.Tensor.copy_, [], list(net.buffers())
 
         def interrupted_once(self, *args):
-            calls.append(self)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
+            if any(self is buffer for buffer in own):
+                calls.append(self)
+                if len(calls) == 3:
+                    raise KeyboardInterrupt
             return copy(self, *args)
 
         monkeypatch.setattr(torch.Tensor, "copy_", interrupted_once)
@@ -420,6 +446,16 @@ class TestRestoration:
         with pytest.raises(InputError, match=r"layer '1' .* batch 1 "):
             bn.calibrate(net, batches)
         assert_unchanged(net, before)
+
+    @pytest.mark.parametrize("bad", [3, 70, 129])
+    def test_the_first_layer_and_batch_that_are_not_finite(self, bad):
+        net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), bn.BatchNorm1d(3, pool="sequence"), nn.BatchNorm1d(3))
+        net.insert(2, nn.Unflatten(0, (2, 2)))
+        net.insert(4, nn.Flatten(0, 1))
+        batches = list(torch.randn(130, 4, 3))
+        batches[bad][0, 0] = torch.inf
+        with pytest.raises(InputError, match=rf"layer '1' .* batch {bad} "):
+            bn.calibrate(net, batches)
 
     def test_statistics_that_overflow_the_buffers(self):
         net = nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.BatchNorm1d(2)).half()

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -19,10 +20,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from batchnorm import functional
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import _BatchNorm as Ours
+from batchnorm.nn.modes import OURS
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 
 Method = Literal["pooled", "ioffe", "sequential"]
@@ -57,9 +60,10 @@ def calibrate(
     number of batches that a layer was measured on. A layer that runs several times in a forward
     pass pools all its uses, each normalized by its own statistics (and counted as a batch). A
     batch of one value per channel counts too; the layer's output is then its bias, as x = mean.
-    The batch's statistics take effect in the dtype of the layer's buffers. Masked, packed and
-    weighted inputs count with their valid values; statistics by time step are measured by step;
-    of domains the current one's are replaced.
+    Masked, packed and weighted inputs count with their valid values; statistics by time step are
+    measured by step; of domains the current one's are replaced. Layers of torch.nn or ours measure
+    and normalize in one reading of their input, so that the passes cost no more than forward passes
+    in training.
 
     Arguments:
         net: any network with batch-norm layers (torch's, SyncBatchNorm included, or ours).
@@ -157,6 +161,9 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
     return kept
 
 
+# What is measured is merged, and checked, once in so many runs of a layer.
+_RUNS = 64
+
 # What a layer is not while it is measured.
 _ALONE: dict[str, Any] = {"example_weight": 0.0, "process_group": None, "domains": 0}
 
@@ -176,6 +183,19 @@ def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def _domain(layer: _BatchNorm) -> int | None:
     return layer.domain if isinstance(layer, Ours) and layer.domains else None
+
+
+def _is_plain(layer: _BatchNorm) -> bool:
+    """Whether the layer is one of torch.nn's or ours, in which a channel is one pool, and has no forward of its own."""
+    known = type(layer) in OURS or type(layer) in OURS.values()
+    return known and "forward" not in layer.__dict__ and not getattr(layer, "_pooled", False)
+
+
+def _not_finite(name: str, batch: int) -> InputError:
+    return InputError(
+        f"calibrate: the input of layer {name!r} has values that are not finite in "
+        f"batch {batch} (counted from 0); the network is unchanged"
+    )
 
 
 def _is_by_batch(layer: _BatchNorm) -> bool:
@@ -228,7 +248,7 @@ def _sample_count(batch: Any) -> int:
 
 def _feed(net: nn.Module, batch: Any) -> Any:
     """Run the network on the inputs of a batch, and ignore its labels."""
-    device = next(iter([*net.parameters(), *net.buffers()])).device
+    device = next(chain(net.parameters(), net.buffers())).device
 
     def to_device(leaf: Any) -> Any:
         movable = isinstance(leaf, (Tensor, PackedSequence))
@@ -291,6 +311,39 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 # Measuring
 
 
+class _Runs:
+    """What some runs of a layer have measured: their batches, the values of a channel, mean and variance.
+
+    Copied into one tensor: small tensors kept between large ones that come and go would keep the allocator from using
+    their memory again.
+    """
+
+    def __init__(self, mean: Tensor) -> None:
+        self.batches: list[int] = []
+        self.values: list[int] = []
+        self._statistics = mean.new_empty((_RUNS, 2, *mean.shape))
+
+    def add(self, batch: int, values: int, mean: Tensor, var: Tensor) -> bool:
+        """Whether there is no room for another."""
+        row = self._statistics[len(self.values)]
+        row[0].copy_(mean)
+        row[1].copy_(var)
+        self.batches.append(batch)
+        self.values.append(values)
+        return len(self.values) == _RUNS
+
+    def moments(self) -> Moments:
+        """Of each run: (runs, C)."""
+        means, variances = self._statistics[: len(self.values)].unbind(1)
+        counts = torch.tensor(self.values, dtype=torch.float64, device=means.device)[:, None]
+        return Moments(counts, means, variances * counts)
+
+    def first_not_finite(self) -> int | None:
+        """The first batch with a value that is not finite."""
+        finite = torch.isfinite(self._statistics[: len(self.values)]).flatten(1).all(1).tolist()
+        return self.batches[finite.index(False)] if False in finite else None
+
+
 @dataclass
 class _Estimate:
     """What has been measured of one layer's input: all of it, and the sum within the batches."""
@@ -306,6 +359,12 @@ class _Estimate:
         return cls(batch, batch.m2, (batch.count - 1).clamp(min=0), uses)
 
     @classmethod
+    def of_runs(cls, runs: _Runs) -> _Estimate:
+        """All of them at once."""
+        each = runs.moments()
+        return cls(each.merge_axis(0), each.m2.sum(0), (each.count - 1).sum(), len(runs.values))
+
+    @classmethod
     def empty(cls, like: Tensor) -> _Estimate:
         none = Moments.empty(tuple(like.shape), device=like.device)
         return cls(none, none.m2, none.count, 0)
@@ -319,8 +378,7 @@ class _Estimate:
         total = int(sums[2].flatten()[0]) if sums[2].ndim == 1 else sums[2][:, :1].long()
         return _Estimate(self.pooled.all_reduce(group), sums[0], sums[1], total)
 
-    def merge(self, batch: Moments) -> _Estimate:
-        new = _Estimate.of(batch)
+    def merge(self, new: _Estimate) -> _Estimate:
         return _Estimate(
             self.pooled + new.pooled,
             self.m2_within + new.m2_within,
@@ -381,7 +439,8 @@ class _Measurement:
 
     A layer in evaluation mode normalizes by its buffers. So before each call these are replaced by
     the statistics of that very input: it is then normalized as in training, without an update, by
-    any kind of layer (also SyncBatchNorm on a CPU), and for a single value per channel, too.
+    any kind of layer (also SyncBatchNorm on a CPU), and for a single value per channel, too. Where a
+    channel is one pool, a layer of torch.nn or ours normalizes and is measured in one go instead.
     """
 
     def __init__(self, net: nn.Module, layers: dict[str, _BatchNorm]) -> None:
@@ -391,6 +450,8 @@ class _Measurement:
         self._options = {name: dict(layer.__dict__) for name, layer in layers.items()}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._estimates: dict[str, _Estimate] = {}
+        self._runs: dict[str, _Runs] = {}  # what is not in the estimates yet
+        self._reached: list[str] = []
         self._tracked: dict[str, Tensor] = {}
         self._batch = 0
 
@@ -405,7 +466,10 @@ class _Measurement:
                     # Past the checks: these are no settings of the layer's, and ranks may have unequal batches.
                     layer.__dict__.update(_ALONE)
                 hook = self._hook(name)
-                self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                if _is_plain(layer):
+                    layer.__dict__["forward"] = self._forward(layer, name, hook)
+                else:
+                    self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
         except BaseException:
             self._restore()
             raise
@@ -423,19 +487,20 @@ class _Measurement:
         self, batches: Iterable[Any], run: Callable[[Any], Any], may_be_empty: bool = False
     ) -> dict[str, _Estimate]:
         """What one pass measures, by layer, in the order in which the layers first ran."""
-        self._estimates, self._batch = {}, 0
+        self._estimates, self._runs, self._reached, self._batch = {}, {}, [], 0
         for batch in batches:
             run(batch)
             self._batch += 1
+        self._merge_runs()
         if not self._batch and not may_be_empty:
             raise InputError("calibrate: got no batches; expected at least one")
-        return self._estimates
+        return {name: self._estimates[name] for name in self._reached}
 
     def finish(self, name: str, mean: Tensor, var: Tensor) -> None:
         """Measure this layer no longer: it normalizes by these statistics from now on."""
-        self._hooks[name].remove()
-        self._set_buffers(name, mean, var)
         layer = self._layers[name]
+        self._release(name)
+        self._set_buffers(name, mean, var)
         if isinstance(layer, Ours):
             layer.source = "running"
         if counter := _step_counter(layer):
@@ -453,27 +518,74 @@ class _Measurement:
             else:
                 batch = moments(args[0] if args else next(iter(kwargs.values())))
             if not (torch.isfinite(batch.mean) & torch.isfinite(batch.m2)).all():
-                raise InputError(
-                    f"calibrate: the input of layer {name!r} has values that are not finite in "
-                    f"batch {self._batch} (counted from 0); the network is unchanged"
-                )
-            before = self._estimates.get(name)
-            self._estimates[name] = before.merge(batch) if before else _Estimate.of(batch)
+                self._merge_runs()  # a layer before this one may have met the value first
+                raise _not_finite(name, self._batch)
+            self._take(name, _Estimate.of(batch))
             if not (isinstance(layer, Ours) and _is_by_batch(layer)):
                 self._set_buffers(name, batch.mean, batch.variance(unbiased=False))
 
         return measure
+
+    def _forward(self, layer: _BatchNorm, name: str, hook: Callable[..., None]) -> Callable[..., Any]:
+        """Of a layer whose channels are pools: measures and normalizes its input in one go, where it has values."""
+        activation = getattr(layer, "activation", None), getattr(layer, "negative_slope", 0.0)
+
+        def forward(input: Any, residual: Tensor | None = None, **options: Any) -> Any:
+            simple = isinstance(input, Tensor) and not input.is_nested and all(v is None for v in options.values())
+            values = input.numel() // max(input.shape[1], 1) if simple and input.ndim > 1 else 0
+            if values < 2 or functional.is_traced(input):
+                given = {**options, "residual": residual} if isinstance(layer, Ours) else options
+                hook(layer, (input,), given)
+                return type(layer).forward(layer, input, **given)
+            layer._check_input_dim(input)
+            running = self._buffers[name]
+            functional.check(input, *running, layer.weight, layer.bias, residual, activation[0], layer.eps, True)
+            y, mean, var = functional.by_batch(input, layer.weight, layer.bias, residual, layer.eps, *activation)
+            self._reach(name)
+            runs = self._runs.get(name) or self._runs.setdefault(name, _Runs(mean[0]))
+            if runs.add(self._batch, values, mean[0], var[0]):
+                self._merge_runs()
+            return y
+
+        return forward
+
+    def _reach(self, name: str) -> None:
+        if name not in self._reached:
+            self._reached.append(name)
+
+    def _take(self, name: str, new: _Estimate) -> None:
+        self._reach(name)
+        before = self._estimates.get(name)
+        self._estimates[name] = before.merge(new) if before else new
+
+    def _merge_runs(self) -> None:
+        """Takes in what has been measured since the last time; raises for the first value that is not finite."""
+        first = {name: batch for name, runs in self._runs.items() if (batch := runs.first_not_finite()) is not None}
+        if first:
+            name = min(first, key=lambda name: (first[name], self._reached.index(name)))
+            raise _not_finite(name, first[name])
+        new = {name: _Estimate.of_runs(runs) for name, runs in self._runs.items()}
+        for name, estimate in new.items():
+            self._take(name, estimate)
+        self._runs = {}
 
     def _set_buffers(self, name: str, mean: Tensor, var: Tensor) -> None:
         old_mean, old_var = self._buffers[name]
         self._layers[name].running_mean = mean.to(old_mean)
         self._layers[name].running_var = var.to(old_var)
 
+    def _release(self, name: str) -> None:
+        """The layer's own forward again."""
+        if name in self._hooks:
+            self._hooks.pop(name).remove()
+        else:
+            self._layers[name].__dict__.pop("forward", None)
+
     def _restore(self) -> None:
-        for hook in self._hooks.values():
-            hook.remove()
         for name, (mean, var) in self._buffers.items():
             layer = self._layers[name]
+            if name in self._hooks or "forward" not in self._options[name]:
+                self._release(name)
             layer.running_mean, layer.running_var = mean, var
             if isinstance(layer, Ours):
                 layer.__dict__.update({option: self._options[name][option] for option in _ALONE})
