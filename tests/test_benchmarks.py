@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from batchnorm.kernels import cpu
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from benchmarks import __main__ as command
 from benchmarks import (
+    calibration,
     growth,
     kernels,
     machine,
@@ -202,6 +204,16 @@ def test_buffers_are_rotated():
     assert seen == [0, 1, 2, 0, 1]
 
 
+def test_calibration_has_a_figure_only_for_right_statistics(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(calibration.SAMPLES, "mlp", 600)
+    forward, ours = calibration.measure("mlp", "torch", 0.01)
+    assert (forward["contestant"], ours["contestant"], ours["limit"]) == ("forward", "ours", "forward")
+    assert 0 < ours["error"] < 1e-6
+    monkeypatch.setattr("batchnorm.calibrate", lambda net, batches: net)
+    (absent,) = calibration.measure("mlp", "torch", 0.01)
+    assert "off by" in absent["absent"]
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"suite": "wall"}\n{"suite": "ker')
@@ -230,6 +242,8 @@ def plan() -> list[rows.Row]:
     for cell, size, axis in recurrent.cases(quick=False):
         row = {"suite": "recurrent", "cell": cell, "shape": list(size.shape), "dtype": "float32", "axis": axis}
         planned += [{**row, "direction": "step", "x_loop": 1.0, "contestant": name} for name in recurrent.FORMS]
+    for network, norm in product(calibration.SAMPLES, ("torch", "ours fused")):
+        planned.append({"suite": "calibrate", "network": network, "norm": norm, "contestant": "ours"})
     shared = {"ms": 1.0, "x_torch": 1.0, "x_limit": 1.0, "limit": "copy", "rounds": 5, **machine.environment()}
     return [{**shared, "quick": False, **row} for row in planned]
 
