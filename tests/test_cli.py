@@ -237,13 +237,75 @@ def test_convert_and_the_forms_of_summary(users, capsys):
     assert not (users / "d.safetensors").exists()
 
 
-def test_fold_takes_files(tmp_path, capsys):
+def test_archives_instead_of_networks(tmp_path, capsys):
     net, x = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval(), torch.randn(2, 1, 8, 8)
-    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
-    assert main(["fold", str(tmp_path / "net.pt2"), "--out", str(tmp_path / "out.pt2")]) == 0
+    path, out = str(tmp_path / "net.pt2"), str(tmp_path / "out.pt2")
+    torch.export.save(torch.export.export(net, (x,)), path)
+    assert main(["fold", path, "--out", out]) == 0
     assert "1 -> 0" in capsys.readouterr().out
-    torch.testing.assert_close(torch.export.load(tmp_path / "out.pt2").module()(x), net(x))
-    for arguments in (["net.pt2"], ["net.pt2", "--out", "x.onnx"], ["--out", "x.onnx"], ["net.txt", "--out", "x.txt"]):
-        assert main(["fold", *arguments]) == 2
-    assert main(["fold", "gone.onnx", "--out", str(tmp_path / "out.onnx")]) == 2
-    assert "gone.onnx" in capsys.readouterr().err
+    torch.testing.assert_close(torch.export.load(out).module()(x), net(x))
+    assert main(["summary", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["type"] == "BatchNorm2d"
+    assert main(["convert", path, "--out", out]) == 0
+    torch.testing.assert_close(torch.export.load(out).module()(x), net(x))
+
+
+def test_onnx_files(tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    parts = [
+        onnx.numpy_helper.from_array(np.full(3, v, np.float32), n) for n, v in zip("gbmv", (2, 1, 3, 4), strict=True)
+    ]
+    parts.append(onnx.numpy_helper.from_array(np.ones((3, 1, 1), np.float32), "w"))
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["y"], "conv"),
+        onnx.helper.make_node("BatchNormalization", ["y", *"gbmv"], ["z"], "bn"),
+    ]
+    values = [onnx.helper.make_tensor_value_info(*v) for v in (("x", 1, ["n", 1, "t"]), ("z", 1, ["n", 3, "t"]))]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:], parts)
+    opset = [onnx.helper.make_opsetid("", 17)]
+    path, out = tmp_path / "m.onnx", tmp_path / "out.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    x = np.random.default_rng(0).normal(size=(3, 1, 5)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    assert main(["fold", str(path), "--out", str(out), "--inputs", str(tmp_path / "x.npz")]) == 0
+    shown = capsys.readouterr().out
+    assert "bn -> conv" in shown
+    assert "example, float32" in shown
+    sessions = [runtime.InferenceSession(str(p), providers=["CPUExecutionProvider"]) for p in (path, out)]
+    np.testing.assert_allclose(*(session.run(None, {"x": x})[0] for session in sessions), rtol=1e-5, atol=1e-5)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:100])
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:-40])
+    for arguments, message in (
+        ([str(path), "--inputs", str(tmp_path / "cut.npz")], "cut.npz: it cannot be read"),
+        ([str(tmp_path / "cut.onnx")], "cannot be read as an ONNX model"),
+        ([str(tmp_path / "gone.onnx")], "gone.onnx"),
+        ([str(path), "--tolerance", "0"], "nothing was written"),
+    ):
+        assert main(["fold", *arguments, "--out", str(tmp_path / "no.onnx")]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.npz", "cut.onnx", "m.onnx", "out.onnx", "x.npz"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_names_its_extra(package, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "m.onnx").touch()
+    assert main(["fold", str(tmp_path / "m.onnx"), "--out", str(tmp_path / "out.onnx")]) == 2
+    assert f"{package} is not installed: pip install 'batchnorm[export]'" in capsys.readouterr().err
+
+
+def test_files_and_networks_are_not_mixed(tmp_path, capsys):
+    for arguments, message in (
+        (["fold", "net.pt2", "--out", "x.onnx"], "--out of the same kind"),
+        (["fold", "--out", "x.onnx"], "either a file"),
+        (["fold", "net.txt", "--out", "x.txt"], "expected .onnx or .pt2"),
+        (["fold", "net.pt2", "--network", "a:b", "--out", "x.pt2"], "either a file"),
+        (["fold", "net.pt2", "--shape", "2,3", "--out", "x.pt2"], "go with --network"),
+        (["fold", "net.pt2", "--inputs", "x.npz", "--out", "x.pt2"], "goes with an .onnx file"),
+        (["summary", "--network", "a:b"], "needs --shape"),
+        (["summary", "net.onnx"], "expected .pt2"),
+        (["convert", "gone.pt2", "--out", "x.pt2"], "gone.pt2"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

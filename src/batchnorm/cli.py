@@ -276,23 +276,47 @@ WeightsOption = Annotated[
     typer.Option(help="Weights of the network: .safetensors, or a .pt state dict (weights_only)."),
 ]
 FactoryOption = Annotated[str, typer.Option(help="package.module:factory of the network.")]
-ShapeOption = Annotated[str, typer.Option(help="Shape of an example input, the batch first, as in 2,3,32,32.")]
+EitherOption = Annotated[str | None, typer.Option(help="package.module:factory of the network, instead of a file.")]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="With --network: shape of an example input, the batch first, as in 2,3,32,32.")
+]
 OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
+FormOption = Annotated[Path, typer.Option(help="The file to write: .safetensors, or of the same kind as a file given.")]
+ArchiveArgument = Annotated[Path | None, typer.Argument(help="A torch.export archive (.pt2).")]
 
 
-@app.command(epilog="`batchnorm summary --network mymodels:resnet --shape 2,3,32,32 --html layers.html`")
+@app.command(
+    epilog="""**Examples**
+
+`batchnorm summary --network mymodels:resnet --shape 2,3,32,32 --html layers.html`
+
+`batchnorm summary model.pt2 --json`
+"""
+)
 def summary(
-    network: FactoryOption,
-    shape: ShapeOption,
+    file: ArchiveArgument = None,
+    network: EitherOption = None,
+    shape: ShapeOption = None,
     weights: WeightsOption = None,
     html: Annotated[Path | None, typer.Option(help="Also write the table as a page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Show a network's batch norm layers: four vectors a layer, two trained, two not."""
+    """Show a network's batch norm layers: four vectors a layer, two trained, two not.
+
+    Also what feeds each layer, where it stands, biases that it makes redundant, how many values share statistics on
+    an input of --shape, and all parameters as trained and not trained.
+    """
     from batchnorm import summary as summarize
 
-    net, example = _load(network, shape, weights)
-    found = summarize(net, example)
+    if _is_file("summary", file, (".pt2",), network, shape, weights):
+        from batchnorm.surgery.archives import open_archive, quiet
+
+        assert file is not None
+        archive = open_archive(file)
+        with quiet():
+            found = summarize(archive.net, archive.example)
+    else:
+        found = summarize(*_load(network, shape, weights))
     if html is not None:
         _write(html, found.to_html().encode())
     if as_json:
@@ -337,54 +361,110 @@ def calibrate(
 
 `batchnorm fold --network mymodels:resnet --weights net.safetensors --shape 2,3,32,32 --out folded.safetensors`
 
-`batchnorm fold model.onnx --out folded.onnx`
+`batchnorm fold model.onnx --out folded.onnx --inputs samples.npz`
 
 `batchnorm fold model.pt2 --out folded.pt2`
 """
 )
 def fold(
-    out: OutOption,
+    out: FormOption,
     file: Annotated[Path | None, typer.Argument(help="An .onnx file or a torch.export archive (.pt2).")] = None,
-    network: Annotated[str | None, typer.Option(help="package.module:factory, instead of a file.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Shape of an example input, with --network.")] = None,
+    network: EitherOption = None,
+    shape: ShapeOption = None,
     weights: WeightsOption = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="With an .onnx file: arrays by input name (.npz) to compare on.", show_default="random ones"),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest accepted difference, as a share of an output's largest value.", show_default="1e-5 in float32"
+        ),
+    ] = None,
 ) -> None:
-    """Fold batch norm into the layers around it, prove the result, and write it."""
-    if (file is None) == (network is None):
-        raise InputError("fold: give either a file (.onnx, .pt2) or --network.")
-    if file is not None:
-        if shape is not None or weights is not None:
-            raise InputError("fold: --shape and --weights go with --network; a file has its own.")
-        typer.echo(str(_fold_file(file, out)))
+    """Fold batch norm into the layers around it, prove the result, and write it.
+
+    The certificate says what was folded into what, what stayed and why, and how far the outputs of the folded network
+    are from those of the unfolded one. What cannot be folded exactly stays; nothing is written if the outputs differ.
+    """
+    kinds = (".onnx", ".pt2")
+    if inputs is not None and (file is None or file.suffix != ".onnx"):
+        raise InputError(
+            "fold: --inputs goes with an .onnx file; an archive holds an example, --network takes --shape."
+        )
+    if _is_file("fold", file, kinds, network, shape, weights, out):
+        assert file is not None
+        typer.echo(str(_fold_file(file, out, inputs, tolerance)))
         return
-    if network is None or shape is None:
-        raise InputError("fold: --network needs --shape, the shape of an example input.")
     from batchnorm import fold as fold_into
 
     net, example = _load(network, shape, weights)
-    folded = fold_into(net.eval(), example)
+    folded = fold_into(net.eval(), example, tolerance=tolerance)
     _save(folded.model, out)
     typer.echo(str(folded.certificate))
 
 
+def _is_file(
+    verb: str,
+    file: Path | None,
+    kinds: tuple[str, ...],
+    network: str | None,
+    shape: str | None,
+    weights: Path | None,
+    out: Path | None = None,
+) -> bool:
+    """Whether a file was given instead of --network; complains about both, neither, or another kind."""
+    known = " or ".join(kinds)
+    if (file is None) == (network is None):
+        raise InputError(f"{verb}: give either a file ({known}) or --network.")
+    if file is None:
+        if shape is None:
+            raise InputError(f"{verb}: --network needs --shape, the shape of an example input.")
+        return False
+    if shape is not None or weights is not None:
+        raise InputError(f"{verb}: --shape and --weights go with --network; a file has its own.")
+    if file.suffix not in kinds or (out is not None and out.suffix != file.suffix):
+        raise InputError(
+            f"{verb}: {file}: expected {known}" + (f", and --out of the same kind, got {out}." * bool(out))
+        )
+    return True
+
+
 @app.command(
-    epilog="`batchnorm convert --network mymodels:resnet --weights net.pt --set nonfinite=skip --out net.safetensors`"
+    epilog="""**Examples**
+
+`batchnorm convert --network mymodels:resnet --shape 2,3,32,32 --set nonfinite=skip --out net.safetensors`
+
+`batchnorm convert model.pt2 --set example_weight=0.02 --out weighed.pt2`
+"""
 )
 def convert(
-    network: FactoryOption,
-    shape: ShapeOption,
-    out: OutOption,
+    out: FormOption,
+    file: ArchiveArgument = None,
+    network: EitherOption = None,
+    shape: ShapeOption = None,
     weights: WeightsOption = None,
     to: Annotated[str, typer.Option(help="batchnorm, torch or sync.")] = "batchnorm",
     options: Annotated[
         list[str] | None, typer.Option("--set", help="An option of every layer, NAME=VALUE; may be repeated.")
     ] = None,
 ) -> None:
-    """Give every batch norm layer the same options or class, check the network, and write its weights."""
+    """Give every batch norm layer the same options or class, check the network, and write its weights.
+
+    Without --set the network's output has to stay the same. Of an archive the options count that matter in evaluation.
+    """
+    values = dict(_assignment(text) for text in options or ())
+    if _is_file("convert", file, (".pt2",), network, shape, weights, out):
+        from batchnorm.surgery.files import convert_archive, save_archive
+
+        assert file is not None
+        save_archive(convert_archive(file, to=to, **values), out)
+        typer.echo(f"Written: {out}")
+        return
     from batchnorm import convert as convert_all
 
     net, example = _load(network, shape, weights)
-    values = dict(_assignment(text) for text in options or ())
     convert_all(net, example, to=to, **values)
     _save(net, out)
     typer.echo(str(net))
@@ -401,25 +481,30 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _fold_file(file: Path, out: Path) -> Any:
+def _fold_file(file: Path, out: Path, inputs: Path | None, tolerance: float | None) -> Any:
     """Fold an ONNX file or an archive into `out`, of the same kind; the certificate."""
-    if file.suffix not in (".onnx", ".pt2") or out.suffix != file.suffix:
-        raise InputError(f"fold: {file} to {out}: expected .onnx to .onnx, or .pt2 to .pt2.")
-    from batchnorm.surgery.files import fold_archive, fold_onnx
+    from batchnorm.surgery.files import fold_archive, fold_onnx, save_archive, save_onnx
 
     if file.suffix == ".onnx":
-        model, certificate = fold_onnx(file)
-        _write(out, model.SerializeToString())
-        return certificate
-    import io
-
-    import torch
-
-    program, certificate = fold_archive(file)
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    _write(out, buffer.getvalue())
+        model, certificate = fold_onnx(file, None if inputs is None else _arrays(inputs), tolerance=tolerance)
+        save_onnx(model, out)
+    else:
+        program, certificate = fold_archive(file, tolerance=tolerance)
+        save_archive(program, out)
+    typer.echo(f"Written: {out}")
     return certificate
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+            return dict(held)
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: it cannot be read as an .npz file of arrays ({error}).") from error
 
 
 def _write(out: Path, content: bytes) -> None:
@@ -558,8 +643,10 @@ def info() -> None:
     show_config()
 
 
-def _load(network: str, shape: str, weights: Path | None) -> tuple[nn.Module, Tensor]:
+def _load(network: str | None, shape: str | None, weights: Path | None) -> tuple[nn.Module, Tensor]:
     """The network, and a random example of `shape`."""
+    assert network is not None
+    assert shape is not None
     try:
         sizes = [int(size) for size in shape.split(",")]
     except ValueError:
