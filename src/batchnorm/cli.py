@@ -445,7 +445,11 @@ def convert(
     network: EitherOption = None,
     shape: ShapeOption = None,
     weights: WeightsOption = None,
-    to: Annotated[str, typer.Option(help="batchnorm, torch or sync.")] = "batchnorm",
+    to: Annotated[
+        str,
+        typer.Option(help="batchnorm, torch, sync, or, of layers that normalize each sample, group_norm, layer_norm."),
+    ] = "batchnorm",
+    of: Annotated[str, typer.Option(help="Which layers: batch_norm, group_norm or layer_norm.")] = "batch_norm",
     options: Annotated[
         list[str] | None, typer.Option("--set", help="An option of every layer, NAME=VALUE; may be repeated.")
     ] = None,
@@ -459,13 +463,13 @@ def convert(
         from batchnorm.surgery.files import convert_archive, save_archive
 
         assert file is not None
-        save_archive(convert_archive(file, to=to, **values), out)
+        save_archive(convert_archive(file, to=to, of=of, **values), out)
         typer.echo(f"Written: {out}")
         return
     from batchnorm import convert as convert_all
 
     net, example = _load(network, shape, weights)
-    convert_all(net, example, to=to, **values)
+    convert_all(net, example, to=to, of=of, **values)
     _save(net, out)
     typer.echo(str(net))
 

@@ -78,9 +78,6 @@ def test_what_cannot_be_converted_is_refused_with_its_name():
     for target in ("torch", "sync"):
         with pytest.raises(SurgeryError, match="'1' has activation='relu'"):
             bn.convert(net, to=target)
-    for target in ("group_norm", "layer_norm"):
-        with pytest.raises(SurgeryError, match="pools over a sample"):
-            bn.convert(net, to=target)
     with pytest.raises(SurgeryError, match="give an example"):
         bn.convert(nn.Sequential(nn.SyncBatchNorm(4)))
     with pytest.raises(SurgeryError, match="frozen"):
@@ -117,3 +114,117 @@ def test_reverting_what_was_never_changed_is_nothing():
     net = network()
     before = picture(net)
     assert picture(bn.revert(net)) == before
+
+
+BY_SAMPLE = {
+    "group norm": (lambda: nn.GroupNorm(2, 6), (6, 5, 4)),
+    "one group": (lambda: nn.GroupNorm(1, 6, eps=1e-2), (6, 5)),
+    "instance norm": (lambda: nn.GroupNorm(6, 6), (6, 3, 3, 3)),
+    "rows in groups": (lambda: nn.GroupNorm(2, 6, affine=False), (6,)),
+    "layer norm": (lambda: nn.LayerNorm(6, bias=False), (6,)),
+    "layer norm over space": (lambda: nn.LayerNorm((6, 5, 4)), (6, 5, 4)),
+    "layer norm without gamma": (lambda: nn.LayerNorm((6, 5), elementwise_affine=False), (6, 5)),
+}
+
+
+def parts(net):
+    """All that a copy must have, parameters and their gradients' flags too."""
+    return [
+        (m.__class__, {k: v for k, v in m.__dict__.items() if k not in nn.Module().__dict__}, sorted(m._buffers))
+        for m in net.modules()
+    ], [(name, p.shape, p.requires_grad) for name, p in net.named_parameters()]
+
+
+@pytest.mark.parametrize("name", BY_SAMPLE)
+def test_normalization_of_each_sample_is_a_form_of_ours(name):
+    make, shape = BY_SAMPLE[name]
+    net = nn.Sequential(nn.Identity(), make())
+    one_a_channel = not isinstance(net[1], nn.LayerNorm) or len(net[1].normalized_shape) == 1
+    for parameter in net.parameters():
+        nn.init.normal_(parameter) if one_a_channel else nn.init.constant_(parameter, 1.5)
+    of = "layer_norm" if isinstance(net[1], nn.LayerNorm) else "group_norm"
+    original, before, state = copy.deepcopy(net), parts(net), copy.deepcopy(net.state_dict())
+    parameters = list(net.parameters())
+    bn.convert(net, torch.randn(3, *shape), of=of)
+    assert isinstance(net[1], (bn.BatchNorm1d, bn.BatchNorm2d, bn.BatchNorm3d))
+    assert net.state_dict().keys() == state.keys()
+    if one_a_channel:
+        assert all(a is b for a, b in zip(parameters, net.parameters(), strict=True))
+    for batch in (1, 4):
+        for mode in (True, False):
+            x, y = (torch.randn(batch, *shape, dtype=torch.float64).requires_grad_() for _ in range(2))
+            with torch.no_grad():
+                y.copy_(x)
+            expected = original.train(mode).double()(x)
+            actual = net.train(mode).double()(y)
+            torch.testing.assert_close(actual, expected)
+            upstream = torch.randn_like(expected)
+            expected.backward(upstream)
+            actual.backward(upstream)
+            torch.testing.assert_close(y.grad, x.grad, rtol=1e-6, atol=1e-8)
+    net.float()
+    back = bn.convert(copy.deepcopy(net), torch.randn(2, *shape), to="group_norm")
+    assert type(back[1]) is nn.GroupNorm
+    x = torch.randn(5, *shape)
+    torch.testing.assert_close(back(x), net(x))
+    torch.testing.assert_close(bn.revert(back)(x), net(x))
+    if of == "layer_norm" and len(shape) == 1:
+        again = bn.convert(copy.deepcopy(net), torch.randn(2, *shape), to="layer_norm")
+        torch.testing.assert_close(again(x), net(x))
+        assert repr(again[1]) == repr(original[1])
+    bn.revert(net)
+    assert parts(net) == before
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_ours_to_group_norm_and_back():
+    net = nn.Sequential(bn.BatchNorm2d(6, track_running_stats=False, ghost_size=1, channel_groups=3, source="batch"))
+    before, x = parts(net), torch.randn(4, 6, 3, 3)
+    expected = net(x)
+    bn.convert(net, to="group_norm")
+    assert repr(net[0]) == repr(nn.GroupNorm(3, 6))
+    torch.testing.assert_close(net(x), expected)
+    assert parts(bn.revert(net)) == before
+
+
+LAYERS = {
+    "pools over a sample": lambda: nn.BatchNorm2d(6),
+    "computes the same": lambda: bn.BatchNorm2d(6, channel_groups=2),
+    "keeps running statistics": lambda: bn.BatchNorm2d(6, ghost_size=1, source="batch"),
+    "has activation='relu'": lambda: bn.BatchNorm2d(6, ghost_size=1, track_running_stats=False, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("reason", LAYERS)
+@pytest.mark.parametrize("to", ["group_norm", "layer_norm"])
+def test_what_pools_over_the_batch_is_no_group_norm(reason, to):
+    net = nn.Sequential(LAYERS[reason]())
+    before = parts(net)
+    with pytest.raises(SurgeryError, match=reason):
+        bn.convert(net, torch.randn(2, 6, 3, 3), to=to)
+    assert parts(net) == before
+
+
+def test_normalization_of_each_sample_that_has_no_form():
+    places = nn.LayerNorm((6, 4))
+    nn.init.normal_(places.weight)
+    flat = bn.BatchNorm2d(6, ghost_size=1, channel_groups=1, track_running_stats=False)
+    for layer, of, x, reason in (
+        (places, "layer_norm", torch.randn(2, 6, 4), "differ between the places"),
+        (nn.LayerNorm(6), "layer_norm", torch.randn(2, 4, 6), "each position by itself"),
+        (nn.GroupNorm(2, 6), "group_norm", None, "give an example"),
+        (nn.GroupNorm(2, 6), "group_norm", torch.randn(2, 6, 1, 1, 1, 2), "with 6 axes"),
+    ):
+        net = nn.Sequential(layer)
+        with pytest.raises(SurgeryError, match=reason):
+            bn.convert(net, x, of=of)
+        assert net[0] is layer
+    for x in (None, torch.randn(2, 6, 3, 3)):
+        with pytest.raises(SurgeryError, match="an example has to show"):
+            bn.convert(nn.Sequential(copy.deepcopy(flat)), x, to="layer_norm")
+    for options in ({"to": "torch"}, {"nonfinite": "skip"}):
+        with pytest.raises(InputError, match="goes with to='batchnorm'"):
+            bn.convert(nn.Sequential(nn.GroupNorm(2, 6)), of="group_norm", **options)
+    with pytest.raises(SurgeryError, match="no GroupNorm"):
+        bn.convert(nn.Sequential(nn.BatchNorm2d(6)), of="group_norm")

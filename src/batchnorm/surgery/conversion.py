@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError, SurgeryError
@@ -16,7 +17,8 @@ from batchnorm.surgery.freezing import is_frozen
 from batchnorm.surgery.graph import is_plain, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 
-TARGETS = ("batchnorm", "torch", "sync")
+TARGETS = ("batchnorm", "torch", "sync", "group_norm", "layer_norm")
+SOURCES: dict[str, type[nn.Module]] = {"batch_norm": _BatchNorm, "group_norm": nn.GroupNorm, "layer_norm": nn.LayerNorm}
 _MEMORY = "_before_conversion"
 _ABSORBED = "_absorbed"
 _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
@@ -27,19 +29,17 @@ _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
 _BY_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
 _ROWS = ("pool", "max_steps", "domains")
 _RENAMED = {"running_var": "running_var_kind"}
-_NO_FORM = {
-    "group_norm": "GroupNorm pools over a sample, batch normalization over the batch: no GroupNorm computes the same",
-    "layer_norm": "LayerNorm pools over a sample, batch normalization over the batch: no LayerNorm computes the same",
-}
+_BY_SAMPLE = {"group_norm": "GroupNorm", "layer_norm": "LayerNorm"}
 
 
 @dataclass(frozen=True)
 class Original:
-    """A layer's class, own attributes and names of buffers before it was converted."""
+    """A layer's class, own attributes, names of buffers and shapes of parameters before it was converted."""
 
     kind: type[nn.Module]
     attributes: dict[str, Any]
     buffers: frozenset[str]
+    shapes: dict[str, torch.Size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
         return self  # never changed, and a process group in it is a handle
@@ -57,7 +57,9 @@ class Absorbed(nn.Identity):
         return repr(self.__dict__[_ABSORBED])
 
 
-def convert(net: nn.Module, example: Any = None, *, to: str = "batchnorm", **options: Any) -> nn.Module:
+def convert(
+    net: nn.Module, example: Any = None, *, to: str = "batchnorm", of: str = "batch_norm", **options: Any
+) -> nn.Module:
     """Give every batch normalization layer of ``net`` the same options, or another class, in place.
 
     Layers keep their parameters, running statistics, hooks and ``state_dict`` keys; they stay the same objects, so
@@ -67,13 +69,21 @@ def convert(net: nn.Module, example: Any = None, *, to: str = "batchnorm", **opt
     option is given. With a process group, ``layer.label`` becomes the layer's name in ``net``, which errors of
     synchronization tell.
 
+    ``torch.nn.GroupNorm`` is this package's layer with ``ghost_size=1`` (each sample for itself), ``channel_groups=G``,
+    ``source="batch"`` and no running statistics, for every size of batch, in training and in evaluation; so is
+    ``torch.nn.LayerNorm`` over all axes but the first, of one group, if its gamma and beta are one number a channel.
+    ``of="group_norm"`` and ``of="layer_norm"`` convert to that form, ``to="group_norm"`` and ``to="layer_norm"`` from
+    it. Batch normalization that pools over the batch has no such form and is refused.
+
     Args:
         net: the network; it is changed and returned.
-        example: an input; needed to know the axes of ``SyncBatchNorm``'s inputs. Where it is given and no option is,
-            the network's output on it in evaluation mode has to stay the same.
+        example: an input; needed to know the axes of ``SyncBatchNorm``'s, ``GroupNorm``'s and ``LayerNorm``'s inputs.
+            Where it is given and no option is, the network's output on it in evaluation mode has to stay the same.
         to: ``"batchnorm"`` (this package's layers), ``"torch"`` (``torch.nn.BatchNorm*d``; an option of ours that
-            torch lacks is refused) or ``"sync"`` (``torch.nn.SyncBatchNorm``). ``"group_norm"`` and ``"layer_norm"``
-            are always refused: no such layer computes the same.
+            torch lacks is refused), ``"sync"`` (``torch.nn.SyncBatchNorm``), ``"group_norm"`` or ``"layer_norm"``
+            (of layers that normalize each sample by itself).
+        of: which layers are converted: ``"batch_norm"``, or ``"group_norm"`` or ``"layer_norm"`` (to ``"batchnorm"``
+            alone, without options). A ``LayerNorm`` over (C, *space) gets new parameters of shape (C,).
         options: for ``"batchnorm"``: eps, momentum, decay, and what our layers take beyond torch's, as
             ``nonfinite="skip"``.
 
@@ -89,23 +99,33 @@ def convert(net: nn.Module, example: Any = None, *, to: str = "batchnorm", **opt
         True
     """
     root = unwrap(net, "convert")
-    if to not in (*TARGETS, *_NO_FORM):
-        raise InputError(f"convert: to is {to!r}, expected one of {', '.join((*TARGETS, *_NO_FORM))}")
+    for name, value, known in (("to", to, TARGETS), ("of", of, tuple(SOURCES))):
+        if value not in known:
+            raise InputError(f"convert: {name} is {value!r}, expected one of {', '.join(known)}")
+    if of != "batch_norm" and (to != "batchnorm" or options):
+        raise InputError(f"convert: of={of!r} goes with to='batchnorm' and no options; give those in a second call")
     values = _checked_options(to, options)
-    layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, SOURCES[of])}
     if not layers:
-        raise SurgeryError("convert: the network has no batch normalization")
+        raise SurgeryError(
+            f"convert: the network has no {'batch normalization' if of == 'batch_norm' else _BY_SAMPLE[of]}"
+        )
     given = None if example is None else Example.of(example)
-    axes = {} if given is None else _axes(root, given)
-    targets = {name: _target(layer, to, axes.get(id(layer)), values) for name, layer in layers.items()}
+    seen = {} if given is None else _shapes(root, given, SOURCES[of])
+    targets = {name: _target(layer, to, seen.get(id(layer), set()), values) for name, layer in layers.items()}
     reasons = [f"'{name}' {target}" for name, target in targets.items() if isinstance(target, str)]
     if reasons:
         raise SurgeryError(f"convert: {'; '.join(reasons)}. Nothing was changed.")
     steps = []
     for name, target in targets.items():
         assert not isinstance(target, str)
-        own = _with_group(name, layers[name], target, values)
-        steps.append(Step(f"{name}: {target.__name__}", becoming(layers[name], target, own)))
+        if of != "batch_norm":
+            do = _from_sample(layers[name], target)
+        elif to in _BY_SAMPLE:
+            do = _to_sample(layers[name], target)
+        else:
+            do = becoming(layers[name], target, _with_group(name, layers[name], target, values))
+        steps.append(Step(f"{name}: {target.__name__}", do))
     before = copy_of(root).eval() if given is not None and not values else None
 
     def verify() -> None:
@@ -155,9 +175,7 @@ def becoming(layer: nn.Module, kind: type[nn.Module], options: dict[str, Any]) -
     """Make the layer one of class ``kind`` with these options, and remember what it was."""
 
     def do() -> None:
-        if _MEMORY not in layer.__dict__:
-            original = Original(type(layer), _own(layer), frozenset(layer._buffers))
-            layer.__dict__[_MEMORY] = original
+        _remember(layer)
         if type(layer) is not kind:
             state = dict(layer.__dict__)
             layer.__class__ = kind
@@ -169,6 +187,109 @@ def becoming(layer: nn.Module, kind: type[nn.Module], options: dict[str, Any]) -
             setattr(layer, name, value)
 
     return do
+
+
+def _remember(layer: nn.Module) -> None:
+    if _MEMORY not in layer.__dict__:
+        shapes = {name: p.shape for name, p in layer._parameters.items() if p is not None}
+        layer.__dict__[_MEMORY] = Original(type(layer), _own(layer), frozenset(layer._buffers), shapes)
+
+
+def _from_sample(layer: Any, kind: type[nn.Module]) -> Callable[[], None]:
+    """Make a GroupNorm or LayerNorm batch normalization of each sample by itself."""
+    groups, channels = _groups(layer)
+
+    def do() -> None:
+        _remember(layer)
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and parameter.dim() > 1:
+                flat = parameter.detach().flatten(1)[:, 0].clone()
+                layer._parameters[name] = nn.Parameter(flat, requires_grad=parameter.requires_grad)
+        for name in _own(layer):
+            if name != "eps":
+                del layer.__dict__[name]
+        layer.__dict__.update(num_features=channels, momentum=0.1, track_running_stats=False)
+        layer.__dict__["affine"] = layer._parameters["weight"] is not None
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            layer.register_buffer(name, None)
+        options = {"source": "batch", "ghost_size": 1, "channel_groups": groups if groups < channels else 0}
+        becoming(layer, kind, options)()
+
+    return do
+
+
+def _to_sample(layer: Any, kind: type[nn.Module]) -> Callable[[], None]:
+    """The way back from `_from_sample`."""
+    groups, channels = layer.channel_groups or layer.num_features, layer.num_features
+
+    def do() -> None:
+        _remember(layer)
+        eps, affine = layer.eps, layer.weight is not None
+        for name in (*_own(layer), "_accumulator"):
+            layer.__dict__.pop(name, None)
+        layer._buffers.clear()
+        layer.__class__ = kind
+        layer.__dict__["eps"] = eps
+        if kind is nn.GroupNorm:
+            layer.__dict__.update(num_groups=groups, num_channels=channels, affine=affine)
+        else:
+            layer.__dict__.update(normalized_shape=(channels,), elementwise_affine=affine)
+
+    return do
+
+
+def _groups(layer: Any) -> tuple[int, int]:
+    """Groups of channels that share statistics, and channels."""
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_groups, layer.num_channels
+    return 1, layer.normalized_shape[0]
+
+
+def _of_sample(layer: Any, shapes: set[tuple[int, ...]]) -> type[nn.Module] | str:
+    """Our class for a GroupNorm or LayerNorm on inputs of these shapes, or why there is none."""
+    kind = type(layer)
+    if kind not in (nn.GroupNorm, nn.LayerNorm) or not is_plain(layer):
+        return f"is a {kind.__qualname__}, which may do more than torch.nn's"
+    ranks = {len(shape) for shape in shapes}
+    if len(ranks) != 1:
+        return f"is a {kind.__name__}, which takes inputs of any rank; give an example that passes through it in one"
+    (axes,) = ranks
+    if axes not in _BY_AXES:
+        return f"normalizes inputs with {axes} axes, which no layer for (N, C, *space) takes"
+    if kind is nn.LayerNorm:
+        if axes != len(layer.normalized_shape) + 1:
+            return (
+                f"normalizes the last {len(layer.normalized_shape)} of {axes} axes: each position by itself, "
+                "where no layer here pools less than a sample"
+            )
+        for parameter in layer.parameters():
+            flat = parameter.detach().reshape(len(parameter), -1)
+            if not bool((flat == flat[:, :1]).all()):
+                return "has gamma and beta that differ between the places of a channel, where ours are one a channel"
+    return ours.BY_RANK[_BY_AXES[axes]]
+
+
+def _by_sample(layer: _BatchNorm, to: str, shapes: set[tuple[int, ...]]) -> type[nn.Module] | str:
+    """GroupNorm or LayerNorm for a layer that normalizes each sample by itself; for others, why there is none."""
+    name = _BY_SAMPLE[to]
+    if not isinstance(layer, ours._BatchNorm) or layer.ghost_size != 1:
+        return f"stays: {name} pools over a sample, batch normalization over the batch: no {name} computes the same"
+    if layer.running_mean is not None or layer.running_var is not None:
+        return f"keeps running statistics, which {name} lacks; construct it with track_running_stats=False"
+    if type(layer) not in ours.BY_RANK.values():
+        return f"is a {type(layer).__qualname__}, which takes other inputs than {name}"
+    allowed = {"ghost_size", "ghost_update", "channel_groups", "source", "update", "negative_slope"}
+    for option, default in ours.OPTIONS.items():
+        if option not in allowed and getattr(layer, option) != default:
+            return f"has {option}={getattr(layer, option)!r}, which {name} lacks"
+    if to == "group_norm":
+        return nn.GroupNorm
+    groups = layer.channel_groups or layer.num_features
+    if groups > 1:
+        return f"normalizes {groups} groups of channels, LayerNorm one; to='group_norm' has them"
+    if {len(shape) for shape in shapes} != {2}:
+        return "is LayerNorm for inputs (N, C) alone, which an example has to show; to='group_norm' takes all"
+    return nn.LayerNorm
 
 
 def replacing(net: nn.Module, old: nn.Module, new: nn.Module) -> Callable[[], None]:
@@ -209,33 +330,31 @@ def _checked_options(to: str, options: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _axes(net: nn.Module, example: Example) -> dict[int, int]:
-    """The number of axes of the input of every batch normalization layer, by the layer's id."""
+def _shapes(net: nn.Module, example: Example, kind: type[nn.Module]) -> dict[int, set[tuple[int, ...]]]:
+    """The shapes of the inputs of every layer of a kind, by the layer's id."""
     watched = copy_of(net).eval()
-    pairs = zip(net.modules(), watched.modules(), strict=True)
-    found: dict[int, int] = {}
-    for module, twin in pairs:
-        if isinstance(module, _BatchNorm):
-            twin.register_forward_pre_hook(_noting_axes(found, id(module)))
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for module, twin in zip(net.modules(), watched.modules(), strict=True):
+        if isinstance(module, kind):
+            twin.register_forward_pre_hook(_noting_shapes(found.setdefault(id(module), set())))
     run_example(watched, example)
     return found
 
 
-def _noting_axes(found: dict[int, int], key: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.setdefault(key, args[0].dim())
-
-    return note
+def _noting_shapes(found: set[tuple[int, ...]]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda module, args: found.update(tuple(x.shape) for x in args[:1] if isinstance(x, Tensor))
 
 
-def _target(layer: _BatchNorm, to: str, axes: int | None, options: dict[str, Any]) -> type[nn.Module] | str:
+def _target(layer: nn.Module, to: str, shapes: set[tuple[int, ...]], options: dict[str, Any]) -> type[nn.Module] | str:
     """The class that the layer becomes, or why it cannot."""
-    if to in _NO_FORM:
-        return f"stays: {_NO_FORM[to]}"
+    if not isinstance(layer, _BatchNorm):
+        return _of_sample(layer, shapes)
     reason = refusal(layer)
     if reason is not None:
         return reason
-    target = _class(layer, to, axes)
+    if to in _BY_SAMPLE:
+        return _by_sample(layer, to, shapes)
+    target = _class(layer, to, min((len(shape) for shape in shapes), default=None))
     if isinstance(target, str) or not issubclass(target, ours._BatchNorm):
         return target
     try:
@@ -267,7 +386,7 @@ def _class(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | st
     return _PAIRS[plain] if to == "batchnorm" else plain
 
 
-def _with_group(name: str, layer: _BatchNorm, target: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+def _with_group(name: str, layer: nn.Module, target: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
     """The options of one layer: its process group is kept where none is given, and then it is told its name."""
     if not issubclass(target, ours._BatchNorm):
         return options
@@ -308,12 +427,19 @@ def _restoring(layer: nn.Module) -> Callable[[], None]:
             for name in _ROWS:  # which shape the statistics
                 setattr(layer, name, original.attributes.get(name, ours.OPTIONS[name]))
         layer.__class__ = original.kind
+        for name, shape in original.shapes.items():
+            parameter = layer._parameters.get(name)
+            if parameter is not None and parameter.shape != shape:
+                wide = parameter.detach().reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+                layer._parameters[name] = nn.Parameter(wide, requires_grad=parameter.requires_grad)
         for name in _own(layer).keys() - original.attributes.keys():
             del layer.__dict__[name]
         layer.__dict__.update(original.attributes)
         for name in layer._buffers.keys() - original.buffers:
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
+        for name in original.buffers - layer._buffers.keys():
+            layer.register_buffer(name, None)
 
     return do
 

@@ -171,7 +171,9 @@ def _folded(archive: Archive, path: str, tolerance: float | None) -> tuple[Expor
     return program, result.certificate
 
 
-def convert_archive(path: str | Path, *, to: str = "batchnorm", **options: Any) -> ExportedProgram:
+def convert_archive(
+    path: str | Path, *, to: str = "batchnorm", of: str = "batch_norm", **options: Any
+) -> ExportedProgram:
     """`convert` for a torch.export archive (.pt2); the options are those that matter in evaluation.
 
     Raises:
@@ -181,7 +183,7 @@ def convert_archive(path: str | Path, *, to: str = "batchnorm", **options: Any) 
     archive = open_archive(path)
     with quiet():
         before = run_example(archive.net, archive.example)
-        program = archive.export(convert(copy_of(archive.net), archive.example, to=to, **options))
+        program = archive.export(convert(copy_of(archive.net), archive.example, to=to, of=of, **options))
         found = [] if options else distances(before, archive.example.run(program.module()))
     _check([Difference("example", "float32", d.output, d.absolute, d.relative, None, 1e-4) for d in found], str(path))
     return program
