@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.errors import DtypeError, InputError
 from batchnorm.kernels import aten
@@ -15,6 +16,7 @@ from batchnorm.moments import Moments, merge_axis
 from batchnorm.ops import autograd
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, Pools, is_alone, merge_moments
+from batchnorm.views import POOLS, View, equal_steps, is_traced, view
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,6 +40,8 @@ def batch_norm(
     ghost_size: int = 0,
     channel_groups: int = 0,
     process_group: Any = None,
+    pool: Literal["sequence", "frame"] | None = None,
+    batch_first: bool = True,
 ) -> Tensor:
     """Batch normalization with `torch.nn.functional.batch_norm`'s signature first, and fusions as keywords.
 
@@ -47,9 +51,10 @@ def batch_norm(
     one. Otherwise they are the running statistics.
 
     Args:
-        input: x, of shape (N, C, *space), floating point, on any device and in any memory format.
-        running_mean: (C,), or None; updated in place in training.
-        running_var: (C,), or None; updated in place in training.
+        input: x, of shape (N, C, *space), floating point, on any device and in any memory format. A ``PackedSequence``
+            (frames of C channels), or a jagged nested tensor (N, *, C) or (N, C, *), comes out as it went in.
+        running_mean: (C,), or None; updated in place in training. (max_steps, C) with ``pool="frame"``.
+        running_var: as running_mean.
         weight: gamma, (C,), or None for 1.
         bias: beta, (C,), or None for 0.
         training: whether the batch's statistics normalize.
@@ -71,6 +76,9 @@ def batch_norm(
         process_group: "world" or a group of torch.distributed, whose ranks share statistics; each rank must make the
             call, with an empty batch if it has no other. In training only. Ghost batches stay on their rank; then the
             running statistics alone are shared.
+        pool: "sequence" or "frame" make the input (batch, time, channels): all valid frames are one pool, or those of
+            each time step are, with a row of running statistics for each; later steps use the last row, in evaluation.
+        batch_first: of sequences; False for (time, batch, channels).
 
     Returns:
         y, of the shape, dtype and memory format of x.
@@ -80,7 +88,8 @@ def batch_norm(
         SynchronizationError: ranks that do not take part.
         DtypeError: dtypes or devices that do not fit.
 
-    Source: Ioffe & Szegedy 2015, Algorithm 1; Hoffer et al. 2017 (ghost batches); Summers & Dinneen 2020 (groups).
+    Source: Ioffe & Szegedy 2015, Algorithm 1; Hoffer et al. 2017 (ghost batches); Summers & Dinneen 2020 (groups);
+        Laurent et al. 2016 (pool).
 
     Example:
         >>> x = torch.randn(8, 3, 4, 4)
@@ -92,17 +101,19 @@ def batch_norm(
         tensor(0.)
     """
     use_batch = bool(training)
-    if mask is not None or lengths is not None or weights is not None or ghost_size or channel_groups or process_group:
-        return _by_pools(
-            input,
-            (running_mean, running_var),
-            (weight, bias, residual),
-            use_batch,
-            momentum,
-            (eps, activation, negative_slope),
-            *positions(input, mask, lengths, weights),
-            pool_of(input, ghost_size, channel_groups, process_group, "batch_norm"),
-        )
+    given = any(each is not None for each in (pool, mask, lengths, weights, process_group))
+    sequences = isinstance(input, PackedSequence) or (isinstance(input, Tensor) and input.is_nested)
+    if given or sequences or ghost_size or channel_groups:
+        if pool not in POOLS:
+            raise InputError(f"unknown pool {pool!r}; choose one of {', '.join(map(str, POOLS))}")
+        if pool == "frame" and ghost_size:
+            raise InputError("ghost_size does not go with pool='frame', whose pools are the time steps")
+        seen = view(input, residual, mask, lengths, weights, pool, batch_first, bool(ghost_size))
+        running = _rows(seen.x, running_mean, running_var, pool == "frame")
+        settings = (eps, activation, negative_slope)
+        shared = (ghost_size, channel_groups, process_group)
+        result: Tensor = seen.back(_by_pools(seen, *running, weight, bias, use_batch, momentum, settings, shared))
+        return result
     if input.numel() == 0 and input.ndim < 2:  # torch takes what is empty in any shape
         y = F.batch_norm(input, running_mean, running_var, weight, bias, use_batch, momentum, eps)
         return finish(y, residual, activation, negative_slope)
@@ -126,33 +137,69 @@ def batch_norm(
 
 
 def _by_pools(
-    x: Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    affine: tuple[Tensor | None, Tensor | None, Tensor | None],
+    seen: View,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     use_batch: bool,
     momentum: float,
     settings: tuple[float, str | None, float],
-    mask: Tensor | None,
-    weights: Tensor | None,
-    pool: Pool,
+    shared: tuple[int, int, Any],
 ) -> Tensor:
-    """`batch_norm` where the pools are not simply the channels."""
-    running_mean, running_var = running
-    check(x, running_mean, running_var, *affine, settings[1], settings[0], False)
+    """`batch_norm` where the pools are not simply the channels, by running statistics of one row or one a time step."""
+    x, residual, frames, (eps, activation, slope) = seen.x, seen.residual, len(seen.x), settings
+    check(x, None, None, weight, bias, residual, activation, eps, False)
     if not use_batch:
         if running_mean is None or running_var is None:
             raise DtypeError("running_mean and running_var must be defined in evaluation mode; pass them")
-        return by_population(x, running_mean, running_var, *affine, *settings, mask=mask)
-    check_pools(x, settings[0], pool, mask)
-    y, measured = by_pools(x, *affine, *settings, pool, mask, weights)
+        row = torch.arange(seen.steps, device=x.device).clamp(max=len(running_mean) - 1) if seen.steps else 0
+        mean, var, size = running_mean[row], running_var[row], frames // seen.steps if seen.steps else 0
+        return by_population(x, mean, var, weight, bias, residual, eps, activation, slope, size, seen.mask)
+    pool = pool_of(seen, *shared, "batch_norm")
+    if seen.steps and pool.process_group is not None:
+        seen = equal_steps(seen, pool)
+        x, residual, pool = seen.x, seen.residual, pool_of(seen, *shared, "batch_norm")
+    check_pools(x, eps, pool, seen.mask)
+    y, measured = by_pools(x, weight, bias, residual, eps, activation, slope, pool, seen.mask, seen.weights)
     if running_mean is not None and running_var is not None:
-        count, mean, var = merged(measured, pool)
-        with torch.no_grad():
-            unbiased = torch.where(count > 1, var * count / (count - 1), var)
-            for old, new in ((running_mean, mean), (running_var, unbiased)):
-                mixed = (1 - momentum) * old.to(new.dtype) + momentum * new[0]
-                old.copy_(torch.where(count[0] > 0, mixed, old.to(mixed.dtype)))
-    return y
+        batch = measured if seen.steps else merged(measured, pool)
+        _mix(running_mean, running_var, momentum, batch, alone=seen.mask is not None and seen.weights is None)
+    return y[:frames]
+
+
+def _rows(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, by_step: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics as (1, C), or as (max_steps, C) where they are kept by time step."""
+    if (running_mean is None) != (running_var is None):
+        raise InputError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None or running_var is None:
+        return None, None
+    if not by_step:
+        check(x, running_mean, running_var, None, None, None, None, 0.0, False)
+        return running_mean[None], running_var[None]
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if value.ndim != 2 or value.shape[1] != x.shape[1] or not len(value):
+            raise InputError(
+                f"{name} is {tuple(value.shape)}; with pool='frame' it has a row for each of the first time steps, "
+                f"(max_steps, {x.shape[1]})"
+            )
+    return running_mean, running_var
+
+
+@torch.no_grad()
+def _mix(running_mean: Tensor, running_var: Tensor, momentum: float, batch: Measured, alone: bool) -> None:
+    """The statistics of a batch into the first rows of the running ones; what has no values changes nothing.
+
+    Nor has one value, where the others of its pool are masked (``alone``): it tells nothing of the variance.
+    """
+    count, mean, var = (each[: len(running_mean)] for each in batch)
+    unbiased = torch.where(count > 1, var * count / (count - 1), var)
+    for running, new in ((running_mean, mean), (running_var, unbiased)):
+        old = running[: len(new)]
+        mixed = (1 - momentum) * old.to(new.dtype) + momentum * new
+        old.copy_(torch.where(count > int(alone), mixed, old.to(mixed.dtype)))
 
 
 class Measured(NamedTuple):
@@ -230,95 +277,17 @@ def check(
         )
 
 
-def positions(
-    x: Tensor, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask and the weights, each (N, *space) or None, of `batch_norm`'s arguments."""
-    mask = valid(x, mask, lengths)
-    if weights is None:
-        return mask, None
-    weights = weighing(x, weights)
-    return weights > 0 if mask is None else mask & (weights > 0), weights
-
-
-def valid(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-    """The mask (N, *space) that ``mask=`` or ``lengths=`` of `batch_norm` stand for."""
-    space = x.shape[2:]
-    if lengths is not None:
-        if mask is not None:
-            raise InputError("got mask and lengths, two ways to say what is valid; give one of them")
-        if not space:
-            raise InputError(f"lengths are of the last axis of (N, C, L), got an input {tuple(x.shape)}")
-        mask = within(lengths, x.shape[0], space[-1], x.device)
-        return mask.reshape(x.shape[0], *(1,) * (len(space) - 1), space[-1]).expand(x.shape[0], *space)
-    if mask is None:
-        return None
-    if mask.dtype is not torch.bool:
-        raise DtypeError(f"mask must be boolean, True = valid, got {mask.dtype}; write mask.bool(), or weights=")
-    return _broadcast(x, mask, "mask")
-
-
-def within(lengths: Tensor, samples: int, length: int, device: torch.device) -> Tensor:
-    """The mask (N, L) of the first ``lengths[n]`` positions of each sample."""
-    lengths = torch.as_tensor(lengths)
-    if lengths.is_floating_point() or lengths.dtype is torch.bool or tuple(lengths.shape) != (samples,):
-        raise InputError(
-            f"lengths must be integers of shape ({samples},), one a sample, "
-            f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
-        )
-    if (
-        not torch.compiler.is_compiling()
-        and lengths.numel()
-        and not 0 <= int(lengths.min()) <= int(lengths.max()) <= length
-    ):
-        raise InputError(f"lengths must be between 0 and {length}, got {lengths.tolist()}")
-    return torch.arange(length, device=device) < lengths.to(device)[:, None]
-
-
-def weighing(x: Tensor, weights: Tensor) -> Tensor:
-    """The weights (N, *space) that ``weights=`` of `batch_norm` stand for."""
-    if not weights.is_floating_point():
-        raise DtypeError(f"weights must be floating-point, got {weights.dtype}")
-    if not torch.compiler.is_compiling() and not is_traced(x) and not autograd.is_transformed():
-        least = weights.detach()
-        if not bool((torch.isfinite(least) & (least >= 0)).all()):
-            raise InputError("weights must be finite and not negative")
-    return _broadcast(x, weights, "weights")
-
-
-def _broadcast(x: Tensor, given: Tensor, name: str) -> Tensor:
-    """A mask or weights as (N, *space)."""
-    target = (x.shape[0], *x.shape[2:])
-    shaped = given
-    if given.ndim == x.ndim and given.ndim > len(target):
-        if given.shape[1] != 1:
-            raise InputError(
-                f"{name} of shape {tuple(given.shape)} differs between channels; expected {target}, or one in place of "
-                "the channels"
-            )
-        shaped = given.squeeze(1)
-    try:
-        shaped = shaped.expand(target)
-    except RuntimeError:
-        raise InputError(
-            f"{name} of shape {tuple(given.shape)} does not fit an input {tuple(x.shape)}; "
-            f"expected {target}, or what broadcasts to it"
-        ) from None
-    if given.device != x.device:
-        raise DtypeError(f"{name} is on {given.device}, the input on {x.device}; move one of them with .to()")
-    return shaped
-
-
-def pool_of(x: Tensor, ghost_size: int, channel_groups: int, process_group: Any, layer: str) -> Pool:
-    """The `Pool` of these options, after checks."""
+def pool_of(seen: View, ghost_size: int, channel_groups: int, process_group: Any, layer: str) -> Pool:
+    """The `Pool` that these options and the view of an input make, after checks."""
     if ghost_size < 0:
         raise InputError(f"ghost_size must not be negative, got {ghost_size}")
-    if channel_groups and (channel_groups < 0 or x.shape[1] % channel_groups):
-        raise InputError(f"channel_groups={channel_groups} does not divide the {x.shape[1]} channels into equal groups")
+    channels = seen.x.shape[1]
+    if channel_groups and (channel_groups < 0 or channels % channel_groups):
+        raise InputError(f"channel_groups={channel_groups} does not divide the {channels} channels into equal groups")
     if isinstance(process_group, str) and process_group != "world":
         raise InputError(f"process_group must be 'world' or a group of torch.distributed, got {process_group!r}")
     group = None if ghost_size or is_alone(process_group) else process_group
-    return Pool(ghost_size, channel_groups, group, layer)
+    return Pool(len(seen.x) // seen.steps if seen.steps else ghost_size * seen.scale, channel_groups, group, layer)
 
 
 def check_pools(x: Tensor, eps: float, pool: Pool, mask: Tensor | None) -> None:
@@ -504,10 +473,3 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None, slope: fl
     if residual is not None:
         y = y + residual
     return aten.activate(y, activation or "identity", slope)
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether the call is being recorded for other runtimes, which know ATen's operators but not these."""
-    if not isinstance(x, Tensor):  # a proxy of torch.fx
-        return True
-    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

@@ -583,3 +583,47 @@ def test_exact_accumulation_refuses_pools_that_it_would_get_wrong() -> None:
         bn.accumulate_exact(layer, [x, x], lambda net, b: net(b, lengths=lengths).sum())
     assert layer.source == "auto"
     assert layer.num_batches_tracked == 0
+
+
+# The function takes what the layers take
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("given", ["padded", "lengths", "packed", "jagged"])
+@pytest.mark.parametrize("pool", ["sequence", "frame"])
+def test_sequences_of_the_function_are_those_of_the_layer(pool: str, given: str, batch_first: bool):
+    if given == "jagged" and (pool == "frame" or not batch_first):
+        pytest.skip("refused by the layer")
+    steps = {"max_steps": 4} if pool == "frame" else {}
+    layer = bn.BatchNorm1d(3, pool=pool, batch_first=batch_first, activation="relu", **steps).double()
+    lengths = torch.tensor([6, 5, 5, 2])
+    padded = torch.randn(4, 6, 3, dtype=torch.float64)
+    x, extra = padded if batch_first else padded.transpose(0, 1), {"lengths": lengths} if given == "lengths" else {}
+    if given == "packed":
+        x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=batch_first)
+    elif given == "jagged":
+        x = torch.nested.nested_tensor([row[:k] for row, k in zip(padded, lengths, strict=True)], layout=torch.jagged)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    arguments = (layer.weight, layer.bias)
+    options = {"activation": "relu", "pool": pool, "batch_first": batch_first, **extra}
+    for training in (True, True, False):
+        layer.train(training)
+        y = functional.batch_norm(x, mean, var, *arguments, training, 0.1, layer.eps, **options)
+        expected = layer(x, **extra)
+        assert type(y) is type(expected)
+        values = [t.data if given == "packed" else t.values() if given == "jagged" else t for t in (y, expected)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(mean, layer.running_mean)
+        torch.testing.assert_close(var, layer.running_var)
+
+
+def test_the_function_refuses_sequences_it_cannot_take():
+    x, mean = torch.randn(4, 6, 3), torch.zeros(3)
+    with pytest.raises(InputError, match="unknown pool 'time'"):
+        functional.batch_norm(x, None, None, training=True, pool="time")
+    with pytest.raises(InputError, match="ghost_size does not go"):
+        functional.batch_norm(x, None, None, training=True, pool="frame", ghost_size=2)
+    with pytest.raises(InputError, match=r"running_mean is \(3,\); with pool='frame'"):
+        functional.batch_norm(x, mean, mean + 1, training=True, pool="frame")
+    with pytest.raises(InputError, match="takes sequences"):
+        functional.batch_norm(x[0], None, None, training=True, pool="sequence")

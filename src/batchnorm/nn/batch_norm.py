@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from batchnorm.nn import saved_modes
 from batchnorm.nn.example_weighing import by_example
 from batchnorm.nn.renormalization import Renorm, by_measured, effective
 from batchnorm.nn.running_statistics import ESTIMATORS, NONFINITE, VARIANCES, Accumulator, recomputing, update
-from batchnorm.nn.sequences import POOLS, View, equal_steps, plain, view
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, is_alone
+from batchnorm.views import POOLS, View, equal_steps, is_traced, plain, view
 
 SOURCES = ("auto", "batch", "running")
 UPDATES = ("auto", "never", "always")
@@ -301,7 +300,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             eps,
             use_batch,
         )
-        if functional.is_traced(input):
+        if is_traced(input):
             return self._traced(input, residual)
         if self._special:
             return self._by_options(plain(input, residual), use_batch, updates)
@@ -369,11 +368,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _pool(self, seen: View) -> Pool:
         """The pool that the layer's options and the view of its input make."""
-        size = len(seen.x) // seen.steps if seen.steps else self.ghost_size * seen.scale
-        pool = functional.pool_of(seen.x, size, self.channel_groups, self.process_group, self._name())
-        if seen.steps and not is_alone(self.process_group):
-            pool = replace(pool, process_group=self.process_group)
-        return pool
+        return functional.pool_of(seen, self.ghost_size, self.channel_groups, self.process_group, self._name())
 
     def _rows(self, seen: View) -> tuple[int, int]:
         """The rows of the running statistics that an input updates, as their first and their number."""
@@ -412,7 +407,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             functional.check_pools(x, self.eps, pool, seen.mask)
             if self.renorm is not None and self.running_mean is not None:
                 measured, weight, bias = self._renormalized(seen, pool, weight, bias)
-            apart = pool.is_merged or seen.mask is not None or seen.weights is not None or functional.is_traced(x)
+            apart = pool.is_merged or seen.mask is not None or seen.weights is not None or is_traced(x)
             if measured is not None and not apart:  # measured once is enough
                 kind, slope = self.activation or "identity", self.negative_slope
                 y = by_measured(x, weight, bias, residual, measured.mean, measured.var, 0, self.eps, kind, slope)

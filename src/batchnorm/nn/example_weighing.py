@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from batchnorm import functional
 from batchnorm.kernels.aten import compute_dtype
 from batchnorm.ops import autograd
+from batchnorm.views import is_traced
 
 
 def mix(mean: Tensor, var: Tensor, example_mean: Tensor, example_var: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def by_example(
 ) -> Tensor:
     """Normalizes every example by its mixture with the population (Summers & Dinneen 2020)."""
     derived = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
-    if derived or functional.is_traced(x):
+    if derived or is_traced(x):
         y = _differentiable(x, mean, var, weight, bias, eps, example_weight)
         return functional.finish(y, residual, activation, slope)
     example_mean, m2 = torch.ops.batchnorm.moments.default(x.detach(), 1)

@@ -27,6 +27,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import _BatchNorm as Ours
 from batchnorm.nn.modes import OURS
 from batchnorm.nn.step_batch_norm import StepBatchNorm
+from batchnorm.views import is_traced
 
 Method = Literal["pooled", "ioffe", "sequential"]
 Net = TypeVar("Net", bound=nn.Module)
@@ -533,7 +534,7 @@ class _Measurement:
         def forward(input: Any, residual: Tensor | None = None, **options: Any) -> Any:
             simple = isinstance(input, Tensor) and not input.is_nested and all(v is None for v in options.values())
             values = input.numel() // max(input.shape[1], 1) if simple and input.ndim > 1 else 0
-            if values < 2 or functional.is_traced(input):
+            if values < 2 or is_traced(input):
                 given = {**options, "residual": residual} if isinstance(layer, Ours) else options
                 hook(layer, (input,), given)
                 return type(layer).forward(layer, input, **given)

@@ -1,4 +1,4 @@
-"""How inputs of a layer become the operators' (N, C, *space): sequences, their lengths, time steps; and the way back.
+"""How inputs become the operators' (N, C, *space): masks, weights, sequences, time steps; and the way back.
 
 A packed sequence or a jagged tensor holds the valid frames alone, so all of them are an ordinary dense pool. In time
 order the frames of one step stand beside one another, so a step is a pool of as many rows as there are sequences.
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from batchnorm import functional
-from batchnorm.errors import InputError
+from batchnorm.errors import DtypeError, InputError
+from batchnorm.ops import autograd
 from batchnorm.pools import Pool, all_reduce_max
 
 POOLS = (None, "sequence", "frame")
@@ -69,7 +69,7 @@ def view(
         return _jagged(given, residual, pool)
     if pool is None:
         x = given
-        masked, weighed = functional.positions(x, mask, lengths, weights)
+        masked, weighed = positions(x, mask, lengths, weights)
         return replace(plain(x, residual), mask=masked, weights=weighed)
     return _padded(given, residual, mask, lengths, weights, pool, batch_first, ghosts)
 
@@ -124,9 +124,9 @@ def _padded(
     if lengths is not None:
         if mask is not None:
             raise InputError("got mask and lengths, two ways to say what is valid; give one of them")
-        mask = functional.within(lengths, samples, steps, given.device)
+        mask = within(lengths, samples, steps, given.device)
         mask = mask if batch_first else mask.t()
-    masked, weighed = functional.positions(turned_back, mask, None, weights)
+    masked, weighed = positions(turned_back, mask, None, weights)
     by_time = pool == "frame"
     turned = batch_first if by_time else ghosts and not batch_first  # what is one pool must stand together
 
@@ -196,3 +196,89 @@ def _jagged(given: Tensor, residual: Tensor | None, pool: str | None) -> View:
         return torch.nested.nested_tensor_from_jagged(flat, offsets, jagged_dim=ragged)
 
     return View(values(given), None, None, 1, 0, back, None if residual is None else values(residual))
+
+
+def positions(
+    x: Tensor, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask and the weights, each (N, *space) or None, of `batch_norm`'s arguments."""
+    mask = valid(x, mask, lengths)
+    if weights is None:
+        return mask, None
+    weights = weighing(x, weights)
+    return weights > 0 if mask is None else mask & (weights > 0), weights
+
+
+def valid(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The mask (N, *space) that ``mask=`` or ``lengths=`` of `batch_norm` stand for."""
+    space = x.shape[2:]
+    if lengths is not None:
+        if mask is not None:
+            raise InputError("got mask and lengths, two ways to say what is valid; give one of them")
+        if not space:
+            raise InputError(f"lengths are of the last axis of (N, C, L), got an input {tuple(x.shape)}")
+        mask = within(lengths, x.shape[0], space[-1], x.device)
+        return mask.reshape(x.shape[0], *(1,) * (len(space) - 1), space[-1]).expand(x.shape[0], *space)
+    if mask is None:
+        return None
+    if mask.dtype is not torch.bool:
+        raise DtypeError(f"mask must be boolean, True = valid, got {mask.dtype}; write mask.bool(), or weights=")
+    return _broadcast(x, mask, "mask")
+
+
+def within(lengths: Tensor, samples: int, length: int, device: torch.device) -> Tensor:
+    """The mask (N, L) of the first ``lengths[n]`` positions of each sample."""
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype is torch.bool or tuple(lengths.shape) != (samples,):
+        raise InputError(
+            f"lengths must be integers of shape ({samples},), one a sample, "
+            f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
+        )
+    if (
+        not torch.compiler.is_compiling()
+        and lengths.numel()
+        and not 0 <= int(lengths.min()) <= int(lengths.max()) <= length
+    ):
+        raise InputError(f"lengths must be between 0 and {length}, got {lengths.tolist()}")
+    return torch.arange(length, device=device) < lengths.to(device)[:, None]
+
+
+def weighing(x: Tensor, weights: Tensor) -> Tensor:
+    """The weights (N, *space) that ``weights=`` of `batch_norm` stand for."""
+    if not weights.is_floating_point():
+        raise DtypeError(f"weights must be floating-point, got {weights.dtype}")
+    if not torch.compiler.is_compiling() and not is_traced(x) and not autograd.is_transformed():
+        least = weights.detach()
+        if not bool((torch.isfinite(least) & (least >= 0)).all()):
+            raise InputError("weights must be finite and not negative")
+    return _broadcast(x, weights, "weights")
+
+
+def _broadcast(x: Tensor, given: Tensor, name: str) -> Tensor:
+    """A mask or weights as (N, *space)."""
+    target = (x.shape[0], *x.shape[2:])
+    shaped = given
+    if given.ndim == x.ndim and given.ndim > len(target):
+        if given.shape[1] != 1:
+            raise InputError(
+                f"{name} of shape {tuple(given.shape)} differs between channels; expected {target}, or one in place of "
+                "the channels"
+            )
+        shaped = given.squeeze(1)
+    try:
+        shaped = shaped.expand(target)
+    except RuntimeError:
+        raise InputError(
+            f"{name} of shape {tuple(given.shape)} does not fit an input {tuple(x.shape)}; "
+            f"expected {target}, or what broadcasts to it"
+        ) from None
+    if given.device != x.device:
+        raise DtypeError(f"{name} is on {given.device}, the input on {x.device}; move one of them with .to()")
+    return shaped
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether the call is being recorded for other runtimes, which know ATen's operators but not these."""
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return True
+    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
