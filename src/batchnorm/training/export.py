@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, MissingDependencyError, SurgeryError
 from batchnorm.training.files import write_atomically
 from batchnorm.training.loop import evaluating
 from batchnorm.training.results import Export
@@ -146,6 +146,37 @@ def save_weights(network: nn.Module, path: Path) -> None:
         write_atomically(path, lambda temporary: _write_weights(network, temporary))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: it cannot be written ({error}).") from error
+
+
+def save_network(network: nn.Module, example: Tensor, path: Path) -> None:
+    """Write a network in evaluation mode: its weights (.safetensors), an archive (.pt2) or an ONNX file (.onnx).
+
+    The last two hold the whole network, for any batch size where it lets them.
+
+    Raises:
+        InputError: another suffix, or the file cannot be written.
+        MissingDependencyError: ONNX without its packages.
+        SurgeryError: the network cannot be exported.
+    """
+    if path.suffix == ".safetensors":
+        save_weights(network, path)
+        return
+    writers = {".pt2": _write_archive, ".onnx": _write_onnx}
+    if path.suffix not in writers:
+        raise InputError(f"{path}: expected a .safetensors, .pt2 or .onnx file.")
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if path.suffix == ".onnx" and missing:
+        raise MissingDependencyError(f"{missing[0]} is not installed: pip install 'batchnorm[export]'")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: it cannot be written (there is no folder {path.parent}).")
+    try:
+        with evaluating(network), torch.no_grad():
+            write_atomically(path, lambda temporary: writers[path.suffix](network, example, temporary))
+    except OSError as error:
+        raise InputError(f"{path}: it cannot be written ({error}).") from error
+    except Exception as error:  # the exporters raise anything
+        reason = str(error).strip().splitlines() or ["no message"]
+        raise SurgeryError(f"{path}: the network cannot be exported ({type(error).__name__}: {reason[0]})") from error
 
 
 def _run_weights(network: nn.Module, path: Path, example: Tensor) -> Tensor:
