@@ -71,7 +71,7 @@ class Subject:
 def score(subjects: list[Subject], key: tuple[str, str, int], capability: str, knobs: triton_table.Knobs) -> float:
     """The geometric mean of milliseconds under these knobs."""
     triton_table.TABLE.setdefault(capability, {})[key] = knobs
-    kernels.tiling.cache_clear()
+    kernels._plan.cache_clear()
     return math.exp(sum(math.log(subject.time()) for subject in subjects) / len(subjects))
 
 

@@ -69,8 +69,8 @@ class Pools:
             count = self.samples * inner
         else:
             last = self.samples - (self.pools - 1) * self.size
-            counts = [self.size * inner] * (self.pools - 1) + [last * inner]
-            count = torch.tensor(counts, dtype=self.wide, device=self.device)[:, None]
+            count = torch.full((self.pools, 1), self.size * inner, dtype=self.wide, device=self.device)
+            count[-1] = last * inner  # a fill: numbers of a list would be copied, which waits for a device
         if not self.pool.is_merged:
             return count
         if not isinstance(count, Tensor):
@@ -136,9 +136,9 @@ def merge(sums: Tensor, pool: Pool) -> Tensor:
 def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     """The same of moments, each of shape (pools, C): one all-gather, merged in rank order."""
     if pool.groups:
-        counts, means, m2s = (each.unflatten(1, (pool.groups, -1)) for each in (count, mean, m2))
-        size = means.shape[2]
-        count, mean, m2 = (each.repeat_interleave(size, 1) for each in merge_axis(counts, means, m2s, 2))
+        counts, means, m2s = (each.unflatten(-1, (pool.groups, -1)) for each in (count, mean, m2))
+        size = means.shape[-1]
+        count, mean, m2 = (each.repeat_interleave(size, -1) for each in merge_axis(counts, means, m2s, -1))
     if pool.process_group is not None:
         counts, means, m2s = all_gather(torch.stack((count, mean, m2)), pool).unbind(1)
         count, mean, m2 = merge_axis(counts, means, m2s, 0)

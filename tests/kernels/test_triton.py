@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ LAWS = Path(__file__).with_name("triton_laws.py")
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'batchnorm[gpu]'")
 kernels = pytest.importorskip("batchnorm.kernels.triton")
 
-from triton_laws import TritonLaws  # noqa: E402  (needs triton)
+from triton_laws import TritonLaws  # noqa: E402
+
+from benchmarks import inspect_triton  # noqa: E402  (needs triton)
 
 # ---------------------------------------------------------------------------------------------- on the CPU
 
@@ -132,7 +135,7 @@ def test_what_the_kernels_do_not_take_goes_to_aten(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda, "self_test", lambda device: None)
     x = torch.randn(4, 3)
     assert cuda.serving(x, 0) is kernels
-    for other in (x.double(), x[:0], torch.randn(4, 0)):
+    for other in (x[:0], torch.randn(4, 0)):
         assert cuda.serving(other, 0) is None
         assert cuda.moments(other, 0) is NotImplemented
 
@@ -148,79 +151,66 @@ def test_signs_fit_what_the_schema_promises() -> None:
 # ---------------------------------------------------------------------------------------------- compiled, not run
 
 
-class _Target:
-    """As much of a driver as compiling needs: the device that is compiled for."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
+    with inspect_triton.compiling(getattr(request, "param", 90)) as found:
+        yield found
 
 
-@pytest.fixture(params=[80, 90])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Launches compile for this compute capability, with the arguments that they get, and do not run."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    found: list[Any] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.append(run(self, *args, grid=grid, warmup=True, **options))
-
-    before = driver._active if hasattr(driver, "_active") else None
-    driver.set_active(_Target(request.param))
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    yield found
-    driver._active = before
-
-
-def call_everything(x: Tensor, activation: str, signs: Tensor | None) -> None:
-    channels = x.shape[1]
-    weight, bias = torch.ones(channels), torch.zeros(channels)
-    settings = (0, 1e-5, activation, 0.1)
-    y, mean, var = kernels.forward(x, weight, bias, y_like(x), *settings, signs)
-    saved = (weight, bias, None if signs is not None else y_like(x), signs, mean, var)
-    kernels.backward(y, x, *saved, *settings, False, True, True)
-
-
-def y_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
+@pytest.mark.parametrize("masked", [False, True], ids=["bits", "mask"])
 @pytest.mark.parametrize("last", [False, True], ids=["planar", "interleaved"])
-def test_large_shapes_compile_with_whole_vectors(compiled: list[Any], last: bool) -> None:
-    """Every load and store of elements is 128 bits wide, and nothing spills."""
+def test_large_shapes_compile_well(compiled: list[Any], last: bool, masked: bool) -> None:
+    """Every load and store of elements is 128 bits wide, nothing spills, loops are free of float64, offsets have 64
+    bits and no sum is atomic."""
     x = torch.empty(32, 256, 28, 28, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last) if last else x
-    call_everything(x, "relu", torch.empty(schemas.signs_size(x), dtype=torch.uint8))
+    signs = None if masked else torch.empty(schemas.signs_size(x), dtype=torch.uint8)
+    mask = torch.ones(32, 28, 28, dtype=torch.bool) if masked else None
+    inspect_triton.call_everything(x, "relu", signs, mask)
     assert compiled
     for kernel in compiled:
         ptx = kernel.asm["ptx"]
         assert "ld.global.b16" not in ptx
         assert "st.global.b16" not in ptx
-        if " x," in kernel.src.fn.src or kernel.src.fn.arg_names[0] in ("x", "dy"):
-            assert "ld.global.v4.b32" in ptx
         assert "atom." not in ptx
+        seen = inspect_triton.inspect(kernel)
+        assert seen.spilled == 0
+        if kernel.src.fn.arg_names[0] not in ("x", "dy"):
+            continue
+        assert seen.load == 16
+        if not (masked and seen.name in ("partial_moments", "forward_whole")):  # which may choose their shift late
+            assert seen.doubles == 0
+        offsets = re.findall(
+            r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+xi(\d+)>", kernel.asm["ttir"]
+        )
+        assert offsets
+        assert set(offsets) == {"64"}
 
 
+def test_the_inspection_sees_what_it_looks_for() -> None:
+    """A loop with a float64 instruction in it and one behind it."""
+    ptx = """
+    $L__BB0_1:
+        add.f64 \t%fd1, %fd2, %fd3;
+        fma.rn.f32 \t%f1, %f2, %f3, %f4;
+        @%p1 bra \t$L__BB0_1;
+        mul.f64 \t%fd1, %fd2, %fd3;
+        @%p1 bra \t$L__BB0_3;
+    $L__BB0_3:
+        ret;
+    """
+    assert inspect_triton.doubles_in_loops(ptx) == 1
+    assert inspect_triton.doubles_in_loops(ptx.replace("bra \t$L__BB0_3", "bra \t$L__BB0_1")) == 2
+
+
+@pytest.mark.parametrize("compiled", [80, 90], indirect=True)
 def test_small_shapes_compile_in_two_launches(compiled: list[Any]) -> None:
-    call_everything(torch.empty(64, 32), "gelu", None)
-    assert [kernel.src.fn.__name__ for kernel in compiled] == ["forward_whole", "backward_whole"]
+    inspect_triton.call_everything(torch.empty(64, 32), "gelu", None)
+    assert [kernel.src.fn.__name__ for kernel in compiled] == ["forward_whole", "backward_whole", "normalize"]
 
 
 def test_the_rest_compiles(compiled: list[Any]) -> None:
-    """Ghost batches, populations, verbs apart, running statistics."""
+    """Ghost batches, populations, verbs apart, merges of ranks and groups, masks, float64, running statistics."""
     x, weight = torch.empty(64, 24, 14, 14, dtype=torch.float16), torch.ones(24)
     mean = torch.zeros(3, 24, dtype=torch.float64)
     settings = (30, 1e-3, "tanh", 0.0)
@@ -230,10 +220,26 @@ def test_the_rest_compiles(compiled: list[Any]) -> None:
     kernels.backward(x, x, weight, None, None, None, mean, mean, *settings, False, True, False)
     kernels.backward_reduce(x, x, weight, None, None, None, mean, mean, *settings)
     kernels.backward_apply(x, x, weight, None, None, None, mean, mean, mean, mean, mean, *settings, False)
+    parts, sums = torch.zeros(4, 3, 3, 24, dtype=torch.float64), torch.zeros(2, 3, 24, dtype=torch.float64)
+    for groups in (0, 6):
+        kernels.normalize_merged(x, parts, weight, None, None, *settings, groups, None)
+    kernels.backward_merged(x, x, weight, None, None, None, mean, mean, sums, mean, *settings, False)
+    for dtype in (torch.float16, torch.float64):
+        y, mask = x.to(dtype), torch.ones(64, 14, 14, dtype=torch.bool)
+        kernels.count_moments(y, 30, mask)
+        kernels.normalize_merged(y, parts, weight, None, y, *settings, 0, None, mask)
+        kernels.backward(y, y, weight, None, None, None, mean, mean, *settings, False, True, False, mask)
     for momentum in (0.1, None):
         kernels.update_statistics(weight, weight, torch.tensor(0), mean, mean, 64 * 196, 30 * 196, momentum, True)
     names = {kernel.src.fn.__name__ for kernel in compiled}
-    assert names >= {"normalize", "partial_gradients", "apply_gradients", "parameter_gradients", "update_statistics"}
+    assert names >= {
+        "normalize",
+        "merge_groups",
+        "partial_gradients",
+        "apply_gradients",
+        "parameter_gradients",
+        "update_statistics",
+    }
     signature = next(k for k in compiled if k.src.fn.__name__ == "normalize").src.signature
     assert signature["eps"] == "fp64"
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 import batchnorm
 from batchnorm.kernels import aten
+from batchnorm.moments import merge_axis
 from batchnorm.ops import cuda, schemas
-from operator_contract import batch_norm_terms
+from batchnorm.pools import Pool, Pools, merge_moments
+from operator_contract import assert_within_budget, batch_norm_terms
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 EPS = 1e-5
@@ -51,7 +53,7 @@ def force(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     processors, knobs = SCHEMES[scheme]
     monkeypatch.setattr(triton, "_device", lambda device: (processors, "test"))
     monkeypatch.setattr(triton_table, "lookup", lambda *key: triton_table.Knobs(**knobs))
-    triton.tiling.cache_clear()
+    triton._plan.cache_clear()
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -79,7 +81,7 @@ class TritonLaws:
         from batchnorm.kernels import triton
 
         yield
-        triton.tiling.cache_clear()
+        triton._plan.cache_clear()
 
     @property
     def kernels(self) -> Any:
@@ -256,6 +258,180 @@ class TritonLaws:
         fused = self.kernels.backward(dy, x, *saved, *settings, False, True, True)
         torch.testing.assert_close((dx, dz), fused[:2], rtol=1e-4, atol=1e-5)
 
+    def mask_of(self, shape: tuple[int, ...], kind: str) -> Tensor:
+        """(N, *space): padded sequences with one that is empty, or holes; the second of two pools has nothing."""
+        samples, *space = shape[0], *shape[2:]
+        if kind == "holes":
+            mask = torch.rand(samples, *space) < 0.6
+        else:
+            length = space[-1] if space else 1
+            lengths = (torch.arange(samples) * 7 + 3) % (length + 1)
+            lengths[0] = 0
+            mask = (torch.arange(length) < lengths[:, None]).view(samples, *[1] * (len(space) - 1), *space[-1:])
+            mask = mask.expand(samples, *space)
+        if kind == "empty pool":
+            mask = mask & (torch.arange(samples) >= samples // 2).view(-1, *[1] * len(space))
+        return mask.to(self.device)
+
+    def check_masked(
+        self, x: Tensor, dy: Tensor, residual: Tensor | None, mask: Tensor, activation: str, pool_size: int,
+        population: bool = False,
+    ) -> None:  # fmt: skip
+        """The masked verbs against ATen in float64; what the mask leaves out is NaN."""
+        channels, inside = x.shape[1], mask.unsqueeze(1)
+        weight, bias = self.randn(channels) + 0.5, self.randn(channels)
+        settings = (pool_size, EPS, activation, SLOPE)
+        x, dy, residual = (None if t is None else t.masked_fill(~inside, torch.nan) for t in (x, dy, residual))
+        wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
+        pools = Pools(x, pool_size, mask)
+        if population:
+            mean, var = self.randn(channels).double(), self.randn(channels).double().square() + 0.5
+            y = self.kernels.normalize(x, mean, var, weight, bias, residual, *settings, None, mask)
+            true_y = aten.normalize(wide[0], mean, var, *wide[1:], *settings, mask)
+        else:
+            y, mean, var = self.kernels.forward(x, weight, bias, residual, *settings, None, mask)
+            true_y, true_mean, true_var = aten.forward(*wide, *settings, mask)
+            torch.testing.assert_close(mean, true_mean, rtol=1e-7, atol=1e-6)
+            torch.testing.assert_close(var, true_var, rtol=2e-6, atol=1e-9)
+            counted = self.kernels.count_moments(x, pool_size, mask)
+            torch.testing.assert_close(counted[0], pools.counts(), rtol=0, atol=0)
+            torch.testing.assert_close(counted[1], true_mean, rtol=1e-7, atol=1e-6)
+            torch.testing.assert_close(counted[2], true_var * pools.counts(), rtol=2e-6, atol=1e-9)
+        xhat = torch.where(inside, (wide[0] - pools.expand(mean, torch.float64)), 0.0)
+        xhat = xhat * pools.expand((var + EPS).rsqrt(), torch.float64)
+        gamma = weight.double().view(1, -1, *[1] * (x.ndim - 2))
+        y_terms = (gamma * xhat).abs() + 7
+        if residual is not None:
+            y_terms = y_terms + residual.double().nan_to_num().abs()
+        assert_rounded(y, true_y, y_terms, 24, "y")
+        assert y.masked_select(~inside).eq(0).all()
+        got = self.kernels.backward(
+            dy, x, weight, bias, residual, None, mean, var, *settings, population, True, True, mask
+        )  # fmt: skip
+        want = aten.gradients(dy.double(), *wide, mean, var, *settings, population, mask)
+        dx_terms = (gamma * pools.expand((var + EPS).rsqrt(), torch.float64)).abs() * (2 + xhat.abs())
+        dx_terms = dx_terms * dy.nan_to_num().abs().max()
+        assert_rounded(got[0], want[0], dx_terms, 64, "dx")
+        assert_rounded(got[1], want[1], 2 * dy.double().nan_to_num(), 24, "d_residual")
+        for t in got[:2]:
+            assert t.masked_select(~inside).eq(0).all()
+        for name, ours, truth in zip(("d_weight", "d_bias"), got[2:], want[2:], strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-6 * x.numel() / channels, msg=name)
+        saved = (weight, bias, residual, None, mean, var)
+        sums = self.kernels.backward_reduce(dy, x, *saved, *settings, mask)
+        truth = aten.backward_reduce(dy.double(), *wide, mean, var, *settings, mask)
+        torch.testing.assert_close(sums, truth, rtol=1e-5, atol=1e-6 * x.numel() / channels)
+        if not population:
+            gamma = weight.double() * torch.stack(sums)
+            dx, dz = self.kernels.backward_merged(dy, x, *saved, gamma, pools.counts(), *settings, True, mask)
+            torch.testing.assert_close((dx, dz), got[:2], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("scheme", "last"), [("single", False), ("whole", True), ("split", False), ("split", True), ("merged", True)]
+    )
+    def test_masks_in_every_scheme(self, monkeypatch: pytest.MonkeyPatch, scheme: str, last: bool) -> None:
+        """Padding fills whole tiles, whole splits and, of ghost batches, a whole pool."""
+        force(monkeypatch, scheme)
+        x, dy, residual = (3 * self.randn(9, 2, 5, 9, last=last) + 7 for _ in range(3))
+        self.check_masked(x, dy, residual, self.mask_of(x.shape, "empty pool"), "leaky_relu", 4)
+        if scheme == "split":
+            self.check_masked(x, dy, None, self.mask_of(x.shape, "holes"), "identity", 0)
+            self.check_masked(x, dy, None, self.mask_of(x.shape, "lengths"), "relu", 0, population=True)
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [((7, 5, 11), torch.bfloat16), ((13, 9), torch.float32), ((4, 3, 2, 3, 5), torch.float16)],
+        ids=str,
+    )
+    def test_masks_of_any_shape_and_dtype(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        x, dy, residual = (self.randn(*shape, dtype=dtype) for _ in range(3))
+        self.check_masked(x, dy, residual, self.mask_of(shape, "lengths"), "silu", 0)
+
+    @pytest.mark.parametrize("last", [False, True], ids=["planar", "interleaved"])
+    def test_statistics_far_from_zero_after_padding(self, monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+        """The first tiles of a program are padding, whose mean would be a bad shift."""
+        force(monkeypatch, "split")
+        x = self.randn(64, 2, 3, 40, last=last) + 1e4
+        mask = torch.arange(64, device=self.device).ge(40).view(-1, 1, 1).expand(64, 3, 40)
+        count, mean, m2 = self.kernels.count_moments(x, 0, mask)
+        true_mean, true_m2 = aten.moments(x.double(), 0, mask)
+        assert count.eq(24 * 120).all()
+        torch.testing.assert_close(mean, true_mean, rtol=1e-10, atol=0)
+        torch.testing.assert_close(m2, true_m2, rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("groups", [0, 3])
+    @pytest.mark.parametrize("ranks", [1, 3, 70])
+    def test_ranks_and_groups_merge_where_they_normalize(self, ranks: int, groups: int) -> None:
+        """Ranks of which one is empty; 70 are merged by a kernel of their own."""
+        # The many are groups that a program walks in several steps.
+        shape = (5, 1200) if groups and ranks == 3 else (5, 6, 2, 3)
+        x, dy, channels = self.randn(*shape), self.randn(*shape), shape[1]
+        weight, bias = self.randn(channels), self.randn(channels)
+        settings = (2, EPS, "relu", SLOPE)
+        own = self.kernels.count_moments(x, 2)
+        others = [own * self.randn(*own.shape).double().abs() for _ in range(ranks - 1)]
+        parts = torch.stack([own, *others])
+        if ranks > 1:
+            parts[1, 0], parts[1, 1], parts[1, 2] = 0.0, torch.nan, 0.0
+        y, count, mean, var = self.kernels.normalize_merged(x, parts, weight, bias, None, *settings, groups, None)
+        counts, means, m2s = merge_moments(*parts.unbind(1), Pool(groups=groups))
+        true_count, true_mean, m2 = merge_axis(counts, means, m2s, 0)
+        torch.testing.assert_close((count, mean, var), (true_count, true_mean, m2 / true_count))
+        assert torch.equal(y, self.kernels.normalize(x, mean, var, weight, bias, None, *settings, None))
+        saved, sums = (weight, bias, None, None, mean, var), self.randn(2, 3, channels).double()
+        dx, dz = self.kernels.backward_merged(dy, x, *saved, sums, count, *settings, True)
+        inv_std = (var + EPS).rsqrt()
+        k = (weight * inv_std, -(inv_std**3) * sums[1] / count, -inv_std * sums[0] / count)
+        torch.testing.assert_close((dx, dz), self.kernels.backward_apply(dy, x, *saved, *k, *settings, True))
+
+    @pytest.mark.parametrize("activation", schemas.ACTIVATIONS)
+    def test_float64(self, activation: str) -> None:
+        """Elements, sums and activations; also where tanh changes its formula."""
+        x, dy, residual = (torch.randn(7, 3, 40, dtype=torch.float64, device=self.device) for _ in range(3))
+        weight, bias = (torch.randn(3, dtype=torch.float64, device=self.device) for _ in range(2))
+        settings = (0, EPS, activation, SLOPE)
+        y, mean, var = self.kernels.forward(x, weight, bias, residual, *settings, None)
+        truth = aten.forward(x, weight, bias, residual, *settings)
+        torch.testing.assert_close((y, mean, var), truth, rtol=1e-13, atol=1e-14)
+        got = self.kernels.backward(dy, x, weight, bias, residual, None, mean, var, *settings, False, True, True)
+        want = aten.gradients(dy, x, weight, bias, residual, mean, var, *settings, False)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+    @pytest.mark.parametrize(("scheme", "last"), [("single", False), ("split", True)])
+    def test_the_grid_of_error(self, monkeypatch: pytest.MonkeyPatch, scheme: str, last: bool) -> None:
+        """Channels far from zero, hardly varying, constant, with one outlier, subnormal: beside torch, to float64."""
+        force(monkeypatch, scheme)
+        x = self.randn(16, 8, 4, 9)
+        for channel, (scale, shift) in enumerate([(1, 1e2), (1, 1e4), (1, 1e6), (1e-6, 0), (1e-12, 1), (0, 3)]):
+            x[:, channel] = x[:, channel] * scale + shift
+        x[5, 6, 2, 3] = 1e8
+        x[:, 7] *= 1e-39
+        x = x.to(memory_format=torch.channels_last) if last else x
+        y, mean, var = self.kernels.forward(x, None, None, None, 0, EPS, "identity", SLOPE, None)
+        truth, true_mean, true_var = aten.forward(x.double(), None, None, None, 0, EPS, "identity", SLOPE)
+        assert bool(((mean - true_mean).abs() <= 1e-8 * true_var.sqrt() + 1e-12 * true_mean.abs()).all())
+        torch.testing.assert_close(var, true_var, rtol=1e-5, atol=1e-38)
+        peer = torch.nn.functional.batch_norm(x.cpu(), None, None, None, None, True, 0.1, EPS).to(self.device)
+        assert_within_budget(y, truth, peer, name="y", terms=truth.abs().clamp_min(1e-38))
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    @pytest.mark.parametrize(("value", "last"), [(torch.nan, False), (torch.inf, True), (-torch.inf, False)])
+    def test_what_is_not_finite_stays_in_its_channel(self, value: float, last: bool) -> None:
+        x, dy = self.randn(6, 9, 5, 3, last=last), self.randn(6, 9, 5, 3)
+        clean = x.clone()
+        x[2, 1, 3] = value
+        settings = (0, EPS, "relu", SLOPE)
+        y, mean, var = self.kernels.forward(x, None, None, None, *settings, None)
+        dx, *_ = self.kernels.backward(dy, x, None, None, None, None, mean, var, *settings, False, True, False)
+        true_y, *saved = self.kernels.forward(clean, None, None, None, *settings, None)
+        true_dx, *_ = self.kernels.backward(dy, clean, None, None, None, None, *saved, *settings, False, True, False)
+        others = [c for c in range(9) if c != 1]
+        assert torch.equal(y[:, others], true_y[:, others])
+        assert torch.equal(dx[:, others], true_dx[:, others])
+        assert not mean[0, 1].isfinite()
+        assert y[:, 1].isnan().any()
+        assert dx[:, 1].isnan().all()
+
     def test_only_what_is_wanted_is_made(self) -> None:
         x, dy, weight = self.randn(5, 3, 4), self.randn(5, 3, 4), self.randn(3)
         _, mean, var = self.kernels.forward(x, weight, None, None, 2, EPS, "relu", SLOPE, None)
@@ -303,7 +479,10 @@ class TritonLaws:
         def recorded(name: str, function: Any) -> Any:
             return lambda *args: calls.append(name) or function(*args)
 
-        names = ("forward", "normalize", "backward", "update_statistics")
+        names = [
+            "forward", "normalize", "backward", "update_statistics", "count_moments", "normalize_merged",
+            "backward_reduce", "backward_merged",
+        ]  # fmt: skip
         for name in names:
             monkeypatch.setattr(self.kernels, name, recorded(name, getattr(self.kernels, name)))
         if self.device != "cpu":
@@ -336,6 +515,39 @@ class TritonLaws:
         y = theirs.eval()(x)
         torch.testing.assert_close(ours.eval()(x), torch.relu(y) if fused else y, rtol=1e-5, atol=1e-5)
         assert kernel_calls == ["forward", "update_statistics", "backward"] * 3 + ["normalize"]
+
+    @pytest.mark.filterwarnings("ignore:.*[oO]verrid.*:UserWarning")
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize(
+        ("options", "masked", "served"),
+        [
+            ({}, True, ["forward", "backward"]),
+            ({"ghost_size": 3}, True, ["forward", "backward"]),
+            ({"ghost_size": 3}, False, ["forward", "backward"]),
+            ({"channel_groups": 2}, True, ["count_moments", "normalize_merged", "backward_reduce", "backward_merged"]),
+        ],
+    )
+    def test_layers_of_other_pools(
+        self, request: pytest.FixtureRequest, options: dict[str, int], masked: bool, served: list[str], residual: bool
+    ) -> None:
+        """Masks, ghost batches and channel groups: as in float64, by the operators that these kernels serve."""
+        x, dy, other = (self.randn(7, 4, 9) for _ in range(3))
+        lengths = torch.tensor([9, 1, 5, 0, 7, 2, 3]) if masked else None
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            torch.manual_seed(1)
+            layer = batchnorm.BatchNorm1d(4, activation="relu", **options).to(self.device, dtype)
+            torch.nn.init.normal_(layer.weight)
+            a, b = (t.to(dtype).requires_grad_() for t in (x, other))
+            if dtype is torch.float32:
+                calls = request.getfixturevalue("kernel_calls")
+            y = layer(a, b if residual else None, lengths=lengths)
+            y.backward(dy.to(dtype))
+            results.append([y, a.grad, b.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+        for ours, truth in zip(results[1], results[0], strict=True):
+            if truth is not None:
+                torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5, check_dtype=False)
+        assert [call for call in calls if call != "update_statistics"] == served
 
 
 class TestUnderInterpreter(TritonLaws):

@@ -39,7 +39,7 @@ def derivative(z: Tensor, activation: str, slope: float) -> Tensor:
     if activation == "relu6":
         return ((z > 0) & (z < 6)).to(z.dtype)
     if activation == "leaky_relu":
-        return torch.where(z > 0, 1.0, slope).to(z.dtype)
+        return torch.where(z > 0, torch.ones_like(z), slope)  # two numbers alone would make float32
     if activation == "silu":
         s = torch.sigmoid(z)
         return s * (1 + z * (1 - s))

@@ -5,7 +5,8 @@ Three schemes. *Single*: a pool's values of a block of channels are one tile; on
 each program of a second kernel merges those of its channels; where that would be too much to read for each, a small
 kernel in between merges them once. No atomics, every sum in a fixed order: the same bits on every run.
 
-Nothing here waits for the device, reads a value back or tunes at run time.
+Masks, ghost batches and statistics merged over channel groups and ranks go through the same kernels. Nothing here waits
+for the device, reads a value back or tunes at run time.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from batchnorm.kernels import triton_table
 
 VERSION: str = triton.__version__
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_SPLITS = 1024
+_MOST_RANKS = 64  # whose moments every program merges for itself
 _PROCESSORS = 132  # where there is no device to ask
 
 
@@ -83,7 +85,6 @@ def walk(x: Tensor, pool_size: int) -> Walk:
     return Walk(True, samples, channels, inner, pool)
 
 
-@lru_cache(maxsize=4096)
 def strides(shape: tuple[int, ...], stride: tuple[int, ...], planar: bool) -> tuple[int, int] | None:
     """Row and channel stride of a tensor (N, C, *space) that can be walked in this order, else None."""
     rows = [(n, s) for n, s in zip(shape[2:], stride[2:], strict=True) if n > 1]
@@ -116,7 +117,6 @@ def _column_block(columns: int, most: int) -> int:
     return max(good) if good else min(blocks, key=lambda b: (idle[b], -b))
 
 
-@lru_cache(maxsize=4096)
 def tiling(kind: str, w: Walk, itemsize: int, processors: int, capability: str) -> Tiling:
     """The scheme and tiles of a pass: "forward" and "backward" make sums, a "map" does not."""
     knobs = triton_table.lookup(capability, kind, "planar" if w.planar else "interleaved", itemsize)
@@ -149,34 +149,60 @@ def tiling(kind: str, w: Walk, itemsize: int, processors: int, capability: str) 
     return Tiling(A, B, run, splits, blocks(B) * splits, knobs.warps, "split", partial > knobs.merged)
 
 
+class Plan(NamedTuple):
+    """How a call is cut, and what all its launches share; None where an operand lies in no order of a walk."""
+
+    walk: Walk
+    tiling: Tiling
+    format: torch.memory_format
+    strides: tuple[tuple[int, int] | None, ...]  # of x and dy
+    geometry: tuple[int, ...]
+    options: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    kind: str,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dy_stride: tuple[int, ...] | None,
+    itemsize: int,
+    pool_size: int,
+    device: torch.device,
+) -> Plan:
+    x = torch.empty_strided(shape, stride, device="meta")
+    w = walk(x, pool_size)
+    found = tuple(strides(shape, each, w.planar) for each in (stride, dy_stride) if each is not None)
+    steps = [s for each in reversed(found) if each for s in each]
+    t = tiling(kind, w, itemsize, *_device(device))
+    align = math.gcd(8, w.columns, *steps)
+    geometry = (w.rows, w.channels, w.columns // align, w.pool_rows, t.splits, t.tiles, *(s // align for s in steps))
+    options = {"ALIGN": align, "PLANAR": w.planar, "A": t.A, "B": t.B, "num_warps": t.warps}
+    return Plan(w, t, suggest_memory_format(x), found, geometry, options)
+
+
 class _Call:
-    """What every launch of one call shares: x in its order, how it is cut, and the arguments that say so."""
+    """One call: x, dy and mask in an order that can be walked, and the plan."""
 
-    def __init__(self, kind: str, x: Tensor, pool_size: int, dy: Tensor | None = None) -> None:
-        self.walk = w = walk(x, pool_size)
-        self.format = suggest_memory_format(x)
-        self.x, x_strides = self._walkable(x)
-        self.dy = x
-        steps: tuple[int, ...] = x_strides
-        if dy is not None:
-            self.dy, dy_strides = self._walkable(dy)
-            steps = dy_strides + x_strides
-        self.tiling = t = tiling(kind, w, x.element_size(), *_device(x.device))
-        align = math.gcd(8, w.columns, *steps)
-        self.geometry = (
-            w.rows, w.channels, w.columns // align, w.pool_rows, t.splits, t.tiles, *(s // align for s in steps)
-        )  # fmt: skip
-        self.options: dict[str, Any] = {"ALIGN": align, "PLANAR": w.planar, "A": t.A, "B": t.B, "num_warps": t.warps}
-        self.grid = (t.programs,)
+    def __init__(
+        self, kind: str, x: Tensor, pool_size: int, mask: Tensor | None = None, dy: Tensor | None = None
+    ) -> None:
+        plan = self._planned(kind, x, dy, pool_size)
+        if None in plan.strides:  # one copy, in the order of the results
+            if plan.strides[0] is None:
+                x = torch.empty_like(x, memory_format=plan.format).copy_(x)
+            if dy is not None and plan.strides[1] is None:
+                dy = torch.empty_like(x, memory_format=plan.format).copy_(dy)
+            plan = self._planned(kind, x, dy, pool_size)
+        self.x, self.dy = x, dy
+        self.valid = None if mask is None else mask.contiguous()
+        self.walk, self.tiling, self.format, _, self.geometry, self.options = plan
+        self.grid = (self.tiling.programs,)
 
-    def _walkable(self, t: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """t and its strides; a copy in the order of the results where it lies in another."""
-        found = strides(t.shape, t.stride(), self.walk.planar)
-        if found is None:
-            t = torch.empty_like(t, memory_format=self.format).copy_(t)
-            found = strides(t.shape, t.stride(), self.walk.planar)
-            assert found is not None
-        return t, found
+    @staticmethod
+    def _planned(kind: str, x: Tensor, dy: Tensor | None, pool_size: int) -> Plan:
+        other = None if dy is None else dy.stride()
+        return _plan(kind, x.shape, x.stride(), other, x.element_size(), pool_size, x.device)
 
     def dense(self, t: Tensor | None) -> Tensor | None:
         """t in exactly the layout of the results."""
@@ -193,7 +219,8 @@ class _Call:
         return torch.empty(size, dtype=torch.float64, device=self.x.device)
 
     def partials(self, quantities: int) -> Tensor:
-        """A workspace for partial results."""
+        """A workspace for partial results; sums of the backward have the number of values behind them, if masked."""
+        quantities = 3 if self.valid is not None else quantities
         size = (quantities, self.walk.pools, self.tiling.splits, self.walk.channels)
         return torch.empty(size, dtype=torch.float64, device=self.x.device)
 
@@ -202,14 +229,18 @@ class _Call:
         many = mean.numel() == self.walk.pools * self.walk.channels
         return mean.contiguous(), var.contiguous(), self.walk.channels if many else 0
 
-    def merge(self, kernel: Any, partial: Tensor) -> Tensor:
+    def merge_sums(self, partial: Tensor) -> Tensor:
+        """The same of sums of the backward."""
+        return self.merge(kernels.merge_sums, partial, QUANTITIES=len(partial))
+
+    def merge(self, kernel: Any, partial: Tensor, **constants: int) -> Tensor:
         """Partial results of all splits as one."""
         merged = self.statistics(partial.shape[0])
         pools, parts, channels = partial.shape[1:]
         parts_block = _power(parts)
         width = max(min(4096 // parts_block, 16), 1)
         grid = (pools * -(-channels // width),)
-        kernel[grid](partial, merged, pools, parts, channels, W=width, PARTS=parts_block, num_warps=8)
+        kernel[grid](partial, merged, pools, parts, channels, W=width, PARTS=parts_block, num_warps=8, **constants)
         return merged
 
 
@@ -231,17 +262,22 @@ def _or_none(t: Tensor | None) -> Tensor | None:
 
 def _partial_moments(call: _Call) -> Tensor:
     partial = call.partials(3)
-    kernels.partial_moments[call.grid](call.x, partial, *call.geometry, **call.options)
+    kernels.partial_moments[call.grid](call.x, call.valid, partial, *call.geometry, **call.options)
     return partial
 
 
-def moments(x: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations, float64 (pools, C)."""
+def count_moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Tensor:
+    """Number of values, mean and sum of squared deviations, float64 (3, pools, C)."""
     with _guard(x):
-        call = _Call("forward", x, pool_size)
+        call = _Call("forward", x, pool_size, mask)
         partial = _partial_moments(call)
-        merged = partial[:, :, 0] if call.tiling.splits == 1 else call.merge(kernels.merge_moments, partial)
-        return merged[1].clone(), merged[2].clone()  # an operator's results share no memory
+        return partial[:, :, 0] if call.tiling.splits == 1 else call.merge(kernels.merge_moments, partial)
+
+
+def moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations, float64 (pools, C)."""
+    _, mean, m2 = count_moments(x, pool_size, mask)
+    return mean.clone(), m2.clone()  # an operator's results share no memory
 
 
 def normalize(
@@ -256,17 +292,60 @@ def normalize(
     activation: str,
     slope: float,
     signs: Tensor | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """y = activation((x - mean) / sqrt(var + eps) gamma + beta + residual); fills `signs` where given."""
     with _guard(x):
-        call = _Call("map", x, pool_size)
+        call = _Call("map", x, pool_size, mask)
         y = call.result()
         mean, var, stat_row = call.given(mean, var)
+        operands = (call.x, y, call.dense(residual), call.valid, signs, _contiguous(weight), _contiguous(bias))
         kernels.normalize[call.grid](
-            call.x, y, call.dense(residual), signs, _contiguous(weight), _contiguous(bias), mean, var, None, eps,
-            slope, 0, stat_row, *call.geometry, ACTIVATION=activation, PARTS=0, **call.options,
+            *operands, mean, var, None, None, eps, slope, 0, stat_row, *call.geometry, ACTIVATION=activation, PARTS=0,
+            **call.options,
         )  # fmt: skip
         return y
+
+
+def normalize_merged(
+    x: Tensor,
+    parts: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+    groups: int,
+    signs: Tensor | None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`normalize` by the statistics that the ranks' `count_moments` (ranks, 3, pools, C) merge into.
+
+    Returns y, the number of values, mean and biased variance. Every program merges its channels' parts itself; with
+    groups of channels, or a great many ranks, a kernel of its own does.
+    """
+    with _guard(x):
+        call = _Call("map", x, pool_size, mask)
+        ranks, pools, channels = len(parts), *parts.shape[2:]
+        y, parts = call.result(), parts.contiguous()
+        count, mean, var = call.statistics(), call.statistics(), call.statistics()
+        merged, inside = None, 0
+        if groups or ranks > _MOST_RANKS:
+            size = channels // groups if groups else 1
+            kernels.merge_groups[(pools * (channels // size),)](
+                parts, count, mean, var, ranks, pools, channels, size, PARTS=min(_power(ranks * size), 1024),
+                num_warps=4,
+            )  # fmt: skip
+        else:
+            merged, inside = parts, _power(ranks)
+        operands = (call.x, y, call.dense(residual), call.valid, signs, _contiguous(weight), _contiguous(bias))
+        kernels.normalize[call.grid](
+            *operands, mean, var, None if merged is None else count, merged, eps, slope, ranks, channels,
+            *call.geometry, ACTIVATION=activation, PARTS=inside, **call.options,
+        )  # fmt: skip
+        return y, count, mean, var
 
 
 def forward(
@@ -279,12 +358,15 @@ def forward(
     activation: str,
     slope: float,
     signs: Tensor | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`normalize` by the batch's own statistics; returns those, the variance biased, as well."""
     with _guard(x):
-        call = _Call("forward", x, pool_size)
+        call = _Call("forward", x, pool_size, mask)
         y, mean, var = call.result(), call.statistics(), call.statistics()
-        operands = (call.x, y, call.dense(residual), signs, _contiguous(weight), _contiguous(bias), mean, var)
+        operands = (
+            call.x, y, call.dense(residual), call.valid, signs, _contiguous(weight), _contiguous(bias), mean, var,
+        )  # fmt: skip
         if call.tiling.scheme != "split":
             kernels.forward_whole[call.grid](
                 *operands, eps, slope, *call.geometry, ACTIVATION=activation,
@@ -295,7 +377,7 @@ def forward(
         if call.tiling.merge_first:
             partial, parts = call.merge(kernels.merge_moments, partial), 1
         kernels.normalize[call.grid](
-            *operands, partial, eps, slope, parts, call.walk.channels, *call.geometry, ACTIVATION=activation,
+            *operands, None, partial, eps, slope, parts, call.walk.channels, *call.geometry, ACTIVATION=activation,
             PARTS=_power(parts), **call.options,
         )  # fmt: skip
         return y, mean, var
@@ -314,14 +396,15 @@ def backward_reduce(
     eps: float,
     activation: str,
     slope: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over each pool of dz and dz (x - mean), float64 (pools, C)."""
     with _guard(x):
-        call = _Call("backward", x, pool_size, dy)
+        call = _Call("backward", x, pool_size, mask, dy)
         operands = _saved(call, weight, bias, residual, signs, mean, var)
         partial = call.partials(2)
         _sum(call, None, None, operands, partial, eps, slope, activation)
-        merged = partial[:, :, 0] if call.tiling.splits == 1 else call.merge(kernels.merge_sums, partial)
+        merged = partial[:, :, 0] if call.tiling.splits == 1 else call.merge_sums(partial)
         return merged[0].clone(), merged[1].clone()
 
 
@@ -342,18 +425,50 @@ def backward_apply(
     activation: str,
     slope: float,
     want_residual: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx = k1 dz + k2 (x - mean) + k3, and dz where wanted."""
     with _guard(x):
-        call = _Call("map", x, pool_size, dy)
+        call = _Call("map", x, pool_size, mask, dy)
         *saved, stat_row = _saved(call, weight, bias, residual, signs, mean, var)
         dx = call.result()
         dz = call.result() if want_residual else None
         size = (call.walk.pools, call.walk.channels)
         coefficients = (k.expand(size).contiguous() for k in (k1, k2, k3))
         kernels.apply_gradients[call.grid](
-            call.dy, call.x, dx, dz, None, None, *saved, None, *coefficients, eps, slope, 0, stat_row,
+            call.dy, call.x, dx, dz, None, None, *saved, None, None, *coefficients, eps, slope, 0, stat_row,
             *call.geometry, ACTIVATION=activation, PARTS=0, **call.options,
+        )  # fmt: skip
+        return dx, dz
+
+
+def backward_merged(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    pool_size: int,
+    eps: float,
+    activation: str,
+    slope: float,
+    want_residual: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx by batch statistics of pools whose sums of gamma dz and gamma dz (x - mean), (2, pools, C), are merged."""
+    with _guard(x):
+        call = _Call("map", x, pool_size, mask, dy)
+        *saved, stat_row = _saved(call, weight, bias, residual, signs, mean, var)
+        dx = call.result()
+        dz = call.result() if want_residual else None
+        kernels.apply_gradients[call.grid](
+            call.dy, call.x, dx, dz, None, None, *saved, sums.contiguous(), count.contiguous(), None, None, None, eps,
+            slope, 1, stat_row, *call.geometry, ACTIVATION=activation, PARTS=1, **call.options,
         )  # fmt: skip
         return dx, dz
 
@@ -374,11 +489,12 @@ def backward(
     population: bool,
     want_x: bool,
     want_residual: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, d_residual, d_gamma and d_beta by batch statistics, or by those of a population, which are constants."""
     with _guard(x):
         parameters = weight is not None or bias is not None
-        call = _Call("backward", x, pool_size, dy)
+        call = _Call("backward", x, pool_size, mask, dy)
         operands = _saved(call, weight, bias, residual, signs, mean, var)
         dx = call.result() if want_x else None
         dz = call.result() if want_residual else None
@@ -394,7 +510,7 @@ def backward(
             pools, parts, channels = partial.shape[1:]
             block, width = _power(parts), max(min(4096 // _power(parts), 128), 1)
             kernels.parameter_gradients[(-(-channels // width),)](
-                partial, operands[5], d_weight, d_bias, eps, pools, parts, operands[6], channels, W=width,
+                partial, operands[6], d_weight, d_bias, eps, pools, parts, operands[7], channels, W=width,
                 PARTS=block, num_warps=4,
             )  # fmt: skip
         return dx, dz, d_weight, d_bias
@@ -404,7 +520,7 @@ def _saved(call: _Call, weight: Any, bias: Any, residual: Any, signs: Any, mean:
     """What the backward reads beside dy and x, and the distance between the statistics of two pools."""
     signs = _or_none(signs)
     residual = None if signs is not None else call.dense(residual)
-    return _contiguous(weight), _contiguous(bias), residual, signs, *call.given(mean, var)
+    return _contiguous(weight), _contiguous(bias), residual, call.valid, signs, *call.given(mean, var)
 
 
 def _sum(
@@ -437,10 +553,10 @@ def _batch_gradients(
     partial, parts = call.partials(2), call.tiling.splits
     _sum(call, None, None, operands, partial, eps, slope, activation)
     if call.tiling.merge_first:
-        partial, parts = call.merge(kernels.merge_sums, partial)[:, :, None], 1
+        partial, parts = call.merge_sums(partial)[:, :, None], 1
     kernels.apply_gradients[call.grid](
-        call.dy, call.x, *outputs, *saved, partial, None, None, None, eps, slope, parts, stat_row, *call.geometry,
-        ACTIVATION=activation, PARTS=_power(parts), **call.options,
+        call.dy, call.x, *outputs, *saved, partial, None, None, None, None, eps, slope, parts, stat_row,
+        *call.geometry, ACTIVATION=activation, PARTS=_power(parts), **call.options,
     )  # fmt: skip
     return None if one else partial
 

@@ -5,13 +5,16 @@ works on one channel. Interleaved (N, C) and channels last: a row holds every ch
 of B of them. A pool is a run of ``pool_rows`` rows. Tiles of A x B elements are numbered inside a pool; a program takes
 a run of them. So each statistic is a vector of W values: W = 1 (planar) or B (interleaved).
 
-Elements are computed in float32; what is summed over a program, merged or handed on is float64. Every sum has a fixed
-order. Partial results lie in a float64 workspace (quantities, pools, splits, channels). Integers that are multiples
-of ALIGN come divided by it, so that the compiler can tell that rows start at whole vectors.
+Elements are computed in float32 (float64 ones in float64); what is summed over a program, merged or handed on is
+float64. Every sum has a fixed order. Partial results lie in a float64 workspace (quantities, pools, splits, channels).
+Integers that are multiples of ALIGN come divided by it, so that the compiler can tell that rows start at whole vectors.
+
+``valid`` is a mask (N, *space) or None: what it leaves out comes in as 0, counts for nothing and is written as 0. A
+tile's ``mask`` says which of its elements there are, ``some`` which of these are valid.
 """
 
-# Only the branch that a constant chooses is compiled: an else after a return is needed.
-# ruff: noqa: RET505, SIM108
+# Only the branch that a constant chooses is compiled: an else after a return is needed, and no `and` with a value.
+# ruff: noqa: RET505, SIM102, SIM108
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, no-any-return"
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ import triton.language as tl
 
 GEOMETRY = ("rows", "channels", "columns", "pool_rows", "splits", "tiles")
 # Their values come from shapes: no new compilation for each.
-VARIES = [*GEOMETRY, "parts", "stat_row", "x_row", "x_channel", "dy_row", "dy_channel", "pools", "count", "pool_count"]
+VARIES = [
+    *GEOMETRY, "parts", "stat_row", "x_row", "x_channel", "dy_row", "dy_channel", "pools", "count", "pool_count",
+    "ranks", "size",
+]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- places
 
@@ -92,6 +98,48 @@ def _at(
 
 
 @triton.jit
+def _among(
+    valid, mask, count, row, row_there, column_block, columns, PLANAR: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """Which elements of a tile are valid, and how many of a channel."""
+    if valid is None:
+        return mask, count
+    else:
+        if PLANAR:
+            column = column_block * B + tl.arange(0, B)
+            found = tl.load(valid + (row[:, None] * columns + column[None, :]), mask, 0).to(tl.int32)
+        else:
+            found = tl.load(valid + row[:, None], row_there[:, None], 0).to(tl.int32)
+        return mask & (found != 0), tl.sum(tl.sum(found, 1), 0).to(tl.int64)
+
+
+@triton.jit
+def _wide(value, like):
+    """A value in the dtype that elements of this pointer are computed in."""
+    if like.dtype.element_ty == tl.float64:
+        return tl.cast(value, tl.float64)
+    else:
+        return tl.cast(value, tl.float32)
+
+
+@triton.jit
+def _read(pointer, at, mask, some, valid, x, PLANAR: tl.constexpr):
+    """A tile's valid elements, else 0. Planar, whole vectors are read and masked afterwards."""
+    if valid is None or not PLANAR:
+        return _wide(tl.load(pointer + at, some, 0.0), x)
+    else:
+        return tl.where(some, _wide(tl.load(pointer + at, mask, 0.0), x), 0.0)
+
+
+@triton.jit
+def _write(pointer, at, value, mask, some, valid):
+    """Stores a tile, 0 where it is not valid."""
+    if valid is not None:
+        value = tl.where(some, value, 0.0)
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
 def _dense(channels, columns, PLANAR: tl.constexpr):
     """Row and channel stride of a result."""
     if PLANAR:
@@ -146,6 +194,12 @@ def _workspace(pool, part, channel, pools, parts, channels):
     return (pool * parts + part) * channels + channel, tl.cast(pools, tl.int64) * parts * channels
 
 
+@triton.jit
+def _gathered(pool, part, channel, pools, channels):
+    """The same where the parts are ranks, (parts, 3, pools, channels)."""
+    return (tl.cast(part, tl.int64) * 3 * pools + pool) * channels + channel, tl.cast(pools, tl.int64) * channels
+
+
 # ---------------------------------------------------------------------------------------------- activations
 
 
@@ -172,10 +226,9 @@ def _activate(z, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "sigmoid":
         z = 1.0 / (1.0 + tl.exp(-z))
     elif ACTIVATION == "tanh":
-        # Taylor's series where 1 - exp would cancel; its next term is below a rounding.
-        s = z * z
-        series = 2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925)))
-        series = z + z * s * (-1 / 3 + s * series)
+        # Lambert's continued fraction where 1 - exp would cancel; what it leaves out is below a rounding of float64.
+        s = tl.minimum(z * z, 1.0)
+        series = z * (135135 + s * (17325 + s * (378 + s))) / (135135 + s * (62370 + s * (3150 + s * 28)))
         e = _exp_of_minus_twice(z)
         rest = (1.0 - e) / (1.0 + e)
         z = tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -rest, rest))
@@ -226,39 +279,43 @@ def _through(dy, z, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _moments(
-    x, x_row, x_channel, first, last, block, pool, rows, columns, pool_rows,
+    x, valid, x_row, x_channel, first, last, block, pool, rows, columns, pool_rows,
     PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and m2 of a run of tiles, in float32 about the first tile's mean; and that tile itself."""
+    """Count, mean and m2 of a run of tiles, about the first valid tile's mean; the first tile, and its valid places."""
     row, there, column_block, count = _tile(first, block, pool, rows, columns, pool_rows, PLANAR, A, B)
     at, mask = _at(row, there, column_block, block, columns, x_row, x_channel, PLANAR, B)
-    held = tl.load(x + at, mask, 0.0).to(tl.float32)
-    about = (_pool_sum(held, PLANAR) / tl.maximum(count, 1)).to(tl.float32)
+    held_some, count = _among(valid, mask, count, row, there, column_block, columns, PLANAR, B)
+    held = _read(x, at, mask, held_some, valid, x, PLANAR)
+    about = _wide(_pool_sum(held, PLANAR) / tl.maximum(count, 1), x)
     origin = _spread(about, PLANAR)
-    sums = tl.where(mask, held - origin, 0.0)
+    sums = tl.where(held_some, held - origin, 0.0)
     squares = sums * sums
     for tile in range(first + 1, last):
         row, there, column_block, more = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
         at, mask = _at(row, there, column_block, block, columns, x_row, x_channel, PLANAR, B)
-        value = tl.load(x + at, mask, 0.0).to(tl.float32)
-        value = tl.where(mask, value - origin, 0.0)
+        some, more = _among(valid, mask, more, row, there, column_block, columns, PLANAR, B)
+        value = _read(x, at, mask, some, valid, x, PLANAR)
+        if valid is not None:
+            if count == 0:  # all so far was padding
+                about = _wide(_pool_sum(value, PLANAR) / tl.maximum(more, 1), x)
+                origin = _spread(about, PLANAR)
+        value = tl.where(some, value - origin, 0.0)
         sums += value
         squares += value * value
         count += more
     total = _pool_sum(sums, PLANAR)
     number = tl.maximum(count, 1).to(tl.float64)
     m2 = _pool_sum(squares, PLANAR) - total * total / number
-    return count, about.to(tl.float64) + total / number, tl.where(m2 < 0, 0.0, m2), held
+    return count, about.to(tl.float64) + total / number, tl.where(m2 < 0, 0.0, m2), held, held_some
 
 
 @triton.jit
-def _merged_moments(partial, channel, present, pool, pools, parts, channels, PARTS: tl.constexpr):
-    """Count, mean and m2 (W,) of all parts of a pool, in float64."""
-    part = tl.arange(0, PARTS)
-    at, plane = _workspace(pool, part[:, None], channel[None, :], pools, parts, channels)
-    mask = (part < parts)[:, None] & present[None, :]
+def _merged_moments(partial, at, plane, present, parts, PARTS: tl.constexpr):
+    """Count, mean and m2 (W,) of all parts, in float64."""
+    mask = (tl.arange(0, PARTS) < parts)[:, None] & present[None, :]
     counts = tl.load(partial + at, mask, 0.0)
-    means = tl.load(partial + plane + at, mask, 0.0)
+    means = tl.where(counts > 0, tl.load(partial + plane + at, mask, 0.0), 0.0)
     count = tl.sum(counts, 0)
     mean = tl.sum(counts * means, 0) / tl.where(count > 0, count, 1.0)
     away = means - mean[None, :]
@@ -266,35 +323,36 @@ def _merged_moments(partial, channel, present, pool, pools, parts, channels, PAR
 
 
 @triton.jit
-def _merged_sums(partial, channel, present, pool, pools, parts, channels, PARTS: tl.constexpr):
-    """Sums of dz and of dz (x - mean) (W,) over all parts of a pool, in float64."""
+def _merged_sum(
+    partial, quantity: tl.constexpr, channel, present, pool, pools, parts, channels, PARTS: tl.constexpr
+):  # fmt: skip
+    """The sum (W,) of a quantity over all parts of a pool, in float64."""
     part = tl.arange(0, PARTS)
     at, plane = _workspace(pool, part[:, None], channel[None, :], pools, parts, channels)
-    mask = (part < parts)[:, None] & present[None, :]
-    return tl.sum(tl.load(partial + at, mask, 0.0), 0), tl.sum(tl.load(partial + plane + at, mask, 0.0), 0)
+    return tl.sum(tl.load(partial + quantity * plane + at, (part < parts)[:, None] & present[None, :], 0.0), 0)
 
 
 @triton.jit
-def _affine(mean, var, weight, bias, channel, present, eps, PLANAR: tl.constexpr):
-    """mean in two parts, gamma / s and beta, float32 as `_spread`; and 1 / s, float64 (W,)."""
+def _affine(mean, var, weight, bias, channel, present, eps, x, PLANAR: tl.constexpr):
+    """mean in two parts, gamma / s and beta, wide as `_spread`; and 1 / s, float64 (W,)."""
     inv_std = 1.0 / tl.sqrt(var + eps)
-    center = mean.to(tl.float32)
+    center = _wide(mean, x)
     scale = inv_std
     if weight is not None:
         scale = inv_std * tl.load(weight + channel, present, 0.0).to(tl.float64)
     shift = tl.zeros_like(center)
     if bias is not None:
-        shift = tl.load(bias + channel, present, 0.0).to(tl.float32)
-    rest = (mean - center.to(tl.float64)).to(tl.float32)
+        shift = _wide(tl.load(bias + channel, present, 0.0), x)
+    rest = _wide(mean - center.to(tl.float64), x)
     return (
-        _spread(center, PLANAR), _spread(rest, PLANAR), _spread(scale.to(tl.float32), PLANAR),
+        _spread(center, PLANAR), _spread(rest, PLANAR), _spread(_wide(scale, x), PLANAR),
         _spread(shift, PLANAR), inv_std,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARIES)
 def partial_moments(
-    x, partial, rows, channels, columns, pool_rows, splits, tiles, x_row, x_channel,
+    x, valid, partial, rows, channels, columns, pool_rows, splits, tiles, x_row, x_channel,
     ALIGN: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and m2 of each split."""
@@ -302,8 +360,8 @@ def partial_moments(
     block, split, pool = _place(_blocks(channels, PLANAR, B), splits, False)
     channel, present = _channels(block, channels, PLANAR, B)
     first, last = _run(split, tiles, pool_rows, columns, PLANAR, A, B)
-    count, mean, m2, _ = _moments(
-        x, x_row, x_channel, first, last, block, pool, rows, columns, pool_rows, PLANAR, A, B
+    count, mean, m2, _held, _some = _moments(
+        x, valid, x_row, x_channel, first, last, block, pool, rows, columns, pool_rows, PLANAR, A, B
     )  # fmt: skip
     at, plane = _workspace(pool, split, channel, tl.cdiv(rows, pool_rows), splits, channels)
     tl.store(partial + at, tl.zeros_like(mean) + count, present)
@@ -318,7 +376,8 @@ def merge_moments(partial, merged, pools, parts, channels, W: tl.constexpr, PART
     pool = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * W + tl.arange(0, W)
     present = channel < channels
-    count, mean, m2 = _merged_moments(partial, channel, present, pool, pools, parts, channels, PARTS)
+    at, plane = _workspace(pool, tl.arange(0, PARTS)[:, None], channel[None, :], pools, parts, channels)
+    count, mean, m2 = _merged_moments(partial, at, plane, present, parts, PARTS)
     at, plane = _workspace(pool, 0, channel, pools, 1, channels)
     tl.store(merged + at, count, present)
     tl.store(merged + plane + at, mean, present)
@@ -326,16 +385,18 @@ def merge_moments(partial, merged, pools, parts, channels, W: tl.constexpr, PART
 
 
 @triton.jit(do_not_specialize=VARIES)
-def merge_sums(partial, merged, pools, parts, channels, W: tl.constexpr, PARTS: tl.constexpr):
-    """All parts of each pool as one: the sums of dz and dz (x - mean)."""
+def merge_sums(
+    partial, merged, pools, parts, channels, QUANTITIES: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """All parts of each pool as one: the sums of dz and dz (x - mean) and, masked, the number of values."""
     blocks = tl.cdiv(channels, W)
     pool = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * W + tl.arange(0, W)
     present = channel < channels
-    sum_dz, sum_dz_centered = _merged_sums(partial, channel, present, pool, pools, parts, channels, PARTS)
     at, plane = _workspace(pool, 0, channel, pools, 1, channels)
-    tl.store(merged + at, sum_dz, present)
-    tl.store(merged + plane + at, sum_dz_centered, present)
+    for quantity in tl.static_range(QUANTITIES):
+        total = _merged_sum(partial, quantity, channel, present, pool, pools, parts, channels, PARTS)
+        tl.store(merged + quantity * plane + at, total, present)
 
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -343,7 +404,8 @@ def merge_sums(partial, merged, pools, parts, channels, W: tl.constexpr, PARTS: 
 
 @triton.jit
 def _finish(
-    value, y, residual, signs, center, rest, scale, shift, slope, row, there, column_block, block, channels, columns,
+    value, x, y, residual, valid, signs, center, rest, scale, shift, slope, some,
+    row, there, column_block, block, channels, columns,
     ACTIVATION: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Normalizes, adds, activates and stores one tile."""
@@ -351,22 +413,26 @@ def _finish(
     at, mask = _at(row, there, column_block, block, columns, dense_row, dense_channel, PLANAR, B)
     z = ((value - center) - rest) * scale + shift
     if residual is not None:
-        z += tl.load(residual + at, mask, 0.0).to(tl.float32)
+        z += _read(residual, at, mask, some, valid, x, PLANAR)
     if signs is not None:
         bits = tl.reshape(_is_linear(z, ACTIVATION).to(tl.int32), (A, B // 8, 8)) << tl.arange(0, 8)[None, None, :]
         bytes_at, bytes_mask = _bytes_at(row, there, column_block, block, channels, columns, PLANAR, B)
         tl.store(signs + bytes_at, tl.sum(bits, 2).to(tl.uint8), bytes_mask)
-    tl.store(y + at, _activate(z, slope, ACTIVATION).to(y.dtype.element_ty), mask)
+    slope = _wide(tl.full((), slope, tl.float64), x)
+    _write(y, at, _activate(z, slope, ACTIVATION), mask, some, valid)
 
 
 @triton.jit(do_not_specialize=VARIES)
 def normalize(
-    x, y, residual, signs, weight, bias, mean, var, partial, eps: tl.float64, slope, parts, stat_row,
-    rows, channels, columns, pool_rows, splits, tiles, x_row, x_channel,
+    x, y, residual, valid, signs, weight, bias, mean, var, counts, partial, eps: tl.float64, slope: tl.float64, parts,
+    stat_row, rows, channels, columns, pool_rows, splits, tiles, x_row, x_channel,
     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y by the statistics given (PARTS = 0), or by those merged of the parts, which are then written."""
+    """y by the statistics given (PARTS = 0), or by those merged of the parts, which are then written.
+
+    With `counts`, the number of values is written as well, and parts are as `_gathered` says.
+    """
     columns, x_row, x_channel = columns * ALIGN, x_row * ALIGN, x_channel * ALIGN
     block, split, pool = _place(_blocks(channels, PLANAR, B), splits, PARTS > 0)
     channel, present = _channels(block, channels, PLANAR, B)
@@ -375,13 +441,19 @@ def normalize(
         mu = tl.load(mean + statistic, present, 0.0).to(tl.float64)
         v = tl.load(var + statistic, present, 1.0).to(tl.float64)
     else:
-        pools = tl.cdiv(rows, pool_rows)
-        count, mu, m2 = _merged_moments(partial, channel, present, pool, pools, parts, channels, PARTS)
+        pools, part = tl.cdiv(rows, pool_rows), tl.arange(0, PARTS)[:, None]
+        if counts is None:
+            where, plane = _workspace(pool, part, channel[None, :], pools, parts, channels)
+        else:
+            where, plane = _gathered(pool, part, channel[None, :], pools, channels)
+        count, mu, m2 = _merged_moments(partial, where, plane, present, parts, PARTS)
         v = m2 / tl.where(count > 0, count, 1.0)
         if split == 0:
             tl.store(mean + statistic, mu, present)
             tl.store(var + statistic, v, present)
-    center, rest, scale, shift, _inv_std = _affine(mu, v, weight, bias, channel, present, eps, PLANAR)
+            if counts is not None:
+                tl.store(counts + statistic, count, present)
+    center, rest, scale, shift, _inv_std = _affine(mu, v, weight, bias, channel, present, eps, x, PLANAR)
     first, last = _run(split, tiles, pool_rows, columns, PLANAR, A, B)
     for i in range(first, last):
         tile = i
@@ -389,16 +461,17 @@ def normalize(
             tile = first + last - 1 - i
         row, there, column_block, _count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
         at, mask = _at(row, there, column_block, block, columns, x_row, x_channel, PLANAR, B)
-        value = tl.load(x + at, mask, 0.0).to(tl.float32)
+        some, _count = _among(valid, mask, _count, row, there, column_block, columns, PLANAR, B)
+        value = _read(x, at, mask, some, valid, x, PLANAR)
         _finish(
-            value, y, residual, signs, center, rest, scale, shift, slope, row, there, column_block, block, channels,
-            columns, ACTIVATION, PLANAR, A, B,
+            value, x, y, residual, valid, signs, center, rest, scale, shift, slope, some,
+            row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARIES)
 def forward_whole(
-    x, y, residual, signs, weight, bias, mean, var, eps: tl.float64, slope,
+    x, y, residual, valid, signs, weight, bias, mean, var, eps: tl.float64, slope: tl.float64,
     rows, channels, columns, pool_rows, splits, tiles, x_row, x_channel,
     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -410,24 +483,25 @@ def forward_whole(
     first, last = _run(split, tiles, pool_rows, columns, PLANAR, A, B)
     if SINGLE:
         first, last = 0, 1
-    count, mu, m2, held = _moments(
-        x, x_row, x_channel, first, last, block, pool, rows, columns, pool_rows, PLANAR, A, B
+    count, mu, m2, held, held_some = _moments(
+        x, valid, x_row, x_channel, first, last, block, pool, rows, columns, pool_rows, PLANAR, A, B
     )  # fmt: skip
-    v = m2 / count.to(tl.float64)
+    v = m2 / tl.maximum(count, 1).to(tl.float64)
     tl.store(mean + pool * channels + channel, mu, present)
     tl.store(var + pool * channels + channel, v, present)
-    center, rest, scale, shift, _inv_std = _affine(mu, v, weight, bias, channel, present, eps, PLANAR)
+    center, rest, scale, shift, _inv_std = _affine(mu, v, weight, bias, channel, present, eps, x, PLANAR)
     for i in range(first, last):
         tile = last - 1 - i
         row, there, column_block, _count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
         if SINGLE:
-            value = held
+            value, some = held, held_some
         else:
             at, mask = _at(row, there, column_block, block, columns, x_row, x_channel, PLANAR, B)
-            value = tl.load(x + at, mask, 0.0).to(tl.float32)
+            some, _count = _among(valid, mask, _count, row, there, column_block, columns, PLANAR, B)
+            value = _read(x, at, mask, some, valid, x, PLANAR)
         _finish(
-            value, y, residual, signs, center, rest, scale, shift, slope, row, there, column_block, block, channels,
-            columns, ACTIVATION, PLANAR, A, B,
+            value, x, y, residual, valid, signs, center, rest, scale, shift, slope, some,
+            row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
         )  # fmt: skip
 
 
@@ -436,16 +510,18 @@ def forward_whole(
 
 @triton.jit
 def _dz(
-    dy, x, residual, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
-    row, there, column_block, block, channels, columns,
+    dy, x, residual, valid, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
+    row, there, column_block, block, channels, columns, count,
     ACTIVATION: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy activation'(z) and x - mean of one tile; both are 0 or harmless where there is no element."""
+    """dz = dy activation'(z) and x - mean of one tile, 0 where it is not valid; where it is, and how often."""
     at, mask = _at(row, there, column_block, block, columns, dy_row, dy_channel, PLANAR, B)
-    dz = tl.load(dy + at, mask, 0.0).to(tl.float32)
+    some, count = _among(valid, mask, count, row, there, column_block, columns, PLANAR, B)
+    dz = _read(dy, at, mask, some, valid, x, PLANAR)
     at, mask = _at(row, there, column_block, block, columns, x_row, x_channel, PLANAR, B)
-    centered = (tl.load(x + at, mask, 0.0).to(tl.float32) - center) - rest
-    centered = tl.where(mask, centered, 0.0)
+    centered = (_read(x, at, mask, some, valid, x, PLANAR) - center) - rest
+    centered = tl.where(some, centered, 0.0)
+    slope = _wide(tl.full((), slope, tl.float64), x)
     if signs is not None:
         bytes_at, bytes_mask = _bytes_at(row, there, column_block, block, channels, columns, PLANAR, B)
         eight = tl.load(signs + bytes_at, bytes_mask, 0).to(tl.int32)
@@ -456,14 +532,14 @@ def _dz(
         if residual is not None:
             dense_row, dense_channel = _dense(channels, columns, PLANAR)
             at, mask = _at(row, there, column_block, block, columns, dense_row, dense_channel, PLANAR, B)
-            z += tl.load(residual + at, mask, 0.0).to(tl.float32)
+            z += _read(residual, at, mask, some, valid, x, PLANAR)
         dz = _through(dz, z, slope, ACTIVATION)
-    return dz, centered
+    return dz, centered, some, count
 
 
 @triton.jit
 def _apply(
-    dz, centered, dx, d_residual, k1, k2, k3, row, there, column_block, block, channels, columns,
+    dz, centered, dx, d_residual, valid, some, k1, k2, k3, row, there, column_block, block, channels, columns,
     PLANAR: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Stores dx = k1 dz + k2 (x - mean) + k3 (k2 None: k1 dz), and dz, of one tile."""
@@ -473,20 +549,26 @@ def _apply(
         value = k1 * dz
         if k2 is not None:
             value += k2 * centered + k3
-        tl.store(dx + at, value.to(dx.dtype.element_ty), mask)
+        _write(dx, at, value, mask, some, valid)
     if d_residual is not None:
-        tl.store(d_residual + at, dz.to(d_residual.dtype.element_ty), mask)
+        _write(d_residual, at, dz, mask, some, valid)
 
 
 @triton.jit
-def _batch_coefficients(sum_dz, sum_dz_centered, count, inv_std, weight, channel, present, PLANAR: tl.constexpr):
-    """k1, k2 and k3 of batch statistics, float32 as `_spread`."""
-    k1 = inv_std
-    if weight is not None:
-        k1 = inv_std * tl.load(weight + channel, present, 0.0).to(tl.float64)
-    k2 = -k1 * inv_std * inv_std * sum_dz_centered / count
-    k3 = -k1 * sum_dz / count
-    return _spread(k1.to(tl.float32), PLANAR), _spread(k2.to(tl.float32), PLANAR), _spread(k3.to(tl.float32), PLANAR)
+def _gamma(weight, channel, present):
+    """gamma, float64 (W,)."""
+    if weight is None:
+        return tl.zeros_like(channel).to(tl.float64) + 1.0
+    else:
+        return tl.load(weight + channel, present, 0.0).to(tl.float64)
+
+
+@triton.jit
+def _coefficients(gamma, gamma_dz, gamma_dz_centered, count, inv_std, x, PLANAR: tl.constexpr):
+    """k1, k2 and k3 of batch statistics, of the sums of gamma dz and gamma dz (x - mean); wide as `_spread`."""
+    k2 = -inv_std * inv_std * inv_std * gamma_dz_centered / count
+    k3 = -inv_std * gamma_dz / count
+    return _spread(_wide(gamma * inv_std, x), PLANAR), _spread(_wide(k2, x), PLANAR), _spread(_wide(k3, x), PLANAR)
 
 
 @triton.jit
@@ -499,66 +581,85 @@ def _store_parameters(d_weight, d_bias, sum_dz, sum_dz_centered, inv_std, channe
 
 @triton.jit(do_not_specialize=VARIES)
 def partial_gradients(
-    dy, x, dx, d_residual, weight, bias, residual, signs, mean, var, partial, eps: tl.float64, slope, stat_row,
-    rows, channels, columns, pool_rows, splits, tiles, dy_row, dy_channel, x_row, x_channel,
+    dy, x, dx, d_residual, weight, bias, residual, valid, signs, mean, var, partial, eps: tl.float64, slope: tl.float64,
+    stat_row, rows, channels, columns, pool_rows, splits, tiles, dy_row, dy_channel, x_row, x_channel,
     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and dz (x - mean) of each split; with dx or d_residual, theirs for constant statistics as well."""
+    """Sums of dz and dz (x - mean) of each split, masked also the number of values; with dx or d_residual, theirs for
+    constant statistics as well."""
     columns, x_row, x_channel = columns * ALIGN, x_row * ALIGN, x_channel * ALIGN
     dy_row, dy_channel = dy_row * ALIGN, dy_channel * ALIGN
     block, split, pool = _place(_blocks(channels, PLANAR, B), splits, False)
     channel, present = _channels(block, channels, PLANAR, B)
     mu = tl.load(mean + pool * stat_row + channel, present, 0.0).to(tl.float64)
     v = tl.load(var + pool * stat_row + channel, present, 1.0).to(tl.float64)
-    center, rest, scale, shift, _inv_std = _affine(mu, v, weight, bias, channel, present, eps, PLANAR)
-    sums = tl.zeros((A, B), tl.float32)
-    products = tl.zeros((A, B), tl.float32)
+    center, rest, scale, shift, _inv_std = _affine(mu, v, weight, bias, channel, present, eps, x, PLANAR)
+    sums = _wide(tl.zeros((A, B), tl.float32), x)
+    products = sums
+    counted = tl.cast(0, tl.int64)
     first, last = _run(split, tiles, pool_rows, columns, PLANAR, A, B)
     for tile in range(first, last):
-        row, there, column_block, _count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
-        dz, centered = _dz(
-            dy, x, residual, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
-            row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
+        row, there, column_block, count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
+        dz, centered, some, count = _dz(
+            dy, x, residual, valid, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
+            row, there, column_block, block, channels, columns, count, ACTIVATION, PLANAR, A, B,
         )  # fmt: skip
         sums += dz
         products += dz * centered
+        counted += count
         _apply(
-            dz, centered, dx, d_residual, scale, None, None, row, there, column_block, block, channels, columns,
-            PLANAR, B,
+            dz, centered, dx, d_residual, valid, some, scale, None, None, row, there, column_block, block, channels,
+            columns, PLANAR, B,
         )  # fmt: skip
     if partial is not None:
         at, plane = _workspace(pool, split, channel, tl.cdiv(rows, pool_rows), splits, channels)
         tl.store(partial + at, _pool_sum(sums, PLANAR), present)
         tl.store(partial + plane + at, _pool_sum(products, PLANAR), present)
+        if valid is not None:
+            tl.store(partial + 2 * plane + at, tl.zeros_like(mu) + counted, present)
 
 
 @triton.jit(do_not_specialize=VARIES)
 def apply_gradients(
-    dy, x, dx, d_residual, d_weight, d_bias, weight, bias, residual, signs, mean, var, partial, k1, k2, k3,
-    eps: tl.float64, slope, parts, stat_row,
+    dy, x, dx, d_residual, d_weight, d_bias, weight, bias, residual, valid, signs, mean, var, partial, counts,
+    k1, k2, k3, eps: tl.float64, slope: tl.float64, parts, stat_row,
     rows, channels, columns, pool_rows, splits, tiles, dy_row, dy_channel, x_row, x_channel,
     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dx and d_residual by coefficients given (PARTS = 0), or by those of the sums merged of the parts."""
+    """dx and d_residual by coefficients given (PARTS = 0), or by those of the sums merged of the parts.
+
+    With `counts`, the number of values, there is one part, and its sums are of gamma dz.
+    """
     columns, x_row, x_channel = columns * ALIGN, x_row * ALIGN, x_channel * ALIGN
     dy_row, dy_channel = dy_row * ALIGN, dy_channel * ALIGN
     block, split, pool = _place(_blocks(channels, PLANAR, B), splits, PARTS > 0)
     channel, present = _channels(block, channels, PLANAR, B)
     mu = tl.load(mean + pool * stat_row + channel, present, 0.0).to(tl.float64)
     v = tl.load(var + pool * stat_row + channel, present, 1.0).to(tl.float64)
-    center, rest, scale, shift, inv_std = _affine(mu, v, weight, bias, channel, present, eps, PLANAR)
+    center, rest, scale, shift, inv_std = _affine(mu, v, weight, bias, channel, present, eps, x, PLANAR)
     if PARTS == 0:
         at = pool * channels + channel
-        c1 = _spread(tl.load(k1 + at, present, 0.0).to(tl.float32), PLANAR)
-        c2 = _spread(tl.load(k2 + at, present, 0.0).to(tl.float32), PLANAR)
-        c3 = _spread(tl.load(k3 + at, present, 0.0).to(tl.float32), PLANAR)
+        c1 = _spread(_wide(tl.load(k1 + at, present, 0.0), x), PLANAR)
+        c2 = _spread(_wide(tl.load(k2 + at, present, 0.0), x), PLANAR)
+        c3 = _spread(_wide(tl.load(k3 + at, present, 0.0), x), PLANAR)
     else:
-        sum_dz, sum_dz_centered = _merged_sums(
-            partial, channel, present, pool, tl.cdiv(rows, pool_rows), parts, channels, PARTS
-        )
-        count = (tl.minimum(rows - pool * pool_rows, pool_rows) * (columns if PLANAR else 1)).to(tl.float64)
-        c1, c2, c3 = _batch_coefficients(sum_dz, sum_dz_centered, count, inv_std, weight, channel, present, PLANAR)
+        pools = tl.cdiv(rows, pool_rows)
+        sum_dz = _merged_sum(partial, 0, channel, present, pool, pools, parts, channels, PARTS)
+        sum_dz_centered = _merged_sum(partial, 1, channel, present, pool, pools, parts, channels, PARTS)
+        gamma = _gamma(weight, channel, present)
+        inside = gamma
+        if counts is not None:
+            count = tl.load(counts + pool * channels + channel, present, 1.0)
+            inside = tl.zeros_like(gamma) + 1.0
+        elif valid is not None:
+            count = _merged_sum(partial, 2, channel, present, pool, pools, parts, channels, PARTS)
+        else:
+            count = tl.minimum(rows - pool * pool_rows, pool_rows) * (columns if PLANAR else 1)
+            count = tl.zeros_like(gamma) + count
+        c1, c2, c3 = _coefficients(
+            gamma, inside * sum_dz, inside * sum_dz_centered, tl.maximum(count, 1.0), inv_std, x, PLANAR
+        )  # fmt: skip
         if split == 0:
             _store_parameters(d_weight, d_bias, sum_dz, sum_dz_centered, inv_std, channel, present)
     first, last = _run(split, tiles, pool_rows, columns, PLANAR, A, B)
@@ -567,19 +668,21 @@ def apply_gradients(
         if PARTS > 0:
             tile = first + last - 1 - i
         row, there, column_block, _count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
-        dz, centered = _dz(
-            dy, x, residual, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
-            row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
+        dz, centered, some, _count = _dz(
+            dy, x, residual, valid, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
+            row, there, column_block, block, channels, columns, _count, ACTIVATION, PLANAR, A, B,
         )  # fmt: skip
         _apply(
-            dz, centered, dx, d_residual, c1, c2, c3, row, there, column_block, block, channels, columns, PLANAR, B
+            dz, centered, dx, d_residual, valid, some, c1, c2, c3, row, there, column_block, block, channels, columns,
+            PLANAR, B,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARIES)
 def backward_whole(
-    dy, x, dx, d_residual, d_weight, d_bias, weight, bias, residual, signs, mean, var, sums, eps: tl.float64, slope,
-    stat_row, rows, channels, columns, pool_rows, splits, tiles, dy_row, dy_channel, x_row, x_channel,
+    dy, x, dx, d_residual, d_weight, d_bias, weight, bias, residual, valid, signs, mean, var, sums, eps: tl.float64,
+    slope: tl.float64, stat_row,
+    rows, channels, columns, pool_rows, splits, tiles, dy_row, dy_channel, x_row, x_channel,
     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, PLANAR: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     SINGLE: tl.constexpr,
 ):  # fmt: skip
@@ -590,27 +693,29 @@ def backward_whole(
     channel, present = _channels(block, channels, PLANAR, B)
     mu = tl.load(mean + pool * stat_row + channel, present, 0.0).to(tl.float64)
     v = tl.load(var + pool * stat_row + channel, present, 1.0).to(tl.float64)
-    center, rest, scale, shift, inv_std = _affine(mu, v, weight, bias, channel, present, eps, PLANAR)
+    center, rest, scale, shift, inv_std = _affine(mu, v, weight, bias, channel, present, eps, x, PLANAR)
     first, last = _run(split, tiles, pool_rows, columns, PLANAR, A, B)
     if SINGLE:
         first, last = 0, 1
-    row, there, column_block, _count = _tile(first, block, pool, rows, columns, pool_rows, PLANAR, A, B)
-    dz, centered = _dz(
-        dy, x, residual, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
-        row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
+    row, there, column_block, counted = _tile(first, block, pool, rows, columns, pool_rows, PLANAR, A, B)
+    dz, centered, some, counted = _dz(
+        dy, x, residual, valid, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
+        row, there, column_block, block, channels, columns, counted, ACTIVATION, PLANAR, A, B,
     )  # fmt: skip
     total, products = dz, dz * centered
     for tile in range(first + 1, last):
-        row, there, column_block, _count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
-        more, centered_more = _dz(
-            dy, x, residual, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
-            row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
+        row, there, column_block, count = _tile(tile, block, pool, rows, columns, pool_rows, PLANAR, A, B)
+        more, centered_more, _some, count = _dz(
+            dy, x, residual, valid, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
+            row, there, column_block, block, channels, columns, count, ACTIVATION, PLANAR, A, B,
         )  # fmt: skip
         total += more
         products += more * centered_more
+        counted += count
     sum_dz, sum_dz_centered = _pool_sum(total, PLANAR), _pool_sum(products, PLANAR)
-    count = (tl.minimum(rows - pool * pool_rows, pool_rows) * (columns if PLANAR else 1)).to(tl.float64)
-    c1, c2, c3 = _batch_coefficients(sum_dz, sum_dz_centered, count, inv_std, weight, channel, present, PLANAR)
+    number = tl.maximum(counted, 1).to(tl.float64)
+    gamma = _gamma(weight, channel, present)
+    c1, c2, c3 = _coefficients(gamma, gamma * sum_dz, gamma * sum_dz_centered, number, inv_std, x, PLANAR)
     _store_parameters(d_weight, d_bias, sum_dz, sum_dz_centered, inv_std, channel, present)
     if sums is not None:
         at, plane = _workspace(pool, 0, channel, tl.cdiv(rows, pool_rows), 1, channels)
@@ -619,12 +724,13 @@ def backward_whole(
     for i in range(first, last):
         row, there, column_block, _count = _tile(last - 1 - i, block, pool, rows, columns, pool_rows, PLANAR, A, B)
         if not SINGLE:
-            dz, centered = _dz(
-                dy, x, residual, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
-                row, there, column_block, block, channels, columns, ACTIVATION, PLANAR, A, B,
+            dz, centered, some, _count = _dz(
+                dy, x, residual, valid, signs, center, rest, scale, shift, slope, dy_row, dy_channel, x_row, x_channel,
+                row, there, column_block, block, channels, columns, _count, ACTIVATION, PLANAR, A, B,
             )  # fmt: skip
         _apply(
-            dz, centered, dx, d_residual, c1, c2, c3, row, there, column_block, block, channels, columns, PLANAR, B
+            dz, centered, dx, d_residual, valid, some, c1, c2, c3, row, there, column_block, block, channels, columns,
+            PLANAR, B,
         )  # fmt: skip
 
 
@@ -638,14 +744,45 @@ def parameter_gradients(
     present = channel < channels
     gamma = tl.zeros((W,), tl.float64)
     beta = tl.zeros((W,), tl.float64)
-    for pool in range(pools):
-        sum_dz, sum_dz_centered = _merged_sums(
-            partial, channel, present, tl.cast(pool, tl.int64), pools, parts, channels, PARTS
-        )
-        v = tl.load(var + tl.cast(pool, tl.int64) * stat_row + channel, present, 1.0).to(tl.float64)
+    for each in range(pools):
+        pool = tl.cast(each, tl.int64)
+        v = tl.load(var + pool * stat_row + channel, present, 1.0).to(tl.float64)
+        beta += _merged_sum(partial, 0, channel, present, pool, pools, parts, channels, PARTS)
+        sum_dz_centered = _merged_sum(partial, 1, channel, present, pool, pools, parts, channels, PARTS)
         gamma += sum_dz_centered / tl.sqrt(v + eps)
-        beta += sum_dz
     _store_parameters(d_weight, d_bias, beta, gamma, 1.0, channel, present)
+
+
+# ---------------------------------------------------------------------------------------------- channel groups
+
+
+@triton.jit(do_not_specialize=VARIES)
+def merge_groups(
+    parts, counts, mean, var, ranks, pools, channels, size, PARTS: tl.constexpr
+):  # fmt: skip
+    """Statistics of groups of `size` adjacent channels, of all ranks: a pool's group to a program."""
+    groups = channels // size
+    pool, begin = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups * size
+    each = tl.arange(0, PARTS)
+    one = tl.zeros((1,), tl.int32) == 0
+    at, plane = _gathered(pool, each[:, None] // size, begin + each[:, None] % size, pools, channels)
+    count, mu, m2 = _merged_moments(parts, at, plane, one, ranks * size, PARTS)
+    for start in range(PARTS, ranks * size, PARTS):
+        at, plane = _gathered(
+            pool, (start + each[:, None]) // size, begin + (start + each[:, None]) % size, pools, channels
+        )  # fmt: skip
+        more, its_mu, its_m2 = _merged_moments(parts, at, plane, one, ranks * size - start, PARTS)
+        number = tl.where(count + more > 0, count + more, 1.0)
+        away = its_mu - mu
+        m2 += its_m2 + away * away * (count * more / number)
+        mu += away * (more / number)
+        count += more
+    variance = m2 / tl.where(count > 0, count, 1.0)
+    for start in range(0, size, PARTS):
+        to, mask = pool * channels + begin + start + each, start + each < size
+        tl.store(counts + to, tl.sum(count, 0) + tl.zeros((PARTS,), tl.float64), mask)
+        tl.store(mean + to, tl.sum(mu, 0) + tl.zeros((PARTS,), tl.float64), mask)
+        tl.store(var + to, tl.sum(variance, 0) + tl.zeros((PARTS,), tl.float64), mask)
 
 
 # ---------------------------------------------------------------------------------------------- running statistics

@@ -29,6 +29,8 @@ TABLE: dict[str, dict[tuple[str, str, int], Knobs]] = {}
 
 
 def lookup(capability: str, kind: str, order: str, itemsize: int) -> Knobs:
-    """The entry for a device, or the untuned default; a backward holds more values for each element."""
-    default = Knobs(single=8192, each=16) if kind == "backward" else Knobs()
+    """The entry for a device, or the untuned default; a backward and float64 hold more for each element."""
+    default = Knobs(tile=2048, single=8192, each=16) if kind == "backward" else Knobs()
+    if itemsize == 8:
+        default = default._replace(tile=default.tile // 2, single=default.single // 2, each=default.each // 2)
     return TABLE.get(capability, {}).get((kind, order, itemsize), default)

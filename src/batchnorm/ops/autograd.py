@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
-from batchnorm.pools import Pool, Pools, merge, merge_moments
+from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments
 
 _ops = torch.ops.batchnorm
 
@@ -425,11 +425,11 @@ class MergedStatistics(torch.autograd.Function):
         activation: str,
         slope: float,
     ) -> tuple[Tensor, ...]:
-        count, mean, var = merged_statistics(x, pool, mask)
         settings = Settings(pool.size, eps, activation, slope)
-        save_signs = _saves_signs(residual, activation, mask)
-        arguments = (weight, bias, residual, *settings.arguments, save_signs, mask)
-        y, signs = _ops.normalize.default(x, mean, var, *arguments)
+        parts = _ops.count_moments.default(x, pool.size, mask)
+        parts = parts[None] if pool.process_group is None else all_gather(parts, pool)
+        arguments = (weight, bias, residual, *settings.arguments, pool.groups, _saves_signs(residual, activation, mask))
+        y, count, mean, var, signs = _ops.normalize_merged.default(x, parts, *arguments, mask)
         ctx.mark_non_differentiable(count, mean, var)
         _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
         ctx.pool, ctx.count = pool, count
@@ -458,11 +458,10 @@ class MergedStatistics(torch.autograd.Function):
             inv_std = torch.rsqrt(var + settings.eps)
             d_weight, d_bias = (sums[1] * inv_std).sum(0), sums[0].sum(0)
             gamma = 1.0 if weight is None else weight.to(var.dtype)
-            mean_dz, mean_dz_centered = merge(gamma * torch.cat(sums), pool).chunk(2)
-            k1 = (gamma * inv_std).expand_as(mean)
-            count = torch.where(ctx.count > 0, ctx.count, 1.0)
-            k2, k3 = -(inv_std**3) * mean_dz_centered / count, -inv_std * mean_dz / count
-            d_x, d_residual = _ops.backward_apply.default(*saved, k1, k2, k3, *settings.arguments, want_residual, mask)
+            sums = merge(gamma * torch.cat(sums), pool).unflatten(0, (2, len(mean)))
+            d_x, d_residual = _ops.backward_merged.default(
+                *saved, sums, ctx.count, *settings.arguments, want_residual, mask
+            )
         return (
             d_x if want_x else None,
             _cast(d_weight, weight) if want_weight else None,

@@ -38,7 +38,7 @@ def describe(device: torch.device) -> str:
         return f"ATen operations, because {why}"
     measured = _kernels.triton_table.MEASURED
     tuned = f"tuned on {measured['device']}" if measured else "not tuned on any device"
-    return f"Triton {_kernels.VERSION}, {tuned}; float64 goes to ATen"
+    return f"Triton {_kernels.VERSION}, {tuned}"
 
 
 def _try(device: torch.device) -> str | None:
@@ -78,6 +78,11 @@ def serving(x: Tensor, pool_size: int) -> Any:
     return _kernels if reason(x.device) is None and _kernels.supports(x, pool_size) else None
 
 
+def _mask(args: tuple[Any, ...], at: int) -> Tensor | None:
+    """The last argument, which is left out where it is None."""
+    return args[at] if len(args) > at else None
+
+
 def _nothing(t: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if t is None else t
 
@@ -86,55 +91,79 @@ def _signs(x: Tensor, save: bool) -> Tensor:
     return x.new_empty(signs_size(x) if save else 0, dtype=torch.uint8)
 
 
-def moments(x: Tensor, pool_size: int) -> Any:
+def moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Any:
     kernels = serving(x, pool_size)
-    return NotImplemented if kernels is None else kernels.moments(x, pool_size)
+    return NotImplemented if kernels is None else kernels.moments(x, pool_size, mask)
+
+
+def count_moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Any:
+    kernels = serving(x, pool_size)
+    return NotImplemented if kernels is None else kernels.count_moments(x, pool_size, mask)
 
 
 def normalize(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> Any:
-    *affine, pool_size, eps, activation, slope, save = args
+    (*affine, pool_size, eps, activation, slope, save), mask = args[:8], _mask(args, 8)
     kernels = serving(x, pool_size)
     if kernels is None:
         return NotImplemented
     signs = _signs(x, save)
     fusion = (pool_size, eps, ACTIVATIONS[activation], slope, signs if save else None)
-    return kernels.normalize(x, mean, var, *affine, *fusion), signs
+    return kernels.normalize(x, mean, var, *affine, *fusion, mask), signs
+
+
+def normalize_merged(x: Tensor, parts: Tensor, *args: Any) -> Any:
+    (*affine, pool_size, eps, activation, slope, groups, save), mask = args[:9], _mask(args, 9)
+    kernels = serving(x, pool_size)
+    if kernels is None:
+        return NotImplemented
+    signs = _signs(x, save)
+    fusion = (pool_size, eps, ACTIVATIONS[activation], slope, groups, signs if save else None)
+    return *kernels.normalize_merged(x, parts, *affine, *fusion, mask), signs
 
 
 def forward(x: Tensor, *args: Any) -> Any:
-    *affine, pool_size, eps, activation, slope, save = args
+    (*affine, pool_size, eps, activation, slope, save), mask = args[:8], _mask(args, 8)
     kernels = serving(x, pool_size)
     if kernels is None:
         return NotImplemented
     signs = _signs(x, save)
     fusion = (pool_size, eps, ACTIVATIONS[activation], slope, signs if save else None)
-    return *kernels.forward(x, *affine, *fusion), signs
+    return *kernels.forward(x, *affine, *fusion, mask), signs
 
 
 def backward_reduce(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    *saved, pool_size, eps, activation, slope = args
+    (*saved, pool_size, eps, activation, slope), mask = args[:10], _mask(args, 10)
     kernels = serving(x, pool_size)
     if kernels is None:
         return NotImplemented
-    return kernels.backward_reduce(dy, x, *saved, pool_size, eps, ACTIVATIONS[activation], slope)
+    return kernels.backward_reduce(dy, x, *saved, pool_size, eps, ACTIVATIONS[activation], slope, mask)
 
 
 def backward_apply(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    *saved, pool_size, eps, activation, slope, want_residual = args
+    (*saved, pool_size, eps, activation, slope, want_residual), mask = args[:14], _mask(args, 14)
     kernels = serving(x, pool_size)
     if kernels is None:
         return NotImplemented
     fusion = (pool_size, eps, ACTIVATIONS[activation], slope)
-    return tuple(_nothing(t, x) for t in kernels.backward_apply(dy, x, *saved, *fusion, want_residual))
+    return tuple(_nothing(t, x) for t in kernels.backward_apply(dy, x, *saved, *fusion, want_residual, mask))
+
+
+def backward_merged(dy: Tensor, x: Tensor, *args: Any) -> Any:
+    (*saved, pool_size, eps, activation, slope, want_residual), mask = args[:13], _mask(args, 13)
+    kernels = serving(x, pool_size)
+    if kernels is None:
+        return NotImplemented
+    fusion = (pool_size, eps, ACTIVATIONS[activation], slope)
+    return tuple(_nothing(t, x) for t in kernels.backward_merged(dy, x, *saved, *fusion, want_residual, mask))
 
 
 def backward(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    *saved, pool_size, eps, activation, slope, population, want_x, want_residual = args
+    (*saved, pool_size, eps, activation, slope, population, want_x, want_residual), mask = args[:13], _mask(args, 13)
     kernels = serving(x, pool_size)
     if kernels is None:
         return NotImplemented
     fusion = (pool_size, eps, ACTIVATIONS[activation], slope)
-    results = kernels.backward(dy, x, *saved, *fusion, population, want_x, want_residual)
+    results = kernels.backward(dy, x, *saved, *fusion, population, want_x, want_residual, mask)
     return tuple(_nothing(t, x) for t in results)
 
 
@@ -147,14 +176,11 @@ def update_statistics(*args: Any) -> Any:
 
 
 def implementation(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator of that name: ours, and where it does not take the arguments (a mask, above all), the other."""
+    """The operator of that name: ours, and where it does not take the arguments, the other."""
     ours = globals()[name]
-    names = [argument.name for argument in getattr(torch.ops.batchnorm, name).default._schema.arguments]
-    mask = names.index("mask") if "mask" in names else len(names)
 
     def call(*args: Any) -> Any:
-        masked = len(args) > mask and args[mask] is not None
-        result = NotImplemented if masked else ours(*args[:mask])
+        result = ours(*args)
         return otherwise(*args) if result is NotImplemented else result
 
     return call

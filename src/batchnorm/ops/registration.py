@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import aten, cpu
+from batchnorm.moments import merge_axis
 from batchnorm.ops import cuda
 from batchnorm.ops.schemas import ACTIVATIONS, LIBRARY, empty_like, signs_size
+from batchnorm.pools import Pool, Pools, merge_moments
 
 
 def _nothing(x: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def _gate(dy: Tensor, x: Tensor, signs: Tensor | None, activation: int, slope: f
     shifts = torch.arange(8, device=x.device, dtype=torch.uint8)
     on = (signs[:, None] >> shifts & 1).flatten()[: x.numel()].reshape(x.shape).bool()
     off = slope if ACTIVATIONS[activation] == "leaky_relu" else 0.0
-    return dy * torch.where(on, 1.0, off).to(dy.dtype), "identity"
+    return torch.where(on, dy, dy * off), "identity"
 
 
 def _backward_reduce(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -80,6 +82,32 @@ def _backward_apply(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         dy, x, weight, bias, residual, mean, var, k1, k2, k3, pool_size, eps, left, slope, mask
     )
     return _like(dx, x), _like(dz, x) if want_residual else _nothing(x)
+
+
+def _count_moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Tensor:
+    moments = torch.ops.batchnorm.moments.default(x, pool_size, mask)
+    return torch.stack((Pools(x, pool_size, mask).counts(), *moments))
+
+
+def _normalize_merged(x: Tensor, parts: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    (*settings, groups, save_signs), mask = args[:9], _mask(args, 9)
+    counts, means, m2s = parts.unbind(1)
+    counts, means, m2s = merge_moments(counts, means, m2s, Pool(groups=groups))
+    count, mean, m2 = merge_axis(counts, means, m2s, 0)
+    var = m2 / torch.where(count > 0, count, 1.0)
+    y, signs = torch.ops.batchnorm.normalize.default(x, mean, var, *settings, save_signs, mask)
+    return y, count, mean, var, signs
+
+
+def _backward_merged(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, residual, signs, mean, var, sums, count = args[:8]
+    inv_std = torch.rsqrt(var + args[9])
+    k1 = inv_std if weight is None else weight.to(var.dtype) * inv_std
+    count = torch.where(count > 0, count, 1.0)
+    coefficients = (k1.expand_as(mean), -(inv_std**3) * sums[1] / count, -inv_std * sums[0] / count)
+    saved = (weight, bias, residual, signs, mean, var)
+    results: tuple[Tensor, Tensor] = torch.ops.batchnorm.backward_apply.default(dy, x, *saved, *coefficients, *args[8:])
+    return results
 
 
 def _backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,6 +134,9 @@ _operators: dict[str, Callable[..., Any]] = {
     "backward_reduce": _backward_reduce,
     "backward_apply": _backward_apply,
     "backward": _backward,
+    "count_moments": _count_moments,
+    "normalize_merged": _normalize_merged,
+    "backward_merged": _backward_merged,
     "update_statistics": aten.update_statistics,
 }
 for _name, _function in _operators.items():

@@ -5,6 +5,8 @@ Throughout: ``x`` has shape (N, C, *space); statistics are float64 of shape (poo
 ``activation`` is an index into `ACTIVATIONS`; ``signs`` holds one bit for each element where the activation's
 derivative is that of its linear part, and is empty where not asked for; ``mask``, boolean of shape (N, *space), says
 which positions are in the pools: nothing is read at the others, and zeros are written there (not together with signs).
+Moments to be merged are one tensor (3, pools, C) of count, mean and m2; ``parts`` are those of all ranks, (ranks, 3,
+pools, C), and ``groups`` the number of groups of adjacent channels that share statistics as well (0: none do).
 """
 
 from __future__ import annotations
@@ -55,6 +57,17 @@ LIBRARY.define(
 LIBRARY.define(
     f"backward(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool want_x,"
     f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)"
+)
+# Where pools reach over channel groups or ranks: count, mean and m2 are gathered, merged where they normalize, and the
+# sums of gamma dz and gamma dz (x - mean) where they make dx.
+LIBRARY.define(f"count_moments(Tensor x, int pool_size, {_MASK}) -> Tensor")
+LIBRARY.define(
+    f"normalize_merged(Tensor x, Tensor parts, {_AFFINE}, {_FUSION}, int groups, bool save_signs, {_MASK})"
+    " -> (Tensor y, Tensor count, Tensor mean, Tensor var, Tensor signs)"
+)
+LIBRARY.define(
+    f"backward_merged(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, Tensor sums, Tensor count, {_FUSION},"
+    f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual)"
 )
 LIBRARY.define(
     "update_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
@@ -119,6 +132,23 @@ def _(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope, s
 @_fake("forward")
 def _(x, weight, bias, residual, pool_size, eps, activation, slope, save_signs, mask=None):  # type: ignore[no-untyped-def]
     return empty_like(x), _statistics(x, pool_size), _statistics(x, pool_size), _signs(x, save_signs)
+
+
+@_fake("count_moments")
+def _(x, pool_size, mask=None):  # type: ignore[no-untyped-def]
+    return x.new_empty((3, *_statistics(x, pool_size).shape), dtype=statistics_dtype(x.device))
+
+
+@_fake("normalize_merged")
+def _(x, parts, weight, bias, residual, pool_size, eps, activation, slope, groups, save_signs, mask=None):  # type: ignore[no-untyped-def]
+    return empty_like(x), *(_statistics(x, pool_size) for _ in range(3)), _signs(x, save_signs)
+
+
+@_fake("backward_merged")
+def _(  # type: ignore[no-untyped-def]
+    dy, x, weight, bias, residual, signs, mean, var, sums, count, pool_size, eps, activation, slope, want, mask=None
+):  # fmt: skip
+    return empty_like(x), empty_like(x) if want else x.new_empty(0)
 
 
 @_fake("backward_reduce")
