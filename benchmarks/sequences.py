@@ -101,7 +101,7 @@ def statistics_at_test(net: SequenceClassifier, data: Dataset, name: str) -> Ite
     for kept in KEPT:
         cut = copy.deepcopy(net)
         for norm in steps_of(cut):
-            norm.num_steps_tracked[kept:] = 0
+            norm.num_batches_tracked[kept:] = 0
         yield {"experiment": "max_steps", "kept": kept, "accuracy": evaluate(cut, data)[1]}
     shared = copy.deepcopy(net)
     frames = (data.x_train != 0).any(2).sum(0) if net.padded else torch.full((28,), len(data.x_train))
@@ -116,7 +116,7 @@ def steps_of(net: nn.Module) -> list[bn.StepBatchNorm]:
 
 def share(norm: bn.StepBatchNorm, frames: Tensor) -> None:
     """One mean and variance for all steps: that of all frames, the variance between steps included."""
-    rows = int((norm.num_steps_tracked > 0).sum())
+    rows = int((norm.num_batches_tracked > 0).sum())
     weight = (frames[:rows].double() / frames[:rows].sum())[:, None]
     means, variances = norm.running_mean[:rows], norm.running_var[:rows]
     mean = (weight * means).sum(0)

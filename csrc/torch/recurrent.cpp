@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -63,77 +62,6 @@ const int64_t* sizes_of(const Tensor& sizes, int64_t frames) {
   }
   if (sum != frames || sizes.numel() == 0) throw std::runtime_error("batchnorm: sizes must add up to the frames");
   return rows;
-}
-
-// ---------------------------------------------------------------------------------------------- by step
-// Runs of steps of the same size, each of which is a dense input with a pool a step.
-template <class Body>
-void for_each_run(const Tensor& x, const int64_t* sizes, int64_t steps, const Body& body) {
-  const int64_t channels = x.size(1);
-  for (int64_t t = 0, frame = 0, next; t < steps; frame += (next - t) * sizes[t], t = next) {
-    for (next = t; next < steps && sizes[next] == sizes[t];) ++next;
-    const batchnorm::Shape shape{
-        batchnorm::Order::interleaved, dtype_of(x), (next - t) * sizes[t], channels, 1, sizes[t]};
-    const auto workspace = std::make_unique<double[]>(batchnorm::workspace_size(shape));
-    const auto rows_of = [&](const Tensor& of) {
-      return batchnorm::Operand{static_cast<char*>(of.data_ptr()) + frame * channels * of.element_size(), channels, 1};
-    };
-    body(shape, rows_of, t * channels, workspace.get());
-  }
-}
-
-batchnorm::Vector vector_of(const OptionalTensor& t) {
-  return t ? batchnorm::Vector{t->const_data_ptr(), dtype_of(*t)} : batchnorm::Vector{};
-}
-
-std::tuple<Tensor, Tensor, Tensor> normalize_steps(Tensor x, Tensor sizes, OptionalTensor weight, OptionalTensor bias,
-                                                   OptionalTensor mean, OptionalTensor var, double eps) {
-  x = dense(x);
-  weight = dense(weight);
-  bias = dense(bias);
-  const int64_t steps = sizes.numel(), channels = x.size(1);
-  const int64_t* rows = sizes_of(sizes, x.size(0));
-  Tensor y = empty({x.size(0), channels}, x.scalar_type());
-  const bool population = mean && var;
-  const Tensor means = population ? dense(*mean) : empty({steps, channels}, ScalarType::Double);
-  const Tensor vars = population ? dense(*var) : empty({steps, channels}, ScalarType::Double);
-  for_each_run(x, rows, steps, [&](const batchnorm::Shape& shape, auto rows_of, int64_t at, double* workspace) {
-    double *m = doubles_of(means) + at, *v = doubles_of(vars) + at;
-    if (population)
-      batchnorm::normalize(shape, rows_of(x), rows_of(y), m, v, vector_of(weight), vector_of(bias), eps, {}, workspace,
-                           threads());
-    else
-      batchnorm::forward(shape, rows_of(x), rows_of(y), m, v, vector_of(weight), vector_of(bias), eps, {}, workspace,
-                         threads());
-  });
-  const auto nothing = [] { return empty({0, 0}, ScalarType::Double); };
-  return {y, population ? nothing() : means, population ? nothing() : vars};
-}
-
-// The gradients with respect to x, gamma and beta; the last two in float64.
-std::tuple<Tensor, Tensor, Tensor> normalize_steps_backward(Tensor dy, Tensor x, Tensor sizes, OptionalTensor weight,
-                                                            Tensor mean, Tensor var, double eps, bool population) {
-  dy = dense(dy);
-  x = dense(x);
-  weight = dense(weight);
-  const int64_t steps = sizes.numel(), channels = x.size(1);
-  const int64_t* rows = sizes_of(sizes, x.size(0));
-  Tensor dx = empty({x.size(0), channels}, x.scalar_type());
-  Tensor gamma = zeros({channels}, ScalarType::Double), beta = zeros({channels}, ScalarType::Double);
-  const Tensor means = dense(mean), vars = dense(var);
-  std::vector<double> sums(2 * steps * channels);
-  double *sum = sums.data(), *centered = sum + steps * channels;
-  for_each_run(x, rows, steps, [&](const batchnorm::Shape& shape, auto rows_of, int64_t at, double* workspace) {
-    batchnorm::backward(shape, rows_of(dy), rows_of(x), rows_of(dx), {}, doubles_of(means) + at, doubles_of(vars) + at,
-                        vector_of(weight), {}, eps, {}, population, sum + at, centered + at, workspace, threads());
-  });
-  for (int64_t t = 0; t < steps; ++t)
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at = t * channels + c;
-      doubles_of(gamma)[c] += centered[at] / std::sqrt(doubles_of(vars)[at] + eps);
-      doubles_of(beta)[c] += sum[at];
-    }
-  return {dx, gamma, beta};
 }
 
 // ---------------------------------------------------------------------------------------------- recurrences
@@ -226,8 +154,6 @@ EightTensors recurrence_backward(Tensor d_output, OptionalTensor d_c_n, int64_t 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
-  m.impl("normalize_steps", TORCH_BOX(&normalize_steps));
-  m.impl("normalize_steps_backward", TORCH_BOX(&normalize_steps_backward));
   m.impl("recurrence", TORCH_BOX(&recurrence));
   m.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
 }

@@ -6,7 +6,7 @@ order the frames of one step stand beside one another, so a step is a pool of as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class View:
         weights: how often each counts, or None.
         scale: rows of x that a sample of the layer's input is (a ghost batch counts samples).
         steps: time steps that x holds one after the other, where each is a pool; else 0.
+        first: the number of the first of them.
         back: makes of a result like x what the layer returns.
         residual: as x, or None.
     """
@@ -43,6 +44,7 @@ class View:
     steps: int
     back: Callable[[Tensor], Any]
     residual: Tensor | None = None
+    first: int = 0
 
 
 def view(
@@ -96,6 +98,21 @@ def equal_steps(seen: View, pool: Pool) -> View:
 def plain(x: Tensor, residual: Tensor | None) -> View:
     """An input (N, C, *space) as it is."""
     return View(x, None, None, 1, 0, _same, residual)
+
+
+def frames(x: Tensor, residual: Tensor | None, sizes: Sequence[int], first: int = 0) -> View:
+    """Frames (frames, C) in time order, each step a pool: ``sizes[t]`` rows of step ``first + t``."""
+    steps, most = len(sizes), max(sizes, default=0)
+    if min(sizes, default=0) == most:
+        return replace(plain(x, residual), steps=steps, first=first)
+    there = (torch.arange(most) < torch.tensor(sizes)[:, None]).flatten()
+    index = there.nonzero().squeeze(1).to(x.device)
+
+    def rows(data: Tensor) -> Tensor:
+        return data.new_zeros((steps * most, *data.shape[1:])).index_copy(0, index, data)
+
+    added = None if residual is None else rows(residual)
+    return View(rows(x), there.to(x.device), None, 1, steps, lambda y: y[index], added, first)
 
 
 def _same(y: Tensor) -> Tensor:
@@ -161,18 +178,8 @@ def _packed(given: PackedSequence, residual: Any, pool: str | None) -> View:
 
     if pool != "frame":
         return View(given.data, None, None, 1, 0, back, added)
-    sizes = given.batch_sizes
-    steps, most = len(sizes), int(sizes[0])
-    there = (torch.arange(most) < sizes[:, None]).flatten().to(given.data.device)
-    index = there.nonzero().squeeze(1)
-
-    def rows(data: Tensor) -> Tensor:
-        padded = data.new_zeros((steps * most, *data.shape[1:]))
-        return padded.index_copy(0, index, data)
-
-    return View(
-        rows(given.data), there, None, 1, steps, lambda y: back(y[index]), None if added is None else rows(added)
-    )
+    seen = frames(given.data, added, given.batch_sizes.tolist())
+    return replace(seen, back=lambda y: back(seen.back(y)))
 
 
 def _jagged(given: Tensor, residual: Tensor | None, pool: str | None) -> View:

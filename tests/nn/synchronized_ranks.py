@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import sys
 import time
@@ -211,6 +212,49 @@ def steps():
     same_buffers(layer, whole, "steps")
     packed = nn.utils.rnn.pack_padded_sequence(x[mine], [lengths[rank]] * 2, batch_first=True)
     close(nn.utils.rnn.pad_packed_sequence(layer(packed), batch_first=True)[0], y[mine], "y of a packed sequence")
+
+
+def recurrences():
+    """Recurrent layers in all forms: sequences of unequal lengths, packed or padded, and a rank that has none."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    forms = [("sequence", False), ("frame", False), ("frame", True)]
+    for sizes, kind in itertools.product(([3] * n, unequal(n)), ("LSTM", "GRU", "RNN")):
+        lengths = torch.tensor([2 + (3 * k + r) % (3 + r) for r, size in enumerate(sizes) for k in range(size)])
+        total, longest, part = sum(sizes), int(lengths.max()), share(sizes)
+        own = part(lengths)
+        steps = int(own.max()) if len(own) else 2
+        x, dy = draw(total, longest, 3), draw(total, longest, 8, seed=1)
+        for pool, recurrent in forms:
+            whole, layer = (
+                perturbed(
+                    getattr(bn, kind)(
+                        3, 4, bidirectional=True, batch_first=True, batch_norm=pool, recurrent=recurrent,
+                        max_steps=5, process_group=group,
+                    ),
+                    torch.float64,
+                )
+                for group in (None, "world")
+            )  # fmt: skip
+            what = f"{kind}, {pool}, recurrent={recurrent}, {sizes}"
+            inputs, theirs = (v.clone().requires_grad_() for v in (x, part(x)[:, :steps]))
+            y, states = whole(inputs, lengths=lengths)
+            if len(own) and rank % 2:
+                packed = nn.utils.rnn.pack_padded_sequence(theirs, own, batch_first=True, enforce_sorted=False)
+                got, own_states = layer(packed)
+                got = nn.utils.rnn.pad_packed_sequence(got, batch_first=True)[0]
+            else:
+                got, own_states = layer(theirs, lengths=own)
+            h, own_h = (v[0] if kind == "LSTM" else v for v in (states, own_states))
+            close(got, part(y)[:, :steps], f"y of {what}")
+            close(own_h, share(sizes, 1)(h), f"h of {what}")
+            expected = torch.autograd.grad(y, [inputs, *whole.parameters()], dy)
+            gradients = torch.autograd.grad(got, [theirs, *layer.parameters()], part(dy)[:, :steps])
+            close(gradients[0], part(expected[0])[:, :steps], f"dx of {what}")
+            for a, b in zip(gradients[1:], expected[1:], strict=True):
+                close(summed(a), b, f"gradient of {what}")
+            same_buffers(layer, whole, what)
+            if rank == 0:  # alone: whoever exchanged in evaluation would wait for ever
+                layer.eval()(theirs[:1])
 
 
 def network(group=None, **options):

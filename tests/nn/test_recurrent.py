@@ -252,11 +252,10 @@ def test_statistics_by_step():
         mean, var = (frames.mean(0), frames.var(0)) if reached else (torch.zeros(HIDDEN), torch.ones(HIDDEN))
         close(layer.norm_ih_l0.running_mean[t], mean.double().detach())
         close(layer.norm_ih_l0.running_var[t], var.double().detach())
-    assert layer.norm_ih_l0.num_steps_tracked.flatten().tolist() == [1, 1, 1, 0]
-    assert int(layer.norm_hh_l0.num_batches_tracked) == 1
+    assert layer.norm_ih_l0.num_batches_tracked.tolist() == [1, 1, 1, 0]
     before = torch.cat([torch.zeros(1, SAMPLES, HIDDEN), out[:-1]]) @ layer.weight_hh_l0.t()
     close(layer.norm_hh_l0.running_mean[2], before[2][valid[2]].mean(0).detach())
-    mean, var = layer.norm_ih_l0.statistics_at(0, 9)
+    mean, var = layer.norm_ih_l0._population(9)
     assert torch.equal(mean[:3], layer.norm_ih_l0.running_mean[:3])
     assert all(torch.equal(row, mean[2]) for row in mean[3:])
     assert all(torch.equal(row, var[2]) for row in var[3:])
@@ -362,6 +361,106 @@ def test_reversed_frames_are_their_own_inverse():
         assert torch.equal(back[:n], row[:n].flip(0))
 
 
+def test_batches_without_sequences():
+    """No sequence, as torch; in training too, which changes nothing."""
+    for (kind, (ours, theirs)), (pool, recurrent) in itertools.product(LAYERS.items(), [(None, False), *FORMS]):
+        layer = ours(INPUT, HIDDEN, num_layers=2, bidirectional=True, batch_norm=pool, recurrent=recurrent)
+        before, x = copy.deepcopy(layer.state_dict()), torch.randn(STEPS, 0, INPUT, requires_grad=True)
+        expected = theirs(INPUT, HIDDEN, num_layers=2, bidirectional=True)(x)
+        for given in ({}, {"lengths": []}):
+            y, states = layer(x, **given)
+            close((y, states), expected)
+            y.sum().backward()
+        norms = {key: value for key, value in layer.state_dict().items() if not key.endswith("batches_tracked")}
+        close(norms, {key: before[key] for key in norms}, rtol=0, atol=0)
+        assert layer.eval()(x)[0].shape == (STEPS, 0, 2 * HIDDEN), kind
+
+
+def test_micro_batches_are_merged_by_step():
+    layer = bn.GRU(INPUT, HIDDEN, batch_norm="frame", max_steps=4, momentum=1.0).double()
+    x = torch.randn(STEPS, 2 * SAMPLES, INPUT, dtype=torch.float64)
+    with bn.accumulate(layer):
+        layer(x[:, :SAMPLES])
+        layer(x[:2, SAMPLES:])
+    of_input = (x @ layer.weight_ih_l0.t()).detach()
+    for t in range(4):
+        rows = of_input[t] if t < 2 else of_input[t, :SAMPLES]
+        close(layer.norm_ih_l0.running_mean[t], rows.mean(0))
+        close(layer.norm_ih_l0.running_var[t], rows.var(0))
+    assert layer.norm_ih_l0.num_batches_tracked.tolist() == [1] * 4
+
+
+def test_states_that_count_steps_apart_load():
+    layer, other = (StepBatchNorm(2, 3) for _ in range(2))
+    layer(torch.randn(7, 2), sizes=[4, 3])
+    state = layer.state_dict()
+    state["num_steps_tracked"] = state["num_batches_tracked"][:, None]
+    state["num_batches_tracked"] = torch.tensor(5)
+    other.load_state_dict(state)
+    close(other.state_dict(), layer.state_dict(), rtol=0, atol=0)
+
+
+class Tagger(nn.Module):
+    """A network with a recurrent layer in the middle."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.recurrent = getattr(bn, kind)(INPUT, HIDDEN, bidirectional=True, **options)
+        self.out = nn.Linear(2 * HIDDEN, 2)
+
+    def forward(self, x, lengths=None):
+        return self.out(self.recurrent(x.tanh(), lengths=lengths)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool", "recurrent", "lengths"),
+    [("LSTM", "frame", True, None), ("GRU", "sequence", False, None), ("RNN", "frame", False, LENGTHS)],
+)
+def test_compiled(kind, pool, recurrent, lengths):
+    """In one graph where Dynamo is let into recurrent layers, which are a break of the graph otherwise."""
+    net = Tagger(kind, batch_norm=pool, recurrent=recurrent).double()
+    for whole in (False, True) if lengths is None else (False,):  # lengths are values: they break the graph
+        ours, peer = copy.deepcopy(net), copy.deepcopy(net)
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(allow_rnn=whole):
+            compiled = torch.compile(ours, backend="aot_eager", fullgraph=whole)
+            x = torch.randn(STEPS, SAMPLES, INPUT, dtype=torch.float64, requires_grad=True)
+            expected_x = x.detach().clone().requires_grad_()
+            y, expected = compiled(x, lengths), peer(expected_x, lengths)
+            close(y, expected)
+            y.square().sum().backward()
+            expected.square().sum().backward()
+            close(x.grad, expected_x.grad)
+            close([p.grad for p in ours.parameters()], [p.grad for p in peer.parameters()])
+            close(ours.state_dict(), peer.state_dict())
+            close(compiled.eval()(x, lengths), peer.eval()(x, lengths))
+
+
+def test_cells_compile_in_one_graph():
+    torch._dynamo.reset()
+    cell = bn.LSTMCell(INPUT, HIDDEN, batch_norm="frame", recurrent=True).double()
+    peer, x = copy.deepcopy(cell), torch.randn(SAMPLES, INPUT, dtype=torch.float64)
+    compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
+    states = peer_states = None
+    for t in range(2):
+        states, peer_states = compiled(x, states, step=t), peer(x, peer_states, step=t)
+        close(states, peer_states)
+        states = [state.detach() for state in states]
+    close(cell.state_dict(), peer.state_dict())
+
+
+def test_exported():
+    """torch.export in evaluation mode: the recurrence step by step on ATen's operators."""
+    x = torch.randn(STEPS, SAMPLES, INPUT, dtype=torch.float64)
+    for kind, (pool, recurrent) in zip(LAYERS, FORMS[:3], strict=True):
+        net = Tagger(kind, batch_norm=pool, recurrent=recurrent, max_steps=4).double()
+        net(x)
+        net.eval()
+        program = torch.export.export(net, (x,))
+        close(program.module()(x), net(x))
+        assert "batchnorm." not in str(program.graph)
+
+
 def test_errors_come_before_anything_changes():
     layer = bn.LSTM(INPUT, HIDDEN, batch_norm="frame", recurrent=True)
     before = copy.deepcopy(layer.state_dict())
@@ -376,14 +475,15 @@ def test_errors_come_before_anything_changes():
         (lambda: layer(x, mask=holes.float()), "boolean"),
         (lambda: layer(x, lengths=LENGTHS, mask=holes), "give one"),
         (lambda: layer(x[0, 0]), "2 axes"),
-        (lambda: layer(x[:0]), "or more"),
+        (lambda: layer(x[:0]), "a step or more"),
+        (lambda: bn.LSTM(INPUT, HIDDEN, process_group="world"), "choose a pool"),
+        (lambda: setattr(layer.norm_hh_l0, "pool", "sequence"), "no meaning"),
         (lambda: layer.cell(1), "no layer 1"),
         (lambda: bn.LSTM(INPUT, HIDDEN, batch_norm="step"), "unknown batch_norm"),
         (lambda: bn.LSTM(INPUT, HIDDEN, recurrent=True), "needs a pool"),
         (lambda: bn.LSTM(INPUT, HIDDEN, batch_norm="frame", max_steps=0), "at least 1"),
         (lambda: StepBatchNorm(3, 4, activation="relu"), "no meaning"),
         (lambda: layer.norm_hh_l0(x), "frames"),
-        (lambda: bn.accumulate(layer).__enter__(), "not merged"),
     ):
         with pytest.raises(InputError, match=message):
             call()

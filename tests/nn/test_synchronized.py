@@ -27,11 +27,11 @@ def run_ranks(ranks, *checks):
 
 
 def test_two_ranks():
-    run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "two_forwards", "absent")
+    run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "two_forwards", "absent", "recurrences")
 
 
 def test_three_ranks():
-    run_ranks(3, "equality", "pools", "ghosts", "steps", "uneven")
+    run_ranks(3, "equality", "pools", "ghosts", "steps", "uneven", "recurrences")
 
 
 def test_four_ranks_under_data_parallel():

@@ -76,7 +76,7 @@ def test_calibrate_measures_each_step():
         expected = Moments.merge_all([Moments.of(r.detach()) for r in rows])
         torch.testing.assert_close(norm.running_mean[t], expected.mean)
         torch.testing.assert_close(norm.running_var[t], expected.variance(unbiased=True))
-    assert norm.num_steps_tracked.flatten().tolist() == [2] * 6 + [0] * 2
+    assert norm.num_batches_tracked.tolist() == [2] * 6 + [0] * 2
     assert torch.equal(norm.running_var[6:], torch.ones_like(norm.running_var[6:]))
     # What W_hh h is at a step depends on the statistics of the steps before: those of the batch, as in training.
     seen = []
@@ -138,13 +138,23 @@ def test_summary_lists_what_is_inside():
 
 def test_verbs_that_refuse_statistics_by_step():
     net = Tagger("LSTM", batch_norm="frame")
-    with pytest.raises(InputError, match="statistics by time step"):
+    with pytest.raises(InputError, match="has pool="):
         bn.accumulate_exact(net, [torch.randn(6, 6, 3)] * 2, lambda net, x: net(x).sum())
     x = torch.randn(6, 6, 3)
     bn.adapt(trained(net).eval(), [x], prior=6)
     bn.restore(net)
     with pytest.raises(SurgeryError, match="layers lack"):
         bn.convert(net, to="torch")
+    bn.convert(net, process_group="world", nonfinite="skip_channel")
+    norm = net.layer.norm_ih_l1_reverse
+    assert (norm.process_group, norm.label) == ("world", "layer.norm_ih_l1_reverse")
+    assert norm.num_batches_skipped.shape == (100, norm.num_features)
+    bn.revert(net)
+    assert (norm.process_group, norm.nonfinite, type(norm).__name__) == (None, "propagate", "StepBatchNorm")
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises((InputError, SurgeryError)):
+        bn.convert(net, activation="relu")
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_the_classifier_masks_what_is_padding():

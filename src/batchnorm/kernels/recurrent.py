@@ -7,6 +7,7 @@ those of the sequences that are not over. Dense sequences have the same size at 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +19,32 @@ Normalize = Callable[[Tensor, int], Tensor]
 """The values (n, C) of a step, and its number, to the normalized ones."""
 
 
-def recurrence(
-    cell: str,
-    gates: Tensor,
-    sizes: Sequence[int],
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    normalize_hh: Normalize,
-    normalize_c: Normalize,
-) -> tuple[Tensor, Tensor | None]:
-    """Hidden states (frames, H) and, of an LSTM, cells (frames, H), from what the input adds to the gates."""
-    h, c = h0, c0
+class Recurrence(NamedTuple):
+    """What a recurrence is made of.
+
+    Attributes:
+        cell: of `CELLS`.
+        gates: what the input adds to the gates, (frames, gates H).
+        sizes: rows of each step.
+        weight_hh: (gates H, H or the projection's size).
+        bias_hn: (H), of a GRU's candidate.
+        weight_hr: of an LSTM's projection.
+        h0, c0: the first states (N, H).
+    """
+
+    cell: str
+    gates: Tensor
+    sizes: Sequence[int]
+    weight_hh: Tensor
+    bias_hn: Tensor | None
+    weight_hr: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+
+
+def recurrence(call: Recurrence, normalize_hh: Normalize, normalize_c: Normalize) -> tuple[Tensor, Tensor | None]:
+    """Hidden states (frames, H) and, of an LSTM, cells (frames, H)."""
+    cell, gates, sizes, weight_hh, bias_hn, weight_hr, h, c = call
     states, cells = [], []
     for t, of_input in enumerate(gates.split(list(sizes))):
         h, c = h[: len(of_input)], None if c is None else c[: len(of_input)]
@@ -53,35 +66,6 @@ def recurrence(
             h = torch.tanh(of_input + of_state) if cell == "RNN_TANH" else torch.relu(of_input + of_state)
         states.append(h)
     return torch.cat(states), torch.cat(cells) if cells else None
-
-
-def step_statistics(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each step's rows, (steps, C), in float64."""
-    wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-    step = steps_of(sizes, x.device)
-    counts = torch.tensor(sizes, dtype=wide.dtype, device=x.device)[:, None]
-    zeros = wide.new_zeros(len(sizes), x.shape[1])
-    mean = zeros.index_add(0, step, wide) / counts
-    return mean, zeros.index_add(0, step, (wide - mean[step]).square()) / counts
-
-
-def normalize_steps(
-    x: Tensor,
-    sizes: Sequence[int],
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * gamma + beta, with a mean and a variance for each step."""
-    step = steps_of(sizes, x.device)
-    y = (x.to(mean.dtype) - mean[step]) * torch.rsqrt(var + eps)[step]
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y.to(x.dtype)
 
 
 def steps_of(sizes: Sequence[int], device: torch.device) -> Tensor:

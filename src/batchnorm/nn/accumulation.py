@@ -13,7 +13,6 @@ from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
 from batchnorm.nn import modes, running_statistics
-from batchnorm.nn.step_batch_norm import StepBatchNorm
 
 Use = tuple[str, int]  # a layer, and how often it ran before in this forward
 
@@ -80,8 +79,6 @@ def _participants(net: nn.Module) -> dict[str, Any]:
         pooled = [k for k in ("pool", "ghost_size", "channel_groups", "process_group", "domains") if getattr(layer, k)]
         if pooled:
             raise InputError(f"accumulate_exact: layer {name!r} has {pooled[0]}=; it is for channels as the only pools")
-        if isinstance(layer, StepBatchNorm):
-            raise InputError(f"accumulate_exact: layer {name!r} has statistics by time step, which are not merged")
     return layers
 
 

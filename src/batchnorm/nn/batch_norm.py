@@ -345,6 +345,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         seen = view(input, residual, mask, lengths, weights, self.pool, self.batch_first, bool(self.ghost_size))
         if self.pool is None and isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
+        return self._viewed(seen)
+
+    def _viewed(self, seen: View) -> Any:
+        """`forward` of the view of an input."""
         x = seen.x
         self._check_channels(x)
         parted = self.ghost_size or self.channel_groups or self.domains or not is_alone(self.process_group)
@@ -370,13 +374,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """The pool that the layer's options and the view of its input make."""
         return functional.pool_of(seen, self.ghost_size, self.channel_groups, self.process_group, self._name())
 
-    def _rows(self, seen: View) -> tuple[int, int]:
-        """The rows of the running statistics that an input updates, as their first and their number."""
-        steps = min(seen.steps, self.max_steps) if seen.steps else 1
-        return self.domain * (self.max_steps if seen.steps else 1), steps
+    def _rows(self, steps: int, first: int) -> tuple[int, int]:
+        """The rows of the running statistics that an input of so many steps updates: the first, and their number."""
+        if not steps:
+            return self.domain, 1
+        first = min(first, self.max_steps)
+        return self.domain * self.max_steps + first, min(steps, self.max_steps - first)
 
-    def _population(self, seen: View) -> tuple[Tensor, Tensor]:
-        """Running mean and variance of the domain, (C,), or of each step of the input, (steps, C)."""
+    def _population(self, steps: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of the domain, (C,), or of so many steps from the ``first`` on, (steps, C)."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             raise InputError(
@@ -385,11 +391,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             )
         if self.domains:
             mean, var = mean[self.domain], var[self.domain]
-        if seen.steps:
+        if steps:
             batches = self.num_batches_tracked
             assert batches is not None
             reached = ((batches[self.domain] if self.domains else batches) > 0).sum()
-            row = torch.arange(seen.steps, device=mean.device).minimum(reached - 1).clamp(min=0)
+            row = torch.arange(first, first + steps, device=mean.device).minimum(reached - 1).clamp(min=0)
             mean, var = mean[row], var[row]
         return mean, var
 
@@ -416,11 +422,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         elif self.example_weight and x.numel():
             if seen.mask is not None:
                 raise InputError("example_weight does not go with a mask, lengths or packed sequences yet")
-            mean, var = self._population(seen)
+            mean, var = self._population(seen.steps, seen.first)
             y = by_example(x, mean, var, weight, bias, residual, *settings, self.example_weight)
         else:
             size = pool.size if seen.steps else 0
-            mean, var = self._population(seen)
+            mean, var = self._population(seen.steps, seen.first)
             y = functional.by_population(x, mean, var, weight, bias, residual, *settings, size, seen.mask)
         if updates:
             self._take_in(seen, pool, measured or functional.measure(x, pool, seen.mask, seen.weights))
@@ -439,14 +445,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
         Those of ghost batches are merged, and those of channels that share statistics; of this process alone.
         """
-        seen = view(input, residual, mask, lengths, weights, self.pool, self.batch_first, False)
+        return self._moments(view(input, residual, mask, lengths, weights, self.pool, self.batch_first, False))
+
+    def _moments(self, seen: View) -> Moments:
+        """`input_moments` of the view of an input."""
         self._check_channels(seen.x)
         size = seen.x.shape[0] // seen.steps if seen.steps else 0
         counts, mean, var = functional.measure(seen.x, Pool(size, self.channel_groups), seen.mask, seen.weights)
         if self.pool != "frame":
             return Moments(counts[0, 0], mean[0], (var * counts)[0])
-        kept = min(seen.steps, self.max_steps)
-        missing = (0, 0, 0, self.max_steps - kept)
+        first = min(seen.first, self.max_steps)
+        kept = min(seen.steps, self.max_steps - first)
+        missing = (0, 0, first, self.max_steps - first - kept)
         parts = (F.pad(each[:kept], missing) for each in (counts[:, :1], mean, var * counts))
         return Moments(*parts)
 
@@ -476,7 +486,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 batches = self.num_batches_tracked
                 assert batches is not None
                 batches = batches[self.domain] if self.domains else batches
-                r, d = self.renorm.corrections(mean, var, *self._population(seen), self.eps, batches)
+                r, d = self.renorm.corrections(mean, var, *self._population(), self.eps, batches)
                 self.renorm_r.copy_(r)
                 self.renorm_d.copy_(d)
             return self.renorm_r.to(mean.dtype, copy=True), self.renorm_d.to(mean.dtype, copy=True)
@@ -494,7 +504,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             if values > 1 or seen.mask is None:
                 self._update(self.running_mean, self.running_var, seen.x, *measured[1:], pool.size, values)
             return
-        row, rows = self._rows(seen)
+        row, rows = self._rows(seen.steps, seen.first)
         if seen.steps:
             count, mean, var = (each[:rows] for each in measured)
         elif self.ghost_update == "decay" and len(measured.mean) > 1 and self._accumulator is None:
@@ -503,12 +513,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         else:
             ghosts = self.process_group if pool.size and not is_alone(self.process_group) else None
             count, mean, var = functional.merged(measured, pool, ghosts)
-        if seen.mask is not None and seen.weights is None:  # what one value is left of tells nothing of the variance
-            count = torch.where(count > 1, count, 0.0)
+        if (seen.mask is not None or seen.steps) and seen.weights is None:
+            count = torch.where(count > 1, count, 0.0)  # what one value is left of tells nothing of the variance
+        self._mix(Measured(count[:, :1], mean, var), row)
+
+    def _mix(self, measured: Measured, row: int) -> None:
+        """Mixes statistics into the rows from ``row`` on, or into what `accumulate` collects for them."""
+        count, mean, var = measured
         if self._accumulator is not None:
-            self._accumulator.add(mean, var, count[:, :1], row)
+            self._accumulator.add(mean, var, count, row)
         else:
-            update(self, mean, var, count[:, :1], row)
+            update(self, mean, var, count, row)
 
     def _simple_count(self, seen: View, pool: Pool, measured: Measured) -> int | None:
         """Values of a channel where the operator that torch's own estimate takes will do, else None."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from batchnorm.kernels import recurrent as aten
 from batchnorm.nn.batch_norm import BatchNorm1d
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from batchnorm.ops import recurrent as ops
+from batchnorm.pools import all_reduce_max
 
 POOLS = (None, "frame", "sequence")
 State = Any  # h of shape (layers, N, H), or the pair of it and c
@@ -43,6 +46,11 @@ class Options:
             )
         if self.max_steps < 1:
             raise InputError(f"max_steps must be at least 1, got {self.max_steps}")
+
+    def check_group(self, process_group: Any) -> None:
+        """Raises where ranks would have no statistics to share."""
+        if process_group is not None and self.batch_norm is None:
+            raise InputError("process_group= shares the statistics of batch_norm=, got None; choose a pool for it")
 
     @property
     def initial_gamma(self) -> float:
@@ -76,17 +84,27 @@ class _Direction:
         elif self.norm_ih is not None:
             gates = self.norm_ih(gates)
         norms = [norm for norm in (self.norm_hh, self.norm_c) if norm is not None]
-        weights = (self.weight_hh, self.bias_hn, self.weight_hr)
+        shared = next((norm for norm in norms if norm.synchronizes), None)
+        if shared is not None:  # each step is an exchange, so every rank takes as many
+            most = all_reduce_max(len(sizes), shared.shared_pool, gates.device)
+            sizes = [*sizes, *[0] * (most - len(sizes))]
+        call = aten.Recurrence(self.cell, gates, sizes, self.weight_hh, self.bias_hn, self.weight_hr, h0, c0)
         if not StepBatchNorm.can_be_fused(norms):
             normalize = [_called(norm, step) for norm in (self.norm_hh, self.norm_c)]
-            states, cells = aten.recurrence(self.cell, gates, sizes, *weights, h0, c0, *normalize)
+            states, cells = aten.recurrence(call, *normalize)
             return states, ops.last(states, sizes), None if cells is None else ops.last(cells, sizes)
         by = [None if norm is None else norm.normalization(sizes, step) for norm in (self.norm_hh, self.norm_c)]
-        result = ops.recurrence(self.cell, gates, sizes, *weights, h0, c0, *by)
+        result = ops.recurrence(call, *by)
         for norm, statistics in ((self.norm_hh, result.of_hh), (self.norm_c, result.of_c)):
             if norm is not None and statistics is not None and norm.updates_statistics:
                 norm.take_in(*statistics, sizes, step)
         return result.output, result.h_n, result.c_n
+
+
+@functools.cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, left alone by Dynamo."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 def _called(norm: StepBatchNorm | None, step: int) -> aten.Normalize:
@@ -104,13 +122,14 @@ class _Normalized(nn.Module):
     bias: bool
     options: Options
 
-    def _normalize(self, suffix: str) -> None:
+    def _normalize(self, suffix: str, process_group: Any) -> None:
         """Puts normalizations into one direction of one layer, and drops the biases that they make redundant."""
         weight = getattr(self, f"weight_hh{suffix}")
         gates, hidden = len(weight), self.hidden_size
         for name in (f"bias_ih{suffix}", f"bias_hh{suffix}"):
             self._parameters.pop(name, None)
-        options, factory = self.options, {"device": weight.device, "dtype": weight.dtype}
+        options = self.options
+        factory = {"device": weight.device, "dtype": weight.dtype, "process_group": process_group}
 
         def by_step(features: int, bias: bool) -> StepBatchNorm:
             return StepBatchNorm(features, options.max_steps, options.eps, options.momentum, bias=bias, **factory)
@@ -126,7 +145,7 @@ class _Normalized(nn.Module):
         if options.recurrent and self.mode == "LSTM":
             self.add_module(f"norm_c{suffix}", by_step(hidden, self.bias))
         if self.mode == "GRU" and self.bias:
-            self.register_parameter(f"bias_hn{suffix}", nn.Parameter(torch.empty(hidden, **factory)))
+            self.register_parameter(f"bias_hn{suffix}", nn.Parameter(weight.new_empty(hidden)))
         self._reset_normalization(suffix)
 
     def _reset_normalization(self, suffix: str) -> None:
@@ -195,15 +214,17 @@ class _Layer(_Normalized, nn.RNNBase):
         gamma: float | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        process_group: Any = None,
         **kwargs: Any,
     ) -> None:
         options = Options(batch_norm, recurrent, max_steps, gamma, eps, momentum)
+        options.check_group(process_group)
         super().__init__(*args, **kwargs)
         self.options = options
         if batch_norm is None:
             return
         for suffix in self._suffixes():
-            self._normalize(suffix)
+            self._normalize(suffix, process_group)
         self._all_weights = [[name for name in names if not name.startswith("bias")] for names in self._all_weights]
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
@@ -232,6 +253,16 @@ class _Layer(_Normalized, nn.RNNBase):
         step: int = 0,
     ) -> tuple[Any, State]:
         """Output and last state, as torch.nn's layer of this name; see the class for what is new."""
+        run = _Layer._forward
+        # Dynamo stops at a recurrent layer unless its config.allow_rnn is set, and would then compile the functions
+        # inside one by one, again for all other lengths of sequences. (This frame it cannot compile.)
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            run = _disabled(run)
+        return run(self, input, hx, lengths, mask, step)
+
+    def _forward(
+        self, input: Any, hx: State | None, lengths: Tensor | Sequence[int] | None, mask: Tensor | None, step: int
+    ) -> tuple[Any, State]:
         if lengths is not None or mask is not None:
             return self._padded(input, hx, lengths, mask, step)
         if self.options.batch_norm is None:
@@ -249,11 +280,11 @@ class _Layer(_Normalized, nn.RNNBase):
             return output.squeeze(batch), self._each(states, lambda h: h.squeeze(1))
         x = input.transpose(0, 1) if self.batch_first else input
         steps, samples, _ = x.shape
-        if not steps or not samples:
-            raise InputError(f"{type(self).__name__}: expected a step and a sequence or more, got {tuple(input.shape)}")
+        if not steps:
+            raise InputError(f"{type(self).__name__}: expected a step or more, got {tuple(input.shape)}")
         self._check(input, hx, None)
-        output, states = self._run(x.reshape(steps * samples, -1), [samples] * steps, hx, step)
-        output = output.reshape(steps, samples, -1)
+        output, states = self._run(x.flatten(0, 1), [samples] * steps, hx, step)
+        output = output.unflatten(0, (steps, samples))
         return output.transpose(0, 1) if self.batch_first else output, states
 
     def _padded(
@@ -274,6 +305,8 @@ class _Layer(_Normalized, nn.RNNBase):
                 f"{called}: lengths must be {samples} numbers from 1 to {steps}, those of the input "
                 f"{tuple(input.shape)}; got {counts.tolist()}"
             )
+        if not samples:
+            return self.forward(input, hx, step=step)
         packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
         output, states = self.forward(packed, hx, step=step)
         return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], states
@@ -367,13 +400,15 @@ class _Cell(_Normalized, nn.modules.rnn.RNNCellBase):
         gamma: float | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        process_group: Any = None,
         **kwargs: Any,
     ) -> None:
         options = Options(batch_norm, recurrent, max_steps, gamma, eps, momentum)
+        options.check_group(process_group)
         super().__init__(*args, **kwargs)
         self.options = options
         if batch_norm is not None:
-            self._normalize("")
+            self._normalize("", process_group)
 
     def _suffixes(self) -> list[str]:
         return [""]
@@ -396,7 +431,7 @@ class _Cell(_Normalized, nn.modules.rnn.RNNCellBase):
             )
         x = input if input.dim() == 2 else input[None]
         shape = (len(x), self.hidden_size)
-        states = [x.new_zeros(shape)] * 2 if hx is None else list(hx) if self.mode == "LSTM" else [hx]
+        states = [x.new_zeros(shape) for _ in range(2)] if hx is None else list(hx) if self.mode == "LSTM" else [hx]
         states = [state if state.dim() == 2 else state[None] for state in states]
         if any(state.shape != shape for state in states):
             raise InputError(
@@ -431,7 +466,7 @@ def reversed_frames(sizes: Sequence[int], device: torch.device) -> Tensor:
     step = aten.steps_of(sizes, torch.device("cpu"))
     start = torch.tensor(starts)
     row = torch.arange(starts[-1]) - start[step]
-    return (start[torch.tensor(lasts)[row] - step] + row).to(device)
+    return (start[torch.tensor(lasts, dtype=torch.long)[row] - step] + row).to(device)
 
 
 def _lengths_of(mask: Tensor, shape: tuple[int, int], called: str) -> Tensor:
@@ -468,6 +503,9 @@ Args:
     max_steps: time steps with running statistics of their own; later steps use those of the last.
     gamma: its initial value; by default 1, and 0.1 with ``recurrent``.
     eps, momentum: as of `BatchNorm1d`.
+    process_group: "world" or a group of torch.distributed, whose ranks share all statistics in training; each must
+        make the call, with no sequences if it has no other. With ``recurrent`` that is an exchange for every
+        normalization of every step, step by step on ATen.
 
 Shape:
     As torch.nn's: (T, N, input), (N, T, input) with ``batch_first``, (T, input), or a `PackedSequence`.
@@ -495,7 +533,7 @@ gives a cell that shares its parameters, for streaming. In training the pool is 
 
 Args:
     input_size, hidden_size, bias, {arguments}device, dtype: as torch.nn's.
-    batch_norm, recurrent, max_steps, gamma, eps, momentum: as of `{layer}`.
+    batch_norm, recurrent, max_steps, gamma, eps, momentum, process_group: as of `{layer}`.
 
 Shape:
     input (N, input) or (input,), states (N, hidden) or (hidden,). ``step=`` of ``forward`` is the number of inputs

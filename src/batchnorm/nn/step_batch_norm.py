@@ -1,4 +1,4 @@
-"""Batch normalization with statistics for each time step of sequences."""
+"""Batch normalization of the frames of sequences, with statistics for each time step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import InputError
+from batchnorm.functional import Measured
 from batchnorm.moments import Moments
-from batchnorm.nn.batch_norm import OPTIONS, _BatchNorm
+from batchnorm.nn.batch_norm import OPTIONS, BatchNorm1d
 from batchnorm.ops import recurrent as ops
+from batchnorm.pools import Pool, is_alone
+from batchnorm.views import View, frames
 
-# The only options of a layer that have a meaning here.
-_KNOWN = ("source", "update", "trains_affine", "running", "running_var_kind")
+_FIXED = {"pool": "frame", "batch_first": False}
+# The only other options of a layer that have a meaning here.
+_KNOWN = (
+    *("source", "update", "trains_affine", "running", "running_var_kind", "nonfinite"),
+    *("max_steps", "process_group", "domains"),
+)
 
 
-class StepBatchNorm(_BatchNorm):
+class StepBatchNorm(BatchNorm1d):
     """Batch normalization of sequences with one pool, and one set of running statistics, for each time step.
 
     ``y = (x - mean_t) / sqrt(var_t + eps) * weight + bias`` with the mean and *biased* variance of step t over the
@@ -25,15 +32,18 @@ class StepBatchNorm(_BatchNorm):
     statistics (variance *unbiased*), and steps that training has never reached, or beyond ``max_steps``, those of the
     last one that it has. A step with one sequence left gives beta, and leaves the running statistics alone.
 
+    It is `BatchNorm1d` with ``pool="frame"``, and its buffers, for frames that lie as in a `PackedSequence`.
+
     Args:
         num_features: C.
         max_steps: steps with running statistics of their own.
-        eps, momentum, affine, bias, source, update: as of `BatchNorm1d`.
+        eps, momentum, affine, bias, source, update, running_var, nonfinite, process_group, domains: as of
+            `BatchNorm1d`.
         running: as of `BatchNorm1d`, "debiased" by default: late steps are seen seldom, and would else stay near
             the mean 0 and variance 1 that they begin with.
 
     Buffers:
-        running_mean, running_var: (max_steps, C); num_steps_tracked: (max_steps, 1), batches that reached each step.
+        running_mean, running_var: (max_steps, C); num_batches_tracked: (max_steps,), batches that reached each step.
 
     Shape:
         input (frames, C): the rows of step 0, then those of step 1, ...; ``sizes[t]`` rows of step t, which never
@@ -51,8 +61,6 @@ class StepBatchNorm(_BatchNorm):
         torch.Size([5, 2])
     """
 
-    num_steps_tracked: Tensor
-
     def __init__(
         self,
         num_features: int,
@@ -66,122 +74,99 @@ class StepBatchNorm(_BatchNorm):
         running: str = "debiased",
         **options: Any,
     ) -> None:
-        self.max_steps = max_steps
         if momentum is None:
             running = "cumulative"
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, running=running, **options)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        shape = (max_steps, num_features)
-        self.running_mean = self.running_mean.expand(shape).clone()
-        self.running_var = self.running_var.expand(shape).clone()
-        self.register_buffer("num_steps_tracked", torch.zeros(max_steps, 1, dtype=torch.long, device=device))
+        options = {**options, **_FIXED, "max_steps": max_steps, "running": running}
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "max_steps":  # set once, by the constructor
-            self.__dict__.setdefault(name, value)
-            return
-        if name in OPTIONS and name not in _KNOWN and value != OPTIONS[name]:
+        if name in OPTIONS and name not in _KNOWN and value != _FIXED.get(name, OPTIONS[name]):
             raise InputError(f"StepBatchNorm: {name} has no meaning for statistics by time step; got {value!r}")
-        if name == "_accumulator" and value is not None:
-            raise InputError("accumulate: statistics by time step (StepBatchNorm) are not merged over micro-batches")
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return super().extra_repr().replace(", running='debiased'", "")
+        shown = super().extra_repr()
+        for fixed in ("running='debiased'", "pool='frame'", "batch_first=False"):
+            shown = shown.replace(f", {fixed}", "")
+        return shown
 
-    def reset_running_stats(self) -> None:
-        super().reset_running_stats()
-        if "num_steps_tracked" in self._buffers:
-            self.num_steps_tracked.zero_()
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Takes states whose batches of each step were counted apart, as (max_steps, 1)."""
+        counted = state_dict.pop(prefix + "num_steps_tracked", None)
+        if counted is not None:
+            state_dict[prefix + "num_batches_tracked"] = counted.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0
     ) -> Tensor:
         """BN(input), step by step; see the class."""
+        seen = self._view(input, sizes, step)
+        self.check_sequences(seen.steps and len(seen.x) // seen.steps)
+        if not len(input) and not self.synchronizes:
+            return input.clone()
+        y: Tensor = self._viewed(seen)
+        return y
+
+    def _view(self, input: Tensor, sizes: Sequence[int] | None, step: int) -> View:
         sizes = [len(input)] if sizes is None else sizes
         if input.ndim != 2 or input.shape[1] != self.num_features or sum(sizes) != len(input):
             raise InputError(
                 f"StepBatchNorm: expected an input (frames, {self.num_features}) with {sum(sizes)} frames, the sum of "
                 f"sizes; got {tuple(input.shape)}"
             )
-        y, mean, var = ops.normalize_steps(input, sizes, self.normalization(sizes, step))
-        if self.updates_statistics:
-            if not self.normalizes_by_batch:
-                mean, var = ops.statistics(input.detach(), sizes)
-            self.take_in(mean, var, sizes, step)
-        return y
+        return frames(input, None, sizes, step)
+
+    def check_sequences(self, samples: int) -> None:
+        """Raises where there is one sequence, whose variance at a step would be 0, in training."""
+        if samples == 1 and self.training and self.normalizes_by_batch and not self.synchronizes:
+            raise InputError(
+                "Expected more than 1 sequence when training with a pool for each time step, got 1: the variance of "
+                "one value is 0; use a larger batch, batch_norm='sequence', or .eval()"
+            )
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether a forward exchanges statistics with other ranks, each of which must make the call."""
+        return (self.normalizes_by_batch or self.updates_statistics) and not is_alone(self.process_group)
+
+    @property
+    def shared_pool(self) -> Pool:
+        """The process group, and what to call the layer in errors."""
+        return Pool(process_group=self.process_group, layer=self._name())
 
     @staticmethod
     def can_be_fused(norms: Iterable[StepBatchNorm]) -> bool:
         """Whether a recurrence may normalize in place of these layers: where their calls have no other effect."""
         norms = list(norms)
         return len({norm.normalizes_by_batch for norm in norms}) < 2 and not any(
-            norm._forward_hooks or norm._forward_pre_hooks or (norm.updates_statistics and not norm.normalizes_by_batch)
+            norm._forward_hooks
+            or norm._forward_pre_hooks
+            or norm.synchronizes
+            or (norm.updates_statistics and not norm.normalizes_by_batch)
             for norm in norms
         )
 
     def normalization(self, sizes: Sequence[int], step: int) -> ops.StepNormalization:
         """What normalizes these steps, for a kernel."""
         weight, bias = self._affine()
-        if not self.normalizes_by_batch:
-            return ops.StepNormalization(weight, bias, self.eps, *self.statistics_at(step, len(sizes)))
-        if self.training and sizes[0] < 2:
-            raise InputError(
-                "Expected more than 1 sequence when training with a pool for each time step, got 1: the variance of "
-                "one value is 0; use a larger batch, batch_norm='sequence', or .eval()"
-            )
-        return ops.StepNormalization(weight, bias, self.eps)
-
-    def statistics_at(self, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """Running mean and variance, (count, C) in float64, of the steps from ``step`` on."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        wide = torch.float32 if self.running_mean.device.type == "mps" else torch.float64
-        reached = (self.num_steps_tracked > 0).sum()
-        row = torch.arange(step, step + count, device=reached.device).minimum(reached - 1).clamp(min=0)
-        return self.running_mean[row].to(wide), self.running_var[row].to(wide)
+        if self.normalizes_by_batch:
+            self.check_sequences(sizes[0])
+            return ops.StepNormalization(weight, bias, self.eps)
+        mean, var = self._population(len(sizes), step)
+        wide = torch.float32 if mean.device.type == "mps" else torch.float64
+        return ops.StepNormalization(weight, bias, self.eps, mean.to(wide), var.to(wide))
 
     @torch.no_grad()
     def input_moments(  # type: ignore[override]
         self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0
     ) -> Moments:
         """The moments of each step of an input, (max_steps, C), with no values in the steps that it does not reach."""
-        sizes = [len(input)] if sizes is None else sizes
-        mean, var = ops.statistics(input.detach(), sizes)
-        count = min(len(sizes), max(self.max_steps - step, 0))
-        whole = Moments.empty((self.max_steps, self.num_features), device=mean.device)
-        counts, rows = whole.count[:, :1].clone(), slice(step, step + count)
-        counts[rows] = torch.tensor(sizes[:count], dtype=mean.dtype, device=mean.device)[:, None]
-        whole.mean[rows] = mean[:count].double()
-        whole.m2[rows] = var[:count].double() * counts[rows]
-        return Moments(counts, whole.mean, whole.m2)
+        return self._moments(self._view(input, sizes, step))
 
     @torch.no_grad()
     def take_in(self, mean: Tensor, var: Tensor, sizes: Sequence[int], step: int) -> None:
         """Mixes the statistics (steps, C) of a batch, *biased* variance, into those of the steps from ``step`` on."""
-        count = min(len(sizes), self.max_steps - step)
-        if self.num_batches_tracked is not None and step == 0:
-            self.num_batches_tracked.add_(1)
-        if count <= 0:
-            return
-        rows = slice(step, step + count)
-        counts = torch.tensor(sizes[:count], dtype=mean.dtype, device=mean.device)[:, None]
-        mean, var, taken = mean[:count], var[:count], counts > 1
-        if self.running_var_kind == "unbiased":
-            var = var * counts / (counts - 1).clamp(min=1)
-        tracked = self.num_steps_tracked[rows]
-        tracked.add_(taken)
-        share = self._share(tracked.clamp(min=1).to(mean.dtype))
-        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
-            assert running is not None
-            before = running[rows]
-            before.copy_(torch.where(taken, (1 - share) * before + share * batch, before))
-
-    def _share(self, t: Tensor) -> Tensor | float:
-        """The share of a batch in the running statistics of a step that it is the t-th to reach."""
-        if self.momentum is None or self.running == "cumulative":
-            return 1 / t
-        if self.running == "debiased" and self.momentum > 0:
-            return (self.momentum / (1 - (1 - self.momentum) ** t)).clamp(max=1)  # at t = 1, but for rounding
-        return self.momentum
+        row, steps = self._rows(len(sizes), step)
+        count = torch.tensor(sizes[:steps], dtype=mean.dtype, device=mean.device)[:, None]
+        self._mix(Measured(torch.where(count > 1, count, 0.0), mean[:steps], var[:steps]), row)

@@ -1,4 +1,4 @@
-"""Recurrences, and normalization with a pool for each time step: schemas, gradients, choice of implementation.
+"""Recurrences with normalizations inside: schemas, gradients, choice of implementation.
 
 Sequences lie as `batchnorm.kernels.recurrent` says: step t has ``sizes[t]`` rows. The C++ core serves float32 and
 float64 on the CPU (16-bit values are taken to float32), and ATen all else: other devices, projections, functorch's
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from batchnorm.kernels import aten as kernel
 from batchnorm.kernels import cpu
 from batchnorm.kernels import recurrent as aten
 from batchnorm.ops.schemas import LIBRARY
@@ -21,14 +22,6 @@ from batchnorm.ops.schemas import LIBRARY
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 5, "GRU": 4}  # as in csrc/core/recurrent.h
 _SETTINGS = "bool normalize_hh, bool normalize_c, bool population, float eps_hh, float eps_c"
 
-LIBRARY.define(
-    "normalize_steps(Tensor x, Tensor sizes, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps)"
-    " -> (Tensor y, Tensor mean, Tensor var)"
-)
-LIBRARY.define(
-    "normalize_steps_backward(Tensor dy, Tensor x, Tensor sizes, Tensor? weight, Tensor mean, Tensor var, float eps,"
-    " bool population) -> (Tensor dx, Tensor d_weight, Tensor d_bias)"
-)
 LIBRARY.define(
     "recurrence(int cell, Tensor gates, Tensor sizes, Tensor weight_hh, Tensor? bias_hn, Tensor h0, Tensor? c0,"
     " Tensor? gamma_hh, Tensor? gamma_c, Tensor? beta_c, Tensor? mean_hh, Tensor? var_hh, Tensor? mean_c,"
@@ -46,17 +39,6 @@ _ops = torch.ops.batchnorm
 
 def _fake(name: str):  # type: ignore[no-untyped-def]
     return torch.library.register_fake(f"batchnorm::{name}", lib=LIBRARY)
-
-
-@_fake("normalize_steps")
-def _(x, sizes, weight, bias, mean, var, eps):  # type: ignore[no-untyped-def]
-    shape = (len(sizes), x.shape[1]) if mean is None else (0, 0)
-    return (x.new_empty(x.shape), *(x.new_empty(shape, dtype=torch.float64) for _ in range(2)))
-
-
-@_fake("normalize_steps_backward")
-def _(dy, x, *rest):  # type: ignore[no-untyped-def]
-    return (x.new_empty(x.shape), *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)))
 
 
 @_fake("recurrence")
@@ -99,7 +81,7 @@ class StepNormalization(NamedTuple):
     var: Tensor | None = None
 
 
-class Recurrence(NamedTuple):
+class States(NamedTuple):
     """Hidden states (frames, H), the last of each sequence (N, H), and mean and biased variance of each step."""
 
     output: Tensor
@@ -111,118 +93,27 @@ class Recurrence(NamedTuple):
 
 def _is_native(x: Tensor) -> bool:
     """Whether the C++ core takes a call with this tensor."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    transformed = not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    )
     return cpu.available() and x.device.type == "cpu" and x.is_floating_point() and not transformed
 
 
-# ---------------------------------------------------------------------------------------- normalization by step
-
-
-def statistics(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each step, (steps, C)."""
-    return aten.step_statistics(x, sizes)
-
-
-def normalize_steps(x: Tensor, sizes: Sequence[int], by: StepNormalization) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and biased variance (steps, C) that normalized."""
-    if not _is_native(x):
-        return _normalize_on_aten(x, sizes, by)
-    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    weight, bias = (None if v is None else v.to(wide) for v in (by.weight, by.bias))
-    measured: list[Tensor] = []
-    y: Tensor = _NormalizeSteps.apply(x.to(wide), weight, bias, by, sizes, measured)
-    return y.to(x.dtype), measured[0], measured[1]
-
-
-def _normalize_on_aten(x: Tensor, sizes: Sequence[int], by: StepNormalization) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias, eps, mean, var = by
-    if mean is None or var is None:
-        mean, var = aten.step_statistics(x, sizes)
-    return aten.normalize_steps(x, sizes, mean, var, weight, bias, eps), mean.detach(), var.detach()
-
-
-class _NormalizeSteps(torch.autograd.Function):
-    """`normalize_steps` in the C++ core; mean and variance go into a list."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        by: StepNormalization,
-        sizes: Sequence[int],
-        measured: list[Tensor],
-    ) -> Tensor:
-        y, mean, var = _ops.normalize_steps.default(x, torch.tensor(sizes), weight, bias, by.mean, by.var, by.eps)
-        if by.mean is not None and by.var is not None:
-            mean, var = by.mean, by.var
-        ctx.save_for_backward(x, weight, bias)
-        ctx.call = by, sizes, mean, var
-        measured += (mean, var)
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        by, sizes, mean, var = ctx.call
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():
-
-            def again(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-                return _normalize_on_aten(x, sizes, by._replace(weight=weight, bias=bias))[0]
-
-            return *_differentiate(again, inputs, ctx.needs_input_grad, (dy,)), None, None, None
-        x, weight, bias = inputs
-        dx, d_weight, d_bias = _ops.normalize_steps_backward.default(
-            dy, x, torch.tensor(sizes), weight, mean, var, by.eps, by.mean is not None
-        )
-        d_weight = None if weight is None else d_weight.to(x.dtype)
-        return dx, d_weight, None if bias is None else d_bias.to(x.dtype), None, None, None
-
-
-def _differentiate(function: Any, inputs: Sequence[Tensor | None], wanted: Sequence[bool], given: Any) -> list[Any]:
-    """The gradients of a differentiable function, themselves differentiable."""
-    with torch.enable_grad():
-        outputs = function(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        leaves = [x for x, want in zip(inputs, wanted, strict=False) if want and x is not None]
-        pairs = [(y, dy) for y, dy in zip(outputs, given, strict=True) if dy is not None and y.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], leaves, [dy for _, dy in pairs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if want and x is not None else None for x, want in zip(inputs, wanted, strict=False)]
-
-
-# ---------------------------------------------------------------------------------------- recurrences
-
-
-def recurrence(
-    cell: str,
-    gates: Tensor,
-    sizes: Sequence[int],
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    by_hh: StepNormalization | None,
-    by_c: StepNormalization | None,
-) -> Recurrence:
-    """The hidden states of a cell of `aten.CELLS`, with W_hh h (and the cell before its tanh) normalized."""
-    if weight_hr is not None or not _is_native(gates):
-        return _recur_on_aten(cell, gates, sizes, weight_hh, bias_hn, weight_hr, h0, c0, by_hh, by_c)
+def recurrence(call: aten.Recurrence, by_hh: StepNormalization | None, by_c: StepNormalization | None) -> States:
+    """The hidden states, with W_hh h (and the cell before its tanh) normalized."""
+    cell, gates, sizes, weight_hh, bias_hn, weight_hr, h0, c0 = call
+    if weight_hr is not None or not sizes[-1] or not _is_native(gates):
+        return _recur_on_aten(call, by_hh, by_c)
     dtype = torch.float64 if weight_hh.dtype == torch.float64 else torch.float32
-    tensors = (gates, weight_hh, bias_hn, h0, c0, *_affine(by_hh)[:1], *_affine(by_c))
-    measured: list[Tensor] = []
-    output, c_n = _Recurrence.apply(
-        *(None if x is None else x.to(dtype) for x in tensors), cell, sizes, by_hh, by_c, measured
-    )
+    gamma_hh, _, eps_hh, *of_hh = by_hh or _NOTHING
+    gamma_c, beta_c, eps_c, *of_c = by_c or _NOTHING
+    inputs = (gates, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c)
+    tensors = (None if x is None else x.to(dtype) for x in inputs)
+    output, c_n, *measured = _Recurrence.apply(*tensors, *of_hh, *of_c, cell, sizes, eps_hh, eps_c)
     output, c_n = output.to(gates.dtype), c_n.to(gates.dtype) if cell == "LSTM" else None
-    return Recurrence(
+    return States(
         output,
         last(output, sizes),
         c_n,
@@ -231,12 +122,11 @@ def recurrence(
     )
 
 
-def _affine(by: StepNormalization | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if by is None else (by.weight, by.bias)
+_NOTHING = (None,) * 5
 
 
 class _Recurrence(torch.autograd.Function):
-    """`recurrence` in the C++ core: output and c_n; the statistics go into a list."""
+    """`recurrence` in the C++ core: output, c_n, and the batch's statistics; eps None: not normalized."""
 
     @staticmethod
     def forward(
@@ -249,56 +139,55 @@ class _Recurrence(torch.autograd.Function):
         gamma_hh: Tensor | None,
         gamma_c: Tensor | None,
         beta_c: Tensor | None,
+        mean_hh: Tensor | None,
+        var_hh: Tensor | None,
+        mean_c: Tensor | None,
+        var_c: Tensor | None,
         cell: str,
         sizes: Sequence[int],
-        by_hh: StepNormalization | None,
-        by_c: StepNormalization | None,
-        measured: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        steps = torch.tensor(sizes)
-        given = [statistic for by in (by_hh, by_c) for statistic in ((None, None) if by is None else (by.mean, by.var))]
-        population = any(statistic is not None for statistic in given)
-        eps = [0.0 if by is None else by.eps for by in (by_hh, by_c)]
-        settings = (by_hh is not None, by_c is not None, population, *eps)
-        number = aten.CELLS.index(cell)
-        output, kept, cells, hh, *made = _ops.recurrence.default(
-            number, gates, steps, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c, *given, *settings
-        )
+        eps_hh: float | None,
+        eps_c: float | None,
+    ) -> tuple[Tensor, ...]:
+        number, steps, given = aten.CELLS.index(cell), torch.tensor(sizes), (mean_hh, var_hh, mean_c, var_c)
+        population = mean_hh is not None or mean_c is not None
+        settings = (eps_hh is not None, eps_c is not None, population, eps_hh or 0.0, eps_c or 0.0)
+        inputs = (gates, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c)
+        output, kept, cells, hh, *made = _ops.recurrence.default(number, gates, steps, *inputs[1:], *given, *settings)
         used = [own if statistic is None else statistic for own, statistic in zip(made, given, strict=True)]
-        measured += used
-        ctx.save_for_backward(gates, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c, output)
-        ctx.call = cell, sizes, by_hh, by_c
-        ctx.kernel = number, steps, settings, (kept, cells, hh, *used)
+        ctx.save_for_backward(*inputs, output, steps, kept, cells, hh, *used)
+        ctx.call = number, settings, cell, sizes, eps_hh, eps_c
         ctx.set_materialize_grads(False)
-        # Not `cells` itself, which the context holds: an output there would hold its context in turn.
-        return output, last(cells, sizes).clone() if cell == "LSTM" else cells.new_empty(0)
+        ctx.mark_non_differentiable(*made)
+        return output, last(cells, sizes).clone() if cell == "LSTM" else cells.new_empty(0), *made
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None, d_c_n: Tensor | None) -> Any:
-        *inputs, output = ctx.saved_tensors
-        cell, sizes, by_hh, by_c = ctx.call
+    def backward(ctx: Any, d_output: Tensor | None, d_c_n: Tensor | None, *_: Any) -> Any:
+        gates, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c, output, steps, *states = ctx.saved_tensors
+        number, settings, cell, sizes, eps_hh, eps_c = ctx.call
+        inputs = (gates, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c)
+        rest = (None,) * 8
         if torch.is_grad_enabled():
+            statistics = states[-4:] if settings[2] else (None,) * 4
 
             def again(*inputs: Any) -> tuple[Tensor, ...]:
                 gates, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, beta_c = inputs
-                of_hh = by_hh and by_hh._replace(weight=gamma_hh)
-                of_c = by_c and by_c._replace(weight=gamma_c, bias=beta_c)
-                result = _recur_on_aten(cell, gates, sizes, weight_hh, bias_hn, None, h0, c0, of_hh, of_c)
+                of_hh = None if eps_hh is None else StepNormalization(gamma_hh, None, eps_hh, *statistics[:2])
+                of_c = None if eps_c is None else StepNormalization(gamma_c, beta_c, eps_c, *statistics[2:])
+                call = aten.Recurrence(cell, gates, sizes, weight_hh, bias_hn, None, h0, c0)
+                result = _recur_on_aten(call, of_hh, of_c)
                 return result.output, output if result.c_n is None else result.c_n
 
-            return *_differentiate(again, inputs, ctx.needs_input_grad, (d_output, d_c_n)), *(None,) * 5
-        _, weight_hh, bias_hn, h0, c0, gamma_hh, gamma_c, _ = inputs
-        number, steps, settings, saved = ctx.kernel
+            return *_differentiate(again, inputs, ctx.needs_input_grad, (d_output, d_c_n)), *rest
         d_output = torch.zeros_like(output) if d_output is None else d_output
         d_c_n = d_c_n if cell == "LSTM" else None
         d_gates, d_hh, d_h0, d_c0, d_gamma_hh, d_beta_hh, d_gamma_c, d_beta_c = _ops.recurrence_backward.default(
-            d_output, d_c_n, number, steps, weight_hh, h0, c0, gamma_hh, gamma_c, output, *saved, *settings
+            d_output, d_c_n, number, steps, weight_hh, h0, c0, gamma_hh, gamma_c, output, *states, *settings
         )
         d_hh = d_hh if len(d_hh) else d_gates
         d_bias = None
         if bias_hn is not None:
             hidden = len(bias_hn)
-            d_bias = d_beta_hh[-hidden:] if by_hh is not None else d_hh[:, -hidden:].sum(0)
+            d_bias = d_beta_hh[-hidden:] if eps_hh is not None else d_hh[:, -hidden:].sum(0)
         found = (
             d_gates,
             _weight_gradient(d_hh, output, h0, sizes) if ctx.needs_input_grad[1] else None,
@@ -309,9 +198,21 @@ class _Recurrence(torch.autograd.Function):
             d_gamma_c,
             d_beta_c,
         )
-        return *(None if x is None or d is None else d.to(x.dtype) for x, d in zip(inputs, found, strict=True)), *(
-            None,
-        ) * 5
+        return *(None if x is None or d is None else d.to(x.dtype) for x, d in zip(inputs, found, strict=True)), *rest
+
+
+def _differentiate(function: Any, inputs: Sequence[Tensor | None], wanted: Sequence[bool], given: Any) -> list[Any]:
+    """The gradients of a differentiable function, themselves differentiable."""
+    with torch.enable_grad():
+        outputs = function(*inputs)
+        leaves = [x for x, want in zip(inputs, wanted, strict=False) if want and x is not None]
+        pairs = [(y, dy) for y, dy in zip(outputs, given, strict=True) if dy is not None and y.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], leaves, [dy for _, dy in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if want and x is not None else None for x, want in zip(inputs, wanted, strict=False)]
 
 
 def _weight_gradient(d_hh: Tensor, output: Tensor, h0: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -328,22 +229,11 @@ def _rows_before(sizes: Sequence[int]) -> Tensor:
     return (rows - torch.tensor([0, *sizes])[step])[sizes[0] :]
 
 
-def _recur_on_aten(
-    cell: str,
-    gates: Tensor,
-    sizes: Sequence[int],
-    weight_hh: Tensor,
-    bias_hn: Tensor | None,
-    weight_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    by_hh: StepNormalization | None,
-    by_c: StepNormalization | None,
-) -> Recurrence:
+def _recur_on_aten(call: aten.Recurrence, by_hh: StepNormalization | None, by_c: StepNormalization | None) -> States:
     of_hh, of_c = _Recorder(by_hh), _Recorder(by_c)
-    states, cells = aten.recurrence(cell, gates, sizes, weight_hh, bias_hn, weight_hr, h0, c0, of_hh, of_c)
-    h_n, c_n = last(states, sizes), None if cells is None else last(cells, sizes)
-    return Recurrence(states, h_n, c_n, of_hh.statistics(), of_c.statistics())
+    states, cells = aten.recurrence(call, of_hh, of_c)
+    c_n = None if cells is None else last(cells, call.sizes)
+    return States(states, last(states, call.sizes), c_n, of_hh.statistics(), of_c.statistics())
 
 
 class _Recorder:
@@ -354,13 +244,16 @@ class _Recorder:
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, t: int) -> Tensor:
-        by = self.by
-        if by is None:
+        if self.by is None:
             return x
-        if by.mean is not None and by.var is not None:
-            by = by._replace(mean=by.mean[t : t + 1], var=by.var[t : t + 1])
-        y, mean, var = _normalize_on_aten(x, [len(x)], by)
-        self.kept.append((mean, var))
+        weight, bias, eps, mean, var = self.by
+        settings = (weight, bias, None, 0, eps, "identity", 0.0)
+        if mean is not None and var is not None:
+            mean, var = mean[t : t + 1], var[t : t + 1]
+            y = kernel.normalize(x, mean, var, *settings)
+        else:
+            y, mean, var = kernel.forward(x, *settings)
+        self.kept.append((mean.detach(), var.detach()))
         return y
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:

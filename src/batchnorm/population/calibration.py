@@ -26,7 +26,6 @@ from batchnorm.functional import moments
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import _BatchNorm as Ours
 from batchnorm.nn.modes import OURS
-from batchnorm.nn.step_batch_norm import StepBatchNorm
 from batchnorm.views import is_traced
 
 Method = Literal["pooled", "ioffe", "sequential"]
@@ -201,17 +200,12 @@ def _not_finite(name: str, batch: int) -> InputError:
 
 def _is_by_batch(layer: _BatchNorm) -> bool:
     """Whether a batch normalizes by more than one mean a channel, which no buffer holds, or by that of a group."""
-    by_step = isinstance(layer, StepBatchNorm)
-    return by_step or (
-        isinstance(layer, Ours) and bool(layer.pool == "frame" or layer.ghost_size or layer.channel_groups)
-    )
+    return isinstance(layer, Ours) and bool(layer.pool == "frame" or layer.ghost_size or layer.channel_groups)
 
 
-def _step_counter(layer: _BatchNorm) -> str | None:
-    """The buffer that counts the batches of each time step, where there is one."""
-    if isinstance(layer, StepBatchNorm):
-        return "num_steps_tracked"
-    return "num_batches_tracked" if isinstance(layer, Ours) and layer.pool == "frame" else None
+def _is_by_step(layer: _BatchNorm) -> bool:
+    """Whether the batches of each time step are counted apart."""
+    return isinstance(layer, Ours) and layer.pool == "frame"
 
 
 def _warn(what: str, names: list[str]) -> None:
@@ -504,10 +498,10 @@ class _Measurement:
         self._set_buffers(name, mean, var)
         if isinstance(layer, Ours):
             layer.source = "running"
-        if counter := _step_counter(layer):
-            self._tracked[name] = getattr(layer, counter)
-            uses = torch.as_tensor(self._estimates[name].uses)
-            setattr(layer, counter, uses.reshape(-1, *self._tracked[name].shape[1:]))
+        if _is_by_step(layer):
+            assert layer.num_batches_tracked is not None
+            self._tracked[name] = layer.num_batches_tracked
+            layer.num_batches_tracked = torch.as_tensor(self._estimates[name].uses).flatten()
 
     def keeps_biased(self, name: str) -> bool:
         return _keeps_biased(self._layers[name])
@@ -593,7 +587,7 @@ class _Measurement:
                 for option in ("source", "update"):  # last, as these tell the layer what path to take
                     setattr(layer, option, self._options[name][option])
             if name in self._tracked:
-                setattr(layer, _step_counter(layer) or "", self._tracked[name])
+                layer.num_batches_tracked = self._tracked[name]
         for module, training in self._modes:
             module.training = training
 
@@ -625,16 +619,16 @@ def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]])
         for layer, _, mean, var, uses in updates:
             running_mean, running_var = _buffers(layer)
             uses, domain = torch.as_tensor(uses), _domain(layer)
-            if counter := _step_counter(layer):  # steps that no batch reached keep what they have
+            batches = layer.num_batches_tracked
+            if batches is not None and domain is not None:
+                batches = batches[domain]
+            if batches is not None and _is_by_step(layer):  # steps that no batch reached keep what they have
                 mean, var = (torch.where(uses > 0, new, old) for new, old in ((mean, running_mean), (var, running_var)))
-                steps = getattr(layer, counter)
-                steps = steps if domain is None else steps[domain]
-                steps.copy_(torch.where(uses > 0, uses, steps.view_as(uses)).view_as(steps))
+                batches.copy_(torch.where(uses > 0, uses, batches.view_as(uses)).view_as(batches))
+            elif batches is not None:
+                batches.copy_(uses.max())
             running_mean.copy_(mean)
             running_var.copy_(var)
-            if layer.num_batches_tracked is not None and counter != "num_batches_tracked":
-                batches = layer.num_batches_tracked
-                (batches if domain is None else batches[domain]).copy_(uses.max())
     except BaseException:
         for buffer, old in zip(changed, before, strict=True):
             buffer.copy_(old)

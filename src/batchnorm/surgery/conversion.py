@@ -358,7 +358,9 @@ def _target(layer: nn.Module, to: str, shapes: set[tuple[int, ...]], options: di
     if isinstance(target, str) or not issubclass(target, ours._BatchNorm):
         return target
     try:
-        plain = target(layer.num_features, track_running_stats=layer.track_running_stats, device="meta")
+        plain = layer
+        if type(layer) is not target:
+            plain = target(layer.num_features, track_running_stats=layer.track_running_stats, device="meta")
         present = {name: getattr(layer, name, default) for name, default in ours.OPTIONS.items()}
         ours.check_together({**present, **options}, plain, options.get("momentum", layer.momentum))
     except InputError as error:
