@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from batchnorm.kernels import cpu
+
 pytest.register_assert_rewrite("operator_contract")
 
 # The same examples on every run, and no deadline: other work shares the machine.
@@ -44,6 +46,16 @@ def _nan_filled_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(params=["C++", "Python"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: plain eager calls made at once in C++, and through Python, as beside another torch."""
+    if request.param == "Python":
+        monkeypatch.setattr(cpu, "call", None)
+    elif cpu.call is None:
+        pytest.skip(f"eager calls go through Python: {cpu.call_error}")
+    return str(request.param)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

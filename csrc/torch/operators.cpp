@@ -17,6 +17,7 @@
 #endif
 
 #include "batchnorm.h"
+#include "operators.h"
 
 namespace {
 
@@ -537,6 +538,10 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 }
 
 // For kernels/cpu.py, by ctypes.
+extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
+  static const batchnorm::Operators operators{&forward, &normalize, &backward, &update_statistics};
+  return &operators;
+}
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {
   return batchnorm::instruction_set();
 }

@@ -114,12 +114,18 @@ def batch_norm(
         shared = (ghost_size, channel_groups, process_group)
         result: Tensor = seen.back(_by_pools(seen, *running, weight, bias, use_batch, momentum, settings, shared))
         return result
+    if not math.isfinite(momentum):
+        raise InputError(f"batch_norm: momentum must be finite, got {momentum}")
+    y = autograd.at_once(
+        input, residual, weight, bias, running_mean, running_var, None, momentum, eps, activation, negative_slope,
+        use_batch, use_batch and running_mean is not None and running_var is not None,
+    )  # fmt: skip
+    if y is not None:
+        return y
     if input.numel() == 0 and input.ndim < 2:  # torch takes what is empty in any shape
         y = F.batch_norm(input, running_mean, running_var, weight, bias, use_batch, momentum, eps)
         return finish(y, residual, activation, negative_slope)
     check(input, running_mean, running_var, weight, bias, residual, activation, eps, use_batch)
-    if not math.isfinite(momentum):
-        raise InputError(f"batch_norm: momentum must be finite, got {momentum}")
     if use_batch:
         if (running_mean is None) != (running_var is None):
             raise InputError(

@@ -31,6 +31,17 @@ from operator_contract import (
     random_like,
 )
 
+# Tests of the contract that make plain eager calls, of which there are two ways.
+EAGER = {
+    "test_value_and_gradients_within_budget",
+    "test_gradcheck",
+    "test_gradgradcheck",
+    "test_gradients_of_each_input_alone",
+    "test_layouts_give_one_answer",
+    "test_expanded_gradient",
+    "test_checkpointed",
+    "test_autocast_follows_torch",
+}
 PAIRS = [
     (BatchNorm1d, nn.BatchNorm1d, (4, 3)),
     (BatchNorm2d, nn.BatchNorm2d, (2, 3, 4, 5)),
@@ -56,6 +67,12 @@ GAMMA, BETA = normal(2, seed=1) + 2, normal(2, seed=2)
 
 class BatchNormContract(OperatorContract):
     """`functional.batch_norm`; a subclass picks the source of the statistics by its samples."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        super().pytest_generate_tests(metafunc)
+        if metafunc.function.__name__ in EAGER:
+            metafunc.fixturenames.append("calls")
+            metafunc.parametrize("calls", ["C++", "Python"], indirect=True)
 
     def _call(self, function: Callable[..., Tensor], tensors: Any, options: Any) -> Tensor:
         options = {"weight": None, "bias": None, "mean": None, "var": None, **options}
@@ -166,6 +183,7 @@ def test_is_torchs_layer(options: dict[str, Any], base: int):
         assert getattr(ours, name) == getattr(theirs, name)
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_copies_behave_alike(options: dict[str, Any], training: bool, tmp_path: Path):
@@ -187,6 +205,7 @@ def test_copies_behave_alike(options: dict[str, Any], training: bool, tmp_path: 
     assert_same_bits(dict(ours.state_dict()), before)
 
 
+@pytest.mark.usefixtures("calls")
 def test_hooks_fire_as_torchs_do():
     logs = []
     for layer in layer_pair({})[:2]:
@@ -258,6 +277,7 @@ def test_symbolic_trace_keeps_the_layer():
     torch.testing.assert_close(traced(x), net(x))
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant: bool):
     ours, _, x = layer_pair({})
@@ -275,6 +295,7 @@ def test_checkpointing(reentrant: bool):
     assert_same_bits(*results)
 
 
+@pytest.mark.usefixtures("calls")
 def test_two_forwards_before_a_backward():
     ours, _, x = layer_pair({})
     leaves = [(x + k).requires_grad_() for k in (0, 1)]
@@ -284,6 +305,7 @@ def test_two_forwards_before_a_backward():
     assert_same_bits(list(together), separately)
 
 
+@pytest.mark.usefixtures("calls")
 def test_gradient_of_eval_outlives_an_update_of_the_statistics():
     """The gradient is that of the forward that was run, whatever the layer saw since; or refused."""
     ours, _, x = layer_pair({})
@@ -302,6 +324,7 @@ def test_gradient_of_eval_outlives_an_update_of_the_statistics():
     assert not refused or "modified by an inplace operation" in refused
 
 
+@pytest.mark.usefixtures("calls")
 def test_backward_twice_gives_the_same_bits():
     ours, _, x = layer_pair({})
     leaf = x.clone().requires_grad_()
@@ -310,6 +333,7 @@ def test_backward_twice_gives_the_same_bits():
     assert_same_bits(*runs)
 
 
+@pytest.mark.usefixtures("calls")
 def test_without_gradients_the_statistics_still_move():
     states = []
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -322,6 +346,7 @@ def test_without_gradients_the_statistics_still_move():
     assert states[0]["num_batches_tracked"] == 1
 
 
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("mode", ["training", "population", "batch statistics in eval"])
 def test_empty_batches(mode: str):
     """Nothing in, nothing out; gradients of the parameters are zero and statistics stay."""
@@ -334,6 +359,7 @@ def test_empty_batches(mode: str):
     assert_same_bits(ours.bias.grad, torch.zeros(3))
 
 
+@pytest.mark.usefixtures("calls")
 def test_autocast_leaves_the_layer_as_torchs():
     for dtype in (torch.bfloat16, torch.float16):
         ours, theirs, x = layer_pair({})
@@ -348,6 +374,7 @@ def test_autocast_leaves_the_layer_as_torchs():
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("calls")
 def test_memory_format_follows_the_input():
     ours, _, x = layer_pair({})
     y = ours(x.to(memory_format=torch.channels_last))
@@ -381,7 +408,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.usefixtures("one_process")
+@pytest.mark.usefixtures("one_process", "calls")
 def test_distributed_data_parallel():
     ours, _, x = layer_pair({})
     alone = copy.deepcopy(ours)
@@ -429,6 +456,9 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "backward_reduce", (dy, x, *transform, *saved, *fusion)
         yield "backward_apply", (dy, x, *transform, *saved, k1, k2, k3, *fusion, affine)
         yield "backward", (dy, x, *transform, *saved, *fusion, not affine, True, affine)
+        if not pool_size or signs:
+            wanted = [True, affine, affine, signs]
+            yield "gradients", (dy, x, *transform, *saved, *fusion[1:], not signs, wanted)
         out = (torch.empty(4, 3, 2, 2), torch.empty(pools, 3).double(), torch.empty(pools, 3).double())
         yield "forward_out", (x, *transform, *out, *fusion)
         yield "backward_out", (dy, x, *transform[:2], mean, var, *out, *fusion)
@@ -482,6 +512,7 @@ def test_operators_keep_their_schemas(name: str):
             torch.library.opcheck(getattr(torch.ops.batchnorm, name).default, arguments)
 
 
+@pytest.mark.usefixtures("calls")
 def test_saved_tensors_may_come_back_in_another_memory_format():
     layer = BatchNorm2d(5, activation="relu")
     x = normal(3, 5, 4, 3, dtype=torch.float32).contiguous(memory_format=torch.channels_last)

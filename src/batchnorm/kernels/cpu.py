@@ -1,17 +1,27 @@
-"""The C++ kernels: finds and loads the native library, which registers itself for the CPU key."""
+"""The C++ kernels: finds and loads the native library, which registers itself for the CPU key.
+
+A second one, `_autograd`, makes plain eager calls without Python. It is for one torch and one Python alone; where they
+are others, or it is missing, the calls go through Python, with the same results.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 path: Path | None = None
 error: str | None = None
+call: Callable[..., Any] | None = None  # of `_autograd`; see ops/autograd.py
+call_error: str | None = None
 _library: ctypes.CDLL | None = None
 
+_CALLS = "batchnorm._autograd"
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "neon")
 
 
@@ -33,6 +43,24 @@ def load() -> None:
     _library.batchnorm_huge_pages.restype = ctypes.c_bool
     _library.batchnorm_cache_size.restype = ctypes.c_int64
     path = Path(spec.origin)
+    _load_calls(_library)
+
+
+def _load_calls(library: ctypes.CDLL) -> None:
+    """Loads `_autograd` where it was built with this torch; else `call_error` says why calls go through Python."""
+    global call, call_error
+    try:
+        module = importlib.import_module(_CALLS)
+    except ImportError as failure:
+        missing = isinstance(failure, ModuleNotFoundError)
+        call_error = "it was not built for this Python" if missing else f"it does not load: {failure}"
+        return
+    if module.torch_version != str(torch.__version__):
+        call_error = f"it was built with torch {module.torch_version}; install batchnorm again"
+        return
+    library.batchnorm_operators.restype = ctypes.c_void_p
+    module.attach(library.batchnorm_operators())
+    call = module.call
 
 
 def available() -> bool:

@@ -20,6 +20,7 @@ from batchnorm.nn import saved_modes
 from batchnorm.nn.example_weighing import by_example
 from batchnorm.nn.renormalization import Renorm, by_measured, effective
 from batchnorm.nn.running_statistics import ESTIMATORS, NONFINITE, VARIANCES, Accumulator, recomputing, update
+from batchnorm.ops import autograd
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, is_alone
 from batchnorm.views import POOLS, View, equal_steps, is_traced, plain, view
@@ -289,6 +290,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
         var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         tracked = updates or not use_batch
+        if not self._special:
+            y = autograd.at_once(
+                input, residual, weight, bias, mean if tracked else None, var if tracked else None,
+                buffers.get("num_batches_tracked"), self.momentum, eps, self.activation, self.negative_slope,
+                use_batch, updates,
+            )  # fmt: skip
+            if y is not None:
+                return y
         functional.check(
             input,
             mean if tracked else None,

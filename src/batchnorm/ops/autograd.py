@@ -6,6 +6,7 @@ made of differentiable operations instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
-from batchnorm.kernels import aten
+from batchnorm.kernels import aten, cpu
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments
 
 _ops = torch.ops.batchnorm
+_KINDS: dict[str | None, int] = {None: 0, **{name: index for index, name in enumerate(ACTIVATIONS)}}
 
 
 class Settings(NamedTuple):
@@ -75,28 +77,51 @@ def _saved(ctx: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | Non
     return x, weight, bias, residual, mask
 
 
-def _gate(ctx: Any) -> Tensor:
+def _gate(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Tensor, Tensor, Tensor],
+    settings: Settings,
+) -> Tensor:
     """The derivative of a piecewise linear activation, from its bits: a constant of both modes."""
-    x, weight, bias, _, _ = _saved(ctx)
-    mean, var, signs = ctx.statistics
+    mean, var, signs = statistics
     with torch.no_grad():
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         args = (x, weight, bias, None, signs, mean, var, one, zero, zero)
-        gate: Tensor = _ops.backward_apply.default(torch.ones_like(x), *args, *ctx.settings.arguments, False)[0]
+        gate: Tensor = _ops.backward_apply.default(torch.ones_like(x), *args, *settings.arguments, False)[0]
     return gate
 
 
 def _gradients(ctx: Any, dy: Tensor | None, population: bool) -> tuple[Tensor | None, ...]:
     """With respect to x, weight, bias and residual."""
-    want_x, want_weight, want_bias, want_residual = ctx.wanted
     if dy is None:
         return None, None, None, None
-    x, weight, bias, residual, mask = _saved(ctx)
-    mean, var, signs = ctx.statistics
-    settings: Settings = ctx.settings
+    saved, (mean, var, signs) = _saved(ctx), ctx.statistics
+    signs = signs if ctx.has_signs else None
+    return gradients(dy, *saved, signs, mean, var, ctx.settings, population, ctx.wanted)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    settings: Settings,
+    population: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """With respect to x, weight, bias and residual, those wanted; differentiable where grad mode says so."""
+    want_x, want_weight, want_bias, want_residual = wanted
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        if ctx.has_signs:
-            dy, settings = dy * _gate(ctx), settings._replace(activation="identity")
+        if signs is not None:
+            dy = dy * _gate(x, weight, bias, (mean, var, signs), settings)
+            settings = settings._replace(activation="identity")
         if not population:
             mean, var = aten.batch_statistics(x, Pools(x, settings.pool_size, mask))
         d_x, d_residual, d_weight, d_bias = aten.gradients(
@@ -129,6 +154,15 @@ def _gradients(ctx: Any, dy: Tensor | None, population: bool) -> tuple[Tensor | 
     )
 
 
+def gradients_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    """`gradients` as the operator that C++ calls where its own backward will not do."""
+    *tensors, mean, var, eps, activation, slope, population, wanted = arguments
+    dy, x, weight, bias, residual, signs = tensors
+    settings = Settings(0, eps, ACTIVATIONS[activation], slope)
+    found = gradients(dy, x, weight, bias, residual, None, signs, mean, var, settings, population, wanted)
+    return tuple(x.new_empty(0) if each is None else each for each in found)
+
+
 def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:
     assert parameter is not None
     return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
@@ -144,7 +178,7 @@ def _tangent(ctx: Any, tangents: tuple[Tensor | None, ...], population: bool) ->
     if ctx.has_signs:
         linear = settings._replace(activation="identity")
         d_z = aten.tangent(tangents, x, weight, bias, None, mean, var, *linear, population)
-        return d_z * _gate(ctx)
+        return d_z * _gate(x, weight, bias, ctx.statistics, settings)
     return aten.tangent(tangents, x, weight, bias, residual, mean, var, *settings, population)
 
 
@@ -362,6 +396,37 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def at_once(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    use_batch: bool,
+    update: bool,
+) -> Tensor | None:
+    """All of a plain eager call on the CPU in one of C++: y, or None, with nothing done, where this is no such call.
+
+    What it does not take is any trouble, too: errors are Python's to raise.
+    """
+    if cpu.call is None or torch.compiler.is_compiling():
+        return None
+    kind = _KINDS.get(activation)
+    if kind is None:
+        return None
+    y: Tensor | None = cpu.call(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, kind, slope,
+        use_batch, update,
+    )  # fmt: skip
+    return y
+
+
 def by_batch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *settings: Any, mask: Any = None
 ) -> tuple[Tensor, ...]:
@@ -447,7 +512,8 @@ class MergedStatistics(torch.autograd.Function):
         want_x, want_weight, want_bias, want_residual = ctx.wanted
         if torch.is_grad_enabled():
             if ctx.has_signs:
-                dy, settings = dy * _gate(ctx), settings._replace(activation="identity")
+                dy = dy * _gate(x, weight, bias, ctx.statistics, settings)
+                settings = settings._replace(activation="identity")
             mean, var = aten.batch_statistics(x, Pools(x, pool, mask))
             d_x, d_residual, d_weight, d_bias = aten.gradients(
                 dy, x, weight, bias, residual, mean, var, pool, *settings[1:], False, mask

@@ -37,6 +37,7 @@ def configuration() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu kernels": f"C++, {cpu.instruction_set()}" if cpu.available() else f"ATen operations, because {cpu.error}",
+        "eager calls": "C++" if cpu.call else f"Python, because {cpu.call_error or cpu.error}",
         "native library": str(cpu.path) if cpu.path else None,
         "caches": ", ".join(f"{k} {v // 1024} KB" for k, v in cpu.cache_sizes().items()) or None,
         "gpu": gpu,

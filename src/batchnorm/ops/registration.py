@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.kernels import aten, cpu
 from batchnorm.moments import merge_axis
-from batchnorm.ops import cuda
+from batchnorm.ops import autograd, cuda
 from batchnorm.ops.schemas import ACTIVATIONS, LIBRARY, empty_like, signs_size
 from batchnorm.pools import Pool, Pools, merge_moments
 
@@ -144,5 +144,6 @@ for _name, _function in _operators.items():
     # Gradients are the autograd functions' affair: nothing to do here, and no time to lose.
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     LIBRARY.impl(_name, cuda.implementation(_name, _function), "CUDA")
+LIBRARY.impl("gradients", autograd.gradients_operator, "CompositeImplicitAutograd")
 
 cpu.load()

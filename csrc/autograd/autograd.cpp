@@ -1,0 +1,336 @@
+// Plain eager calls on the CPU at once: checks, kernel, running statistics and the node of the graph in one call from
+// Python, and a backward without any. By LibTorch's ordinary C++ API, so this serves the torch and the Python that it
+// was built with, and no other; what it does not take, it leaves to src/batchnorm/ops/autograd.py.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/node.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include <cmath>
+
+#include "../torch/operators.h"
+
+namespace {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using torch::dynamo::autograd::PackedArgs;
+using Stable = torch::stable::Tensor;
+using OptionalStable = std::optional<Stable>;
+
+const batchnorm::Operators* operators = nullptr;
+
+// ---------------------------------------------------------------------------------------------- tensors
+Stable lend(const at::Tensor& t) { return Stable(torch::aot_inductor::new_tensor_handle(at::Tensor(t))); }
+OptionalStable lend_if(const at::Tensor& t) { return t.defined() ? OptionalStable(lend(t)) : std::nullopt; }
+at::Tensor take(const Stable& t) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(t.get()); }
+std::optional<at::Tensor> maybe(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
+
+// Of no subclass, wrapper or transform, with its memory on this machine and no tangent.
+bool is_plain(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet known({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return !t.defined() || (known.has_all(t.key_set()) && !torch::autograd::isFwGradDefined(t));
+}
+
+// Whether anything looks on that must see each operator.
+bool is_watched() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled() ||
+         torch::jit::tracer::isTracing();
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+struct Settings {
+  double eps, slope;
+  int64_t activation;
+  bool population;
+};
+
+constexpr bool is_piecewise_linear(int64_t activation) { return activation >= 1 && activation <= 3; }
+
+// What the backward reads; statistics and signs are made in the forward, so nobody else can change them.
+struct Saved {
+  at::Tensor x, weight, bias, residual, mean, var, signs;
+};
+
+using Wanted = std::vector<bool>;  // of x, weight, bias and residual
+
+variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& settings, const Wanted& wanted) {
+  variable_list results(4);
+  const bool passes_through = settings.activation == 0;  // then the residual's gradient is dy itself
+  const bool want_residual = wanted[3] && !passes_through;
+  if (wanted[3] && passes_through) results[3] = dy;
+  if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(s.x) || !is_plain(s.weight) ||
+      !is_plain(s.bias) || !is_plain(s.residual)) {
+    static const auto differentiable = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::gradients", "");
+    torch::jit::Stack stack{dy,
+                            s.x,
+                            maybe(s.weight),
+                            maybe(s.bias),
+                            maybe(s.residual),
+                            maybe(s.signs),
+                            s.mean,
+                            s.var,
+                            settings.eps,
+                            settings.activation,
+                            settings.slope,
+                            settings.population,
+                            c10::List<bool>({wanted[0], wanted[1], wanted[2], want_residual})};
+    differentiable.callBoxed(stack);
+    for (size_t i = 0; i < 3; ++i)
+      if (wanted[i]) results[i] = stack[i].toTensor();
+    if (want_residual) results[3] = stack[3].toTensor();
+    return results;
+  }
+  const auto [dx, d_residual, d_weight, d_bias] =
+      operators->backward(lend(dy), lend(s.x), lend_if(s.weight), lend_if(s.bias), lend_if(s.residual),
+                          lend_if(s.signs), lend(s.mean), lend(s.var), 0, settings.eps, settings.activation,
+                          settings.slope, settings.population, wanted[0], want_residual, std::nullopt);
+  if (wanted[0]) results[0] = take(dx);
+  if (wanted[1]) results[1] = take(d_weight);
+  if (wanted[2]) results[2] = take(d_bias);
+  if (want_residual) results[3] = take(d_residual);
+  return results;
+}
+
+struct BatchNormBackward : Node {
+  Settings settings{};
+  SavedVariable x, weight, bias, residual;
+  at::Tensor mean, var, signs;
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of x, in whose order the signs lie
+
+  std::string name() const override { return "BatchNormBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* each : {&x, &weight, &bias, &residual}) each->reset_data();
+  }
+
+  variable_list apply(variable_list&& dy) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return dy[0].defined() ? gradients(dy[0], saved(), settings, wanted()) : variable_list(4);
+  }
+
+  Saved saved() const {
+    Saved s{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mean, var, signs};
+    // Hooks on saved tensors may have changed its order.
+    if (signs.defined() && s.x.suggest_memory_format() != format) s.x = s.x.contiguous(format);
+    return s;
+  }
+
+  Wanted wanted() const {
+    Wanted wanted(4);
+    for (size_t i = 0; i < 4; ++i) wanted[i] = task_should_compute_output(i);
+    return wanted;
+  }
+
+  // For compiled autograd, which calls `packed_gradients` with saved tensors of its own, outside the compiled graph.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const SavedVariable* each : {&x, &weight, &bias, &residual}) args.collect(*each, false);
+    for (const at::Tensor* each : {&mean, &var, &signs}) args.collect(*each);
+    for (double each : {settings.eps, settings.slope}) args.collect(each);
+    args.collect(settings.activation);
+    args.collect(settings.population);
+  }
+
+  variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (SavedVariable* each : {&x, &weight, &bias, &residual}) swap.before(*each);
+    for (at::Tensor* each : {&mean, &var, &signs}) swap.before(*each);
+    PackedArgs packed;
+    packed.pack(variable_list{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mean, var, signs});
+    packed.pack(settings.eps);
+    packed.pack(settings.slope);
+    packed.pack(settings.activation);
+    packed.pack(settings.population);
+    packed.pack(wanted());
+    auto args = std::move(packed).vec();
+    std::vector<at::TypePtr> schema;
+    for (const c10::IValue& each : args)
+      schema.push_back(each.isTensor() ? at::TypePtr(at::TensorType::get()) : each.type<>());
+    auto metadata =
+        torch::dynamo::autograd::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            torch::dynamo::autograd::get_input_metadata(next_edges()));
+    const auto& python = torch::dynamo::autograd::getPyCompilerInterface();
+    const auto function =
+        python->bind_function(swap.get_py_compiler(), name(), packed_gradients, schema, /*is_custom_function=*/true,
+                              /*is_traceable=*/false);
+    auto results = python->call_function(swap.get_py_compiler(), "apply_functional", function, dy, args, metadata);
+    for (SavedVariable* each : {&x, &weight, &bias, &residual}) swap.after(*each);
+    for (at::Tensor* each : {&mean, &var, &signs}) swap.after(*each);
+    return results;
+  }
+
+  static variable_list packed_gradients(const variable_list& dy, const std::vector<c10::IValue>& args) {
+    PackedArgs packed(args);
+    const auto t = packed.unpack<variable_list>();
+    Settings settings{};
+    settings.eps = packed.unpack<double>();
+    settings.slope = packed.unpack<double>();
+    settings.activation = packed.unpack<int64_t>();
+    settings.population = packed.unpack<bool>();
+    if (!dy[0].defined()) return variable_list(4);
+    return gradients(dy[0], {t[0], t[1], t[2], t[3], t[4], t[5], t[6]}, settings, packed.unpack<Wanted>());
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- forward
+struct Arguments {
+  at::Tensor x, residual, weight, bias, running_mean, running_var, batches;
+  std::optional<double> momentum;
+  Settings settings{};
+  bool use_batch = false, update = false;
+
+  int64_t values() const { return x.numel() / x.size(1); }
+
+  // Whether all is as the kernels take it; what is not gets its error, or its detour, in Python.
+  bool fit() const {
+    if (!x.defined() || x.dim() < 2 || x.dim() > 16 || x.numel() == 0) return false;
+    const auto dtype = x.scalar_type();
+    if (dtype != at::kFloat && dtype != at::kDouble && !at::isReducedFloatingType(dtype)) return false;
+    for (const at::Tensor* each : {&weight, &bias, &running_mean, &running_var})
+      if (each->defined() && !fits(*each)) return false;
+    if (residual.defined() && (residual.sizes() != x.sizes() || residual.scalar_type() != dtype)) return false;
+    if (batches.defined() && (batches.scalar_type() != at::kLong || batches.numel() != 1)) return false;
+    if (running_mean.defined() != running_var.defined() || !std::isfinite(settings.eps)) return false;
+    if (!use_batch) return !update && settings.eps >= 0 && running_mean.defined();
+    const bool has_share = momentum ? std::isfinite(*momentum) : batches.defined();
+    return settings.eps > 0 && values() > 1 && (!update || has_share);
+  }
+
+  bool fits(const at::Tensor& vector) const {
+    const auto dtype = x.scalar_type();
+    return vector.dim() == 1 && vector.numel() == x.size(1) && vector.is_contiguous() &&
+           (vector.scalar_type() == dtype || (vector.scalar_type() == at::kFloat && at::isReducedFloatingType(dtype)));
+  }
+};
+
+at::Tensor forward(const Arguments& a) {
+  RECORD_FUNCTION("batchnorm::batch_norm", c10::ArrayRef<const c10::IValue>());
+  const Settings& settings = a.settings;
+  const bool needs_graph = torch::autograd::compute_requires_grad(a.x, a.weight, a.bias, a.residual);
+  const bool saves_signs = needs_graph && a.residual.defined() && is_piecewise_linear(settings.activation);
+  at::Tensor y, mean, var, signs;
+  {
+    at::NoGradGuard no_grad;
+    const auto affine = std::make_tuple(lend_if(a.weight), lend_if(a.bias), lend_if(a.residual));
+    const auto& [weight, bias, residual] = affine;
+    if (a.use_batch) {
+      const auto result = operators->forward(lend(a.x), weight, bias, residual, 0, settings.eps, settings.activation,
+                                             settings.slope, saves_signs, std::nullopt);
+      y = take(std::get<0>(result));
+      mean = take(std::get<1>(result));
+      var = take(std::get<2>(result));
+      if (saves_signs) signs = take(std::get<3>(result));
+    } else {
+      const auto result =
+          operators->normalize(lend(a.x), lend(a.running_mean), lend(a.running_var), weight, bias, residual, 0,
+                               settings.eps, settings.activation, settings.slope, saves_signs, std::nullopt);
+      y = take(std::get<0>(result));
+      if (saves_signs) signs = take(std::get<1>(result));
+      if (needs_graph) {  // running statistics may move on before the backward
+        mean = a.running_mean.clone();
+        var = a.running_var.clone();
+      }
+    }
+  }
+  if (needs_graph) {
+    auto node = c10::make_intrusive<BatchNormBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(a.x, a.weight, a.bias, a.residual));
+    node->settings = settings;
+    node->x = SavedVariable(a.x, false);
+    node->weight = SavedVariable(a.weight, false);
+    node->bias = SavedVariable(a.bias, false);
+    // One bit an element is enough for it where the activation is piecewise linear.
+    if (!saves_signs && settings.activation != 0) node->residual = SavedVariable(a.residual, false);
+    node->mean = mean;
+    node->var = var;
+    node->signs = signs;
+    if (saves_signs) node->format = a.x.suggest_memory_format();
+    torch::autograd::set_history(y, node);
+  }
+  if (a.update)
+    operators->update_statistics(lend_if(a.running_mean), lend_if(a.running_var), lend_if(a.batches), lend(mean),
+                                 lend(var), a.values(), a.values(), a.momentum, true);
+  return y;
+}
+
+// ---------------------------------------------------------------------------------------------- Python
+// Reads a plain tensor, or None; false for anything else.
+bool read(PyObject* given, at::Tensor& t) {
+  if (given == Py_None) return true;
+  if (!THPVariable_CheckExact(given)) return false;
+  t = THPVariable_Unpack(given);
+  return is_plain(t);
+}
+
+bool read(PyObject* given, double& value) {
+  value = PyFloat_AsDouble(given);
+  if (value != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// call(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
+//      use_batch, update): y, or None, having done nothing, where this is no plain eager call.
+PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Arguments a;
+  double momentum = 0;
+  TORCH_CHECK(count == 13, "batchnorm: expected 13 arguments, got ", count);
+  if (is_watched()) Py_RETURN_NONE;
+  at::Tensor* const tensors[] = {&a.x, &a.residual, &a.weight, &a.bias, &a.running_mean, &a.running_var, &a.batches};
+  for (size_t i = 0; i < 7; ++i)
+    if (!read(given[i], *tensors[i])) Py_RETURN_NONE;
+  if (given[7] != Py_None) {
+    if (!read(given[7], momentum)) Py_RETURN_NONE;
+    a.momentum = momentum;
+  }
+  if (!read(given[8], a.settings.eps) || !read(given[10], a.settings.slope)) Py_RETURN_NONE;
+  a.settings.activation = THPUtils_unpackLong(given[9]);
+  a.use_batch = given[11] == Py_True;
+  a.update = given[12] == Py_True;
+  a.settings.population = !a.use_batch;
+  if (!a.fit()) Py_RETURN_NONE;
+  at::Tensor y;
+  {
+    pybind11::gil_scoped_release others_may_run;
+    y = forward(a);
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+// attach(address of the operators of the other library)
+PyObject* attach(PyObject*, PyObject* address) {
+  operators = static_cast<const batchnorm::Operators*>(PyLong_AsVoidPtr(address));
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"attach", attach, METH_O, nullptr},
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__autograd() {
+  PyObject* const module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "torch_version", BATCHNORM_TORCH_VERSION) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
