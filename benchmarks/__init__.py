@@ -6,5 +6,5 @@
 
 Every contestant's result is compared with the float64 reference first, and no figure is kept for a wrong one. The
 contestants of a case then take turns on the same tensors in one process; figures are medians. A ratio is the result,
-an absolute time a note. `python -m benchmarks.gpu` is the same for CUDA.
+an absolute time a note. `python -m benchmarks --suite gpu` is the same for CUDA.
 """

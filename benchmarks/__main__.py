@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __doc__ as description
 from .machine import ROOT, processor
-from .page import write_page
+from .page import write_gpu_page, write_page
 from .rows import read
 from .run import run
 from .suites import SUITES
@@ -25,13 +25,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="the cases that tell most")
-    parser.add_argument("--suite", action="append", choices=SUITES, help="only this suite; may be given again")
+    parser.add_argument("--suite", action="append", choices=[*SUITES, "gpu"], help="only this suite; again for more")
     parser.add_argument("--out", type=Path, help="the rows' file (default: benchmarks/results/DATE-PROCESSOR.jsonl)")
     parser.add_argument("--page", action="store_true", help="measure nothing; write docs/performance.md and its plots")
     parser.add_argument("--rows", type=Path, nargs="+", help="the rows for --page (default: the newest full run's)")
     options = parser.parse_args(arguments)
     if options.page:
         return _page(options.rows)
+    if "gpu" in (options.suite or ()):
+        from . import gpu
+
+        if len(options.suite) > 1:
+            parser.error("--suite gpu runs alone")
+        return gpu.run(options.quick, options.out)
     path = options.out or RESULTS / _name(options.quick)
     try:
         failures = run(options.suite or SUITES, options.quick, path)
@@ -54,6 +60,8 @@ def _page(paths: list[Path] | None) -> int:
         return 2
     for written in write_page(read(found), ROOT / "docs"):
         print(written)
+    if on_gpu := sorted((RESULTS / "gpu").glob("*.jsonl")):
+        print(write_gpu_page(read(on_gpu), ROOT / "docs"))
     return 0
 
 

@@ -1,66 +1,139 @@
 """Batch normalization on a GPU, side by side with a copy, eager torch and torch.compile.
 
-    python -m benchmarks.gpu [--quick] [--step] [--out rows.json]
+    python -m benchmarks --suite gpu [--quick] [--out rows.jsonl]
 
-A row is printed only after its result agreed with the float64 formula. Every contender sees the same tensors, in
-turn, and the figures are medians: milliseconds a call in a CUDA graph over buffers that together exceed the L2 cache
-several times (cold) and over one buffer (warm), and the wall time of a call with gradients as a user makes it. The
-ratio to a copy of the same tensor is the result; times are notes.
+A figure is kept only after the result agreed with the float64 formula. Every contestant sees the same tensors, in
+turn, and figures are medians of milliseconds a call: in a CUDA graph over buffers that together exceed the L2 cache
+several times (cold) and over one buffer (warm), both between events on the device; launched one by one over the rotated
+buffers, between events (launched); and by the clock of the host, forward and backward with gradients (wall). Then
+training steps of ResNet-50. The ratio to a copy of the same tensor is the result; times are notes. Rows name the
+device, and the kernels that ran.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import batchnorm
 from batchnorm.kernels import aten
 from batchnorm.ops import cuda
 
+from .machine import environment as machine
+from .rows import Row, compare, read
+from .tables import gpu_summary
+from .targets import judge
+
+RESULTS = Path(__file__).parent / "results" / "gpu"
 SHAPES = (
     (32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 2048, 7, 7), (8192, 1024), (256, 256), (64, 32),
 )  # fmt: skip
 FUSIONS = ("bn", "bn+relu", "bn+add+relu")
+STEP = ((128, 3, 224, 224), 1000)  # of ResNet-50: the shape of a batch, and the classes
 Function = Callable[..., Tensor]
+Call = Callable[[], Any]
+
+
+class Device:
+    """What is asked of a CUDA device; tests stand another in its place."""
+
+    name = "cuda"
+
+    def cache(self) -> int:
+        """Bytes of the L2."""
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def seconds(self, run: Call) -> float:
+        """Of what `run` enqueues, between two events."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def graph(self, make: Callable[[], list[Call]], warm: bool) -> tuple[Call, int]:
+        """Replays all calls (warm: the first as often), captured once; and how many they are."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            calls = make()
+            calls = calls[:1] * len(calls) if warm else calls
+            for _ in range(3):
+                calls[0]()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=stream):
+            for call in calls:
+                call()
+        return captured.replay, len(calls)
+
+    def kernels(self, run: Call) -> list[str]:
+        """Names of the kernels that ran, for instance cuDNN's or ATen's own."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        return sorted({event.key.split("<")[0] for event in profile.key_averages()})
+
+    def forget(self) -> None:
+        """Frees what is cached, and counts the peak of memory anew."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        """Bytes."""
+        return torch.cuda.max_memory_allocated()
+
+    def columns(self) -> Row:
+        """What every row is true for."""
+        import triton
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        return {
+            **machine(), "device": torch.cuda.get_device_name(), "implementation": cuda.describe(device),
+            "triton": triton.__version__,
+        }  # fmt: skip
 
 
 class Case:
     """One shape, dtype, memory format and fusion: rotated inputs, the contenders, and the truth."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, last: bool, fusion: str) -> None:
-        self.key = {
-            "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "channels_last": last, "fusion": fusion,
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: torch.dtype, last: bool, fusion: str) -> None:
+        order = "dense" if len(shape) == 2 else "channels_last" if last else "planar"
+        self.columns = {
+            "suite": "gpu", "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "order": order,
+            "fusion": fusion,
         }  # fmt: skip
-        self.fusion = fusion
+        self.device, self.fusion = device, fusion
         bytes_each = 4 * torch.empty(shape, dtype=dtype, device="meta").nbytes
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self.rotations = min(max(-(-4 * cache // bytes_each), 2), 64)
+        self.rotations = min(max(-(-4 * device.cache() // bytes_each), 2), 64)
         memory = torch.channels_last if last else torch.contiguous_format
 
         def draw() -> Tensor:
-            return torch.randn(shape, device="cuda").to(dtype).to(memory_format=memory)
+            return torch.randn(shape, device=device.name).to(dtype).to(memory_format=memory)
 
         self.inputs = [(draw().requires_grad_(), draw().requires_grad_(), draw()) for _ in range(self.rotations)]
-        self.weight = (torch.randn(shape[1], device="cuda") + 1).requires_grad_()
-        self.bias = torch.randn(shape[1], device="cuda").requires_grad_()
+        self.weight = (torch.randn(shape[1], device=device.name) + 1).requires_grad_()
+        self.bias = torch.randn(shape[1], device=device.name).requires_grad_()
 
-    def contenders(self) -> dict[str, Function]:
+    def contestants(self) -> dict[str, Function]:
         eager = self._eager()
         fused = self.fusion != "bn"
-        found = {"eager": eager, "compile": torch.compile(eager, fullgraph=True)}
+        found = {"torch": eager, "compile": torch.compile(eager, fullgraph=True)}
         found["ours"] = self._ours(fused=False)
         if fused:
             found["ours fused"] = self._ours(fused=True)
@@ -133,186 +206,159 @@ class Case:
         return [lambda t=t, x=x: t.copy_(x.detach()) for t, (x, _, _) in zip(targets, self.inputs, strict=True)]
 
 
-def graph(make: Callable[[], list[Callable[[], Any]]], warm: bool) -> tuple[torch.cuda.CUDAGraph, int]:
-    """All calls captured once (warm: the first one as often), and how many they are."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls = make()
-        calls = calls[:1] * len(calls) if warm else calls
-        for _ in range(3):
-            calls[0]()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
-        for call in calls:
-            call()
-    return captured, len(calls)
-
-
-def medians(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> dict[str, float]:
-    """Milliseconds a call: the contenders in turn, `rounds` times."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+def medians(device: Device, runs: dict[str, tuple[Call, int]], rounds: int) -> dict[str, float]:
+    """Seconds a call on the device: the contestants in turn, `rounds` times."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, (captured, calls) in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            captured.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) / calls)
+        for name, (run, calls) in runs.items():
+            times[name].append(device.seconds(run) / calls)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def wall(case: Case, contenders: dict[str, Function], rounds: int) -> dict[str, float]:
-    """Milliseconds of a forward and backward call from Python, launches not waited for one by one."""
+def wall(case: Case, contestants: dict[str, Function], rounds: int, repeats: int = 20) -> dict[str, float]:
+    """Seconds of a forward and backward call from Python, launches not waited for one by one."""
     x, residual, dy = case.inputs[0]
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, function in contenders.items():
-            torch.cuda.synchronize()
+        for name, function in contestants.items():
+            case.device.synchronize()
             begin = time.perf_counter()
-            for _ in range(20):
+            for _ in range(repeats):
                 torch.autograd.grad(function(x, residual), (x, case.weight, case.bias), dy)
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - begin) / 20 * 1e3)
+            case.device.synchronize()
+            times[name].append((time.perf_counter() - begin) / repeats)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def kernels_of(function: Function, case: Case) -> list[str]:
-    """Names of the kernels that one forward and backward ran, for instance cuDNN's or ATen's own."""
+def _launched(make: Callable[[], list[Call]]) -> tuple[Call, int]:
+    calls = make()
+    return (lambda: [call() for call in calls] and None), len(calls)
+
+
+def measure(case: Case, rounds: int) -> Iterator[Row]:
+    """Rows of every contestant whose result is right."""
+    contestants = case.contestants()
+    errors = {name: case.error(function) for name, function in contestants.items()}
+    for name in [name for name, error in errors.items() if not error <= 16]:
+        why = f"{case.columns['shape']}: off by {errors[name]:.0f} units in the last place: no figure"
+        yield {**case.columns, "contestant": name, "absent": why}
+        del contestants[name], errors[name]
     x, residual, dy = case.inputs[0]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        torch.autograd.grad(function(x, residual), x, dy)
-        torch.cuda.synchronize()
-    return sorted({event.key.split("<")[0] for event in profile.key_averages()})
-
-
-def measure(case: Case, rounds: int) -> Iterable[dict[str, Any]]:
-    """A row for each contender whose result is right."""
-    contenders = case.contenders()
-    errors = {name: case.error(function) for name, function in contenders.items()}
-    wrong = {name: error for name, error in errors.items() if error > 16}
-    for name, error in wrong.items():
-        print(f"{case.key}: {name} is off by {error:.0f} units in the last place: no figure", file=sys.stderr)
-    contenders = {name: function for name, function in contenders.items() if name not in wrong}
-    figures: dict[str, dict[str, float]] = {}
-    for temperature in ("cold", "warm"):
-        for direction in ("forward", "backward"):
-            graphs = {"copy": graph(case.copy, temperature == "warm")}
-            for name, function in contenders.items():
-                make = getattr(case, direction)
-                graphs[name] = graph(lambda f=function, make=make: make(f), temperature == "warm")
-            figures[f"{direction} {temperature}"] = medians(graphs, rounds)
-    figures["wall"] = wall(case, contenders, max(rounds // 3, 3))
-    for name, function in contenders.items():
-        row = {"contender": name, **case.key, "error": errors[name], "kernels": kernels_of(function, case)}
-        for what, times in figures.items():
-            row[f"{what} ms"] = times[name]
-            if "copy" in times:
-                row[f"{what} ratio to copy"] = times["copy"] / times[name]
-        yield row
-
-
-def training_step(rounds: int) -> Iterable[dict[str, Any]]:
-    """ResNet-50 under AMP bf16, channels_last, batch 128: torch's layers and ours, eager and compiled."""
-    import torchvision
-
-    for accelerated in (False, True):
-        for compiled in (False, True):
-            torch.manual_seed(0)
-            x = torch.randn(128, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
-            target = torch.randint(1000, (128,), device="cuda")
-            net = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last)
-            if accelerated:
-                net = batchnorm.accelerate(net, x[:2])
-            optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-            run = torch.compile(net) if compiled else net
-
-            def step(run: Any = run, x: Tensor = x, target: Tensor = target, optimizer: Any = optimizer) -> None:
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss = F.cross_entropy(run(x), target)
-                loss.backward()
-                optimizer.step()
-
-            for _ in range(5):
-                step()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            times = []
-            for _ in range(rounds):
-                begin = time.perf_counter()
-                step()
-                torch.cuda.synchronize()
-                times.append((time.perf_counter() - begin) * 1e3)
-            yield {
-                "network": "ResNet-50, AMP bf16, channels_last, batch 128", "accelerated": accelerated,
-                "compiled": compiled, "ms": statistics.median(times),
-                "peak MB": torch.cuda.max_memory_allocated() / 2**20,
-            }  # fmt: skip
-            del net, run, optimizer, step
-
-
-def environment() -> dict[str, str]:
-    """What every row is true for."""
-    import triton
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    return {
-        "device": torch.cuda.get_device_name(),
-        "implementation": cuda.describe(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "batchnorm": batchnorm.__version__,
-        "date": datetime.date.today().isoformat(),
+    ran = {
+        name: case.device.kernels(lambda f=function: torch.autograd.grad(f(x, residual), x, dy))  # type: ignore[misc]
+        for name, function in contestants.items()
     }
+    for figure in ("cold", "warm", "launched"):
+        times: dict[str, dict[str, float]] = {name: {} for name in ("copy", *contestants)}
+        for direction in ("forward", "backward"):
+            makes = {"copy": case.copy} | {
+                name: (lambda f=function: getattr(case, direction)(f))  # noqa: B023
+                for name, function in contestants.items()
+            }
+            runs = {
+                name: _launched(make) if figure == "launched" else case.device.graph(make, figure == "warm")
+                for name, make in makes.items()
+            }
+            for name, seconds in medians(case.device, runs, rounds).items():
+                times[name][direction] = seconds
+        yield from _with_kernels(compare({**case.columns, "figure": figure}, times, errors, "copy"), ran)
+    both = {name: {"forward+backward": each} for name, each in wall(case, contestants, max(rounds // 3, 3)).items()}
+    yield from _with_kernels(compare({**case.columns, "figure": "wall"}, both, errors), ran)
 
 
-def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    """The rows of one case as a table."""
-    first = rows[0]
-    layout = "channels_last" if first["channels_last"] else "contiguous"
-    table = Table(title=f"{tuple(first['shape'])} {first['dtype']} {layout} {first['fusion']}")
-    columns = [key for key in first if key.endswith((" ms", " copy")) or key == "error"]
-    for column in ("contender", *columns):
-        table.add_column(column, justify="left" if column == "contender" else "right")
+def _with_kernels(rows: Iterable[Row], ran: dict[str, list[str]]) -> Iterator[Row]:
     for row in rows:
-        table.add_row(row["contender"], *(f"{row[column]:.3g}" for column in columns))
-    console.print(table)
+        yield {**row, "kernels": ran.get(row["contestant"], [])}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="bf16 and the large shapes alone, fewer rounds")
-    parser.add_argument("--step", action="store_true", help="also training steps of ResNet-50 (needs torchvision)")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu: no CUDA device here, so there is nothing to measure", file=sys.stderr)
-        return 2
-    console, key, rows = Console(), environment(), []
-    console.print(key)
-    rounds = 15 if options.quick else 51
-    for dtype in (torch.bfloat16,) if options.quick else (torch.bfloat16, torch.float32):
-        for shape in SHAPES[:3] if options.quick else SHAPES:
+def training_steps(device: Device, rounds: int, network: Callable[[], torch.nn.Module] | None = None) -> Iterator[Row]:
+    """ResNet-50 under AMP bf16, channels_last: torch's layers and ours, eager and compiled; time and peak memory."""
+    if network is None:
+        import torchvision
+
+        network = torchvision.models.resnet50
+    shape, classes = STEP
+    columns = {
+        "suite": "gpu step", "network": "ResNet-50", "shape": list(shape), "dtype": "bfloat16",
+        "order": "channels_last", "direction": "step",
+    }  # fmt: skip
+    base: Row = {}
+    for name in ("torch", "ours fused", "compile", "ours fused, compiled"):
+        torch.manual_seed(0)
+        device.forget()
+        x = torch.randn(shape, device=device.name).to(memory_format=torch.channels_last)
+        target = torch.randint(classes, (shape[0],), device=device.name)
+        net = network().to(device.name).to(memory_format=torch.channels_last)
+        if name.startswith("ours"):
+            net = batchnorm.accelerate(net, x[:2])
+        times = _step_times(device, torch.compile(net) if "compile" in name else net, x, target, rounds)
+        row = {"contestant": name, "ms": statistics.median(times) * 1e3, "bytes": device.peak()}
+        base = base or row
+        if name != "torch":
+            row |= {"x_torch": base["ms"] / row["ms"], "of_torch": row["bytes"] / max(base["bytes"], 1)}
+        yield {**columns, **row, "targets": judge({**columns, **row})}
+        del net, x, target
+
+
+def _step_times(device: Device, net: Any, x: Tensor, target: Tensor, rounds: int) -> list[float]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    times = []
+    for _ in range(5 + rounds):
+        device.synchronize()
+        begin = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.name, torch.bfloat16):
+            loss = F.cross_entropy(net(x), target)
+        loss.backward()
+        optimizer.step()
+        device.synchronize()
+        times.append(time.perf_counter() - begin)
+    return times[5:]
+
+
+def cases(quick: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, bool, str]]:
+    """Shape, dtype, whether channels last, fusion."""
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32, torch.float16):
+        for shape in SHAPES[:2] if quick else SHAPES:
             for last in (False, True) if len(shape) == 4 else (False,):
                 for fusion in FUSIONS:
-                    found = list(measure(Case(shape, dtype, last, fusion), rounds))
-                    if found:
-                        show(console, found)
-                    rows += [{**key, **row} for row in found]
-                    torch.cuda.empty_cache()
-    if options.step:
-        for row in training_step(rounds):
-            console.print(row)
-            rows.append({**key, **row})
-    if options.out:
-        partial = options.out.with_suffix(".tmp")
-        partial.write_text(json.dumps(rows, indent=1))
-        partial.replace(options.out)
-    return 0
+                    yield shape, dtype, last, fusion
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def rows(device: Device, quick: bool) -> Iterator[Row]:
+    """All there is to measure; a case that fails must not cost the others."""
+    rounds = 15 if quick else 51
+    for each in cases(quick):
+        try:
+            yield from measure(Case(device, *each), rounds)
+        except Exception as error:
+            yield {"suite": "gpu", "contestant": str(each), "absent": f"failed: {type(error).__name__}: {error}"}
+        device.forget()
+    try:
+        yield from training_steps(device, rounds)
+    except Exception as error:
+        yield {"suite": "gpu step", "contestant": "ResNet-50", "absent": f"failed: {type(error).__name__}: {error}"}
+
+
+def run(quick: bool, path: Path | None = None, device: Device | None = None) -> int:
+    """Measures, writes rows as they come, prints tables; returns 0, 1 where something failed, 2 without a device."""
+    if device is None:
+        if not torch.cuda.is_available():
+            print("benchmarks: no CUDA device here, so there is nothing to measure", file=sys.stderr)
+            return 2
+        device = Device()
+    columns = {**device.columns(), "quick": quick}
+    chip = re.sub(r"\W+", "-", columns["device"]).strip("-").lower()
+    path = path or RESULTS / f"{datetime.date.today().isoformat()}-{chip}{'-quick' if quick else ''}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as out:
+        for row in rows(device, quick):
+            out.write(json.dumps({**columns, **row}) + "\n")
+            out.flush()
+    found = read([path])
+    print(gpu_summary(found))
+    print(f"{len(found)} rows in {path}")
+    absent = [row for row in found if "absent" in row]
+    for row in absent:
+        print(f"benchmarks: {row['contestant']}: {row['absent']}", file=sys.stderr)
+    return int(bool(absent))

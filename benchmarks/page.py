@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .rows import Row
-from .tables import BLOCKS, LIMITS
+from .tables import BLOCKS, GPU_BLOCKS, LIMITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,18 +38,25 @@ def write_page(rows: Sequence[Row], docs: Path) -> list[Path]:
     return [page, *draw(rows, docs / "performance")]
 
 
-def fill(text: str, rows: Sequence[Row]) -> str:
+def write_gpu_page(rows: Sequence[Row], docs: Path) -> Path:
+    """Puts the tables of the GPU between the markers of its page."""
+    page = docs / "gpu.md"
+    page.write_text(fill(page.read_text(), rows, GPU_BLOCKS))
+    return page
+
+
+def fill(text: str, rows: Sequence[Row], blocks: Mapping[str, Callable[[Sequence[Row]], str]] = BLOCKS) -> str:
     """The page with what is between `<!-- NAME -->` and `<!-- end -->` made anew.
 
     Raises:
         ValueError: a block is missing in the page, which would go stale unseen.
     """
-    for name, block in BLOCKS.items():
+    for name, block in blocks.items():
         pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
         made = f"<!-- {name} -->\n{block(rows)}\n<!-- end -->"
         text, found = re.subn(pattern, made.replace("\\", r"\\"), text, flags=re.DOTALL)
         if found != 1:
-            raise ValueError(f"docs/performance.md has {found} blocks {name!r}, expected one")
+            raise ValueError(f"the page has {found} blocks {name!r}, expected one")
     return text
 
 

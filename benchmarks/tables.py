@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .rows import Row
-from .targets import NEVER_SLOWER, TARGETS, Target, judge
+from .targets import GPU, NEVER_SLOWER, TARGETS, Target, judge
 
 LIMITS = ("copy", "add")
 METRICS = {
@@ -14,6 +14,7 @@ METRICS = {
     "x_loop": "x the loop",
     "x_torch": "x torch",
     "x_compile": "x torch.compile",
+    "of_torch": "of torch's memory",
 }
 
 
@@ -37,13 +38,14 @@ def _judged(rows: Iterable[Row], target: Target) -> list[Row]:
     return [r for r in rows if any(t["title"] == target.title and t["metric"] == target.metric for t in judge(r))]
 
 
-def targets(rows: Sequence[Row]) -> str:
+def targets(rows: Sequence[Row], asked_for: Sequence[Target] = (*TARGETS, NEVER_SLOWER)) -> str:
     """Every target beside what was measured: the worst and the best figure of the cases that it covers."""
     lines = []
-    for target in (*TARGETS, NEVER_SLOWER):
+    for target in asked_for:
         under = [r for r in _judged(rows, target) if target is NEVER_SLOWER or r["suite"] == target.suite]
         values = sorted((r[target.metric] for r in under), reverse=target.at_most)
-        limit = under[0].get("limit", "copy") if under else "add" if "backward" in target.title else "copy"
+        moved = "add" if "backward" in target.title and target not in GPU else "copy"
+        limit = under[0].get("limit", moved) if under else moved
         asked = f"{'<=' if target.at_most else '>='} {target.bound:.3g} {METRICS[target.metric].format(limit=limit)}"
         met = sum(target.met(r) for r in under)
         measured = f"{_number(values[0])} to {_number(values[-1])}" if values else "not measured"
@@ -153,9 +155,41 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(f"{title}\n{text}" for title, text in parts.items())
 
 
+def gpu_targets(rows: Sequence[Row]) -> str:
+    """The targets of a GPU beside what was measured there."""
+    return targets(rows, GPU)
+
+
+def gpu(rows: Sequence[Row]) -> str:
+    """Every figure of a GPU, by device; and the kernels that torch's calls ran."""
+    header = (
+        "device", "case", "dtype", "order", "figure", "contestant", "ms", "x copy", "x torch", "x torch.compile",
+        "memory, of torch's", "kernels",
+    )  # fmt: skip
+    lines = []
+    for row in (r for r in _of(rows) if r["suite"] in ("gpu", "gpu step")):
+        case = row.get("network") or f"{tuple(row['shape'])} {row['fusion']}"
+        figure = f"{row['direction']}, {row['figure']}" if "figure" in row else row["direction"]
+        ratios = (row.get(key) for key in ("x_limit", "x_torch", "x_compile", "of_torch"))
+        names = ", ".join(row.get("kernels", ())) if row["contestant"] == "torch" else ""
+        lines.append((
+            row["device"], case, row["dtype"], row["order"], figure, row["contestant"], _number(row["ms"]),
+            *map(_number, ratios), names,
+        ))  # fmt: skip
+    return table(header, lines) if lines else "Nothing has been measured."
+
+
+def gpu_summary(rows: Sequence[Row]) -> str:
+    """For the terminal."""
+    return f"{gpu(rows)}\n\nTargets\n{gpu_targets(rows)}\n\nAbsent\n{absent(rows)}"
+
+
 def _case(row: Row) -> tuple[Any, ...]:
     return tuple(row["shape"]), row["dtype"], row["order"]
 
+
+GPU_BLOCKS = {"gpu targets": gpu_targets, "gpu": gpu}
+"""Those of docs/gpu.md."""
 
 BLOCKS = {
     "environment": environment, "targets": targets, "slower": slower, "kernel": kernel, "wall": wall, "steps": steps,

@@ -24,7 +24,7 @@ class Target:
     @property
     def at_most(self) -> bool:
         """Multiples of the limit's time are bounded above, speedups below."""
-        return self.metric == "x_limit"
+        return self.metric in ("x_limit", "of_torch")
 
     def covers(self, row: Mapping[str, Any]) -> bool:
         if row["suite"] != self.suite or row.get("contestant") not in OURS + RECURRENT or self.metric not in row:
@@ -109,6 +109,30 @@ TARGETS = (
     ),
 )
 
+
+def _gpu(direction: str, fusion: str, *bounds: tuple[str, float]) -> list[Target]:
+    """bfloat16 on an H200 over buffers beyond its cache, the two large shapes, contiguous and channels_last."""
+    where = {
+        "direction": (direction,), "fusion": (fusion,), "dtype": ("bfloat16",), "figure": ("cold",), **_FUSED,
+        "shape": ([32, 256, 56, 56], [32, 64, 112, 112]),
+    }  # fmt: skip
+    return _group(f"{direction}, {fusion}, bfloat16", where, *(("gpu", metric, bound) for metric, bound in bounds))
+
+
+GPU = (
+    *_gpu("forward", "bn+relu", ("x_limit", 1 / 0.70), ("x_torch", 1.5), ("x_compile", 1.1)),
+    *_gpu("backward", "bn+relu", ("x_limit", 1 / 0.42), ("x_torch", 1.5), ("x_compile", 1.05)),
+    *_gpu("forward", "bn+add+relu", ("x_torch", 2)),
+    *_gpu("backward", "bn+add+relu", ("x_torch", 1.5)),
+    *_group(
+        "(256,256) forward + backward, wall time",
+        {**_BOTH, "figure": ("wall",), "shape": ([256, 256],), "fusion": ("bn+relu",), **_FUSED},
+        ("gpu", "x_torch", 1),
+    ),
+    *_group("ResNet-50 step, AMP channels_last", _FUSED, ("gpu step", "x_torch", 1.15), ("gpu step", "of_torch", 0.85)),
+)
+"""Of `--suite gpu`, on an H200."""
+
 NEVER_SLOWER = Target("never slower than torch by more than 5 %", "", "x_torch", 1 / 1.05)
 """Holds for every row of ours, whatever else is asked of it."""
 
@@ -116,7 +140,7 @@ NEVER_SLOWER = Target("never slower than torch by more than 5 %", "", "x_torch",
 def judge(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The targets that a row is under: title, metric, bound, met."""
     row = {**row, "small": _is_small(row)}
-    found = [target for target in TARGETS if target.covers(row)]
+    found = [target for target in (*TARGETS, *GPU) if target.covers(row)]
     if row.get("contestant") in OURS and "x_torch" in row:
         found.append(NEVER_SLOWER)
     return [{"title": t.title, "metric": t.metric, "bound": t.bound, "met": t.met(row)} for t in found]

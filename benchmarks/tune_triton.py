@@ -22,7 +22,7 @@ import torch
 from batchnorm.kernels import triton as kernels
 from batchnorm.kernels import triton_table
 from batchnorm.ops import cuda
-from benchmarks.gpu import graph, medians
+from benchmarks.gpu import Device, medians
 
 CHOICES: dict[str, tuple[int, ...]] = {
     "tile": (1024, 2048, 4096, 8192),
@@ -65,7 +65,8 @@ class Subject:
         ]
 
     def time(self, rounds: int = 9) -> float:
-        return medians({"ours": graph(self.calls, warm=False)}, rounds)["ours"]
+        device = Device()
+        return medians(device, {"ours": device.graph(self.calls, warm=False)}, rounds)["ours"] * 1e3
 
 
 def score(subjects: list[Subject], key: tuple[str, str, int], capability: str, knobs: triton_table.Knobs) -> float:
