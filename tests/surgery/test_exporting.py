@@ -70,3 +70,56 @@ def test_the_preview():
     left = bn.preview_export(bn.fold(bn.unfreeze(net).eval(), IMAGES).model, IMAGES)
     assert "eps 0" in left.layers[0].becomes
     assert left.to_dict()["layers"][0]["layer"] == "3"
+
+
+class Sequences(nn.Module):
+    """A masked normalization, and a recurrent layer with statistics for each time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = bn.BatchNorm1d(4)
+        self.recurrent = bn.GRU(4, 5, batch_first=True, batch_norm="frame", max_steps=2, recurrent=True)
+
+    def forward(self, x, mask, lengths=None):
+        y = self.norm(x.transpose(1, 2), mask=mask).transpose(1, 2)
+        return self.recurrent(y, lengths=lengths)[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_masks_and_recurrent_layers(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    net = Sequences().train()
+    inputs = torch.randn(3, 3, 4), torch.rand(3, 3) < 0.7
+    net(torch.randn(3, 3, 4), inputs[1])
+    preview = bn.preview_export(net, inputs)
+    assert [w.split(":")[0] for w in preview.warnings] == ["norm", "recurrent"]
+    expected = net.eval()(*inputs).detach()
+    preview = bn.preview_export(net, inputs)
+    assert preview.exports
+    assert not preview.warnings
+    assert "no others" in preview.layers[1].becomes
+    program = torch.export.export(net, inputs)
+    torch.testing.assert_close(program.module()(*inputs), expected)
+    torch.onnx.export(program, (), tmp_path / "net.onnx", external_data=False, verbose=False)
+    session = runtime.InferenceSession((tmp_path / "net.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+    np.testing.assert_allclose(session.run(None, feed)[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+    preview = bn.preview_export(net, (*inputs, torch.tensor([3, 2, 1])))
+    assert not preview.exports
+    assert "no lengths=" in str(preview)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_onnx_of_training_mode_is_what_the_preview_warns_of(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    net, x = nn.Sequential(bn.BatchNorm2d(3)).train(), torch.randn(4, 3, 5, 5)
+    nn.init.constant_(net[0].running_mean, 5.0)
+    preview = bn.preview_export(net, x)
+    assert "does not say so" in preview.layers[0].becomes
+    program = torch.export.export(net, (x,))
+    torch.onnx.export(program, (), tmp_path / "net.onnx", external_data=False, verbose=False)
+    session = runtime.InferenceSession((tmp_path / "net.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(actual, net.eval()(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+    net[0].running_mean.zero_()
+    assert bool((program.module()(x).mean((0, 2, 3)).abs() < 1e-5).all())

@@ -70,5 +70,7 @@ def recurrence(call: Recurrence, normalize_hh: Normalize, normalize_c: Normalize
 
 def steps_of(sizes: Sequence[int], device: torch.device) -> Tensor:
     """The step of each row."""
+    if sizes and all(size == sizes[0] for size in sizes):  # without repeat_interleave, which ONNX lacks
+        return torch.arange(len(sizes), device=device)[:, None].expand(-1, sizes[0]).reshape(-1)
     counts = torch.tensor(sizes, device=device)
     return torch.repeat_interleave(torch.arange(len(sizes), device=device), counts, output_size=sum(sizes))

@@ -6,14 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BatchNormError
 from batchnorm.nn import batch_norm as ours
+from batchnorm.surgery.archives import quiet
+from batchnorm.surgery.comparison import Example, copy_of, run_example
 from batchnorm.surgery.folding import fold, uses_batch_statistics
-from batchnorm.surgery.graph import capture, unwrap
+from batchnorm.surgery.graph import unwrap
 from batchnorm.surgery.layers import ScaleShift
+from batchnorm.surgery.recurrent import normalizations
+
+_BY_BATCH = "the output for one sample will depend on the others in its batch; call net.eval() or bn.freeze(net)"
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,13 @@ class ExportPreview:
         layers: one entry a layer.
         foldable: how many of them ``bn.fold`` would take away first.
         notes: on the network as a whole.
+        exports: whether torch.export takes the network, in the modes that it is in.
     """
 
     layers: tuple[ExportedLayer, ...]
     foldable: int
     notes: tuple[str, ...]
+    exports: bool = True
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -55,7 +63,9 @@ class ExportPreview:
 
 
 def preview_export(net: nn.Module, example: Any) -> ExportPreview:
-    """Say what exporting ``net`` as it stands will do to its batch normalization; nothing is exported or changed.
+    """Say what exporting ``net`` as it stands will do to its batch normalization; nothing is written or changed.
+
+    A copy goes through torch.export, for the example's shapes, to see whether it does.
 
     Args:
         net: the network.
@@ -71,22 +81,52 @@ def preview_export(net: nn.Module, example: Any) -> ExportPreview:
         1 of 1 could be folded first (bn.fold).
     """
     root = unwrap(net, "preview_export")
-    kinds = (_BatchNorm, ScaleShift)
-    layers = tuple(_preview(name, m) for name, m in root.named_modules() if isinstance(m, kinds))
+    given = Example.of(example)
+    run_example(copy_of(root), given)
+    layers: list[ExportedLayer] = []
+    inside: set[int] = set()
+    for name, module in root.named_modules():
+        if normalizations(module):
+            layers.append(_preview_recurrent(name, module))
+            inside |= {id(norm) for norm in module.modules()}
+        elif isinstance(module, (_BatchNorm, ScaleShift)) and id(module) not in inside:
+            layers.append(_preview(name, module))
     notes = []
     try:
-        capture(root, example)
-    except BatchNormError as error:
-        notes.append(f"exporting may fail: {error}")
+        with quiet():
+            torch.export.export(copy_of(root), *_arguments(given))
+    except Exception as error:  # what torch.export raises has no public base
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        notes.append(f"torch.export refuses it: {reason[0]}")
+        if inside:
+            notes.append("Recurrent layers take no lengths=, mask= or packed sequences there: give whole sequences.")
+    exports = not notes
     try:
         foldable = len(fold(root, example).certificate.folded)
-        notes.append(f"{foldable} of {len(layers)} could be folded first (bn.fold).")
+        notes.append(f"{foldable} of {_norms(root)} could be folded first (bn.fold).")
     except BatchNormError as error:
         foldable = 0
         notes.append(f"none could be folded first: {error}")
     if root.training:
         notes.append("The network is in training mode: dropout is exported as dropout; call net.eval() first.")
-    return ExportPreview(layers, foldable, tuple(notes))
+    return ExportPreview(tuple(layers), foldable, tuple(notes), exports)
+
+
+def _arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    fresh = example.map(lambda x: x.detach().clone())
+    return fresh.args, fresh.kwargs
+
+
+def _norms(net: nn.Module) -> int:
+    return sum(isinstance(module, (_BatchNorm, ScaleShift)) for module in net.modules())
+
+
+def _preview_recurrent(name: str, layer: nn.Module) -> ExportedLayer:
+    becomes = "its steps one after the other, for as many sequences and steps as the example has and no others"
+    norms = normalizations(layer).values()
+    if any(uses_batch_statistics(norm) for norm in norms if isinstance(norm, _BatchNorm)):
+        return ExportedLayer(name, becomes, _BY_BATCH)
+    return ExportedLayer(name, becomes)
 
 
 def _preview(name: str, layer: nn.Module) -> ExportedLayer:
@@ -101,7 +141,9 @@ def _preview(name: str, layer: nn.Module) -> ExportedLayer:
         return ExportedLayer(name, "one BatchNormalization with its running statistics as constants" + extra)
     updates = layer.updates_statistics if isinstance(layer, ours._BatchNorm) else layer.track_running_stats
     becomes = "normalization by the statistics of whatever batch comes" + extra
-    warning = "the output for one sample will depend on the others in its batch; call net.eval() or bn.freeze(net)"
     if updates:
-        becomes += "; torch.export writes the running statistics at every call, ONNX drops that"
-    return ExportedLayer(name, becomes, warning)
+        becomes += (
+            "; torch.export writes the running statistics at each call; ONNX has no such node: torch's exporter fails, "
+            "or makes it normalize with the running statistics and does not say so"
+        )
+    return ExportedLayer(name, becomes, _BY_BATCH)
