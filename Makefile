@@ -14,13 +14,13 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # cmake, ninja and the tools of lint are those of .venv, whatever the machine has.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test test-cpp test-gpu lint format bench docs clean
+.PHONY: help demo test test-cpp test-gpu test-gpu-sanitized lint format bench docs clean
 
 help:
 	@echo "make demo      train, fold and export a batch-normalized network; see the report"
 	@echo "make test      all Python tests         (ARGS='-k folding' is passed on, to demo and bench too)"
 	@echo "make test-cpp  C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make test-gpu  the tests that need a CUDA device, with the python of PYTHON"
+	@echo "make test-gpu  the tests that need a CUDA device, with the python of PYTHON; test-gpu-sanitized watches them"
 	@echo "make lint      ruff, mypy and clang-format; 'make format' mends what they can mend"
 	@echo "make bench     measure beside torch, in two minutes; '.venv/bin/python -m benchmarks' for all of it"
 	@echo "make docs      the documentation, into site/"
@@ -44,6 +44,13 @@ test-cpp: $(VENV)/.tools
 
 test-gpu:
 	BATCHNORM_REQUIRE_CUDA=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(ARGS)
+
+# One kernel at a time, watched: memcheck (out of bounds), initcheck, racecheck or synccheck.
+TOOL ?= memcheck
+test-gpu-sanitized:
+	BATCHNORM_REQUIRE_CUDA=1 PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $(TOOL) --error-exitcode 1 --target-processes all \
+	  $(PYTHON) -m pytest -m gpu -k "scheme or masks or tails or strides" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	ruff check .

@@ -243,11 +243,13 @@ def within(lengths: Tensor, samples: int, length: int, device: torch.device) -> 
         )
     if (
         not torch.compiler.is_compiling()
+        and lengths.device.type == "cpu"  # to look at those of another device would wait for it
         and lengths.numel()
         and not 0 <= int(lengths.min()) <= int(lengths.max()) <= length
     ):
         raise InputError(f"lengths must be between 0 and {length}, got {lengths.tolist()}")
-    return torch.arange(length, device=device) < lengths.to(device)[:, None]
+    lengths = lengths.to(device, non_blocking=device.type == "cuda")  # staged by the driver before it returns
+    return torch.arange(length, device=device) < lengths[:, None]
 
 
 def weighing(x: Tensor, weights: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +150,107 @@ def test_signs_fit_what_the_schema_promises() -> None:
             assert lines * ((w.columns + 7) // 8) <= schemas.signs_size(x)
 
 
+# ---------------------------------------------------------------------------------------------- nothing waits
+
+
+def _mask() -> dict[str, Tensor]:
+    return {"mask": torch.ones(8, 5, dtype=torch.bool, device="meta")}
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs"),
+    [
+        ({}, {}),
+        ({}, _mask()),
+        ({}, {"lengths": torch.ones(8, dtype=torch.int64, device="meta")}),
+        ({}, {"lengths": torch.ones(8, dtype=torch.int64)}),
+        ({"momentum": None}, {}),
+        ({"ghost_size": 3}, _mask()),
+        ({"ghost_size": 3, "ghost_update": "decay"}, {}),
+        ({"channel_groups": 2}, _mask()),
+        ({"running": "debiased"}, {}),
+        ({"nonfinite": "skip"}, {}),
+        ({"nonfinite": "skip_channel"}, {}),
+        ({"renorm": batchnorm.Renorm()}, {}),
+    ],
+    ids=lambda given: "-".join(given) or "plain",
+)
+def test_no_value_is_read_on_the_way(options: dict[str, Any], inputs: dict[str, Tensor]) -> None:
+    """Tensors without values stand in for those of a device: to read one back raises, as waiting would cost there."""
+    layer = batchnorm.BatchNorm1d(6, activation="relu", **options).to("meta")
+    x, residual = (torch.empty(8, 6, 5, device="meta", requires_grad=True) for _ in range(2))
+    layer(x, residual, **inputs).backward(torch.empty_like(x))
+    layer.eval()(x, residual, **inputs)
+    assert x.grad is not None
+
+
+def test_reading_a_value_back_would_show() -> None:
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.ones(2, device="meta").sum().item()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Kernels that would be launched, and whether under the guard of the tensor's device; nothing runs."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[tuple[str, bool]] = []
+    guards: list[Any] = []
+
+    @contextlib.contextmanager
+    def guard(x: Tensor) -> Iterator[None]:
+        guards.append(x)
+        yield
+        guards.pop()
+
+    monkeypatch.setattr(kernels, "_guard", guard)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: found.append((self.__name__, bool(guards))))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64, 56, 56)], ids=["small", "large"])
+def test_every_launch_is_on_the_device_of_its_tensors(launches: list[tuple[str, bool]], shape: tuple[int, ...]) -> None:
+    """And none of these functions reads a value, or makes memory whose size depends on one."""
+    x, c = torch.empty(shape, device="meta"), shape[1]
+    weight, mean = torch.empty(c, device="meta"), torch.empty(1, c, dtype=torch.float64, device="meta")
+    mask = torch.empty(shape[0], *shape[2:], dtype=torch.bool, device="meta")
+    settings, saved = (0, 1e-5, "relu", 0.0), (weight, weight, None, None, mean, mean)
+    parts, sums = torch.empty(2, 3, 1, c, device="meta"), torch.empty(2, 1, c, device="meta")
+    for valid in (None, mask):
+        kernels.moments(x, 0, valid)
+        kernels.forward(x, weight, weight, None, *settings, None, valid)
+        kernels.normalize(x, mean, mean, weight, weight, None, *settings, None, valid)
+        kernels.backward_reduce(x, x, *saved, *settings, valid)
+        kernels.backward_apply(x, x, *saved, mean, mean, mean, *settings, True, valid)
+        for population in (False, True):
+            kernels.backward(x, x, *saved, *settings, population, True, True, valid)
+        for groups in (0, 4):
+            kernels.normalize_merged(x, parts, weight, weight, None, *settings, groups, None, valid)
+        kernels.backward_merged(x, x, *saved, sums, mean, *settings, True, valid)
+    kernels.update_statistics(weight, weight, torch.empty((), device="meta"), mean, mean, 64, 64, None, True)
+    assert {name for name, _ in launches} >= {"normalize", "merge_groups", "apply_gradients", "update_statistics"}
+    assert all(guarded for _, guarded in launches)
+
+
+def test_the_guard_is_the_device_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entered where another device is the current one; elsewhere it would only cost."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    for index in (0, 1):
+        with kernels._guard(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))):
+            pass
+    assert entered == [torch.device("cuda", 1)]
+
+
+def test_small_shapes_are_one_launch_each_way(launches: list[tuple[str, bool]]) -> None:
+    x, weight = torch.empty(256, 256), torch.ones(256)
+    settings = (0, 1e-5, "relu", 0.0)
+    _, mean, var = kernels.forward(x, weight, weight, None, *settings, None)
+    kernels.backward(x, x, weight, weight, None, None, mean, var, *settings, False, True, False)
+    assert [name for name, _ in launches] == ["forward_whole", "backward_whole"]
+
+
 # ---------------------------------------------------------------------------------------------- compiled, not run
 
 
@@ -255,7 +358,7 @@ class TestOnCuda(TritonLaws):
 
     SHAPES = ((32, 64, 56, 56), (32, 512, 7, 7), (8192, 256), (64, 32), (6, 3, 224, 224))
 
-    def step(self, layer: torch.nn.Module, x: Tensor, dy: Tensor, *rest: Tensor) -> list[Tensor]:
+    def step(self, layer: torch.nn.Module, x: Tensor, dy: Tensor, *rest: Tensor | None) -> list[Tensor]:
         x = x.detach().requires_grad_()
         y = layer(x, *rest)
         return [y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)]
@@ -323,17 +426,34 @@ class TestOnCuda(TritonLaws):
         torch.cuda.current_stream().wait_stream(side)
         torch.testing.assert_close(result, truth, rtol=0, atol=0)
 
-    def test_nothing_waits_for_the_device(self) -> None:
-        layer = batchnorm.BatchNorm2d(8, momentum=None, activation="relu").to(self.device)
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("options", [{"momentum": None}, {"ghost_size": 5}, {"channel_groups": 2}], ids=str)
+    def test_nothing_waits_for_the_device(self, options: dict[str, Any], masked: bool) -> None:
+        layer = batchnorm.BatchNorm2d(8, activation="relu", **options).to(self.device)
         x, dy, residual = (self.randn(16, 8, 32, 32) for _ in range(3))
-        self.step(layer, x, dy, residual)
+        rest = (residual, self.randn(16, 32, 32) > 0) if masked else (residual,)
+        self.step(layer, x, dy, *rest)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            self.step(layer, x, dy, residual)
+            self.step(layer, x, dy, *rest)
             layer.eval()
-            self.step(layer, x, dy, residual)
+            self.step(layer, x, dy, *rest)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("options", [{}, {"ghost_size": 5}, {"channel_groups": 2}], ids=str)
+    def test_masked_steps_are_captured(self, options: dict[str, Any]) -> None:
+        layer = batchnorm.BatchNorm2d(8, activation="relu", update="never", **options).to(self.device)
+        x, dy, mask = self.randn(16, 8, 14, 14), self.randn(16, 8, 14, 14), self.randn(16, 14, 14) > 0
+        self.step(layer, x, dy, None, mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = self.step(layer, x, dy, None, mask)
+        for t in (x, dy):
+            t.copy_(self.randn(*t.shape))
+        mask.copy_(self.randn(16, 14, 14) > 0)
+        graph.replay()
+        torch.testing.assert_close(captured, self.step(layer, x, dy, None, mask), rtol=0, atol=0)
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
     def test_several_devices_in_one_process(self) -> None:
