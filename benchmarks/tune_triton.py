@@ -41,15 +41,14 @@ DENSE = ((8192, 1024), (256, 256), (64, 32))
 class Subject:
     """One kind of pass on one shape, over rotated buffers."""
 
-    def __init__(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+    def __init__(self, device: Device, kind: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
         memory = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
         size = 3 * torch.empty(shape, dtype=dtype, device="meta").nbytes
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        count = min(max(-(-4 * cache // size), 2), 64)
-        self.kind = kind
-        self.xs = [torch.randn(shape, device="cuda").to(dtype).to(memory_format=memory) for _ in range(count)]
+        count = min(max(-(-4 * device.cache() // size), 2), 64)
+        self.device, self.kind = device, kind
+        self.xs = [torch.randn(shape, device=device.name).to(dtype).to(memory_format=memory) for _ in range(count)]
         self.dys = [torch.randn_like(x) for x in self.xs]
-        self.weight, self.bias = (torch.randn(shape[1], device="cuda") for _ in range(2))
+        self.weight, self.bias = (torch.randn(shape[1], device=device.name) for _ in range(2))
         _, self.mean, self.var = kernels.forward(self.xs[0], None, None, None, 0, 1e-5, "identity", 0.0, None)
 
     def calls(self) -> list[Any]:
@@ -65,8 +64,7 @@ class Subject:
         ]
 
     def time(self, rounds: int = 9) -> float:
-        device = Device()
-        return medians(device, {"ours": device.graph(self.calls, warm=False)}, rounds)["ours"] * 1e3
+        return medians(self.device, {"ours": self.device.graph(self.calls, warm=False)}, rounds)["ours"] * 1e3
 
 
 def score(subjects: list[Subject], key: tuple[str, str, int], capability: str, knobs: triton_table.Knobs) -> float:
@@ -76,10 +74,12 @@ def score(subjects: list[Subject], key: tuple[str, str, int], capability: str, k
     return math.exp(sum(math.log(subject.time()) for subject in subjects) / len(subjects))
 
 
-def tune(kind: str, order: str, dtype: torch.dtype, capability: str) -> tuple[tuple[str, str, int], triton_table.Knobs]:
+def tune(
+    device: Device, kind: str, order: str, dtype: torch.dtype, capability: str
+) -> tuple[tuple[str, str, int], triton_table.Knobs]:
     """The best knobs found, changed one at a time, twice over."""
     shapes = (*SHAPES, *DENSE) if order == "interleaved" else SHAPES
-    subjects = [Subject(kind, shape, dtype, order == "interleaved") for shape in shapes]
+    subjects = [Subject(device, kind, shape, dtype, order == "interleaved") for shape in shapes]
     key = (kind, order, dtype.itemsize)
     best = triton_table.lookup("untuned", *key)
     least = score(subjects, key, capability, best)
@@ -130,7 +130,7 @@ def main() -> int:
         return 2
     _, capability = kernels._device(device)
     entries = dict(
-        tune(kind, order, dtype, capability)
+        tune(Device(), kind, order, dtype, capability)
         for kind in ("forward", "backward", "map")
         for order in ("planar", "interleaved")
         for dtype in (torch.bfloat16, torch.float32)
