@@ -52,6 +52,7 @@ class OnnxFlow(DataFlow):
         self.reasons: dict[str, str] = {}
         self.labels: dict[str, str] = {}
         self.made: dict[str, fx.Node] = {}
+        self.operators: dict[fx.Node, str] = {}
         self.network = _Net()
         self.calls_made = fx.Graph()
         for value in onnx.inputs:
@@ -65,6 +66,9 @@ class OnnxFlow(DataFlow):
         self.calls_made.output([self.made[name] for name in onnx.outputs if name in self.made])
         super().__init__(self.calls_made, self.network, "onnx")
 
+    def describe(self, node: fx.Node) -> str:
+        return f"a call of {self.operators[node]}" if node in self.operators else super().describe(node)
+
     def _read(self, node: Any, add: Any) -> None:
         call = None
         if self.onnx.is_own(node, "BatchNormalization"):
@@ -77,6 +81,8 @@ class OnnxFlow(DataFlow):
             call = self._known(node)
         if call is not None:
             self._set((add or node).output[0], call)
+            if call.op == "call_function":
+                self.operators[call] = node.op_type
             return
         computed = self.onnx.is_own(node, *_LAYERS) and not set(node.input[1:]) <= self.onnx.constants.keys()
         what = f" ('{self._label(node)}', whose weight or bias is computed, or an input that callers may set)"

@@ -6,7 +6,9 @@ import copy
 import importlib
 import inspect
 import math
+import pickle
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,8 +174,15 @@ def load_weights(network: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, on pickles that it is about to refuse
+                state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"weights {path}: it is damaged, or holds more than tensors; pickled code is never run. Expected a "
+            ".safetensors file, or a state dict saved by torch.save."
+        ) from error
     except Exception as error:  # damaged archives make the readers raise anything
         reason = (str(error).strip().splitlines() or ["no message"])[:3]
         raise DataError(
