@@ -1,5 +1,6 @@
 // What the sums of a run of channels become: statistics, and the coefficients of the kernels. Compiled once for each
 // instruction set; the loops are the compiler's to vectorize.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -62,8 +63,37 @@ void gradient(int64_t channels, double count, const double* mean, const double* 
 }
 
 template <class S>
+void spread_values(int64_t channels, int64_t each, int64_t times, const void* from, void* to) {
+  S* out = static_cast<S*>(to);
+  for (int64_t c = 0; c < channels; ++c, out += each) std::fill_n(out, each, static_cast<const S*>(from)[c]);
+  for (int64_t k = 1; k < times; ++k, out += channels * each)
+    std::copy_n(static_cast<const S*>(to), channels * each, out);
+}
+
+void spread(int64_t channels, int64_t each, int64_t times, int64_t size, const void* from, void* to) {
+  (size == 8 ? spread_values<double> : spread_values<float>)(channels, each, times, from, to);
+}
+
+void fold(int64_t channels, int64_t each, int64_t times, const double* from, double* to) {
+  if (each == 1) {
+    for (; times > 0; --times, from += channels)
+      for (int64_t c = 0; c < channels; ++c) to[c] += from[c];
+    return;
+  }
+  constexpr int64_t lanes = 8;
+  for (int64_t i = 0; i < channels * times; ++i, from += each) {
+    double part[lanes] = {};
+    int64_t k = 0;
+    for (; k + lanes <= each; k += lanes)
+      for (int64_t lane = 0; lane < lanes; ++lane) part[lane] += from[k + lane];
+    for (; k < each; ++k) part[k % lanes] += from[k];
+    to[i % channels] += ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+  }
+}
+
+template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
-  return {statistics, normalize<S>, apply<S>, gradient<S>};
+  return {statistics, normalize<S>, apply<S>, gradient<S>, spread, fold};
 }
 
 }  // namespace

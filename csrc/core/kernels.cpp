@@ -42,6 +42,22 @@ struct Backward {
   INLINE i64 operator()(i64 k) const { return backward ? samples - 1 - k : k; }
 };
 
+// Brings what will be read a few planes after (k, c) into the cache: no prefetcher follows short runs.
+template <class T>
+INLINE void prefetch(const Slab& slab, const Operand& o, i64 k, i64 c) {
+  constexpr i64 ahead = 4, line = 64, most = 8 * line;
+  if (!slab.runs || !o || slab.channels <= ahead) return;
+  c += ahead;
+  if (c >= slab.channels) {
+    c -= slab.channels;
+    if (++k == slab.samples) return;
+  }
+  const Run run = slab.run(k);
+  const char* p = reinterpret_cast<const char*>(at<const T>(o, run.sample, c) + run.first);
+  const i64 bytes = run.inner * i64(sizeof(T));
+  for (i64 i = 0; i < bytes && i < most; i += line) __builtin_prefetch(p + i);
+}
+
 // The first `count` elements at p; the other lanes are zeros.
 template <class T>
 INLINE typename Lane<T>::V load_some(const T* p, i64 count) {
@@ -306,45 +322,54 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, Value value, Some 
     store_some(out + i, some(i, inner - i), inner - i);
 }
 
-// Writes rows in tiles: `prepare(c)` prepares the coefficients of a vector of columns,
-// `value(n, c, prepared)` is the vector there.
+// Writes rows: `prepare(c)` prepares the coefficients of a vector of columns, `value(n, c, prepared)` is the vector
+// there. Four rows share the coefficients where they are short or in pages of their own; others go one by one, because
+// prefetchers follow one row in a page. A tile is read before it is written: rows whose addresses agree in their last
+// 12 bits would wait for one another.
 template <bool overlap, class T, class Columns, class Value, class Some>
 INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, Columns prepare, Value value,
                        Some some) {
   using L = Lane<T>;
-  constexpr i64 W = L::width;
+  constexpr i64 W = L::width, tile = 4;
   const Rows<T> out(to);
   const bool aligned =
       around_cache && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
-  const auto write = [&](i64 n, i64 c, const auto& k) {
-    if (aligned)
-      stream(out(n, c), value(n, c, k));
-    else
-      L::store(out(n, c), value(n, c, k));
+  const auto write = [&](auto height, auto width, auto streamed, i64 n, i64 c) {
+    typename L::V v[decltype(width)::value][decltype(height)::value];
+    for (int g = 0; g < width; ++g) {
+      const auto k = prepare(c + g * W);
+      for (int i = 0; i < height; ++i) v[g][i] = value(n + i, c + g * W, k);
+    }
+    for (int i = 0; i < height; ++i)
+      for (int g = 0; g < width; ++g)
+        if constexpr (streamed)
+          stream(out(n + i, c + g * W), v[g][i]);
+        else
+          L::store(out(n + i, c + g * W), v[g][i]);
   };
-  // Long rows one by one: rows whose addresses agree in their last 12 bits disturb each other.
-  const bool one_by_one = columns * i64(sizeof(T)) >= 512;
-  const i64 tile = one_by_one ? 1 : 4;
-  for (i64 n0 = 0; n0 < rows; n0 += tile) {
-    const i64 n1 = n0 + tile < rows ? n0 + tile : rows;
+  const auto walk = [&](auto height, auto streamed, i64 n) {
+    using std::integral_constant;
+    constexpr integral_constant<i64, 1> one{};
+    constexpr integral_constant<i64, height == 1 || sizeof(T) == 2 ? 2 : 1> several{};  // whole lines of the cache
     i64 c = 0;
-    for (; one_by_one && c + 2 * W <= columns; c += 2 * W) {
-      write(n0, c, prepare(c));
-      write(n0, c + W, prepare(c + W));
-    }
-    for (; c + W <= columns; c += W) {
-      const auto k = prepare(c);
-      for (i64 n = n0; n < n1; ++n) write(n, c, k);
-    }
-    if (c == columns) continue;
-    if (overlap && columns >= W) {
-      c = columns - W;
-      const auto k = prepare(c);
-      for (i64 n = n0; n < n1; ++n) L::store(out(n, c), value(n, c, k));
-    } else {
-      some(n0, n1, c, columns - c);
-    }
-  }
+    for (; c + several * W <= columns; c += several * W) write(height, several, streamed, n, c);
+    for (; several > 1 && c + W <= columns; c += W) write(height, one, streamed, n, c);
+    if (c == columns) return;
+    if (overlap && columns >= W)
+      write(height, one, std::false_type{}, n, columns - W);
+    else
+      some(n, n + height, c, columns - c);
+  };
+  const bool tiled = columns * i64(sizeof(T)) < 512 || out.stride * i64(sizeof(T)) >= 4096;
+  const auto all = [&](auto streamed) {
+    i64 n = 0;
+    for (; tiled && n + tile <= rows; n += tile) walk(std::integral_constant<i64, tile>{}, streamed, n);
+    for (; n < rows; ++n) walk(std::integral_constant<i64, 1>{}, streamed, n);
+  };
+  if (aligned)
+    all(std::true_type{});
+  else
+    all(std::false_type{});
 }
 
 // ------------------------------------------------------------------------------------------------ moments
@@ -356,6 +381,7 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
   for (i64 k = 0; k < slab.samples; ++k) {
     const Run run = slab.run(k);
     for (i64 c = 0; c < slab.channels; ++c) {
+      prefetch<T>(slab, x, k, c);
       const T* p = at<const T>(x, run.sample, c) + run.first;
       const auto s = everywhere<P>(shift[c]);
       sum_plane<P>(
@@ -503,6 +529,7 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
     const Run run = slab.run(order(step));
     const i64 n = run.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
+      prefetch<T>(slab, x, step, c);
       const auto normal = Normal<T, P>::broadcast(k, c);
       const T* p = at<const T>(x, n, c) + run.first;
       const T* r = residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
@@ -588,6 +615,8 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
     const Run run = slab.run(step);
     const i64 n = run.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
+      prefetch<T>(slab, x, step, c);
+      prefetch<T>(slab, dy, step, c);
       const auto normal = Normal<T, P>::broadcast(k, c);
       const auto m = everywhere<S>(mean[c]);
       const T *p = at<const T>(x, n, c) + run.first, *g = at<const T>(dy, n, c) + run.first;
@@ -682,6 +711,8 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
     const Run run = slab.run(order(step));
     const i64 n = run.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
+      prefetch<T>(slab, x, step, c);
+      prefetch<T>(slab, dy, step, c);
       const auto apply = Apply<T, P>::broadcast(k, a, c);
       const T *p = at<const T>(x, n, c) + run.first, *g = at<const T>(dy, n, c) + run.first;
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + run.first : nullptr;

@@ -18,42 +18,54 @@ const KernelTable& kernel_table();  // dispatch.cpp
 
 namespace {
 
-constexpr int64_t kSerialElements = 32768;
+constexpr int64_t kSerialElements = 65536;
 constexpr int64_t kFewValues = 8192, kFewFloat32 = 1024;
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
+constexpr int64_t kColumns = 64;         // whole lines of the cache in any type
+// Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
+// time.
+constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 1024;
 
 int64_t element_size(Dtype d) { return d == Dtype::float64 ? 8 : d == Dtype::float32 ? 4 : 2; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-double element(const Vector& v, int64_t i, double absent) {
-  if (!v.data) return absent;
-  switch (v.dtype) {
-    case Dtype::float32: return static_cast<const float*>(v.data)[i];
-    case Dtype::float64: return static_cast<const double*>(v.data)[i];
-    case Dtype::bfloat16: {
-      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(v.data)[i]) << 16;
-      float f;
-      std::memcpy(&f, &bits, 4);
-      return f;
-    }
-    case Dtype::float16: {
-      const uint16_t h = static_cast<const uint16_t*>(v.data)[i];
-      const int exponent = (h >> 10) & 31, fraction = h & 1023;
-      const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                               : exponent == 0 ? std::ldexp(fraction, -24)
-                                               : std::ldexp(1024 + fraction, exponent - 25);
-      return h & 0x8000 ? -magnitude : magnitude;
-    }
-  }
-  return absent;
+double value_of(double v) { return v; }
+double value_of(float v) { return v; }
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+double value_of(Bfloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
 }
 
-double finite_value(const Shape& s, const Operand& x, int64_t sample, int64_t channel, int64_t place) {
-  const Vector v{x.data, s.dtype};
-  const double value = element(v, sample * x.sample_stride + channel * x.channel_stride + place, 0);
-  return std::isfinite(value) ? value : 0;
+struct Float16 {
+  uint16_t bits;
+};
+double value_of(Float16 v) {
+  const int exponent = (v.bits >> 10) & 31, fraction = v.bits & 1023;
+  const double magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                           : exponent == 0 ? std::ldexp(fraction, -24)
+                                           : std::ldexp(1024 + fraction, exponent - 25);
+  return v.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// `count` elements as float64.
+void convert(Dtype dtype, const void* from, int64_t count, double* to) {
+  const auto all = [&](const auto* values) {
+    for (int64_t i = 0; i < count; ++i) to[i] = value_of(values[i]);
+  };
+  switch (dtype) {
+    case Dtype::float32: return all(static_cast<const float*>(from));
+    case Dtype::float64: return all(static_cast<const double*>(from));
+    case Dtype::bfloat16: return all(static_cast<const Bfloat16*>(from));
+    case Dtype::float16: return all(static_cast<const Float16*>(from));
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- the cut
@@ -92,7 +104,8 @@ int64_t fewest_values(const Shape& s) {
 struct Plan {
   Shape shape;
   bool one_phase;
-  bool whole;  // each piece holds all values of its channels' pools: both phases run while it is in cache
+  bool whole;         // each piece holds all values of its channels' pools: both phases run while it is in cache
+  bool flat = false;  // planes are so short that rows of several are walked, where they are dense
   int64_t group = 1, groups = 1;              // planar: channels of a piece
   int64_t block = 1, blocks = 1;              // samples of a piece, within a pool
   int64_t inner_block = 1, inner_blocks = 1;  // planar: part of a plane
@@ -107,6 +120,7 @@ struct Plan {
     block = pool;
     inner_block = s.inner;
     if (s.order == Order::planar) {
+      flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= kFlatSamples;
       const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
       // Of a plane, what is read.
       const int64_t plane = std::max<int64_t>(1, int64_t(double(s.inner * bytes) * valid_share(s)));
@@ -115,9 +129,13 @@ struct Plan {
       while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
       groups = ceil_div(s.channels, group);
       whole = plane * pool <= budget && (pools * groups >= 8 || s.samples * s.channels * s.inner <= kSerialElements);
-      if (!whole || one_phase) {
+      // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
+      const bool sparse = whole && s.valid && s.samples * s.channels * s.inner > kSerialElements &&
+                          s.samples * s.channels * plane <= cache.l3 / 2;
+      if (!whole || one_phase || sparse) {
         whole = false;
-        group = one_phase ? std::clamp<int64_t>(kPieceBytes / plane, 1, std::max<int64_t>(s.channels, 1)) : 1;
+        const int64_t together = flat ? kFlatColumns / s.inner : sparse ? kMaxPlanarChannels : kPieceBytes / plane;
+        group = one_phase || sparse ? std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1)) : 1;
         groups = ceil_div(s.channels, group);
         block = std::clamp<int64_t>(kPieceBytes / (plane * group), 1, std::max<int64_t>(pool, 1));
         blocks = ceil_div(pool, block);
@@ -135,6 +153,14 @@ struct Plan {
         block = std::min(pool, std::max({kPieceBytes / row, ceil_div(pool, kMaxBlocks), least}));
         block = ceil_div(block, 32) * 32;
         blocks = ceil_div(pool, block);
+        if (blocks == 1 && s.channels > kColumns) {
+          // So few and long rows that their columns are shared out instead.
+          whole = true;
+          block = pool;
+          const int64_t share = std::min(ceil_div(s.channels, 8), cache.l2 / 2 / (pool * bytes));
+          group = std::max<int64_t>(1, ceil_div(share, kColumns)) * kColumns;
+          groups = ceil_div(s.channels, group);
+        }
       }
     }
   }
@@ -212,18 +238,27 @@ void walk(const Shape& s, int64_t begin, int64_t end, const Run& run, const Gap&
 
 void nothing(int64_t, int64_t) {}
 
-void write_zeros(char* to, int64_t bytes, bool around_cache) {
+// Copies bytes, or writes zeros where there is nothing to copy.
+void write(void* to, const void* from, int64_t bytes, bool around_cache) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  const auto plain = [&](int64_t count) {
+    in ? std::memcpy(out, in, size_t(count)) : std::memset(out, 0, size_t(count));
+    out += count;
+    in += in ? count : 0;
+    bytes -= count;
+  };
 #if defined(__SSE2__)
-  constexpr int64_t line = 64, long_run = 16 << 10;
+  constexpr int64_t line = 64, long_run = 8 * line;
   if (around_cache && bytes >= long_run) {
-    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(to) % line);
-    std::memset(to, 0, size_t(head));
-    to += head;
-    for (bytes -= head; bytes >= line; bytes -= line, to += line)
-      for (int64_t i = 0; i < line; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
+    plain(int64_t(-reinterpret_cast<uintptr_t>(out) % line));
+    for (; bytes >= line; bytes -= line, out += line, in += in ? line : 0)
+      for (int64_t i = 0; i < line; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
+                         in ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)) : _mm_setzero_si128());
   }
 #endif
-  std::memset(to, 0, size_t(bytes));
+  plain(bytes);
 }
 
 template <class F>
@@ -341,23 +376,24 @@ enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, 
 struct Runner {
   Plan plan;
   Scratch scratch;
-  const Kernels& kernels;
+  const Kernels &kernels, &row_kernels;
   const CoefficientKernels& coefficients;
   Fusion fusion;
   double eps = 0;
   Parallel parallel;
-  bool stream;
+  bool large, stream;
 
   Runner(Verb verb, const Shape& shape, const Fusion& f, double* workspace, Parallel par)
       : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply),
         scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
+        row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
         coefficients(kernel_table().coefficients[scratch.k.wide]),
         fusion(f),
         parallel(par),
+        large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
         // Not where runs of valid values share lines with zeros.
-        stream((!shape.valid || shape.order == Order::interleaved) &&
-               shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2) {
+        stream(large && (!shape.valid || shape.order == Order::interleaved)) {
     if (!shape.valid) return;
     for (int64_t pool = 0; pool < shape.pools(); ++pool) {
       int64_t count = 0;
@@ -371,10 +407,11 @@ struct Runner {
          Parallel par)
       : Runner(verb, shape, f, workspace, par) {
     this->eps = eps;
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      scratch.gamma[c] = element(gamma, c, 1);
-      scratch.beta[c] = element(beta, c, 0);
-    }
+    const auto read = [&](const Vector& v, double absent, double* to) {
+      v.data ? convert(v.dtype, v.data, shape.channels, to) : void(std::fill_n(to, shape.channels, absent));
+    };
+    read(gamma, 1, scratch.gamma);
+    read(beta, 0, scratch.beta);
   }
 
   // The first position of a pool.
@@ -382,7 +419,99 @@ struct Runner {
     return std::min(pool * plan.shape.pool_size, plan.shape.samples) * plan.shape.inner;
   }
 
-  // run on what is valid of piece p, as slabs; gap on what is not.
+  // A slab seen as rows that are longer than its own: their columns belong to the piece's channels in turn, `each` to
+  // one, and to all of them so `times` over.
+  struct Rows {
+    Piece piece;
+    Slab slab;
+    int64_t channel;  // the first, counted from that of the work
+    int64_t each, times;
+  };
+
+  // A slab as such rows where its own are short and lie beside one another; what is left as it is.
+  template <class Long, class Direct>
+  void in_rows(const Piece& p, const Slab& slab, std::initializer_list<Operand> operands, const Long& rows,
+               const Direct& direct) const {
+    const int64_t inner = plan.shape.inner;
+    const auto all = [&](int64_t Operand::* stride, int64_t size) {
+      return std::all_of(operands.begin(), operands.end(), [&](const Operand& o) { return !o || o.*stride == size; });
+    };
+    if (fusion.signs || slab.runs) return direct(p, slab);
+    if (plan.shape.order == Order::planar) {
+      if (!plan.flat || p.samples < kFlatSamples || !all(&Operand::channel_stride, inner)) return direct(p, slab);
+      const int64_t most = kFlatColumns / inner;
+      for (int64_t channel = 0; channel < p.channels; channel += most) {
+        Piece part = p;
+        part.channel += channel;
+        part.channels = std::min(most, p.channels - channel);
+        rows(Rows{part, Slab{p.samples, part.channels * inner, 1, slab.few}, channel, inner, 1});
+      }
+      return;
+    }
+    const int64_t lanes = kernel_table().lanes, times = lanes * std::max<int64_t>(1, 256 / (lanes * p.channels));
+    if (p.channels >= kFlatChannels || p.channels % lanes == 0 || p.samples < kFlatSamples * times ||
+        !all(&Operand::sample_stride, p.channels))
+      return direct(p, slab);
+    Piece part = p, rest = p;
+    part.samples = p.samples / times * times;
+    rows(Rows{part, Slab{part.samples / times, p.channels * times, 1, slab.few}, 0, 1, times});
+    rest.sample += part.samples;
+    rest.samples -= part.samples;
+    if (rest.samples) direct(rest, plan.slab(rest));
+  }
+
+  Operand at(const Operand& o, const Rows& r) const {
+    Operand part = plan.at(o, r.piece);
+    part.sample_stride *= r.times;
+    return part;
+  }
+  KernelFusion fused(const Rows& r) const {
+    KernelFusion f = fused(r.piece);
+    f.residual.sample_stride *= r.times;
+    return f;
+  }
+
+  // Coefficients of channels as those of columns.
+  struct Columns {
+    alignas(64) double values[8][kFlatColumns];
+    const Runner& run;
+    const Rows& rows;
+    int64_t used = 0;
+    Columns(const Runner& run, const Rows& rows) : run(run), rows(rows) {}
+    const void* of(const void* from, int64_t size) {
+      double* const to = values[used++];
+      run.coefficients.spread(rows.piece.channels, rows.each, rows.times, size,
+                              static_cast<const char*>(from) + rows.channel * size, to);
+      return to;
+    }
+    const double* of(const double* from) { return static_cast<const double*>(of(from, 8)); }
+    // The mean, and what else is asked for.
+    NormalizeCoefficients normalize(const NormalizeCoefficients& k, bool line, bool gate) {
+      const int64_t size = run.scratch.k.size(), gate_size = run.scratch.k.gate_size;
+      const void* const mean = of(k.mean, size);
+      return {mean, line ? of(k.scale, size) : mean, line ? of(k.shift, size) : mean,
+              gate ? of(k.threshold, gate_size) : mean, gate ? of(k.flip, gate_size) : mean};
+    }
+    // What the gate needs of them.
+    NormalizeCoefficients gated(const NormalizeCoefficients& k) {
+      const Gate gate = gate_of(run.fusion);
+      const bool relu = gate == Gate::recompute && run.fusion.activation == Activation::relu;
+      return normalize(k, !relu && (gate == Gate::recompute || gate == Gate::residual), relu);
+    }
+  };
+
+  // Sums of columns, of `run`, added to those of their channels.
+  template <class Run>
+  void fold(const Work& w, const Rows& r, const Run& run) const {
+    const int64_t columns = r.slab.channels;
+    double sums[2 * kFlatColumns];
+    std::fill_n(sums, 2 * columns, 0.0);
+    run(sums);
+    coefficients.fold(r.piece.channels, r.each, r.times, sums, w.first + r.channel);
+    coefficients.fold(r.piece.channels, r.each, r.times, sums + columns, w.second + r.channel);
+  }
+
+  // run on what is valid of piece p, as slabs; gap on the rows that are not.
   template <class Run, class Gap>
   void parts(const Piece& p, const Run& run, const Gap& gap) const {
     if (p.samples <= 0 || p.inner <= 0) return;
@@ -405,23 +534,14 @@ struct Runner {
     slab.runs = runs;
     slab.samples = 0;
     for (int64_t n = 0; n < p.samples; ++n) {
-      const int64_t sample = (p.sample + n) * plan.shape.inner, begin = sample + p.first;
-      walk(
-          plan.shape, begin, begin + p.inner,
-          [&](int64_t b, int64_t e) {
-            runs[slab.samples++] = {n, b - begin, e - b};
-            if (slab.samples < most) return;
-            run(p, slab);
-            slab.samples = 0;
-          },
-          [&](int64_t b, int64_t e) {
-            Piece part = p;
-            part.sample += n;
-            part.samples = 1;
-            part.first = b - sample;
-            part.inner = e - b;
-            gap(part);
-          });
+      const int64_t begin = (p.sample + n) * plan.shape.inner + p.first;
+      const auto add = [&](int64_t b, int64_t e) {
+        runs[slab.samples++] = {n, b - begin, e - b};
+        if (slab.samples < most) return;
+        run(p, slab);
+        slab.samples = 0;
+      };
+      walk(plan.shape, begin, begin + p.inner, add, nothing);
     }
     if (slab.samples) run(p, slab);
   }
@@ -431,28 +551,42 @@ struct Runner {
     parts(p, run, [](const Piece&) {});
   }
 
-  void clear(const Piece& p, const Operand& o) const {
+  void clear(const Piece& rows, const Operand& o) const {
     if (!o) return;
-    char* const data = static_cast<char*>(plan.at(o, p).data);
+    char* const data = static_cast<char*>(plan.at(o, rows).data);
     const int64_t size = element_size(plan.shape.dtype);
-    if (plan.shape.order == Order::planar) {
-      for (int64_t c = 0; c < p.channels; ++c) write_zeros(data + c * o.channel_stride * size, p.inner * size, stream);
-    } else if (o.sample_stride == p.channels) {
-      write_zeros(data, p.samples * p.channels * size, stream);
-    } else {
-      for (int64_t n = 0; n < p.samples; ++n) write_zeros(data + n * o.sample_stride * size, p.channels * size, stream);
-    }
+    if (o.sample_stride == rows.channels) return write(data, nullptr, rows.samples * rows.channels * size, large);
+    for (int64_t n = 0; n < rows.samples; ++n)
+      write(data + n * o.sample_stride * size, nullptr, rows.channels * size, large);
   }
 
-  // Clears whole planes that lie beside one another, at once: gaps are many and short. Whether it has.
-  bool clear_planes(const Piece& p, const Operand& o) const {
-    if (!plan.shape.valid || plan.shape.order == Order::interleaved || !o || p.samples <= 0) return false;
-    if (o.channel_stride != p.inner && p.channels > 1) return false;
-    const int64_t size = element_size(plan.shape.dtype);
-    char* const data = static_cast<char*>(plan.at(o, p).data);
+  // run on what is valid of planar piece p, results as zeros elsewhere: both are put together in cache, a few planes at
+  // a time, and written as runs of memory. `channel` is the first, counted from the piece's.
+  template <class Run>
+  void planes(const Piece& p, const Operand& a, const Operand& b, const Run& run) const {
+    constexpr int64_t most = 16 << 10;
+    alignas(64) char values[2][most];
+    const int64_t size = element_size(plan.shape.dtype), inner = std::min(p.inner, most / size);
+    const bool dense = a.channel_stride == inner && (!b || b.channel_stride == inner);
+    const int64_t channels = dense ? most / (inner * size) : 1;
+    Piece part = p;
+    part.samples = 1;
     for (int64_t n = 0; n < p.samples; ++n)
-      std::memset(data + n * o.sample_stride * size, 0, size_t(p.channels * p.inner * size));
-    return true;
+      for (int64_t c = 0; c < p.channels; c += channels)
+        for (int64_t i = 0; i < p.inner; i += inner) {
+          part.sample = p.sample + n;
+          part.channel = p.channel + c;
+          part.channels = std::min(channels, p.channels - c);
+          part.first = p.first + i;
+          part.inner = std::min(inner, p.inner - i);
+          const int64_t bytes = part.channels * part.inner * size;
+          const Operand cached[2] = {{values[0], 0, part.inner}, {b ? values[1] : nullptr, 0, part.inner}};
+          for (const Operand& o : cached)
+            if (o) std::memset(o.data, 0, size_t(bytes));
+          valid_parts(part, [&](const Piece& v, const Slab& slab) { run(v, slab, c, cached[0], cached[1]); });
+          write(plan.at(a, part).data, values[0], bytes, large);
+          if (b) write(plan.at(b, part).data, values[1], bytes, large);
+        }
   }
 
   // The first valid sample and place of a pool; whether there is one.
@@ -474,7 +608,7 @@ struct Runner {
       const int64_t run = ceil_div(planar ? plan.shape.inner : plan.shape.channels, 8);
       f.signs_sample = planar ? run * plan.shape.channels : run;
       f.signs_channel = planar ? run : 0;
-      f.signs = fusion.signs + p.sample * f.signs_sample + p.channel * f.signs_channel + p.first / 8;
+      f.signs = fusion.signs + p.sample * f.signs_sample + (planar ? p.channel * run + p.first / 8 : p.channel / 8);
     }
     return f;
   }
@@ -483,9 +617,19 @@ struct Runner {
   // The first valid value of each channel, from which all others are taken.
   void set_shifts(const Work& w, const Operand& x) const {
     int64_t sample, place;
-    const bool any = first_valid(w.piece.pool, &sample, &place);
-    for (int64_t c = 0; c < w.piece.channels; ++c)
-      scratch.shift[w.slot + c] = any ? finite_value(plan.shape, x, sample, w.piece.channel + c, place) : 0;
+    double* const shift = scratch.shift + w.slot;
+    if (!first_valid(w.piece.pool, &sample, &place)) return void(std::fill_n(shift, w.piece.channels, 0.0));
+    Piece p = w.piece;
+    p.sample = sample;
+    p.first = place;
+    const char* const first = static_cast<const char*>(plan.at(x, p).data);
+    const Dtype dtype = plan.shape.dtype;
+    if (plan.shape.order == Order::interleaved)
+      convert(dtype, first, p.channels, shift);
+    else
+      for (int64_t c = 0; c < p.channels; ++c)
+        convert(dtype, first + c * x.channel_stride * element_size(dtype), 1, shift + c);
+    for (int64_t c = 0; c < p.channels; ++c) shift[c] = shift[c] - shift[c] == 0 ? shift[c] : 0;  // if finite
   }
 
   void set_normalize(const Work& w, const double* mean, const double* var) const {
@@ -508,16 +652,34 @@ struct Runner {
   void add_moments(const Work& w, const Operand& x) const {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
-      kernels.moments(slab, plan.at(x, v), scratch.shift + w.slot, w.first);
+      in_rows(
+          v, slab, {x},
+          [&](const Rows& r) {
+            Columns of(*this, r);
+            fold(w, r,
+                 [&](double* sums) { row_kernels.moments(r.slab, at(x, r), of.of(scratch.shift + w.slot), sums); });
+          },
+          [&](const Piece& p, const Slab& s) { kernels.moments(s, plan.at(x, p), scratch.shift + w.slot, w.first); });
     });
   }
 
   void add_reductions(const Work& w, const Operand& dy, const Operand& x, const double* mean) const {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     mean += w.at;
+    const NormalizeCoefficients k = scratch.k.normalize(w.slot);
     valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
-      kernels.reduce(slab, plan.at(dy, v), plan.at(x, v), mean, scratch.k.normalize(w.slot), fused(v), gate_of(fusion),
-                     w.first);
+      in_rows(
+          v, slab, {dy, x, fusion.residual},
+          [&](const Rows& r) {
+            Columns of(*this, r);
+            fold(w, r, [&](double* sums) {
+              row_kernels.reduce(r.slab, at(dy, r), at(x, r), of.of(mean), of.gated(k), fused(r), gate_of(fusion),
+                                 sums);
+            });
+          },
+          [&](const Piece& p, const Slab& s) {
+            kernels.reduce(s, plan.at(dy, p), plan.at(x, p), mean, k, fused(p), gate_of(fusion), w.first);
+          });
     });
     if (!plan.few(w.piece.pool) && element_size(plan.shape.dtype) == 2)
       for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (double(float(mean[c])) - mean[c]) * w.first[c];
@@ -553,28 +715,56 @@ struct Runner {
   }
 
   void normalize(const Work& w, const Operand& x, const Operand& y) const {
-    const bool cleared = clear_planes(w.piece, y);
+    if (plan.shape.valid && plan.shape.order == Order::planar)
+      return planes(w.piece, y, {},
+                    [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand&) {
+                      kernels.normalize(slab, plan.at(x, v), to, scratch.k.normalize(w.slot + channel), fused(v));
+                    });
+    const NormalizeCoefficients k = scratch.k.normalize(w.slot);
     parts(
         w.piece,
         [&](const Piece& v, const Slab& slab) {
-          kernels.normalize(slab, plan.at(x, v), plan.at(y, v), scratch.k.normalize(w.slot), fused(v));
+          in_rows(
+              v, slab, {x, y, fusion.residual},
+              [&](const Rows& r) {
+                Columns of(*this, r);
+                row_kernels.normalize(r.slab, at(x, r), at(y, r), of.normalize(k, true, false), fused(r));
+              },
+              [&](const Piece& p, const Slab& s) { kernels.normalize(s, plan.at(x, p), plan.at(y, p), k, fused(p)); });
         },
-        [&](const Piece& gap) {
-          if (!cleared) clear(gap, y);
-        });
+        [&](const Piece& gap) { clear(gap, y); });
   }
 
   void apply(const Work& w, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
-    const bool cleared = clear_planes(w.piece, dx), residual_cleared = clear_planes(w.piece, d_residual);
+    const Gate gate = gate_of(fusion);
+    if (plan.shape.valid && plan.shape.order == Order::planar)
+      return planes(w.piece, dx, d_residual,
+                    [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand& also) {
+                      const int64_t slot = w.slot + channel;
+                      kernels.apply(slab, plan.at(dy, v), plan.at(x, v), to, also, scratch.k.normalize(slot),
+                                    scratch.k.apply(slot), fused(v), gate);
+                    });
+    const NormalizeCoefficients k = scratch.k.normalize(w.slot);
+    const ApplyCoefficients a = scratch.k.apply(w.slot);
     parts(
         w.piece,
         [&](const Piece& v, const Slab& slab) {
-          kernels.apply(slab, plan.at(dy, v), plan.at(x, v), plan.at(dx, v), plan.at(d_residual, v),
-                        scratch.k.normalize(w.slot), scratch.k.apply(w.slot), fused(v), gate_of(fusion));
+          in_rows(
+              v, slab, {dy, x, dx, d_residual, fusion.residual},
+              [&](const Rows& r) {
+                Columns of(*this, r);
+                const int64_t size = scratch.k.size();
+                row_kernels.apply(r.slab, at(dy, r), at(x, r), at(dx, r), at(d_residual, r), of.gated(k),
+                                  {of.of(a.k1, size), of.of(a.k2, size), of.of(a.k3, size)}, fused(r), gate);
+              },
+              [&](const Piece& p, const Slab& s) {
+                kernels.apply(s, plan.at(dy, p), plan.at(x, p), plan.at(dx, p), plan.at(d_residual, p), k, a, fused(p),
+                              gate);
+              });
         },
         [&](const Piece& gap) {
-          if (!cleared) clear(gap, dx);
-          if (!residual_cleared) clear(gap, d_residual);
+          clear(gap, dx);
+          clear(gap, d_residual);
         });
   }
 

@@ -123,13 +123,32 @@ struct Lane<bf16> {
   using V = f32;
   using S = float;
   static constexpr int width = kLanes32;
+  // Stores to nearest, ties to even. A NaN stays one, as long as the lower half of its bits is empty: so it is in all
+  // that come of bfloat16 values and of the coefficients.
+#if VB == 64
+  static INLINE V load(const bf16* p) {
+    const __m512i halves = _mm512_castsi256_si512(load_bytes<__m256i>(p));
+    return (V)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(lane_numbers() << 16), halves);
+  }
+  static INLINE void store(bf16* p, V v) {
+    const __m512i bits = (__m512i)v, below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i rounded = _mm512_mask_add_epi32(below, odd, below, _mm512_set1_epi32(1));
+    const u32 high = lane_numbers() * 0x40004u + 0x30001u;  // words 1, 3, 5, ...
+    store_bytes(p, _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)high, rounded)));
+  }
+  static INLINE u32 lane_numbers() {
+    u32 v;
+    for (unsigned i = 0; i < width; ++i) v[i] = i;
+    return v;
+  }
+#else
   static INLINE V load(const bf16* p) { return (V)(zero_extended(p) << 16); }
-  // To nearest, ties to even. A NaN stays one, as long as the lower half of its bits is empty: so it is in all that
-  // come of bfloat16 values and of the coefficients.
   static INLINE void store(bf16* p, V v) {
     u32 bits = (u32)v;
     store_bytes(p, low_halves((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
   }
+#endif
   static INLINE S scalar(bf16 v) {
     uint32_t bits = uint32_t(v.bits) << 16;
     S s;

@@ -189,6 +189,31 @@ void lengths() {
   test_caches = kOrdinaryCaches;
 }
 
+// Planes and rows so short that several are walked at once, with what is left of them, from pieces of every kind.
+void short_runs() {
+  uint64_t k = 0;
+  for (Dtype dtype : kDtypes)
+    for (int variant = 0; variant < 3; ++variant) {
+      test_caches = variant ? kTinyCaches : kOrdinaryCaches;
+      for (int64_t inner : {2, 4, 9, 49, 81, 256, 257})
+        for (int64_t channels : {1, 5, 23}) {
+          const Fused fused = fusions(k / 3)[++k % 10];
+          examine({planar(dtype, 8 + int64_t(k % 2), channels, inner, 8), Layout(k % 4), fused, k});
+        }
+      for (int64_t channels : {1, 2, 3, 5, 12, 17, 40})
+        for (int64_t pool : {600, 1400}) {
+          const Fused fused = fusions(k / 3)[++k % 10];
+          examine({interleaved(dtype, 1400, channels, pool), Layout(k % 4), fused, k});
+        }
+    }
+  for (Dtype dtype : kDtypes)
+    for (const Shape& s :
+         {planar(dtype, 9, 60, 144, 9), planar(dtype, 40, 130, 25, 20), interleaved(dtype, 24000, 3, 24000)})
+      for (const Fused& fused : {Fused{}, Fused{Activation::relu}, Fused{Activation::silu, true}})
+        examine_partitions({s, Layout(++k % 2), fused, k});
+  test_caches = kOrdinaryCaches;
+}
+
 // The other axes: channels beside one another in planar order, rows in interleaved order; pools of each kind.
 void counts() {
   uint64_t k = 0;
@@ -235,10 +260,10 @@ void activations() {
 // Large enough for every cut: pieces that are whole, parts of planes, blocks of samples and rows, pools of each.
 std::vector<Shape> large_shapes(Dtype dtype) {
   return {planar(dtype, 2, 3, 40, 1),       planar(dtype, 2, 3, 6001, 2),       planar(dtype, 2100, 1, 33, 2100),
-          planar(dtype, 1, 1, 66000, 1),    planar(dtype, 3, 1, 33003, 2),      planar(dtype, 10, 96, 49, 10),
-          planar(dtype, 10, 70, 49, 3),     planar(dtype, 12, 130, 22, 12),     planar(dtype, 9, 2, 2500, 4),
+          planar(dtype, 1, 1, 66000, 1),    planar(dtype, 3, 1, 33003, 2),      planar(dtype, 10, 160, 49, 10),
+          planar(dtype, 10, 140, 49, 3),    planar(dtype, 12, 130, 22, 12),     planar(dtype, 9, 2, 2500, 4),
           interleaved(dtype, 40, 17, 40),   interleaved(dtype, 4100, 17, 4100), interleaved(dtype, 5000, 9, 1700),
-          interleaved(dtype, 10, 4000, 10), interleaved(dtype, 100, 700, 100),  interleaved(dtype, 7000, 9, 4000)};
+          interleaved(dtype, 20, 4000, 20), interleaved(dtype, 100, 700, 100),  interleaved(dtype, 7000, 9, 4000)};
 }
 
 void large() {
@@ -526,7 +551,8 @@ int main() {
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "while checking %s\n", now.c_str()); });
 #endif
   selection(batchnorm::instruction_set());
-  for (auto part : {masks, lengths, counts, values, activations, large, empties, nonfinite, conversions, corners})
+  for (auto part :
+       {masks, short_runs, lengths, counts, values, activations, large, empties, nonfinite, conversions, corners})
     part();
   std::printf("%lld passed, %lld failed\n", (long long)passed, (long long)failed);
   return failed ? 1 : 0;
