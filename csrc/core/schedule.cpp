@@ -26,7 +26,7 @@ constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
 constexpr int64_t kColumns = 64;         // whole lines of the cache in any type
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.
-constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 1024;
+constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
 
 int64_t element_size(Dtype d) { return d == Dtype::float64 ? 8 : d == Dtype::float32 ? 4 : 2; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -69,6 +69,13 @@ void convert(Dtype dtype, const void* from, int64_t count, double* to) {
 }
 
 // ---------------------------------------------------------------------------------------------- the cut
+// Channels whose short planes are walked as one row: of whole lines of the cache, where that can be.
+int64_t flat_channels(int64_t inner) {
+  int64_t most = kFlatColumns / inner, whole = 32;
+  while (whole > most) whole /= 2;
+  return most / whole * whole;
+}
+
 struct Piece {
   int64_t pool, channel, channels, sample, samples, first, inner;
 };
@@ -129,15 +136,20 @@ struct Plan {
       while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
       groups = ceil_div(s.channels, group);
       whole = plane * pool <= budget && (pools * groups >= 8 || s.samples * s.channels * s.inner <= kSerialElements);
+      // Not in strips too short for prefetchers.
+      if (flat && group < s.channels && group * plane < kRunBytes / 4)
+        whole = whole && s.samples * s.channels * s.inner <= kSerialElements;
       // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
       const bool sparse = whole && s.valid && s.samples * s.channels * s.inner > kSerialElements &&
                           s.samples * s.channels * plane <= cache.l3 / 2;
       if (!whole || one_phase || sparse) {
         whole = false;
-        const int64_t together = flat ? kFlatColumns / s.inner : sparse ? kMaxPlanarChannels : kPieceBytes / plane;
-        group = one_phase || sparse ? std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1)) : 1;
+        int64_t together = flat || sparse ? kMaxPlanarChannels : 1;
+        if (one_phase) together = flat ? flat_channels(s.inner) : kPieceBytes / plane;
+        group = std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1));
         groups = ceil_div(s.channels, group);
-        block = std::clamp<int64_t>(kPieceBytes / (plane * group), 1, std::max<int64_t>(pool, 1));
+        const int64_t least = flat ? 4 * kFlatSamples : 1;
+        block = std::clamp<int64_t>(std::max(least, kPieceBytes / (plane * group)), 1, std::max<int64_t>(pool, 1));
         blocks = ceil_div(pool, block);
         inner_block = std::clamp<int64_t>(s.inner, 1, kPieceBytes / bytes);
         inner_blocks = ceil_div(s.inner, inner_block);
@@ -439,7 +451,7 @@ struct Runner {
     if (fusion.signs || slab.runs) return direct(p, slab);
     if (plan.shape.order == Order::planar) {
       if (!plan.flat || p.samples < kFlatSamples || !all(&Operand::channel_stride, inner)) return direct(p, slab);
-      const int64_t most = kFlatColumns / inner;
+      const int64_t most = flat_channels(inner);
       for (int64_t channel = 0; channel < p.channels; channel += most) {
         Piece part = p;
         part.channel += channel;
@@ -449,8 +461,7 @@ struct Runner {
       return;
     }
     const int64_t lanes = kernel_table().lanes, times = lanes * std::max<int64_t>(1, 256 / (lanes * p.channels));
-    if (p.channels >= kFlatChannels || p.channels % lanes == 0 || p.samples < kFlatSamples * times ||
-        !all(&Operand::sample_stride, p.channels))
+    if (p.channels >= kFlatChannels || p.samples < kFlatSamples * times || !all(&Operand::sample_stride, p.channels))
       return direct(p, slab);
     Piece part = p, rest = p;
     part.samples = p.samples / times * times;
@@ -473,7 +484,7 @@ struct Runner {
 
   // Coefficients of channels as those of columns.
   struct Columns {
-    alignas(64) double values[8][kFlatColumns];
+    alignas(64) double values[6][kFlatColumns];
     const Runner& run;
     const Rows& rows;
     int64_t used = 0;
