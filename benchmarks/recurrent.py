@@ -1,4 +1,5 @@
-"""Training steps of recurrent layers: torch.nn's, ours in each form, and a loop over a cell written in PyTorch."""
+"""Training steps of recurrent layers: torch.nn's, ours in each form, loops over a cell written in PyTorch, and the
+matrix products that all of them need."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "ours frame": {"batch_norm": "frame"},
     "ours recurrent": {"batch_norm": "frame", "recurrent": True},
 }
-LOOPS = {"loop sequence": "ours sequence", "loop recurrent": "ours recurrent"}
+LOOPS = {"loop sequence": "ours sequence", "loop frame": "ours frame", "loop recurrent": "ours recurrent"}
+HOISTED = "loop recurrent, W_ih x before it"
+PRODUCTS = "matrix products"
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,33 @@ def cases(quick: bool) -> list[tuple[str, Size, str | None]]:
     if quick:
         return found
     found += [(cell, Size(), None) for cell in ("GRU", "RNN")]
-    found += [("LSTM", Size(steps=steps), "steps") for steps in (25, 50, 100, 200)]
-    return found + [("LSTM", Size(hidden=hidden), "hidden") for hidden in (32, 64, 128, 256)]
+    found += [("LSTM", Size(steps=steps), "steps") for steps in (10, 25, 100, 200, 1000)]
+    found += [("LSTM", Size(samples=samples), "samples") for samples in (16, 256)]
+    found += [("LSTM", Size(hidden=hidden), "hidden") for hidden in (32, 64, 256, 512)]
+    return [*found, ("LSTM", Size(steps=25, hidden=1024), "hidden")]
 
 
 class Loop(nn.Module):
     """The same as one of ours, as one writes it in PyTorch: a loop over a cell, with statistics kept as torch does.
 
-    For "sequence" the product with the input and its normalization come before the loop, else they are the cell's.
+    The cell normalizes as in published code of Cooijmans et al.: both products inside, statistics of each step. For
+    "sequence" the product with the input and its normalization must come before the loop; ``hoisted``: the product
+    alone does.
     """
 
-    def __init__(self, layer: bn.LSTM) -> None:
+    def __init__(self, layer: bn.LSTM, hoisted: bool = False) -> None:
         super().__init__()
         self.layer, self.recurrent = layer, layer.options.recurrent
+        self.by_sequence = layer.options.batch_norm == "sequence"
+        self.hoisted = hoisted or self.by_sequence
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         layer = self.layer
         h, c = x.new_zeros(2, x.shape[1], layer.hidden_size)
-        if not self.recurrent:
-            product = (x @ layer.weight_ih_l0.t()).flatten(0, 1)
-            x = self._normalize(product, layer.norm_ih_l0).unflatten(0, x.shape[:2])
+        if self.hoisted:
+            x = x @ layer.weight_ih_l0.t()
+        if self.by_sequence:
+            x = self._normalize(x.flatten(0, 1), layer.norm_ih_l0).unflatten(0, x.shape[:2])
         outputs = []
         for t, frame in enumerate(x):
             h, c = self._cell(frame, h, c, t)
@@ -73,8 +83,11 @@ class Loop(nn.Module):
     def _cell(self, x: Tensor, h: Tensor, c: Tensor, t: int) -> tuple[Tensor, Tensor]:
         layer = self.layer
         of_state = h @ layer.weight_hh_l0.t()
+        if not self.hoisted:
+            x = x @ layer.weight_ih_l0.t()
+        if not self.by_sequence:
+            x = self._normalize(x, layer.norm_ih_l0, t)
         if self.recurrent:
-            x = self._normalize(x @ layer.weight_ih_l0.t(), layer.norm_ih_l0, t)
             of_state = self._normalize(of_state, layer.norm_hh_l0, t)
         i, f, g, o = (x + of_state).chunk(4, 1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -92,9 +105,10 @@ def build(cell: str, hidden: int) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     found: dict[str, nn.Module] = {"torch": getattr(nn, cell)(hidden, hidden)}
     for name, options in FORMS.items():
-        found[name] = getattr(bn, cell)(hidden, hidden, max_steps=200, **options)
+        found[name] = getattr(bn, cell)(hidden, hidden, max_steps=1000, **options)
     if cell == "LSTM":
         found |= {name: Loop(found[of]) for name, of in LOOPS.items()}
+        found[HOISTED] = Loop(found["ours recurrent"], hoisted=True)
     return found
 
 
@@ -133,8 +147,12 @@ def measure(cell: str, size: Size, axis: str | None, seconds: float) -> Iterator
                 "contestant": name,
                 "absent": f"{name}: gradients are off by {errors[name]:.3g}, no figure",
             }
-    times, rounds = alternate(runs, seconds, least=5)
-    for row in compare({**columns, "rounds": rounds}, times, {name: errors[name] for name in runs}):
+    limit = PRODUCTS if cell == "LSTM" else None
+    wrong = {name: errors[name] for name in runs}
+    if limit:
+        runs[limit] = _products(size)
+    times, rounds = alternate(runs, seconds, least=3)
+    for row in compare({**columns, "rounds": rounds}, times, wrong, limit):
         loop = next((loop for loop, of in LOOPS.items() if of == row["contestant"] and loop in times), None)
         if loop is not None:
             row["x_loop"] = times[loop]["step"] / (row["ms"] / 1e3)
@@ -147,5 +165,28 @@ def _timed(net: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Phases]:
         begin = time.perf_counter()
         net(x)[0].backward(dy)
         return {"step": time.perf_counter() - begin}
+
+    return run
+
+
+def _products(size: Size) -> Callable[[], Phases]:
+    """The five matrix products of a training step of an LSTM, those of all steps at once where they can be."""
+    steps, samples, hidden = size.shape
+    x, h = torch.randn(2, steps * samples, hidden)
+    gates, weight = torch.randn(steps * samples, 4 * hidden), torch.randn(4 * hidden, hidden)
+    of_weight = torch.empty_like(weight)
+
+    def run() -> Phases:
+        begin = time.perf_counter()
+        torch.mm(x, weight.t(), out=gates)
+        for z, y in zip(gates.split(samples), h.split(samples), strict=True):
+            torch.mm(y, weight.t(), out=z)
+        for z, y in zip(gates.split(samples), h.split(samples), strict=True):
+            torch.mm(z, weight, out=y)
+        for y in (x, h):
+            torch.mm(gates.t(), y, out=of_weight)
+        took = time.perf_counter() - begin
+        h.normal_(std=0.1)  # or the values would grow
+        return {"step": took}
 
     return run

@@ -234,31 +234,30 @@ def length_table(rows: list[dict[str, Any]]) -> str:
 def speed_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        ratio = f"{1 / row['x_torch']:.2f}" if "x_torch" in row else "1"
+        ratio = f"{1 / row['x_torch']:.2f}" if "x_torch" in row else ""
         loop = f"{row['x_loop']:.1f}" if "x_loop" in row else ""
-        lines.append([row["cell"], row["contestant"], f"{row['ms']:.1f}", ratio, loop])
-    return table(["cell", "contestant", "ms", "time / torch.nn's", "times as fast as its loop"], lines)
+        products = f"{row['x_limit']:.2f}" if "x_limit" in row else ""
+        lines.append([row["cell"], row["contestant"], f"{row['ms']:.1f}", ratio, products, loop])
+    return table(
+        ["cell", "contestant", "ms", "time / torch.nn's", "/ the products'", "times as fast as its loop"], lines
+    )
 
 
 FORMS_OURS = ("ours sequence", "ours frame", "ours recurrent")
 
 
 def growth_table(rows: list[dict[str, Any]]) -> str:
-    """Time over torch.nn's, and times as fast as the loop, as steps and units grow."""
+    """Time over torch.nn's, times as fast as the loop, and what that could be at most, as each size grows."""
     lines = []
-    for row in rows:
-        if row["contestant"] != "ours sequence":
-            continue
-        key = (row["axis"], row["shape"])
-        of = {r["contestant"]: r for r in rows if (r["axis"], r["shape"]) == key}
-        cells = [
-            f"{of[name]['ms'] / of['torch']['ms']:.2f}" for name in ("ours sequence", "ours frame", "ours recurrent")
-        ]
-        loops = [f"{of[name]['x_loop']:.1f}" for name in ("ours sequence", "ours recurrent")]
-        steps, _, hidden = row["shape"]
-        lines.append([str(steps), str(hidden), f"{of['torch']['ms']:.1f}", *cells, *loops])
-    head = ["steps", "units", "torch.nn.LSTM, ms", "sequence", "frame", "recurrent"]
-    return table([*head, "sequence: times its loop", "recurrent: times its loop"], lines)
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
+        of = {r["contestant"]: r for r in rows if tuple(r["shape"]) == shape}
+        ours = [f"{of[name]['ms'] / of['torch']['ms']:.2f}" for name in FORMS_OURS]
+        loops = [f"{of[name]['x_loop']:.1f}" for name in FORMS_OURS]
+        most = f"{of['loop recurrent']['x_limit']:.1f}"
+        lines.append([*map(str, shape), f"{of['torch']['ms']:.1f}", *ours, *loops, most])
+    head = ["steps", "batch", "units", "torch.nn.LSTM, ms", "sequence", "frame", "recurrent"]
+    head += [f"{name}: times its loop" for name in ("sequence", "frame", "recurrent")]
+    return table([*head, "recurrent loop / products"], lines)
 
 
 def draw_gradients(rows: list[dict[str, Any]], path: Path) -> None:

@@ -327,7 +327,9 @@ def test_every_plot_is_drawn_from_rows_and_none_without(tmp_path: Path):
 
 def test_recurrent_rows(monkeypatch: pytest.MonkeyPatch):
     made = list(recurrent.measure("LSTM", recurrent.Size(4, 3, 32), "steps", 0.0))
-    assert [row["contestant"] for row in made] == ["torch", *recurrent.FORMS, *recurrent.LOOPS]
+    assert [row["contestant"] for row in made] == [
+        *("torch", *recurrent.FORMS, *recurrent.LOOPS, recurrent.HOISTED, recurrent.PRODUCTS)
+    ]
     by = {row["contestant"]: row for row in made}
     assert by["ours sequence"]["x_loop"] == pytest.approx(by["loop sequence"]["ms"] / by["ours sequence"]["ms"])
     assert not any(row["targets"] for row in made)  # which are those of the full size
