@@ -49,8 +49,8 @@ def cases(quick: bool) -> list[tuple[str, Size, str | None]]:
     found += [(cell, Size(), None) for cell in ("GRU", "RNN")]
     found += [("LSTM", Size(steps=steps), "steps") for steps in (10, 25, 100, 200, 1000)]
     found += [("LSTM", Size(samples=samples), "samples") for samples in (16, 256)]
-    found += [("LSTM", Size(hidden=hidden), "hidden") for hidden in (32, 64, 256, 512)]
-    return [*found, ("LSTM", Size(steps=25, hidden=1024), "hidden")]
+    found += [("LSTM", Size(hidden=hidden), "hidden") for hidden in (32, 64, 256)]
+    return found + [("LSTM", Size(steps=steps, hidden=hidden), "hidden") for steps, hidden in ((25, 512), (10, 1024))]
 
 
 class Loop(nn.Module):
