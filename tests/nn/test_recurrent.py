@@ -376,6 +376,38 @@ def test_batches_without_sequences():
         assert layer.eval()(x)[0].shape == (STEPS, 0, 2 * HIDDEN), kind
 
 
+def test_nested_tensors_and_sequences_without_frames():
+    """As the sequences that have frames give them by themselves."""
+    for (kind, (ours, _)), first, (pool, recurrent) in itertools.product(
+        LAYERS.items(), (True, False), [(None, False), *FORMS]
+    ):
+        options = {"num_layers": 2, "bidirectional": True, "batch_first": first}
+        layer = ours(INPUT, HIDDEN, **options, batch_norm=pool, recurrent=recurrent).double()
+        lengths, kept = [3, 0, 6, 4, 0], [0, 2, 3]
+        parts = [torch.randn(n, INPUT, dtype=torch.float64) for n in lengths]
+        x = nn.utils.rnn.pad_sequence(parts, first)
+        x.requires_grad_()
+        states = states_like(layer, 5)
+        own = copy.deepcopy(layer)
+        some = x[kept] if first else x[:, kept]
+        expected, ended = own(some, of_samples(states, kept), lengths=[3, 6, 4])
+        y, last = layer(x, states, lengths=lengths)
+        close(y[kept] if first else y[:, kept], expected)
+        close(of_samples(last, kept), ended, rtol=0, atol=0)
+        close(of_samples(last, [1, 4]), of_samples(states, [1, 4]), rtol=0, atol=0)
+        close(layer.state_dict(), own.state_dict(), rtol=0, atol=0)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        (own_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+        close(gradient, own_gradient)
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        out, of_nested = layer.eval()(nested, states)
+        y, last = layer(x, states, lengths=lengths)
+        padded = y if first else y.transpose(0, 1)
+        for row, whole, n in zip(out.unbind(), padded, lengths, strict=True):
+            close(row, whole[:n], msg=kind)
+        close(of_nested, last)
+
+
 def test_micro_batches_are_merged_by_step():
     layer = bn.GRU(INPUT, HIDDEN, batch_norm="frame", max_steps=4, momentum=1.0).double()
     x = torch.randn(STEPS, 2 * SAMPLES, INPUT, dtype=torch.float64)
@@ -469,7 +501,8 @@ def test_errors_come_before_anything_changes():
     holes[0, 2] = False
     for call, message in (
         (lambda: layer(x[:, :1]), "more than 1 sequence"),
-        (lambda: layer(x, lengths=[0, 1, 2, 3]), "from 1 to 6"),
+        (lambda: layer(x, lengths=[-1, 1, 2, 3]), "from 0 to 6"),
+        (lambda: layer(torch.nested.nested_tensor([x[0], x[1]], layout=torch.jagged), lengths=[4, 4]), "nested tensor"),
         (lambda: layer(x, lengths=[1, 2, 3]), "4 numbers"),
         (lambda: layer(x, mask=holes), "before the padding"),
         (lambda: layer(x, mask=holes.float()), "boolean"),

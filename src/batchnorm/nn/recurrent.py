@@ -263,6 +263,8 @@ class _Layer(_Normalized, nn.RNNBase):
     def _forward(
         self, input: Any, hx: State | None, lengths: Tensor | Sequence[int] | None, mask: Tensor | None, step: int
     ) -> tuple[Any, State]:
+        if isinstance(input, Tensor) and input.is_nested:
+            return self._jagged(input, hx, lengths is not None or mask is not None, step)
         if lengths is not None or mask is not None:
             return self._padded(input, hx, lengths, mask, step)
         if self.options.batch_norm is None:
@@ -300,16 +302,44 @@ class _Layer(_Normalized, nn.RNNBase):
         if mask is not None:
             lengths = _lengths_of(mask, (samples, steps), called)
         counts = torch.as_tensor(lengths, dtype=torch.long, device="cpu")
-        if counts.shape != (samples,) or not bool(((counts > 0) & (counts <= steps)).all()):
+        if counts.shape != (samples,) or not bool(((counts >= 0) & (counts <= steps)).all()):
             raise InputError(
-                f"{called}: lengths must be {samples} numbers from 1 to {steps}, those of the input "
+                f"{called}: lengths must be {samples} numbers from 0 to {steps}, those of the input "
                 f"{tuple(input.shape)}; got {counts.tolist()}"
             )
         if not samples:
             return self.forward(input, hx, step=step)
+        if not bool(counts.all()):
+            return self._with_empty(input, hx, counts, step)
         packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
         output, states = self.forward(packed, hx, step=step)
         return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], states
+
+    def _with_empty(self, input: Tensor, hx: State | None, counts: Tensor, step: int) -> tuple[Tensor, State]:
+        """The same where some have no frame: these end in the state that they begin with."""
+        there, batch = counts.nonzero().squeeze(1).to(input.device), 0 if self.batch_first else 1
+        given = None if hx is None else self._each(hx, lambda h: h.index_select(1, there))
+        output, states = self._padded(input.index_select(batch, there), given, counts[counts > 0], None, step)
+        shape = [*output.shape]
+        shape[batch] = len(counts)
+        h0, c0 = self._initial(input, len(counts), hx)
+        begun = iter((h0,) if c0 is None else (h0, c0))
+        states = self._each(states, lambda h: next(begun).to(h.dtype).index_copy(1, there, h))
+        return output.new_zeros(shape).index_copy(batch, there, output), states
+
+    def _jagged(self, input: Tensor, hx: State | None, also_told: bool, step: int) -> tuple[Tensor, State]:
+        """Sequences of a nested tensor (N, *, input); the batch comes first, whatever ``batch_first`` says."""
+        called = type(self).__name__
+        if also_told:
+            raise InputError(f"{called}: got lengths or mask beside a nested tensor, which knows its own lengths")
+        if input.layout is not torch.jagged or input.dim() != 3 or input._ragged_idx != 1:  # type: ignore[attr-defined]
+            raise InputError(f"{called}: expected a nested tensor (N, *, input) with layout=torch.jagged")
+        offsets, batch_first = input.offsets(), self.batch_first  # type: ignore[attr-defined]
+        lengths, x = offsets.diff(), input.to_padded_tensor(0.0)
+        output, states = self.forward(x if batch_first else x.transpose(0, 1), hx, lengths=lengths, step=step)
+        output = output if batch_first else output.transpose(0, 1)
+        there = torch.arange(output.shape[1], device=output.device) < lengths[:, None]
+        return torch.nested.nested_tensor_from_jagged(output[there], offsets), states
 
     def _packed(self, input: PackedSequence, hx: State | None, step: int) -> tuple[PackedSequence, State]:
         data, batch_sizes, order, back = input
@@ -508,9 +538,10 @@ Args:
         normalization of every step, step by step on ATen.
 
 Shape:
-    As torch.nn's: (T, N, input), (N, T, input) with ``batch_first``, (T, input), or a `PackedSequence`.
-    ``lengths=`` (N numbers) or ``mask=`` (N, T, True = valid, padding last) of ``forward`` say which frames of a
-    padded input are valid: the others are in no pool, and zero in the output. ``step=`` is the number of frames
+    As torch.nn's: (T, N, input), (N, T, input) with ``batch_first``, (T, input), or a `PackedSequence`; or a nested
+    tensor (N, *, input) of jagged layout, which comes out as one. ``lengths=`` (N numbers) or ``mask=`` (N, T, True =
+    valid, padding last) of ``forward`` say which frames of a padded input are valid: the others are in no pool, and
+    zero in the output. A sequence of length 0 ends in the state that it begins with. ``step=`` is the number of frames
     before the first, where a sequence is read in parts. The *reverse* direction counts steps from each sequence's end.
 
 Raises:
