@@ -41,6 +41,7 @@ _PUBLIC = {
     "no_update": "batchnorm.nn.modes",
     "param_groups": "batchnorm.surgery.parameter_groups",
     "preview_export": "batchnorm.surgery.exporting",
+    "recompute_outputs": "batchnorm.ops.recomputation",
     "restore": "batchnorm.population.adaptation",
     "revert": "batchnorm.surgery.conversion",
     "save_keras": "batchnorm.population.checkpoints",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from batchnorm.nn.standardization import standardize as standardize
     from batchnorm.nn.step_batch_norm import StepBatchNorm as StepBatchNorm
     from batchnorm.ops.configuration import show_config as show_config
+    from batchnorm.ops.recomputation import recompute_outputs as recompute_outputs
     from batchnorm.population.adaptation import adapt as adapt
     from batchnorm.population.adaptation import restore as restore
     from batchnorm.population.averaging import average_statistics as average_statistics

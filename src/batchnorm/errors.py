@@ -13,6 +13,10 @@ class DtypeError(BatchNormError, NotImplementedError):  # which is a RuntimeErro
     """A dtype, device or layout that the called function cannot take."""
 
 
+class StateError(BatchNormError, RuntimeError):
+    """Something that has been changed since, and is needed as it was."""
+
+
 class SurgeryError(BatchNormError, RuntimeError):
     """An edit of a network that cannot be done exactly; the network is left as it was."""
 

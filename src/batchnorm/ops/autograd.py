@@ -15,6 +15,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten, cpu
+from batchnorm.ops import recomputation
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments
 
@@ -439,7 +440,10 @@ def by_batch(
             return aten.forward(x, weight, bias, residual, pool_size, eps, activation, slope, mask)
         return tuple(TransformedBatchStatistics.apply(x, weight, bias, residual, *settings))
     measured: list[Tensor] = []
-    y = _eager_by_batch(x, weight, bias, residual, mask, Settings(*settings), measured)
+    given = Settings(*settings)
+    y = _eager_by_batch(x, weight, bias, residual, mask, given, measured)
+    if residual is None and recomputation.is_active():
+        recomputation.note(y, (x, weight, bias), measured[:2], given.arguments, mask)
     return y, *measured
 
 
@@ -456,6 +460,8 @@ def by_population(
     """`PopulationStatistics` on weight, bias, residual, mean, variance, and the settings: y."""
     if torch.compiler.is_compiling() or not is_transformed():
         y: Tensor = PopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings, mask)[0]
+        if residual is None and recomputation.is_active():
+            recomputation.note(y, (x, weight, bias), (mean.clone(), var.clone()), Settings(*settings).arguments, mask)
         return y
     if mask is not None:
         pool_size, eps, activation, slope = settings

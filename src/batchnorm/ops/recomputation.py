@@ -1,0 +1,164 @@
+"""Outputs of batch normalization that the backward makes again, instead of being kept alive by whoever reads them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from batchnorm.errors import StateError
+
+
+class Source:
+    """What an output was made of: operands of `normalize`, which gives its bits once more."""
+
+    def __init__(self, y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any):
+        self.version = y._version
+        self._operands = tuple(None if t is None else t.detach() for t in operands)  # x, weight, bias
+        self._versions = [None if t is None else t._version for t in operands]
+        self._statistics, self._settings, self._mask = statistics, settings, mask
+
+    @torch.no_grad()
+    def rebuild(self) -> Tensor:
+        if [None if t is None else t._version for t in self._operands] != self._versions:
+            raise StateError(
+                "recompute_outputs: the input, weight or bias of a batch normalization has been modified by an inplace "
+                "operation since the forward, so its output cannot be made again; modify a copy"
+            )
+        x, weight, bias = self._operands
+        operator = torch.ops.batchnorm.normalize.default
+        y: Tensor = operator(x, *self._statistics, weight, bias, None, *self._settings, False, self._mask)[0]
+        return y
+
+
+class recompute_outputs(TorchFunctionMode):  # noqa: N801
+    """A context in which outputs of batch normalization are not kept for the backward of what reads them.
+
+    A convolution after BN + activation keeps its input for its own backward, and BN keeps x: two tensors of one size.
+    Here the convolution keeps a note instead, and its backward makes the input again from x, mean and variance, with
+    the same bits. It costs one more normalization in the backward for each reader. Run the forward of a step inside;
+    the backward may be outside.
+
+    It covers outputs of this package's layers and of `functional.batch_norm`, also seen through views, read by torch's
+    own functions. Kept as ever are outputs with a residual (which would have to be kept in their place), of
+    synchronized and channel-grouped layers, modified in place, or read by other layers of this package, by custom
+    `autograd.Function`s, under autocast after a cast, under `torch.utils.checkpoint` and other hooks on saved tensors.
+    Where the activation is a module of its own it is that one's output which is kept, not BN's: fuse it first
+    (`accelerate`, or ``activation=``). For eager mode: calls go through Python inside.
+
+    Raises:
+        StateError: in the backward, where x, weight or bias were modified in place after the forward.
+
+    Source: Chen et al. 2016 (recomputation); Rota Bulò et al. 2018 (of batch normalization).
+
+    Example:
+        >>> conv, norm = torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8, activation="relu")
+        >>> after = torch.nn.Conv2d(8, 8, 3)
+        >>> with recompute_outputs():
+        ...     loss = after(norm(conv(torch.randn(2, 3, 8, 8)))).square().mean()
+        >>> loss.backward()
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __enter__(self) -> recompute_outputs:
+        _active.modes = (*_modes(), self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _active.modes = _modes()[:-1]
+        super().__exit__(*exception)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self._sources and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._forget(list(_tensors((*args, *(kwargs or {}).values()))), list(_tensors((result,))))
+        return result
+
+    def _forget(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Puts notes in place of known outputs among the inputs, in the nodes that a function has made."""
+        known = [(t, source) for t in inputs if (source := self._source(t)) is not None]
+        if not known or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return
+        seen = {t.grad_fn for t in inputs}
+        nodes = [t.grad_fn for t in outputs]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes.extend(before for before, _ in node.next_functions)
+            for name in _saved_names(node):
+                saved = getattr(node, f"_saved_{name}")
+                for t, source in known:
+                    if saved is t:
+                        view = None if t._base is None else (t.shape, t.stride(), t.storage_offset())
+                        getattr(node, f"_raw_saved_{name}").register_hooks(_Note(source, view), _unpack)
+
+    def _source(self, t: Tensor) -> Source | None:
+        source: Source | None = self._sources.get(t if t._base is None else t._base)
+        return source if source is not None and source.version == t._version else None
+
+
+class _Note:
+    """Stands for a saved tensor; also the hook that puts it in its place."""
+
+    def __init__(self, source: Source, view: Any) -> None:
+        self._source, self._view = source, view
+
+    def __call__(self, _: Tensor) -> _Note:
+        return self
+
+    def unpack(self) -> Tensor:
+        y = self._source.rebuild()
+        return y if self._view is None else y.as_strided(*self._view)
+
+
+def _unpack(note: _Note) -> Tensor:
+    return note.unpack()
+
+
+_active = threading.local()
+_names: dict[type, tuple[str, ...]] = {}
+
+
+def _modes() -> tuple[recompute_outputs, ...]:
+    modes: tuple[recompute_outputs, ...] = getattr(_active, "modes", ())
+    return modes
+
+
+def is_active() -> bool:
+    """Whether a context is entered, in eager mode."""
+    return not torch.compiler.is_compiling() and bool(_modes())
+
+
+def note(y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any) -> None:
+    """Tells the innermost context what an output was made of."""
+    if y.requires_grad:
+        _modes()[-1]._sources[y] = Source(y, operands, statistics, settings, mask)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (each for each in value if isinstance(each, Tensor))
+
+
+def _saved_names(node: Any) -> tuple[str, ...]:
+    """Of the single tensors that a node of torch's own keeps."""
+    kind = type(node)
+    if kind not in _names:
+        prefix, attributes = "_raw_saved_", set(dir(kind))
+        names = (name.removeprefix(prefix) for name in attributes if name.startswith(prefix))
+        _names[kind] = tuple(sorted(name for name in names if f"_saved_{name}" in attributes))
+    return _names[kind]

@@ -1,0 +1,164 @@
+"""Outputs made again in the backward: the same bits, freed in between, and kept where they cannot be."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm as bn
+from batchnorm.ops.schemas import ACTIVATIONS
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(activation: str = "relu", **options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    norms = [bn.BatchNorm2d(4, activation=activation, **options) for _ in range(2)]
+    first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, bias=False)
+    return nn.Sequential(first, norms[0], second, norms[1], nn.Flatten(), nn.Linear(144, 5))
+
+
+class Kept:
+    """How many outputs of batch normalization are alive after the forward."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._storages: list[Any] = []
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_hook(lambda _, args, y: self._storages.append(y.untyped_storage()._weak_ref()))
+
+    def count(self) -> int:
+        gc.collect()
+        return sum(torch.UntypedStorage._new_with_weak_ptr(each) is not None for each in self._storages)
+
+
+def step(net: nn.Module, recompute: bool, call: Callable[[Tensor], Tensor] | None = None) -> tuple[list[Any], int]:
+    """Loss, gradients and buffers, and the number of outputs kept between forward and backward."""
+    net = copy.deepcopy(net)
+    kept = Kept(net)
+    x = normal(6, 3, 10, 10).requires_grad_()
+    with bn.recompute_outputs() if recompute else nullcontext():
+        loss = (net(x) if call is None else call(net)(x)).square().mean()
+    alive = kept.count()
+    loss.backward()
+    return [loss, x.grad, *(p.grad for p in net.parameters()), *net.buffers()], alive
+
+
+def assert_same_bits(ours: Any, expected: Any) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+def test_same_bits_of_less_memory(activation: str, training: bool):
+    """Read by a convolution, and by a linear layer through a view."""
+    net = network(activation).train(training)
+    (ours, kept), (expected, before) = step(net, True), step(net, False)
+    assert_same_bits(ours, expected)
+    assert (kept, before) == (0, 2)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_more_normalization_gives_the_same_bits(dtype: torch.dtype, memory: torch.memory_format):
+    """What it all rests on, at sizes that the kernels cut in different ways."""
+    for shape in ((40, 20), (3, 7, 5, 5), (2, 3, 90, 90), (8, 40, 20, 20)):
+        x = normal(*shape).to(dtype)
+        x = x.to(memory_format=memory) if x.ndim == 4 else x
+        weight, bias = normal(shape[1], seed=1).to(dtype), normal(shape[1], seed=2).to(dtype)
+        for pool_size in (0, 3):
+            fusion = (None, pool_size, 1e-5, ACTIVATIONS.index("gelu"), 0.0, False)
+            y, mean, var, _ = torch.ops.batchnorm.forward(x, weight, bias, *fusion)
+            assert_same_bits(torch.ops.batchnorm.normalize(x, mean, var, weight, bias, *fusion)[0], y)
+
+
+def test_readers_may_be_several_and_functions():
+    def twice(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            y = net[1](net[0](x))
+            return torch.cat([net[2](y), torch.nn.functional.conv2d(y, net[2].weight * 2)])
+
+        return call
+
+    (ours, kept), (expected, before) = (step(network(), recompute, twice) for recompute in (True, False))
+    assert_same_bits(ours, expected)
+    assert (kept, before) == (0, 1)
+
+
+def test_what_is_not_made_again_is_kept():
+    def residual(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        return lambda x: net[2](net[1](h := net[0](x), h))
+
+    def in_place(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        return lambda x: net[2](net[1](net[0](x)).mul_(2))
+
+    def hooked(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+                return net[:3](x)
+
+        return call
+
+    for call, activation in ((residual, "relu"), (in_place, None), (hooked, "relu")):
+        (ours, kept), (expected, before) = (step(network(activation), recompute, call) for recompute in (True, False))
+        assert_same_bits(ours, expected)
+        assert (kept, before) == (1, 1), call
+    for reentrant in (True, False):
+
+        def checkpointed(net: nn.Sequential, reentrant: bool = reentrant) -> Callable[[Tensor], Tensor]:
+            return lambda x: checkpoint(net, x, use_reentrant=reentrant)
+
+        (ours, _), (expected, _) = (step(network(), recompute, checkpointed) for recompute in (True, False))
+        assert_same_bits(ours, expected)
+
+
+def test_operands_that_changed_are_refused():
+    net, x = network("gelu"), normal(6, 3, 10, 10)
+    with bn.recompute_outputs():
+        h = net[0](x)
+        y = net[2](net[1](h))
+    with torch.no_grad():
+        h.add_(1)
+    with pytest.raises(bn.errors.StateError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with bn.recompute_outputs():
+        h = net[2](y := net[1](net[0](x)))
+        y.add_(1)  # of which nothing is kept
+    h.sum().backward()
+
+
+def test_second_derivatives_and_a_second_backward():
+    net = network("gelu").double()
+
+    def penalty(recompute: bool) -> list[Tensor]:
+        x = normal(6, 3, 10, 10).double().requires_grad_()
+        with bn.recompute_outputs() if recompute else nullcontext():
+            loss = net(x).square().mean()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True))
+
+    assert_same_bits(penalty(True), penalty(False))
+
+
+def test_nothing_outlives_the_context():
+    net, x = network(), normal(6, 3, 10, 10)
+    with bn.recompute_outputs(), torch.no_grad():
+        net(x)
+    with pytest.raises(ZeroDivisionError), bn.recompute_outputs():
+        raise ZeroDivisionError
+    y = net[1](net[0](x))
+    assert y.grad_fn.name() == "BatchNormBackward"  # at once again
+    out = net[2](y)
+    assert out.grad_fn._saved_input is y
