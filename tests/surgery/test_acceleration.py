@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -255,3 +256,61 @@ def test_inputs_that_grow_while_the_network_runs():
     bn.accelerate(net, IMAGES)
     assert [block.norm.activation for block in net.blocks] == ["relu", "relu"]
     assert_same(original, net, IMAGES)
+
+
+class Branches(nn.Module):
+    """Parallel normalizations that one sum joins."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x):
+        y = self.a(x) + self.b(x)
+        y += self.c(x)
+        return F.relu(y)
+
+
+def test_several_layers_that_feed_one_sum():
+    """Only one layer can take each addition."""
+    net, x = randomize(Branches()).eval(), torch.randn(4, 3, 5, 5)
+    expected = net(x)
+    bn.accelerate(net, x)
+    torch.testing.assert_close(net(x), expected)
+    assert net.c.activation == "relu"
+
+
+def test_values_that_are_overwritten_later_are_not_fused():
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(y)
+        y.mul_(0.5)
+        z.add_(y)
+        return z + y
+
+    net = Calls(forward, a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(3)).double()
+    x = torch.randn(4, 3, 5, 5).double()
+    with torch.no_grad():
+        expected = net(x)
+    with contextlib.suppress(InputError):  # torch cannot train it
+        bn.accelerate(net, x)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)
+
+
+def test_checkpointed_parts_count_their_batches_once():
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    net = Calls(forward, body=body, head=nn.Conv2d(4, 2, 1)).train()
+    bn.accelerate(net, torch.randn(4, 3, 5, 5))
+    assert net.body[1].activation == "relu"
+
+
+def test_networks_that_cast_to_float32_by_themselves():
+    net = Calls(lambda self, x: self.norm(self.conv(x.float())), conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))
+    bn.accelerate(net, torch.randn(4, 3, 5, 5))
+    assert isinstance(net.norm, bn.BatchNorm2d)

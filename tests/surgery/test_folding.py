@@ -152,7 +152,7 @@ def test_nested_outputs_and_keyword_inputs():
     assert fold(net, (x,)).certificate.folded[0].into == "conv"
 
 
-def test_python_that_depends_on_shapes_goes_through_export():
+def test_python_that_depends_on_shapes_is_followed_on_the_example():
     def forward(self, x):
         if x.shape[2] > 4:
             x = self.bn(self.conv(x))
@@ -168,7 +168,7 @@ def test_python_that_depends_on_shapes_goes_through_export():
         bn2=nn.BatchNorm2d(4),
     )
     result = fold(net, torch.randn(2, 3, 6, 6))
-    assert result.certificate.captured_by == "torch.export"
+    assert result.certificate.captured_by == "torch.fx on the example's shapes"
     assert {(i.layer, i.into) for i in result.certificate.folded} == {
         ("bn", "conv"),
         ("bn2", "conv2"),

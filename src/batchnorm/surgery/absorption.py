@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +20,9 @@ from batchnorm.surgery.affine import (
     tensor_inputs,
     wide,
 )
-from batchnorm.surgery.graph import DataFlow, data_inputs, obstacle, operation, rank, value_of
+from batchnorm.surgery.graph import DataFlow, data_inputs, is_plain, obstacle, operation, rank, value_of
 from batchnorm.surgery.layers import CHANNEL_PADDED
+from batchnorm.surgery.weights import per_input, scale_outputs
 
 _WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding)
 _SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split"}
@@ -223,6 +223,8 @@ class Absorption:
         reason = obstacle(flow, name)
         if reason is not None:
             return f"{way} '{name}', but {reason}"
+        if side == "input" and not (is_plain(layer) or is_norm(layer)):
+            return f"{way} '{name}', whose class {type(layer).__qualname__} has a forward of its own"
         if name in self.into:
             return f"it meets '{name}' twice"
         if is_norm(layer):
@@ -281,30 +283,6 @@ def _candidate_axes(axes: int | None, map: ChannelMap) -> list[int]:
         return []
     first = [map.axis] if map.axis is not None and map.axis < axes else []
     return list(dict.fromkeys([*first, *range(1, axes)]))
-
-
-def scale_outputs(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight with each output channel multiplied by its ``scale``.
-
-    The output axis is the first, but a transposed convolution's weight is (in, out / groups, *k),
-    with the groups along the first axis.
-    """
-    if not isinstance(layer, _ConvTransposeNd):
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    groups, kernel = layer.groups, weight.shape[2:]
-    grouped = weight.reshape(groups, -1, weight.shape[1], *kernel)
-    return (grouped * scale.reshape(groups, 1, -1, *[1] * len(kernel))).reshape(weight.shape)
-
-
-def per_input(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A view of the weight as (groups, out / groups, in / groups, taps)."""
-    if isinstance(layer, nn.Linear):
-        return weight[None, :, :, None]
-    assert isinstance(layer, _ConvNd)
-    groups = layer.groups
-    if isinstance(layer, _ConvTransposeNd):
-        return weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:])).transpose(1, 2)
-    return weight.reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
 
 
 def _at_output(layer: Any, old: Weights, node: fx.Node, map: ChannelMap, name: str) -> Weights | str:

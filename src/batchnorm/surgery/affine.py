@@ -12,9 +12,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.padding import _CircularPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.utils import _pytree as pytree
 
-from batchnorm.surgery.graph import DataFlow, data_inputs, is_frozen_affine, operation, rank, value_of
+from batchnorm.surgery.graph import (
+    SHAPE_ATTRIBUTES,
+    SHAPE_READERS,
+    DataFlow,
+    data_inputs,
+    is_frozen_affine,
+    operation,
+    rank,
+    value_of,
+)
 
 _IDENTITIES = {"alias", "clone", "contiguous", "detach"}
+_CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "type_as"}
 _DROPOUTS = {
     "alpha_dropout",
     "dropout",
@@ -49,8 +59,6 @@ _AVERAGE_POOLS = {f"avg_pool{n}d": n for n in (1, 2, 3)}
 _ADAPTIVE_POOLS = {f"adaptive_avg_pool{n}d": n for n in (1, 2, 3)}
 _MAX_POOLS = {f"max_pool{n}d": n for n in (1, 2, 3)} | {f"adaptive_max_pool{n}d": n for n in (1, 2, 3)}
 _INTERPOLATIONS = {"interpolate", "upsample", "upsample_bilinear", "upsample_nearest"}
-_SHAPE_READERS = {"dim", "ndimension", "numel", "size", "sym_size"}
-_SHAPE_ATTRIBUTES = {"device", "dtype", "is_cuda", "ndim", "requires_grad", "shape"}
 
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
@@ -148,8 +156,8 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def reads_shape(node: fx.Node) -> bool:
     if node.op == "call_function" and operation(node) == "getattr":
-        return node.args[1] in _SHAPE_ATTRIBUTES
-    return node.op in ("call_function", "call_method") and operation(node) in _SHAPE_READERS
+        return node.args[1] in SHAPE_ATTRIBUTES
+    return node.op in ("call_function", "call_method") and operation(node) in SHAPE_READERS
 
 
 def shape(node: fx.Node) -> tuple[int, ...] | None:
@@ -173,7 +181,7 @@ def crossing(flow: DataFlow, node: fx.Node, source: fx.Node, axis: int) -> Cross
     name, axes = operation(node), rank(source)
     if axes is None:
         return None
-    if name in _IDENTITIES:
+    if name in _IDENTITIES or (name in _CASTS and _same_dtype(node, source)):
         return Crossing(axis)
     if name in _DROPOUTS:
         training = argument(node, 2, "training", argument(node, 2, "train", True))
@@ -185,6 +193,11 @@ def crossing(flow: DataFlow, node: fx.Node, source: fx.Node, axis: int) -> Cross
     if name == "mean":
         return _averaged(node, axes, axis)
     return _through_pool(flow, node, axes, axis, name)
+
+
+def _same_dtype(node: fx.Node, source: fx.Node) -> bool:
+    values = value_of(node), value_of(source)
+    return all(isinstance(v, Tensor) for v in values) and len({v.dtype for v in values}) == 1
 
 
 def _through_module(flow: DataFlow, node: fx.Node, source: fx.Node, axis: int, module: Any) -> Crossing | str | None:

@@ -39,7 +39,8 @@ class Difference:
         relative: the same divided by the output's largest magnitude.
         rounding: the unfolded network's own error against float64, relative in the same way, where float64 could
             be run.
-        tolerance: the largest ``relative`` that is accepted.
+        tolerance: the largest ``relative`` that is accepted: where ``rounding`` is large, that is more.
+        error: the folded network's own error against float64, to compare with ``rounding``.
     """
 
     inputs: str
@@ -49,6 +50,7 @@ class Difference:
     relative: float
     rounding: float | None
     tolerance: float
+    error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -63,7 +65,8 @@ class Certificate:
         folded: each batch normalization that is gone, and the layer that it went into.
         kept: each that stayed, why, and the scale and shift that it became where it could.
         differences: every comparison that was made; all have passed.
-        captured_by: ``"torch.fx"``, or ``"torch.export"``: then for the example's shapes alone.
+        captured_by: ``"torch.fx"``; or ``"torch.fx on the example's shapes"`` or ``"torch.export"``: then the data flow
+            is known for the shapes of the example alone.
         tolerance: the largest relative difference that was accepted in the network's dtype.
         dtype: the network's dtype.
     """
@@ -85,6 +88,17 @@ class Certificate:
         """Largest relative difference in the network's own dtype."""
         return max((d.relative for d in self.differences if d.dtype == self.dtype), default=0.0)
 
+    @property
+    def rounding(self) -> float | None:
+        """Largest error of the unfolded network against float64, in its own dtype: where that is large, so is
+        ``relative``, and no implementation of the network could agree better with another one."""
+        return max((d.rounding for d in self.differences if d.dtype == self.dtype and d.rounding), default=None)
+
+    @property
+    def error(self) -> float | None:
+        """The same of the folded network."""
+        return max((d.error for d in self.differences if d.dtype == self.dtype and d.error), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -96,7 +110,13 @@ class Certificate:
             lines.append(f"  {item.layer} kept: {item.reason}{becomes}")
         lines += [
             f"  {d.inputs}, {d.dtype}, {d.output}: absolute {d.absolute:.2e}, "
-            f"relative {d.relative:.2e} (accepted {d.tolerance:.0e})"
+            f"relative {d.relative:.2e} (accepted {d.tolerance:.0e}{_against_float64(d)})"
             for d in self.differences
         ]
         return "\n".join(lines)
+
+
+def _against_float64(d: Difference) -> str:
+    if d.rounding is None or d.error is None:
+        return ""
+    return f"; against float64 {d.error:.0e}, unfolded {d.rounding:.0e}"

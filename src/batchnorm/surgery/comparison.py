@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import InputError, SurgeryError
 
@@ -134,19 +135,44 @@ def run_example(net: nn.Module, example: Example) -> Any:
         ) from error
 
 
-def tensors_of(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a nested output, each with its path."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
+class _Narrowing(TorchDispatchMode):
+    """Notes whether any operation gives a floating-point tensor narrower than float64."""
+
+    seen: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            self.seen |= bool(isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64)
+        return result
+
+
+def narrows(net: nn.Module, example: Example) -> bool:
+    """Whether a float64 network rounds to a narrower type on the way, as one with ``x.float()`` in its forward."""
+    mode = _Narrowing()
+    with mode:
+        example.run(net)
+    return mode.seen
+
+
+def leaves_of(value: Any, path: str = "output") -> Iterator[tuple[str, Any]]:
+    """What mappings, sequences and data classes hold, at any depth, each with its path."""
+    if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from tensors_of(item, f"{path}[{key!r}]")
+            yield from leaves_of(item, f"{path}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from tensors_of(item, f"{path}[{index}]")
+            yield from leaves_of(item, f"{path}[{index}]")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for key in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, key.name), f"{path}.{key.name}")
+            yield from leaves_of(getattr(value, key.name), f"{path}.{key.name}")
+    else:
+        yield path, value
+
+
+def tensors_of(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested output, each with its path."""
+    return ((path, leaf) for path, leaf in leaves_of(value) if isinstance(leaf, Tensor))
 
 
 @dataclass(frozen=True)

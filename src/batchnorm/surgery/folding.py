@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import BatchNormError, SurgeryError
 from batchnorm.nn import batch_norm as ours
-from batchnorm.surgery import activations, recurrent
+from batchnorm.surgery import activations, recurrent, subclasses
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
 from batchnorm.surgery.certificate import Certificate as Certificate
 from batchnorm.surgery.certificate import Difference as Difference
 from batchnorm.surgery.certificate import Folded as Folded
 from batchnorm.surgery.certificate import Kept as Kept
-from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, run_example
-from batchnorm.surgery.graph import DataFlow, capture, data_inputs, has_hooks, is_plain, obstacle, operation, unwrap
+from batchnorm.surgery.comparison import Example, copy_of, distances, narrows, run_example
+from batchnorm.surgery.graph import (
+    EXPORTED,
+    DataFlow,
+    capture,
+    data_inputs,
+    has_hooks,
+    is_plain,
+    obstacle,
+    operation,
+    unwrap,
+)
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
 from batchnorm.surgery.plan import Plan, Step, replace_module
 
@@ -97,6 +108,8 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     net = unwrap(net, "fold")
     given = Example.of(example)
     _refuse_training_mode(net)
+    inner = subclasses.opened(net, given)
+    original, net = copy_of(net).eval(), subclasses.with_opened(net, inner)
     evaluated = copy_of(net).eval()
     overwritten = _overwritten(evaluated, given)
     folding = Folding(capture(evaluated, given), overwritten)
@@ -107,22 +120,23 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
         allowed = {item.layer: item.into for item in trained.folded}
         folding = Folding(capture(evaluated, given), overwritten, allowed)
         folding.run()
-    folded = copy_of(net)
+    folded = net
     differences: list[Difference] = []
     dtype = _dtype(net)
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     plan = Plan(
         folded,
         folding.steps(folded),
-        lambda: differences.extend(_verify(evaluated, folded, folding, given, limit)),
+        lambda: differences.extend(_verify(original, evaluated, folded, folding, given, limit)),
         skipped={item.layer: item.reason for item in folding.kept},
     )
     plan.apply()
+    names = {f"{name}.{subclasses.NORM}": name for name in inner}
     return FoldResult(
         folded,
         Certificate(
-            tuple(folding.folded),
-            tuple(folding.kept),
+            tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.folded),
+            tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.kept),
             tuple(differences),
             folding.flow.method,
             limit,
@@ -228,7 +242,7 @@ class Folding:
         """Whether the layer is called with a residual beside its input, and nothing else."""
         node = self.flow.calls(name)[0]
         arguments = [*node.args, *node.kwargs.values()]
-        return self.flow.method == "torch.fx" and len(arguments) == 2 and not set(node.kwargs) - {"residual"}
+        return self.flow.method != EXPORTED and len(arguments) == 2 and not set(node.kwargs) - {"residual"}
 
     def visit(self, name: str, layer: nn.Module) -> Folded | str:
         reason = self.state.foldable[name]
@@ -293,6 +307,9 @@ class Folding:
             steps.append(Step(f"{name}: new weights", _assignment(layer, new, dtype)))
         for name, make in self.gone.items():
             old, module = net.get_submodule(name), make(dtype)
+            for key, value in vars(old).items():  # a forward may read eps, num_features, ...
+                if not key.startswith("_") and not hasattr(module, key):
+                    setattr(module, key, value)
             do = _replacement(net, old, module.train(old.training))
             steps.append(Step(f"{name}: replaced by {module}", do))
         return steps
@@ -422,10 +439,10 @@ def _dtype(net: nn.Module) -> torch.dtype:
 
 
 def _verify(
-    net: nn.Module, folded: nn.Module, folding: Folding, example: Example, tolerance: float
+    net: nn.Module, opened: nn.Module, folded: nn.Module, folding: Folding, example: Example, tolerance: float
 ) -> list[Difference]:
     """Compare on several inputs and in several dtypes; raises on the first that is too far apart."""
-    exact = copy_of(net).double(), copy_of(net).double()
+    exact = copy_of(net).double(), copy_of(opened).double()
     for step in folding.steps(exact[1], torch.float64):
         step.do()
     candidate = copy_of(folded).eval()
@@ -433,38 +450,60 @@ def _verify(
     inputs |= {f"random {i}": example.randomized(i) for i in range(1, _RANDOM_INPUTS + 1)}
     inputs["doubled batch"] = example.doubled()
     differences: list[Difference] = []
+    dtype, narrow = _text(_dtype(net)), False
     for name, given in inputs.items():
         expected = run_example(net, given) if name == "example" else _attempt(net, given)
         if expected is None:
             continue
-        truth = _attempt(exact[0], given.to(torch.float64))
+        wide = given.to(torch.float64)
+        truth, actual = _attempt(exact[0], wide), _run_folded(candidate, given)
+        own, error = _errors(truth, expected), _errors(truth, actual)
+        own_dtype = [
+            Difference(name, dtype, d.output, d.absolute, d.relative, own.get(d.output), limit, error.get(d.output))
+            for d in distances(expected, actual)
+            for limit in [_limit(tolerance, own.get(d.output))]
+        ]
         if truth is not None:
-            actual = given.to(torch.float64).run(exact[1])
+            narrow = narrow or (name == "example" and narrows(exact[0], wide))
+            limits = {d.output: d.tolerance if narrow else _STRUCTURE_TOLERANCE for d in own_dtype}
             differences += [
-                _difference(name, "float64 unrounded", d, None, _STRUCTURE_TOLERANCE) for d in distances(truth, actual)
+                Difference(name, "float64 unrounded", d.output, d.absolute, d.relative, None, limits[d.output])
+                for d in distances(truth, _run_folded(exact[1], wide))
             ]
-        rounding = _rounding(truth, expected)
-        for d in distances(expected, run_example(candidate, given)):
-            own = rounding.get(d.output)
-            limit = max(tolerance, 4 * own) if own is not None and own < 0.1 else tolerance
-            differences.append(_difference(name, _text(_dtype(net)), d, own, limit))
-        if name == "example" and _dtype(net) in (torch.float32, torch.float64):
+        differences += own_dtype
+        if name == "example" and truth is not None and _dtype(net) in (torch.float32, torch.float64):
             differences += _in_bfloat16(net, candidate, given, truth)
     _raise_if_failed(differences, folding)
     return differences
+
+
+def _limit(tolerance: float, rounding: float | None) -> float:
+    """Four times the unfolded network's own rounding error is accepted, unless nothing of its output is certain."""
+    return max(tolerance, 4 * rounding) if rounding is not None and rounding < 0.1 else tolerance
+
+
+def _run_folded(net: nn.Module, example: Example) -> Any:
+    try:
+        return example.run(net)
+    except Exception as error:
+        raise SurgeryError(
+            f"fold: the folded network fails where the unfolded one does not ({type(error).__name__}: {error}): its "
+            "forward looks at its layers from outside; nothing was changed"
+        ) from error
 
 
 def _in_bfloat16(net: nn.Module, folded: nn.Module, example: Example, truth: Any) -> list[Difference]:
     """Both networks rounded to bfloat16, against float64: folding may not make the error much larger."""
     narrow = torch.bfloat16
     outputs = [_attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
-    if truth is None or any(output is None for output in outputs):
+    if any(output is None for output in outputs):
         return []
-    own = _rounding(truth, outputs[0])
+    own = _errors(truth, outputs[0])
     return [
-        _difference("example", _text(narrow), d, own[d.output], max(TOLERANCE[narrow], 4 * own[d.output]))
+        Difference("example", _text(narrow), d.output, d.absolute, d.relative, own[d.output], limit, d.relative)
         for d in distances(truth, outputs[1], dtype=torch.float64)
-        if own
+        if d.output in own
+        for limit in [max(TOLERANCE[narrow], 4 * own[d.output])]
     ]
 
 
@@ -487,17 +526,12 @@ def _attempt(net: nn.Module, example: Example) -> Any:
         return None
 
 
-def _rounding(exact: Any, rounded: Any) -> dict[str, float]:
-    if exact is None:
-        return {}
+def _errors(exact: Any, rounded: Any) -> dict[str, float]:
+    """The relative error of each output against float64."""
     try:
-        return {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}
+        return {} if exact is None else {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}
     except BatchNormError:
         return {}
-
-
-def _difference(inputs: str, dtype: str, d: Distance, rounding: float | None, tolerance: float) -> Difference:
-    return Difference(inputs, dtype, d.output, d.absolute, d.relative, rounding, tolerance)
 
 
 def _text(dtype: torch.dtype) -> str:

@@ -1,9 +1,9 @@
 """Data flow of a network: which module's output goes into which, captured without changing it.
 
-``torch.fx`` traces the network symbolically; where Python stops it, ``torch.export`` does, and its
-operators are gathered back into the modules that they came from. Both give one form: an
-``fx.Graph`` whose ``call_module`` nodes are layers, whose ``get_attr`` nodes are parameters and
-buffers read by anything else, and whose ``meta["val"]`` holds shapes and dtypes on the example.
+``torch.fx`` traces the network symbolically; where Python asks for a shape, once more with the shapes of the example
+at hand; where that stops too, ``torch.export`` does, and its operators are gathered back into the modules that they
+came from. All give one form: an ``fx.Graph`` whose ``call_module`` nodes are layers, whose ``get_attr`` nodes are
+parameters and buffers read by anything else, and whose ``meta["val"]`` holds shapes and dtypes on the example.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,15 +25,22 @@ from batchnorm.surgery.comparison import (
     Example,
     copy_of,
     distances,
+    leaves_of,
     random_state_kept,
     run_example,
+    tensors_of,
 )
 from batchnorm.surgery.plan import references
+from batchnorm.surgery.weights import applies_weights_once
 
 _ROOT = "net"
 _LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.nn.", "batchnorm.surgery.")
 _FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+SHAPE_READERS = {"dim", "ndimension", "numel", "size", "sym_size"}
+SHAPE_ATTRIBUTES = {"device", "dtype", "is_cuda", "ndim", "requires_grad", "shape"}
+_METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
+EXPORTED = "torch.export"
 
 
 class DataFlow:
@@ -43,7 +50,8 @@ class DataFlow:
         graph: the ``fx.Graph``; editing it does not change the network.
         net: the network that was captured (not the copy that was traced).
         modules: each module by its first qualified name, shared modules once.
-        method: ``"torch.fx"``, or ``"torch.export"``: then the flow holds for the example's shapes.
+        method: ``"torch.fx"``; or ``"torch.fx on the example's shapes"`` or ``"torch.export"``: then the flow holds for
+            these alone.
     """
 
     def __init__(self, graph: fx.Graph, net: nn.Module, method: str) -> None:
@@ -52,6 +60,11 @@ class DataFlow:
         self.method = method
         self.modules: dict[str, nn.Module] = dict(net.named_modules())
         self._first: dict[int, str] = {id(module): name for name, module in self.modules.items()}
+        self._calls: dict[str, list[fx.Node]] = {}
+        self._names: dict[fx.Node, str] = {}
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self._calls.setdefault(self.name(node), []).append(node)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -59,10 +72,11 @@ class DataFlow:
 
     def name(self, node: fx.Node) -> str:
         """The qualified name of the module or tensor behind a node."""
-        path = str(node.target).removeprefix(_ROOT).removeprefix(".")
-        if node.op == "call_module":
-            return self._first[id(self.net.get_submodule(path))]
-        return path
+        if node not in self._names:
+            path = str(node.target).removeprefix(_ROOT).removeprefix(".")
+            called = node.op == "call_module"
+            self._names[node] = self._first[id(self.net.get_submodule(path))] if called else path
+        return self._names[node]
 
     def module(self, node: Any) -> nn.Module | None:
         """The layer that a node calls."""
@@ -72,7 +86,7 @@ class DataFlow:
 
     def calls(self, name: str) -> list[fx.Node]:
         """The nodes that call the module ``name``."""
-        return [n for n in self.nodes if n.op == "call_module" and self.name(n) == name]
+        return [node for node in self._calls.get(name, []) if not node._erased]
 
     def readers(self, name: str) -> list[fx.Node]:
         """What reads the module's own parameters or buffers beside the module itself."""
@@ -153,8 +167,8 @@ def is_plain(module: nn.Module) -> bool:
     kind = type(module)
     methods = ("forward", "_conv_forward", "__call__")
     return (
-        kind.forward.__module__.startswith(_LEAF_PACKAGES)
-        and getattr(kind, "_conv_forward", kind.forward).__module__.startswith(_LEAF_PACKAGES)
+        str(kind.forward.__module__).startswith(_LEAF_PACKAGES)
+        and str(getattr(kind, "_conv_forward", kind.forward).__module__).startswith(_LEAF_PACKAGES)
         and kind.__call__ is nn.Module.__call__
         and not any(method in module.__dict__ for method in methods)
     )
@@ -162,7 +176,14 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the graph keeps the module as one node."""
-    return (is_plain(module) and not isinstance(module, _CONTAINERS)) or is_frozen_affine(module)
+    if isinstance(module, _CONTAINERS):
+        return False
+    return is_plain(module) or isinstance(module, _BatchNorm) or is_known(module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a class of its own computes what surgery understands, as seen from its outputs."""
+    return is_frozen_affine(module) or (not has_hooks(module) and applies_weights_once(module))
 
 
 def is_frozen_affine(module: nn.Module) -> bool:
@@ -204,7 +225,7 @@ def obstacle(flow: DataFlow, name: str) -> str | None:
     """Why the layer cannot be edited by itself, in words, or None."""
     module = flow.modules[name]
     calls = flow.calls(name)
-    if not is_plain(module) and not is_frozen_affine(module):
+    if not is_plain(module) and not is_known(module):
         return f"its class {type(module).__qualname__} has a forward of its own"
     if not calls:
         return "it is not called on the example's path (or only inside another layer)"
@@ -270,7 +291,7 @@ def capture(net: nn.Module, example: Any) -> DataFlow:
     given = Example.of(example)
     expected = run_example(_traceable(net)[0], given)
     failures = []
-    attempts = {"torch.fx": _trace, "torch.export": _export}
+    attempts = {"torch.fx": _trace, "torch.fx on the example's shapes": _trace_on_example, EXPORTED: _export}
     for method, attempt in attempts.items():
         try:
             with random_state_kept(net), warnings.catch_warnings():
@@ -307,13 +328,14 @@ def _traceable(net: nn.Module) -> tuple[nn.Module, set[int]]:
 
 
 def _check_same(expected: Any, output: Any) -> None:
-    for distance in distances(pytree.tree_leaves(expected), pytree.tree_leaves(output)):
+    tensors = ([x for _, x in tensors_of(value)] for value in (expected, output))
+    for distance in distances(*tensors):
         if not distance.relative <= 1e-3:
             raise SurgeryError("the captured graph does not give the network's own output")
 
 
 class _Call(nn.Module):
-    """One call of ``net`` whose only argument is the list of the example's tensors."""
+    """One call of ``net`` from the list of the example's tensors to that of the output's, whatever holds them."""
 
     def __init__(self, net: nn.Module, example: Example) -> None:
         super().__init__()
@@ -331,7 +353,8 @@ class _Call(nn.Module):
         call = self.example.with_leaves(leaves)
         net = self._modules[_ROOT]
         assert net is not None
-        return net(*call.args, **call.kwargs)
+        output = net(*call.args, **call.kwargs)
+        return [x for _, x in leaves_of(output) if isinstance(x, (Tensor, fx.Proxy))]
 
 
 class _Recorder(fx.Interpreter):
@@ -353,12 +376,13 @@ def observed(value: Any, name: str) -> Any:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, hooked: set[int]) -> None:
+    def __init__(self, net: nn.Module, hooked: set[int]) -> None:
         super().__init__()
         self.hooked = hooked
+        self.leaves = {id(module) for module in net.modules() if is_leaf(module)}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return id(m) in self.leaves
 
     def call_module(
         self,
@@ -382,23 +406,100 @@ class _Tracer(fx.Tracer):
         )
 
 
+class _Known(fx.Proxy):
+    """A proxy whose value on the example answers what Python asks of its shape."""
+
+    tracer: ExampleTracer
+
+    def __getattr__(self, k: str) -> Any:
+        if k in SHAPE_ATTRIBUTES:
+            return getattr(self.tracer.values[self.node], k)
+        return super().__getattr__(k)
+
+    def __len__(self) -> int:
+        return len(self.tracer.values[self.node])
+
+
+class ExampleTracer(_Tracer):
+    """Computes every value on the example while it traces, and takes the way that its shapes, not its data, decide."""
+
+    def __init__(self, net: nn.Module, hooked: set[int], inputs: list[Any]) -> None:
+        super().__init__(net, hooked)
+        self.inputs = iter(inputs)
+        self.values: dict[fx.Node, Any] = {}
+        self.computing = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Known(node, self)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = super().create_proxy(*args, **kwargs)
+        node = proxy.node
+        value = self.values[node] = self.compute(node)
+        if any(isinstance(x, Tensor) for _, x in leaves_of(value)) or node.op == "placeholder":
+            return proxy
+        known = not tensors_in(fx.map_arg((node.args, node.kwargs), self.values.__getitem__))
+        if not known and operation(node) not in _METADATA:
+            raise SurgeryError(f"{operation(node)} makes a Python value of the data")
+        self.graph.erase_node(node)
+        return value
+
+    def compute(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return next(self.inputs)
+        interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        self.computing = True
+        try:
+            return getattr(interpreter, node.op)(node.target, args, kwargs)
+        finally:
+            self.computing = False
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if self.computing:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(self.values[obj.node]))])
+
+
+def tensors_in(value: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in pytree.tree_leaves(value))
+
+
+def _inputs(example: Example) -> list[Tensor]:
+    return [x.detach().clone() for x in example.leaves() if isinstance(x, Tensor)]
+
+
 def _trace(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
     traced, hooked = _traceable(net)
     call = _Call(traced, example)
-    graph = _Tracer(hooked).trace(call)
-    call.add_module(_ROOT, _traceable(net)[0])
-    fresh = example.map(lambda x: x.detach().clone())
-    inputs = [x for x in fresh.leaves() if isinstance(x, Tensor)]
+    return _recorded(call, _Tracer(traced, hooked).trace(call), net)
+
+
+def _trace_on_example(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
+    traced, hooked = _traceable(net)
+    call = _Call(traced, example)
     with random_state_kept(net), torch.no_grad():
-        return graph, _Recorder(call, graph=graph).run(inputs)
+        graph = ExampleTracer(traced, hooked, [_inputs(example)]).trace(call)
+    return _recorded(call, graph, net)
+
+
+def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, Any]:
+    call.add_module(_ROOT, _traceable(net)[0])
+    with random_state_kept(net), torch.no_grad():
+        return graph, _Recorder(call, graph=graph).run(_inputs(call.example))
 
 
 def _export(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
     traced, hooked = _traceable(net)
     if hooked:
         raise SurgeryError("the network has forward hooks, which torch.export would hide")
-    fresh = example.map(lambda x: x.detach().clone())
-    inputs = tuple(x for x in fresh.leaves() if isinstance(x, Tensor))
+    inputs = tuple(_inputs(example))
     program = torch.export.export(_Flat(traced, example), inputs, strict=False)
     with random_state_kept(net), torch.no_grad():
         output = program.module()(*inputs)
