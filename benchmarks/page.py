@@ -169,8 +169,10 @@ def _growth(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _bars(axes: Axes, rows: Sequence[Row], label: Callable[[Row], str], value: Callable[[Row], float]) -> None:
-    """Groups of bars, one colour for each contestant."""
+def _bars(
+    axes: Axes, rows: Sequence[Row], label: Callable[[Row], str], value: Callable[[Row], float], lying: bool = False
+) -> None:
+    """Groups of bars, one colour for each contestant; lying ones from the top down, for long labels."""
     groups, names = (
         list(dict.fromkeys(each))
         for each in ((label(r) for r in rows), (r["contestant"] for r in rows))
@@ -179,10 +181,15 @@ def _bars(axes: Axes, rows: Sequence[Row], label: Callable[[Row], str], value: C
     for i, name in enumerate(names):
         own = [r for r in rows if r["contestant"] == name]
         places = [groups.index(label(r)) + (i - (len(names) - 1) / 2) * width for r in own]
-        axes.bar(places, [value(r) for r in own], width * 0.9, color=COLORS[name], label=name)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.axhline(1, color=NEUTRAL, linewidth=1.2)
-    axes.grid(axis="x", visible=False)
+        draw = axes.barh if lying else axes.bar
+        draw(places, [value(r) for r in own], width * 0.9, color=COLORS[name], label=name)
+    if lying:
+        axes.set_yticks(range(len(groups)), groups)
+        axes.invert_yaxis()
+    else:
+        axes.set_xticks(range(len(groups)), groups)
+    (axes.axvline if lying else axes.axhline)(1, color=NEUTRAL, linewidth=1.2)
+    axes.grid(axis="y" if lying else "x", visible=False)
 
 
 def _steps(rows: Sequence[Row]) -> Figure | None:
@@ -208,16 +215,19 @@ def _peers(rows: Sequence[Row]) -> Figure | None:
     found = [
         r for r in rows if r["suite"] in ("allocator", "peers") and r["direction"] == "forward+backward"
     ]  # fmt: skip
-    allocators = list(dict.fromkeys(r.get("allocator", "JAX beside") for r in found))
-    if not allocators:
+    suites = [suite for suite in ("allocator", "peers") if any(r["suite"] == suite for r in found)]
+    if not suites:
         return None
-    figure, panels = _figure(4.2, len(allocators), sharey=True)
-    for axes, allocator in zip(panels, allocators, strict=True):
-        own = [r for r in found if r.get("allocator", "JAX beside") == allocator]
-        _bars(axes, own, lambda r: _label(r).replace(" ", "\n"), lambda r: r.get("x_torch", 1.0))
-        axes.set_title(allocator)
-        axes.tick_params(axis="x", labelsize=7)
-    panels[0].set_ylabel("times as fast as torch there")
+    figure, panels = _figure(6.4, len(suites))
+
+    def label(r: Row) -> str:
+        return f"{r['allocator']}, {_label(r)}" if "allocator" in r else _label(r)
+
+    for axes, suite in zip(panels, suites, strict=True):
+        _bars(axes, [r for r in found if r["suite"] == suite], label, lambda r: r.get("x_torch", 1.0), lying=True)
+        axes.set_title({"allocator": "by allocator", "peers": "beside JAX"}[suite])
+        axes.set_xlabel("times as fast as torch there")
+        axes.tick_params(axis="y", labelsize=7)
     _legend(figure, panels)
     return figure
 
