@@ -111,8 +111,8 @@ def page(rows: list[dict[str, Any]], left_out: list[str]) -> str:
         lines += [
             "",
             f"Kept, as layers or as one scale and shift each ({', '.join(sorted(kept))}): those of DenseNet whose "
-            "input other layers use as well, with a ReLU behind them; of GoogLeNet and Inception those of the classifiers "
-            "that evaluation does not run. The certificate has the reason of each.",
+            "input other layers use as well, with a ReLU behind them; of GoogLeNet and Inception those of the "
+            "classifiers that evaluation does not run. The certificate has the reason of each.",
         ]
     refused = [r for r in rows if "refused" in r]
     if refused:

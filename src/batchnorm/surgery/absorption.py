@@ -91,7 +91,7 @@ class Absorption:
         if node is not data_inputs(self.site)[0]:
             users = users[1:]
         if users:
-            others = " and ".join(flow.describe(user) for user in users)
+            others = " and ".join(dict.fromkeys(flow.describe(user) for user in users))
             return f"the output of {_called(flow, node)} also goes to {others}"
         module = flow.module(node)
         if isinstance(module, _WEIGHTED) or is_norm(module):
