@@ -201,5 +201,6 @@ def test_copies_share_the_process_group(tmp_path):
             bn.joinable(parallel)
         with pytest.raises(InputError, match="got a Sequential"):
             bn.joinable(net)
+        del parallel  # its reducer holds the group, whose threads can wait for the interpreter
     finally:
         dist.destroy_process_group()

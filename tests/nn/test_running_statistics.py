@@ -369,6 +369,7 @@ def test_two_forwards_before_a_backward_under_ddp(tmp_path, evaluating: bool):
         for module in (parallel, alone):
             module.train(not evaluating)
             (module(x[0]).square().sum() + module(x[1]).tanh().sum()).backward()
+        del parallel  # its reducer holds the group, whose threads can wait for the interpreter
     finally:
         torch.distributed.destroy_process_group()
     for a, b in zip(net.parameters(), alone.parameters(), strict=True):
