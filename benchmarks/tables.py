@@ -39,7 +39,8 @@ def _judged(rows: Iterable[Row], target: Target) -> list[Row]:
 
 
 def targets(rows: Sequence[Row], asked_for: Sequence[Target] = (*TARGETS, NEVER_SLOWER)) -> str:
-    """Every target beside what was measured: the worst and the best figure of the cases that it covers."""
+    """Every target beside what was measured: the worst and the best figure of the cases that it covers, and what it
+    would be for one that is as fast as the limit."""
     lines = []
     for target in asked_for:
         under = [r for r in _judged(rows, target) if target is NEVER_SLOWER or r["suite"] == target.suite]
@@ -50,8 +51,10 @@ def targets(rows: Sequence[Row], asked_for: Sequence[Target] = (*TARGETS, NEVER_
         met = sum(target.met(r) for r in under)
         measured = f"{_number(values[0])} to {_number(values[-1])}" if values else "not measured"
         verdict = f"{'yes' if met == len(under) else 'no'}, {met} of {len(under)}" if under else ""
-        lines.append((target.title, target.suite or "all", asked, measured, verdict))
-    return table(("", "figure", "target", "measured, worst to best", "met"), lines)
+        limits = [r["x_torch"] * r["x_limit"] for r in under if target.metric == "x_torch" and "x_limit" in r]
+        possible = f"{_number(min(limits))} to {_number(max(limits))}" if limits and target.suite else ""
+        lines.append((target.title, target.suite or "all", asked, measured, verdict, possible))
+    return table(("", "figure", "target", "measured, worst to best", "met", "at the limit's speed"), lines)
 
 
 def kernel(rows: Sequence[Row]) -> str:

@@ -281,9 +281,23 @@ def test_the_table_of_targets_counts():
     case = {"suite": "kernel", "direction": "forward", "contestant": "ours", "limit": "copy"}
     shapes = [(32, 64, 112, 112), (32, 256, 56, 56)]
     made = [{**case, **Case(s).columns(), "x_limit": x} for s, x in zip(shapes, (1.25, 1.5), strict=True)]
-    line = "| forward, planar float32 | kernel | <= 1.3 x copy | 1.5 to 1.25 | no, 1 of 2 |"
+    line = "| forward, planar float32 | kernel | <= 1.3 x copy | 1.5 to 1.25 | no, 1 of 2 |  |"
     assert line in tables.targets(made).splitlines()
-    assert "| forward, planar float32 | wall | >= 3 x torch | not measured |  |" in tables.targets(made)
+    assert "| forward, planar float32 | wall | >= 3 x torch | not measured |  |  |" in tables.targets(made)
+
+
+def test_the_table_of_targets_says_what_the_limit_itself_would_reach():
+    row = {
+        "suite": "kernel",
+        "direction": "forward",
+        "contestant": "ours",
+        "limit": "copy",
+        "x_limit": 1.5,
+        "x_torch": 3.0,
+    }
+    made = [{**row, **Case((32, 256, 56, 56)).columns()}]
+    line = "| forward, planar float32 | kernel | >= 4 x torch | 3 to 3 | no, 0 of 1 | 4.5 to 4.5 |"
+    assert line in tables.targets(made).splitlines()
 
 
 def test_what_is_slower_than_torch_is_listed():

@@ -2,7 +2,9 @@
 // instruction set; the loops are the compiler's to vectorize.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -62,6 +64,69 @@ void gradient(int64_t channels, double count, const double* mean, const double* 
   }
 }
 
+// Floats counted from zero, in their order.
+template <class S>
+struct Places {
+  using I = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  static I mirrored(I bits) { return bits < 0 ? std::numeric_limits<I>::min() - bits : bits; }
+  static I of(S v) {
+    I bits;
+    std::memcpy(&bits, &v, sizeof(S));
+    return mirrored(bits);
+  }
+  static S at(I place) {
+    const I bits = mirrored(place);
+    S v;
+    std::memcpy(&v, &bits, sizeof(S));
+    return v;
+  }
+};
+
+// Whether z > 0. z rises with s * x, s being the sign of the scale, and so does what rounding makes of it: so the
+// largest s * x of type S that is not above the kink tells the side of it by one comparison.
+struct Kink {
+  double sign, mean, scale, shift;
+  Kink(double mean, double scale, double shift) : sign(scale < 0 ? -1 : 1), mean(mean), scale(scale), shift(shift) {}
+  bool below(double v) const { return (sign * v - mean) * scale + shift > 0; }
+};
+
+template <class S>
+S searched_threshold(const Kink& kink) {
+  using P = Places<S>;
+  constexpr S infinity = std::numeric_limits<S>::infinity(), largest = std::numeric_limits<S>::max();
+  if (!(kink.scale != 0)) return kink.shift > 0 ? -infinity : infinity;
+  if (kink.below(-largest)) return -infinity;
+  if (!kink.below(largest)) return infinity;  // NaN too
+  auto low = P::of(-largest), high = P::of(largest);
+  while (low + 1 < high) {
+    const auto middle = low / 2 + high / 2 + (low % 2 + high % 2) / 2;
+    (kink.below(P::at(middle)) ? high : low) = middle;
+  }
+  return P::at(low);
+}
+
+template <class S>
+void relu_gate(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
+               double eps, void* thresholds, void* flips) {
+  using P = Places<S>;
+  S* __restrict threshold = static_cast<S*>(thresholds), * __restrict flip = static_cast<S*>(flips);
+  const auto kink = [&](int64_t c) { return Kink(mean[c], gamma[c] / std::sqrt(var[c] + eps), beta[c]); };
+  for (int64_t c = 0; c < channels; ++c) {
+    const Kink k = kink(c);
+    const S near = S(k.sign * (k.mean - k.shift / k.scale)), down = P::at(P::of(near) - 1), up = P::at(P::of(near) + 1);
+    const bool over = k.below(near), right = over ? !k.below(down) : k.below(up);
+    threshold[c] = right ? (over ? down : near) : std::numeric_limits<S>::quiet_NaN();
+    flip[c] = k.scale < 0 ? S(-0.0) : S(0.0);
+  }
+  for (int64_t c = 0; c < channels; ++c)  // a flat stretch around the kink, or none
+    if (threshold[c] != threshold[c]) threshold[c] = searched_threshold<S>(kink(c));
+}
+
+void relu_gates(int64_t channels, int64_t size, const double* mean, const double* var, const double* gamma,
+                const double* beta, double eps, void* thresholds, void* flips) {
+  (size == 8 ? relu_gate<double> : relu_gate<float>)(channels, mean, var, gamma, beta, eps, thresholds, flips);
+}
+
 template <class S>
 void spread_values(int64_t channels, int64_t each, int64_t times, const void* from, void* to) {
   S* out = static_cast<S*>(to);
@@ -93,7 +158,7 @@ void fold(int64_t channels, int64_t each, int64_t times, const double* from, dou
 
 template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
-  return {statistics, normalize<S>, apply<S>, gradient<S>, spread, fold};
+  return {statistics, normalize<S>, apply<S>, gradient<S>, relu_gates, spread, fold};
 }
 
 }  // namespace

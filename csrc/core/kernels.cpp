@@ -88,6 +88,13 @@ INLINE void store_some(T* p, typename Lane<T>::V v, i64 count) {
 #endif
 }
 
+// A vector of elements in the type that is computed in; of float32 each half from memory, which needs no shuffle.
+template <class P, class T>
+INLINE P load(const T* p) {
+  if constexpr (std::is_same_v<P, Wide> && std::is_same_v<T, float>) return Wide::load(p);
+  return P::of(Lane<T>::load(p));
+}
+
 // A coefficient of one channel for all lanes, or of one channel a lane.
 template <class P>
 struct Coefficient {
@@ -387,7 +394,7 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
       sum_plane<P>(
           run.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<P>& a) {
-            const auto d = minus(P::of(Lane<T>::load(p + i)), s);
+            const auto d = minus(load<P>(p + i), s);
             a.add(d, d);
           },
           [&](i64 i, i64 count, Sums<P>& a) {
@@ -408,7 +415,7 @@ void interleaved_moments_in(const Slab& slab, const Operand& x, const double* sh
   sum_rows<P, 8>(
       slab.samples, C, sums, [&](i64 c) { return columns_of<P>(shift + c, P::width); },
       [&](i64 n, i64 c, const P& s, Sums<P>& a) {
-        const P d = minus(P::of(Lane<T>::load(xs(n, c))), s);
+        const P d = minus(load<P>(xs(n, c)), s);
         a.add(d, d);
       },
       [&](i64 n, Sums<P>& a) {
@@ -626,8 +633,11 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
           run.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
-            a.add(S::of(gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded()),
-                  minus(S::of(v), m));
+            const auto d = minus(load<S>(p + i), m);
+            if constexpr (gate == Gate::none)
+              a.add(load<S>(g + i), d);
+            else
+              a.add(S::of(gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded()), d);
           },
           [&](i64 i, i64 count, Sums<S>& a) {
             const V v = load_some(p + i, count), rv = gate == Gate::residual ? load_some(r + i, count) : V{};
@@ -664,8 +674,11 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
-        a.add(S::of(gated<T, P, form, gate>(L::load(dys(n, c)), v, q.normal, rv, bits, c, L::width, f).rounded()),
-              minus(S::of(v), q.mean));
+        const auto d = minus(load<S>(xs(n, c)), q.mean);
+        if constexpr (gate == Gate::none)
+          a.add(load<S>(dys(n, c)), d);
+        else
+          a.add(S::of(gated<T, P, form, gate>(L::load(dys(n, c)), v, q.normal, rv, bits, c, L::width, f).rounded()), d);
       },
       [&](i64 n, Sums<S>& a) {
         const V v = load_some(xs(n, 0), C);

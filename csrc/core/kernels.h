@@ -69,6 +69,9 @@ struct CoefficientKernels {
                 void* to_k2, void* to_k3);
   void (*gradient)(int64_t channels, double count, const double* mean, const double* var, const double* gamma,
                    double eps, const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3);
+  // Thresholds and flips of NormalizeCoefficients, of type float32 or float64 by their size in bytes.
+  void (*relu_gates)(int64_t channels, int64_t size, const double* mean, const double* var, const double* gamma,
+                     const double* beta, double eps, void* thresholds, void* flips);
   // Values of `size` bytes, one a channel, for columns: each `each` times, and all of that `times` times.
   void (*spread)(int64_t channels, int64_t each, int64_t times, int64_t size, const void* from, void* to);
   // Values of such columns, added to those of their channels.

@@ -18,8 +18,8 @@ const KernelTable& kernel_table();  // dispatch.cpp
 
 namespace {
 
-constexpr int64_t kSerialElements = 65536;
-constexpr int64_t kFewValues = 8192, kFewFloat32 = 1024;
+constexpr int64_t kSerialElements = 32768;
+constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
@@ -148,7 +148,7 @@ struct Plan {
         if (one_phase) together = flat ? flat_channels(s.inner) : kPieceBytes / plane;
         group = std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1));
         groups = ceil_div(s.channels, group);
-        const int64_t least = flat ? 4 * kFlatSamples : 1;
+        const int64_t least = !flat ? 1 : one_phase ? 2 * kFlatSamples : 4 * kFlatSamples;
         block = std::clamp<int64_t>(std::max(least, kPieceBytes / (plane * group)), 1, std::max<int64_t>(pool, 1));
         blocks = ceil_div(pool, block);
         inner_block = std::clamp<int64_t>(s.inner, 1, kPieceBytes / bytes);
@@ -185,15 +185,21 @@ struct Plan {
   // Places for coefficients: one a statistic, or one a channel of each piece.
   int64_t slots() const { return whole ? pieces() * group : statistics(); }
 
+  // Whether the pieces of a pool lie one behind the other, as those do that are walked once: what runs next on the same
+  // threads, element by element, finds its share in their caches. Else blocks of one group of channels follow another.
+  bool in_memory_order() const { return one_phase && !whole; }
+  int64_t first_piece(int64_t pool, int64_t group) const {
+    return pool * pieces_a_pool() + group * inner_blocks * (in_memory_order() ? 1 : blocks);
+  }
   Piece piece(int64_t i) const {
     Piece p;
     p.pool = i / pieces_a_pool();
     int64_t rest = i % pieces_a_pool();
-    p.channel = rest / (blocks * inner_blocks) * group;
+    const int64_t apart = rest / inner_blocks;
+    p.channel = (in_memory_order() ? apart % groups : apart / blocks) * group;
     p.channels = std::min(group, shape.channels - p.channel);
-    rest %= blocks * inner_blocks;
     const int64_t begin = p.pool * shape.pool_size, end = std::min(begin + shape.pool_size, shape.samples);
-    p.sample = std::min(begin + rest / inner_blocks * block, end);
+    p.sample = std::min(begin + (in_memory_order() ? apart / groups : apart % blocks) * block, end);
     p.samples = std::min(block, end - p.sample);
     p.first = rest % inner_blocks * inner_block;
     p.inner = std::min(inner_block, shape.inner - p.first);
@@ -302,58 +308,9 @@ struct Coefficients {
   char* at(int array, int64_t i) const { return base + (array * count + i) * size(); }
   NormalizeCoefficients normalize(int64_t i) const { return {at(0, i), at(1, i), at(2, i), gate(0, i), gate(1, i)}; }
   // Two arrays more, behind six of eight bytes: float64 for float64, else float32.
-  const void* gate(int array, int64_t i) const { return base + 48 * count + (array * count + i) * gate_size; }
-  void set_gate(int64_t i, double threshold, bool flip) const {
-    char* t = base + 48 * count + i * gate_size;
-    if (gate_size == 8) {
-      *reinterpret_cast<double*>(t) = threshold;
-      *reinterpret_cast<double*>(t + count * gate_size) = flip ? -0.0 : 0.0;
-    } else {
-      *reinterpret_cast<float*>(t) = float(threshold);
-      *reinterpret_cast<float*>(t + count * gate_size) = flip ? -0.0f : 0.0f;
-    }
-  }
+  char* gate(int array, int64_t i) const { return base + 48 * count + (array * count + i) * gate_size; }
   ApplyCoefficients apply(int64_t i) const { return {at(3, i), at(4, i), at(5, i)}; }
 };
-
-// The largest value of type S at which s * (x - mean) * scale + shift is not above 0, s being the sign of the scale:
-// z rises with s * x, and so does what rounding makes of it, so one comparison tells the side of the kink.
-template <class S>
-S relu_threshold(double mean, double scale, double shift) {
-  const S infinity = std::numeric_limits<S>::infinity();
-  const double sign = scale < 0 ? -1 : 1;
-  auto above = [&](S v) { return (sign * double(v) - mean) * scale + shift > 0; };
-  if (!(scale != 0)) return shift > 0 ? -infinity : infinity;  // NaN too: nothing is above infinity
-  S t = S(sign * (mean - shift / scale));
-  if (!(t == t)) return infinity;
-  for (int step = 0; step < 4; ++step) {
-    if (above(t))
-      t = std::nextafter(t, -infinity);
-    else if (above(std::nextafter(t, infinity)))
-      return t;
-    else
-      t = std::nextafter(t, infinity);
-  }
-  S low = -infinity, high = infinity;  // a flat stretch around the kink: halve the interval
-  if (std::isfinite(t)) (above(t) ? high : low) = t;
-  const S largest = std::numeric_limits<S>::max();
-  if (low == -infinity && !above(-largest)) low = -largest;
-  if (high == infinity && above(largest)) high = largest;
-  for (int step = 0; step < 2100 && std::isfinite(low) && std::isfinite(high); ++step) {
-    const S middle = low / 2 + high / 2;
-    if (middle == low || middle == high) break;
-    (above(middle) ? high : low) = middle;
-  }
-  return low;
-}
-
-// What the gradient of relu is gated by.
-void set_relu_gate(const Coefficients& k, int64_t i, double mean, double var, double gamma, double beta, double eps) {
-  const double scale = gamma / std::sqrt(var + eps);
-  const double t =
-      k.gate_size == 8 ? relu_threshold<double>(mean, scale, beta) : double(relu_threshold<float>(mean, scale, beta));
-  k.set_gate(i, t, scale < 0);
-}
 
 // ---------------------------------------------------------------------------------------------- scratch memory
 struct Scratch {
@@ -655,9 +612,9 @@ struct Runner {
       return scratch.k.set_means(w.slot, mean + w.at, w.piece.channels);
     set_normalize(w, mean, var);
     if (gate_of(fusion) != Gate::recompute || fusion.activation != Activation::relu) return;
-    const double *gamma = scratch.gamma + w.piece.channel, *beta = scratch.beta + w.piece.channel;
-    for (int64_t c = 0; c < w.piece.channels; ++c)
-      set_relu_gate(scratch.k, w.slot + c, mean[w.at + c], var[w.at + c], gamma[c], beta[c], eps);
+    const Coefficients& k = scratch.k;
+    coefficients.relu_gates(w.piece.channels, k.gate_size, mean + w.at, var + w.at, scratch.gamma + w.piece.channel,
+                            scratch.beta + w.piece.channel, eps, k.gate(0, w.slot), k.gate(1, w.slot));
   }
 
   void add_moments(const Work& w, const Operand& x) const {
@@ -808,7 +765,7 @@ struct Runner {
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end;) {
         const int64_t pool = i / channels, channel = i % channels, group = channel / plan.group;
-        const int64_t first = pool * plan.pieces_a_pool() + group * parts;
+        const int64_t first = plan.first_piece(pool, group);
         Piece p = plan.piece(first);
         const int64_t stride = p.channels;
         double* const sums = scratch.sums + plan.sums_offset(first) + (channel - p.channel);

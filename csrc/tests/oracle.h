@@ -19,7 +19,7 @@ constexpr Real kCoefficientRoundings = 12;  // gamma / sqrt(var + eps)^3 * (sum 
 
 // Error of a sum of `count` terms, relative to the sum of their magnitudes. In float64 far above the 2^-53 sqrt(count)
 // of its additions. The moments of many 16-bit elements are added up in float32, a few terms at a time.
-constexpr int64_t kManyValues = 8192, kManyFloat32 = 1024;
+constexpr int64_t kManyValues = 8192, kManyFloat32 = 128;
 inline bool in_float32(Dtype element, int64_t count) { return format_of(element).size == 2 && count >= kManyValues; }
 inline Real sum_error(Dtype element, int64_t count) { return in_float32(element, count) ? 20 * 0x1p-24L : 1e-12L; }
 constexpr Real kSmallestDouble = 0x1p-1074L;
