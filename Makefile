@@ -76,10 +76,14 @@ $(VENV)/.tools: constraints.txt
 	$(PIP) torch numpy scikit-build-core cmake ninja
 	touch $@
 
+# Extras that bring others, which are then not built again.
+INSIDE_test := demo
+INSIDE_dev := demo test
+
 # An editable install: Python sources are read in place, and only what the compiler reads makes it build again.
 $(VENV)/.installed-%: pyproject.toml README.md $(NATIVE) $(VENV)/.tools
 	$(PIP) --no-build-isolation --editable '.[$*]'
-	touch $@
+	touch $@ $(INSIDE_$*:%=$(VENV)/.installed-%)
 
 # Real networks and data for the tests: without what they depend on, which is another build of torch.
 $(VENV)/.test-networks: constraints.txt $(VENV)/.installed-test

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm import reference
 from batchnorm.errors import InputError
+from batchnorm.lab.timing import Phases, alternate
 from batchnorm.nn.batch_norm import BY_RANK
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1024, 256), (32, 64, 56, 56), (32, 256, 14, 14), (16, 128, 400))
@@ -64,7 +64,7 @@ def compare(
         shapes: two to five sizes each, N the first, C the second.
         dtype: of input, gamma and beta: "float32", "bfloat16", "float16" or "float64".
         device: of torch.
-        seconds: about how long each phase is measured.
+        seconds: about how long each phase is measured at most.
 
     Yields:
         A `Timing` a shape and phase, as soon as it is there.
@@ -91,9 +91,11 @@ def _compare(shapes: list[tuple[int, ...]], dtype: str, device: str, seconds: fl
     for shape in shapes:
         case = _Case(shape, dtype, device)
         for phase in PHASES:
-            errors = [case.error(layer, phase) for layer in (case.torch, case.ours)]
-            times = _alternate([case.call(layer, phase) for layer in (case.torch, case.ours)], seconds, device)
-            yield Timing(shape, dtype, phase, *times, *errors)
+            layers = {"torch": case.torch, "ours": case.ours}
+            errors = [case.error(layer, phase) for layer in layers.values()]
+            calls = {name: _timed(case.call(layer, phase), device) for name, layer in layers.items()}
+            times, _ = alternate(calls, seconds)
+            yield Timing(shape, dtype, phase, *(1e3 * times[name]["call"] for name in layers), *errors)
 
 
 class _Case:
@@ -161,18 +163,14 @@ class _Case:
         return worst if worst == worst else float("inf")
 
 
-def _alternate(calls: Sequence[Callable[[], Any]], seconds: float, device: str) -> list[float]:
-    """The median of each call in milliseconds, over rounds in which each runs once."""
+def _timed(call: Callable[[], Any], device: str) -> Callable[[], Phases]:
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    for call in calls:
+
+    def run() -> Phases:
+        wait()
+        begin = time.perf_counter()
         call()
-    taken: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(taken[0]) < 5 or time.perf_counter() < end:
-        for call, times in zip(calls, taken, strict=True):
-            wait()
-            begin = time.perf_counter()
-            call()
-            wait()
-            times.append(1e3 * (time.perf_counter() - begin))
-    return [median(times) for times in taken]
+        wait()
+        return {"call": time.perf_counter() - begin}
+
+    return run

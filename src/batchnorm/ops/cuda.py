@@ -101,70 +101,47 @@ def count_moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Any:
     return NotImplemented if kernels is None else kernels.count_moments(x, pool_size, mask)
 
 
-def normalize(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> Any:
-    (*affine, pool_size, eps, activation, slope, save), mask = args[:8], _mask(args, 8)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    signs = _signs(x, save)
-    fusion = (pool_size, eps, ACTIVATIONS[activation], slope, signs if save else None)
-    return kernels.normalize(x, mean, var, *affine, *fusion, mask), signs
+def _transform(name: str, tensors: int, extra: int = 0) -> Callable[..., Any]:
+    """A forward operator of so many tensors, and with so many settings between slope and save_signs."""
+    end = tensors + 4 + extra
+
+    def operator(*args: Any) -> Any:
+        (pool_size, eps, activation, slope, *rest), save, mask = args[tensors:end], args[end], _mask(args, end + 1)
+        x = args[0]
+        kernels = serving(x, pool_size)
+        if kernels is None:
+            return NotImplemented
+        signs = _signs(x, save)
+        settings = (pool_size, eps, ACTIVATIONS[activation], slope, *rest, signs if save else None)
+        results = getattr(kernels, name)(*args[:tensors], *settings, mask)
+        return *(results if isinstance(results, tuple) else (results,)), signs
+
+    return operator
 
 
-def normalize_merged(x: Tensor, parts: Tensor, *args: Any) -> Any:
-    (*affine, pool_size, eps, activation, slope, groups, save), mask = args[:9], _mask(args, 9)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    signs = _signs(x, save)
-    fusion = (pool_size, eps, ACTIVATIONS[activation], slope, groups, signs if save else None)
-    return *kernels.normalize_merged(x, parts, *affine, *fusion, mask), signs
+def _gradient(name: str, tensors: int, wanted: int = 0) -> Callable[..., Any]:
+    """A backward operator of so many tensors, and with so many settings after slope; what is not wanted is empty."""
+    end = tensors + 4 + wanted
+
+    def operator(*args: Any) -> Any:
+        (pool_size, eps, activation, slope, *rest), mask = args[tensors:end], _mask(args, end)
+        x = args[1]
+        kernels = serving(x, pool_size)
+        if kernels is None:
+            return NotImplemented
+        results = getattr(kernels, name)(*args[:tensors], pool_size, eps, ACTIVATIONS[activation], slope, *rest, mask)
+        return tuple(_nothing(t, x) for t in results)
+
+    return operator
 
 
-def forward(x: Tensor, *args: Any) -> Any:
-    (*affine, pool_size, eps, activation, slope, save), mask = args[:8], _mask(args, 8)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    signs = _signs(x, save)
-    fusion = (pool_size, eps, ACTIVATIONS[activation], slope, signs if save else None)
-    return *kernels.forward(x, *affine, *fusion, mask), signs
-
-
-def backward_reduce(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    (*saved, pool_size, eps, activation, slope), mask = args[:10], _mask(args, 10)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    return kernels.backward_reduce(dy, x, *saved, pool_size, eps, ACTIVATIONS[activation], slope, mask)
-
-
-def backward_apply(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    (*saved, pool_size, eps, activation, slope, want_residual), mask = args[:14], _mask(args, 14)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    fusion = (pool_size, eps, ACTIVATIONS[activation], slope)
-    return tuple(_nothing(t, x) for t in kernels.backward_apply(dy, x, *saved, *fusion, want_residual, mask))
-
-
-def backward_merged(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    (*saved, pool_size, eps, activation, slope, want_residual), mask = args[:13], _mask(args, 13)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    fusion = (pool_size, eps, ACTIVATIONS[activation], slope)
-    return tuple(_nothing(t, x) for t in kernels.backward_merged(dy, x, *saved, *fusion, want_residual, mask))
-
-
-def backward(dy: Tensor, x: Tensor, *args: Any) -> Any:
-    (*saved, pool_size, eps, activation, slope, population, want_x, want_residual), mask = args[:13], _mask(args, 13)
-    kernels = serving(x, pool_size)
-    if kernels is None:
-        return NotImplemented
-    fusion = (pool_size, eps, ACTIVATIONS[activation], slope)
-    results = kernels.backward(dy, x, *saved, *fusion, population, want_x, want_residual, mask)
-    return tuple(_nothing(t, x) for t in results)
+normalize = _transform("normalize", 6)
+normalize_merged = _transform("normalize_merged", 5, 1)
+forward = _transform("forward", 4)
+backward_reduce = _gradient("backward_reduce", 8)
+backward_apply = _gradient("backward_apply", 11, 1)
+backward_merged = _gradient("backward_merged", 10, 1)
+backward = _gradient("backward", 8, 3)
 
 
 def update_statistics(*args: Any) -> Any:

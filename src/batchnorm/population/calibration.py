@@ -446,7 +446,7 @@ class _Measurement:
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._estimates: dict[str, _Estimate] = {}
         self._runs: dict[str, _Runs] = {}  # what is not in the estimates yet
-        self._reached: list[str] = []
+        self._reached: dict[str, int] = {}  # in which place each layer first ran
         self._tracked: dict[str, Tensor] = {}
         self._batch = 0
 
@@ -482,7 +482,7 @@ class _Measurement:
         self, batches: Iterable[Any], run: Callable[[Any], Any], may_be_empty: bool = False
     ) -> dict[str, _Estimate]:
         """What one pass measures, by layer, in the order in which the layers first ran."""
-        self._estimates, self._runs, self._reached, self._batch = {}, {}, [], 0
+        self._estimates, self._runs, self._reached, self._batch = {}, {}, {}, 0
         for batch in batches:
             run(batch)
             self._batch += 1
@@ -545,8 +545,7 @@ class _Measurement:
         return forward
 
     def _reach(self, name: str) -> None:
-        if name not in self._reached:
-            self._reached.append(name)
+        self._reached.setdefault(name, len(self._reached))
 
     def _take(self, name: str, new: _Estimate) -> None:
         self._reach(name)
@@ -557,7 +556,7 @@ class _Measurement:
         """Takes in what has been measured since the last time; raises for the first value that is not finite."""
         first = {name: batch for name, runs in self._runs.items() if (batch := runs.first_not_finite()) is not None}
         if first:
-            name = min(first, key=lambda name: (first[name], self._reached.index(name)))
+            name = min(first, key=lambda name: (first[name], self._reached[name]))
             raise _not_finite(name, first[name])
         new = {name: _Estimate.of_runs(runs) for name, runs in self._runs.items()}
         for name, estimate in new.items():
