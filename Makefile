@@ -13,6 +13,8 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 # cmake, ninja and the tools of lint are those of .venv, whatever the machine has.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# pip compiles nothing: each module is compiled when it is first imported, and that is kept, whatever the machine says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-cpp test-gpu test-gpu-sanitized lint format bench docs clean
 

@@ -27,7 +27,9 @@ class Block {
  public:
   Block(Dtype dtype, int64_t count, int64_t offset) : dtype_(dtype), count_(count), offset_(offset) {
     data_ = static_cast<char*>(::operator new(bytes(), std::align_val_t{64}));
-    for (int64_t i = 0; i < slots(); ++i) std::memcpy(slot(i), &format().guard, format().size);
+    const size_t all = bytes(), one = size_t(format().size);
+    if (all) std::memcpy(data_, &format().guard, one);
+    for (size_t done = one; done < all; done *= 2) std::memcpy(data_ + done, data_, std::min(done, all - done));
     poison(-offset_, offset_);
   }
   Block(Block&& other) noexcept : dtype_(other.dtype_), count_(other.count_), offset_(other.offset_) {
@@ -45,7 +47,11 @@ class Block {
   void* at(int64_t element) const { return slot(offset_ + element); }
   double get(int64_t element) const { return decode(dtype_, at(element)); }
   void set(int64_t element, double value) const { encode(dtype_, value, at(element)); }
-  bool is_guard(int64_t element) const { return std::memcmp(at(element), &format().guard, format().size) == 0; }
+  bool are_guards(int64_t begin, int64_t end) const {
+    const size_t one = size_t(format().size);
+    return begin == end || (std::memcmp(at(begin), &format().guard, one) == 0 &&
+                            std::memcmp(at(begin), at(begin + 1), size_t(end - begin - 1) * one) == 0);
+  }
   void poison(int64_t element, int64_t count) const { ASAN_POISON_MEMORY_REGION(at(element), count * format().size); }
   void unpoison() const { ASAN_UNPOISON_MEMORY_REGION(data_, bytes()); }
   int64_t count() const { return count_; }
@@ -126,9 +132,7 @@ class Tensor {
   bool guards_intact() const {
     block_.unpoison();
     bool intact = true;
-    for_each_gap([&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) intact = intact && block_.is_guard(i);
-    });
+    for_each_gap([&](int64_t begin, int64_t end) { intact = intact && block_.are_guards(begin, end); });
     return intact;
   }
 

@@ -145,7 +145,7 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
         raise InputError(f"calibrate: got a {type(net).__name__}; expected a torch.nn.Module")
     found = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
     if not found:
-        raise InputError(f"calibrate: {type(net).__name__} has no batch-norm layer")
+        raise InputError(f"calibrate: {type(net).__name__} has no batch-norm layer; bn.insert puts them in")
     kept = {
         name: layer for name, layer in found.items() if layer.track_running_stats and layer.running_mean is not None
     }

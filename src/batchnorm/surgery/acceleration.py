@@ -382,9 +382,8 @@ def _trained(net: nn.Module, example: Example) -> tuple[Any, dict[str, Tensor]]:
         try:
             output = net(*given.args, **given.kwargs)
             detached = Example.of((output,)).map(lambda x: x.detach().clone()).args[0]
-            buffers = {
-                key: buffer.clone() for key, buffer in net.named_buffers()
-            }  # recomputation may change them again
+            # Now, as recomputation in the backward may change them again.
+            buffers = {key: buffer.clone() for key, buffer in net.named_buffers()}
             torch.manual_seed(1)
             losses = [(x * torch.randn_like(x)).sum() for x in _differentiable(output)]
             if losses:

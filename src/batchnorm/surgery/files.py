@@ -20,10 +20,8 @@ from batchnorm.surgery.comparison import copy_of, distances, run_example
 from batchnorm.surgery.conversion import convert
 from batchnorm.surgery.folding import TOLERANCE, Folding, fold
 from batchnorm.surgery.onnx_flow import OnnxFlow
-from batchnorm.surgery.onnx_graph import OnnxGraph, needed, nested
+from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed, nested
 from batchnorm.surgery.onnx_run import Runner, examples
-
-_IN_MEMORY = 2**31 - 2**20  # bytes; what is larger has its weights in a file of their own
 
 
 def fold_onnx(
@@ -75,7 +73,8 @@ def fold_onnx(
     dtype = _coarsest(flow)
     folding.write()
     try:
-        onnx.checker.check_model(model) if model.ByteSize() < _IN_MEMORY else None
+        if model.ByteSize() < IN_MEMORY:
+            onnx.checker.check_model(model)
     except Exception as error:
         raise SurgeryError(f"{path}: the folded model is no valid ONNX ({error}); nothing was written") from error
     after = Runner(model)
@@ -133,7 +132,7 @@ def save_onnx(model: Any, path: str | Path) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
             temporary, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
-            if model.ByteSize() < _IN_MEMORY:
+            if model.ByteSize() < IN_MEMORY:
                 temporary.write_bytes(model.SerializeToString())
             else:
                 onnx.save(model, temporary, save_as_external_data=True, location=data.name)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from batchnorm.errors import MissingDependencyError
 
+IN_MEMORY = 2**31 - 2**20  # bytes of a protobuf; what is larger has its weights in a file of their own
 DOMAINS = ("", "ai.onnx")  # two spellings of ONNX's own operators
 _OF_CONSTANTS = {  # operators that exporters leave between a constant and the layer that reads it
     *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Identity"),

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.surgery.comparison import Example
-from batchnorm.surgery.onnx_graph import OnnxGraph, needed
+from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed
 
 _BATCH = 2  # what a free first dimension is, and
 _FREE = (8, 32, 64, 224, 2, 1)  # what other free dimensions are, the first that the model takes
-_LARGEST = 2**31 - 2**20  # bytes of a protobuf in memory
 
 
 class Runner:
@@ -168,7 +167,7 @@ def _values(graph: OnnxGraph) -> Sequence[str]:
 
 def _session(onnx: Any, runtime: Any, model: Any, options: Any) -> Any:
     providers = ["CPUExecutionProvider"]
-    if model.ByteSize() < _LARGEST:
+    if model.ByteSize() < IN_MEMORY:
         return runtime.InferenceSession(model.SerializeToString(), options, providers=providers)
     with tempfile.TemporaryDirectory(prefix="batchnorm-") as folder:
         path = Path(folder) / "model.onnx"
