@@ -149,7 +149,7 @@ def test_the_page_shows_what_was_found(tmp_path, monkeypatch):
     text = " ".join(" ".join(page.text).split())
     for shown in ("0.123", "0.900 to 1.100", "folded into", "model.onnx", "2.0e-07", "unit 0 of layer 0"):
         assert shown in text
-    assert "No batch norm after 3 : it is an output layer." in text
+    assert "None was put after 3 : it is an output layer." in text
 
 
 def test_without_matplotlib_the_tables_stay_and_it_is_said(tmp_path, monkeypatch):

@@ -283,7 +283,19 @@ def narrow(num_features): return nn.Sequential(nn.Flatten(), nn.Linear(num_featu
 def flat(num_features): return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 1), nn.Flatten(0))
 def alone(num_features): return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 10))
 def broken(): raise RuntimeError("no luck")
+def own(num_features):
+    return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 10))
 """
+
+
+def test_a_network_that_comes_with_batch_norm_is_trained_as_it_is(no_exports, tmp_path, monkeypatch):
+    (tmp_path / "users.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("users", None)
+    found = train(dataclasses.replace(SMALL, network="users:own", out=str(tmp_path / "run")))
+    assert found.insertions == []
+    assert found.skipped == {"1": "it is normalized already", "4": "it is an output layer"}
+    assert [folded.layer for folded in found.certificate.folded] == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +307,8 @@ def broken(): raise RuntimeError("no luck")
         ({"network": "users:narrow"}, r"returns \(32, 2\), expected logits of shape \(32, 10\)"),
         ({"network": "users:flat"}, r"returns \(32,\), expected"),
         ({"network": "users:broken"}, "RuntimeError: no luck"),
+        ({"network": "users:own", "baseline": True}, "its own batch norm, which is trained as it is"),
+        ({"network": "users:own", "placement": "after_activation"}, "no other --placement"),
         ({"network": "users:missing"}, "missing does not exist in module users"),
         ({"batch_size": 2000}, "do not make one batch of 2000"),
         ({"batch_size": 1}, "batch_size=1, expected 2 or more"),

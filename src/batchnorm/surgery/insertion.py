@@ -35,6 +35,18 @@ PLACEMENTS = ("before_activation", "after_activation")
 INITIALIZATIONS = ("standard", "preserve")
 
 
+class NothingToInsertError(SurgeryError):
+    """A network without a layer that could be normalized, or whose layers all are.
+
+    Attributes:
+        skipped: why each layer was left out, by name.
+    """
+
+    def __init__(self, message: str, skipped: dict[str, str]) -> None:
+        super().__init__(message)
+        self.skipped = skipped
+
+
 def insert(
     net: nn.Module,
     example: Any,
@@ -139,7 +151,8 @@ def plan_insertion(
         raise SurgeryError(f"insert: {reasons}. Mend this, or leave it out with skip={[*impossible]}")
     if not insertions:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in skipped.items())
-        raise SurgeryError(f"insert: nothing to normalize ({reasons or 'no linear or convolution layer'})")
+        message = f"insert: nothing to normalize ({reasons or 'no linear or convolution layer'})"
+        raise NothingToInsertError(message, skipped)
     original = copy_of(net).eval()
     steps = [step for item in insertions for step in item.steps(net, optimizer)]
     if zero_gamma:

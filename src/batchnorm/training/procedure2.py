@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import batchnorm.training.files as files
 from batchnorm import Standardize, __version__, calibrate, fold, freeze
 from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError
-from batchnorm.surgery.insertion import plan_insertion
+from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
 from batchnorm.training.datasets import Dataset, load_data
 from batchnorm.training.export import EXPORTED_FILES, export_network
@@ -61,7 +61,8 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     """Train a network with batch norm, and turn it into a proven network for inference.
 
     1. Build the network; a copy gets batch norm by `insert`, which drops the biases that it makes
-       redundant. The baseline is the network as it was built.
+       redundant. The baseline is the network as it was built. One whose layers all have batch norm
+       of their own is trained as it is, and has no baseline.
     2. Train both on the same batches.
     3. `calibrate`: exact population statistics in place of the moving averages.
     4. `freeze`, `fold`, verify.
@@ -156,10 +157,9 @@ class _Run:
             normalized: nn.Module = classifier
         else:
             normalized = copy.deepcopy(plain)
-            plan = plan_insertion(normalized, example, placement=config.placement)
-            plan.apply()
+            skipped = _insert(normalized, example, config)
             placed = _placed(plain, normalized, example)
-            insertions, skipped = _insertions(plain, placed), plan.skipped
+            insertions = _insertions(plain, placed)
             probes, words = _probes(placed, config.placement)
         networks = {"batch norm": normalized}
         if config.baseline:
@@ -337,6 +337,23 @@ class _Placed:
     norm: tuple[str, Any]
     layer: tuple[str, nn.Module]
     plain_layer: tuple[str, nn.Module]
+
+
+def _insert(network: nn.Module, example: Tensor, config: ResolvedConfig) -> dict[str, str]:
+    """Puts batch norm in; which layers were left out, and why: all, where the network has come with its own."""
+    try:
+        plan = plan_insertion(network, example, placement=config.placement)
+    except NothingToInsertError as nothing:
+        if not _placed(network, network, example):
+            raise
+        if config.baseline or config.placement != "before_activation":
+            raise InputError(
+                f"network {config.network}: it comes with its own batch norm, which is trained as it is, so it has no "
+                "--baseline and no other --placement; leave these out, or give a network without batch norm."
+            ) from nothing
+        return nothing.skipped
+    plan.apply()
+    return plan.skipped
 
 
 def _placed(plain: nn.Module, normalized: nn.Module, example: Tensor) -> list[_Placed]:
