@@ -152,6 +152,14 @@ def test_the_page_shows_what_was_found(tmp_path, monkeypatch):
     assert "None was put after 3 : it is an output layer." in text
 
 
+def test_a_network_with_its_own_batch_norm_and_no_baseline(tmp_path):
+    alone = result(insertions=[], curves={"batch norm": curve([0.1, 0.9])})
+    assert "that the baseline reached" in " ".join(page_of(result(), tmp_path)[1].text)
+    text = " ".join(page_of(alone, tmp_path)[1].text)
+    assert "the network came with batch norm of its own" in text
+    assert "that the baseline reached" not in text
+
+
 def test_without_matplotlib_the_tables_stay_and_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
     _, page = page_of(result(), tmp_path)
