@@ -84,10 +84,12 @@ void backward_apply(const Shape&, const Operand& dy, const Operand& x, const Ope
                     const double* k1, const double* k2, const double* k3, double* workspace, Parallel);
 
 // backward_reduce, then backward_apply with the coefficients of batch statistics (or, where population is set, of
-// constant statistics: dx = gamma / s * dz). dx may be absent where only the sums are wanted.
+// constant statistics: dx = gamma / s * dz). Absent may be dx, the sums, and the gradients of gamma and beta,
+// (channels).
 void backward(const Shape&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
               const double* mean, const double* var, Vector gamma, Vector beta, double eps, const Fusion&,
-              bool population, double* sum_dz, double* sum_dz_centered, double* workspace, Parallel);
+              bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
+              double* workspace, Parallel);
 
 // The instruction set in use, and the choice of another (for tests): returns whether the machine has it.
 const char* instruction_set();

@@ -27,40 +27,80 @@ void statistics(int64_t channels, double count, double divisor, const double* sh
   }
 }
 
+void finite(int64_t channels, double* values) {
+  for (int64_t c = 0; c < channels; ++c) values[c] = values[c] - values[c] == 0 ? values[c] : 0;
+}
+
+template <class S>
+void means(int64_t channels, const double* mean, void* to) {
+  for (int64_t c = 0; c < channels; ++c) static_cast<S*>(to)[c] = stored<S>(mean[c]);
+}
+
+// What is written is `__restrict` as a parameter: of a local pointer GCC does not believe it, and then leaves loops
+// with so many arrays as they are.
+template <class S>
+void normalize_in(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
+                  double eps, S* __restrict means, S* __restrict scales, S* __restrict shifts) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double scale = gamma[c] / std::sqrt(var[c] + eps), high = stored<S>(mean[c]);
+    means[c] = S(high);
+    scales[c] = stored<S>(scale);
+    shifts[c] = stored<S>(beta[c] + (high - mean[c]) * scale);
+  }
+}
+
 template <class S>
 void normalize(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
                double eps, void* means, void* scales, void* shifts) {
-  S* __restrict m = static_cast<S*>(means), * __restrict k = static_cast<S*>(scales), * __restrict b = static_cast<S*>(shifts);
+  normalize_in(channels, mean, var, gamma, beta, eps, static_cast<S*>(means), static_cast<S*>(scales),
+               static_cast<S*>(shifts));
+}
+
+template <class S>
+void apply_in(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3,
+              S* __restrict to_k1, S* __restrict to_k2, S* __restrict to_k3) {
   for (int64_t c = 0; c < channels; ++c) {
-    const double scale = gamma[c] / std::sqrt(var[c] + eps), high = stored<S>(mean[c]);
-    m[c] = S(high);
-    k[c] = stored<S>(scale);
-    b[c] = stored<S>(beta[c] + (high - mean[c]) * scale);
+    to_k1[c] = stored<S>(k1[c]);
+    to_k2[c] = stored<S>(k2[c]);
+    to_k3[c] = stored<S>(k3[c] + k2[c] * (double(S(mean[c])) - mean[c]));
   }
 }
 
 template <class S>
 void apply(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
            void* to_k2, void* to_k3) {
-  S* __restrict a = static_cast<S*>(to_k1), * __restrict b = static_cast<S*>(to_k2), * __restrict d = static_cast<S*>(to_k3);
+  apply_in(channels, mean, k1, k2, k3, static_cast<S*>(to_k1), static_cast<S*>(to_k2), static_cast<S*>(to_k3));
+}
+
+template <class S>
+void gradient_in(int64_t channels, double count, const double* mean, const double* var, const double* gamma, double eps,
+                 const double* sum_dz, const double* sum_dz_centered, S* __restrict k1, S* __restrict k2,
+                 S* __restrict k3, double* __restrict d_gamma, double* __restrict d_beta) {
+  const double share = 1 / count;
   for (int64_t c = 0; c < channels; ++c) {
-    a[c] = stored<S>(k1[c]);
-    b[c] = stored<S>(k2[c]);
-    d[c] = stored<S>(k3[c] + k2[c] * (double(S(mean[c])) - mean[c]));
+    const double inv_std = 1 / std::sqrt(var[c] + eps), first = gamma[c] * inv_std;
+    const double second = -first * inv_std * inv_std * (sum_dz_centered[c] * share);
+    k1[c] = stored<S>(first);
+    k2[c] = stored<S>(second);
+    k3[c] = stored<S>(second * (double(S(mean[c])) - mean[c]) - first * (sum_dz[c] * share));
+    d_gamma[c] += sum_dz_centered[c] * inv_std;
+    d_beta[c] += sum_dz[c];
   }
 }
 
 template <class S>
 void gradient(int64_t channels, double count, const double* mean, const double* var, const double* gamma, double eps,
-              const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3) {
-  S* __restrict a = static_cast<S*>(k1), * __restrict b = static_cast<S*>(k2), * __restrict d = static_cast<S*>(k3);
-  const double share = 1 / count;
+              const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3, double* d_gamma,
+              double* d_beta) {
+  gradient_in(channels, count, mean, var, gamma, eps, sum_dz, sum_dz_centered, static_cast<S*>(k1), static_cast<S*>(k2),
+              static_cast<S*>(k3), d_gamma, d_beta);
+}
+
+void parameters(int64_t channels, const double* var, double eps, const double* sum_dz, const double* sum_dz_centered,
+                double* __restrict d_gamma, double* __restrict d_beta) {
   for (int64_t c = 0; c < channels; ++c) {
-    const double inv_std = 1 / std::sqrt(var[c] + eps), first = gamma[c] * inv_std;
-    const double second = -first * inv_std * inv_std * (sum_dz_centered[c] * share);
-    a[c] = stored<S>(first);
-    b[c] = stored<S>(second);
-    d[c] = stored<S>(second * (double(S(mean[c])) - mean[c]) - first * (sum_dz[c] * share));
+    d_gamma[c] += sum_dz_centered[c] * (1 / std::sqrt(var[c] + eps));
+    d_beta[c] += sum_dz[c];
   }
 }
 
@@ -158,7 +198,7 @@ void fold(int64_t channels, int64_t each, int64_t times, const double* from, dou
 
 template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
-  return {statistics, normalize<S>, apply<S>, gradient<S>, relu_gates, spread, fold};
+  return {statistics, finite, means<S>, normalize<S>, apply<S>, gradient<S>, parameters, relu_gates, spread, fold};
 }
 
 }  // namespace

@@ -61,14 +61,22 @@ struct CoefficientKernels {
   // mean, and sum of (x - mean)^2 / divisor, of `count` values whose sums are those of `moments`
   void (*statistics)(int64_t channels, double count, double divisor, const double* shift, const double* sum,
                      const double* square, double* mean, double* spread);
+  // Zero in place of what is not finite.
+  void (*finite)(int64_t channels, double* values);
+  // The mean of NormalizeCoefficients alone.
+  void (*means)(int64_t channels, const double* mean, void* to);
   // Those of NormalizeCoefficients: where the mean is rounded, what is left of it joins the shift.
   void (*normalize)(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
                     double eps, void* means, void* scales, void* shifts);
   // Those of ApplyCoefficients, of given ones and of the sums of `reduce` over `count` values.
   void (*apply)(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
                 void* to_k2, void* to_k3);
+  // Adds what the sums of one pool are of the gradients of gamma and beta, as `parameters` does alone.
   void (*gradient)(int64_t channels, double count, const double* mean, const double* var, const double* gamma,
-                   double eps, const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3);
+                   double eps, const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3,
+                   double* d_gamma, double* d_beta);
+  void (*parameters)(int64_t channels, const double* var, double eps, const double* sum_dz,
+                     const double* sum_dz_centered, double* d_gamma, double* d_beta);
   // Thresholds and flips of NormalizeCoefficients, of type float32 or float64 by their size in bytes.
   void (*relu_gates)(int64_t channels, int64_t size, const double* mean, const double* var, const double* gamma,
                      const double* beta, double eps, void* thresholds, void* flips);

@@ -23,7 +23,8 @@ constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
-constexpr int64_t kColumns = 64;         // whole lines of the cache in any type
+constexpr int64_t kMaxSegments = 128;  // runs of pools that one thread takes, each with its gradients of gamma and beta
+constexpr int64_t kColumns = 64;       // whole lines of the cache in any type
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.
 constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
@@ -116,6 +117,7 @@ struct Plan {
   int64_t group = 1, groups = 1;              // planar: channels of a piece
   int64_t block = 1, blocks = 1;              // samples of a piece, within a pool
   int64_t inner_block = 1, inner_blocks = 1;  // planar: part of a plane
+  int64_t segment = 1;                        // whole: pools that one thread takes in turn
   const double* counts = nullptr;             // of the pools, where not every position is valid
   int64_t fewest = 0;                         // values of the smallest pool
 
@@ -140,7 +142,7 @@ struct Plan {
       if (flat && group < s.channels && group * plane < kRunBytes / 4)
         whole = whole && s.samples * s.channels * s.inner <= kSerialElements;
       // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
-      const bool sparse = whole && s.valid && s.samples * s.channels * s.inner > kSerialElements &&
+      const bool sparse = s.valid && s.samples * s.channels * s.inner > kSerialElements &&
                           s.samples * s.channels * plane <= cache.l3 / 2;
       if (!whole || one_phase || sparse) {
         whole = false;
@@ -175,15 +177,22 @@ struct Plan {
         }
       }
     }
+    if (whole) segment = std::max<int64_t>(1, ceil_div(pools, kMaxSegments));
   }
 
   int64_t pieces_a_pool() const { return groups * blocks * inner_blocks; }
   int64_t pieces() const { return shape.pools() * pieces_a_pool(); }
-  // Doubles that hold the two sums of every channel of every piece.
-  int64_t sums() const { return one_phase ? 0 : 2 * slots() * blocks * inner_blocks; }
   int64_t statistics() const { return shape.pools() * shape.channels; }
-  // Places for coefficients: one a statistic, or one a channel of each piece.
-  int64_t slots() const { return whole ? pieces() * group : statistics(); }
+  // Pieces that one thread takes in turn, and how many such runs there are.
+  int64_t run() const { return segment > 1 ? segment * groups : 1; }
+  int64_t runs() const { return ceil_div(pieces(), run()); }
+  // Places for coefficients: one a statistic, or one a channel of a piece. Arrays of them begin at distances that no
+  // power of two divides: a processor takes addresses that agree in their last 12 bits for one another.
+  int64_t slots() const { return ceil_div(whole ? group : statistics(), 8) * 8 + 48; }
+  // Doubles that hold the two sums of every channel of every piece, those of whole pieces being the slots'.
+  int64_t sums() const { return whole ? 2 * slots() : one_phase ? 0 : 2 * statistics() * blocks * inner_blocks; }
+  // Rows of partial gradients of gamma and beta.
+  int64_t rows() const { return one_phase ? 0 : ceil_div(shape.pools(), segment); }
 
   // Whether the pieces of a pool lie one behind the other, as those do that are walked once: what runs next on the same
   // threads, element by element, finds its share in their caches. Else blocks of one group of channels follow another.
@@ -224,7 +233,7 @@ struct Plan {
     return part;
   }
   // Padding gathers at one end: first and last in turn give every thread its share of both.
-  int64_t turn(int64_t i) const { return !shape.valid ? i : i % 2 ? pieces() - 1 - i / 2 : i / 2; }
+  int64_t turn(int64_t i) const { return !shape.valid ? i : i % 2 ? (whole ? runs() : pieces()) - 1 - i / 2 : i / 2; }
   Slab slab(const Piece& p) const { return {p.samples, p.channels, p.inner, few(p.pool)}; }
   // Whether a pool counts as one of few values; where the coefficients' type hangs on it, as the smallest of all pools.
   bool few(int64_t pool) const {
@@ -298,13 +307,6 @@ struct Coefficients {
   char* base;
   int64_t count;
   int64_t size() const { return wide ? 8 : 4; }
-  void set_means(int64_t i, const double* mean, int64_t count) const {
-    for (int64_t c = 0; c < count; ++c)
-      if (wide)
-        reinterpret_cast<double*>(at(0, i))[c] = mean[c];
-      else
-        reinterpret_cast<float*>(at(0, i))[c] = mean[c] == mean[c] ? float(mean[c]) : NAN;
-  }
   char* at(int array, int64_t i) const { return base + (array * count + i) * size(); }
   NormalizeCoefficients normalize(int64_t i) const { return {at(0, i), at(1, i), at(2, i), gate(0, i), gate(1, i)}; }
   // Two arrays more, behind six of eight bytes: float64 for float64, else float32.
@@ -313,25 +315,49 @@ struct Coefficients {
 };
 
 // ---------------------------------------------------------------------------------------------- scratch memory
-struct Scratch {
-  double *gamma, *beta, *shift, *sums;
+// Shifts, sums and coefficients: of all statistics, or of one whole piece, after which a thread's next takes the same.
+struct Slots {
+  double *shift, *sums;
   Coefficients k;
-  double* counts;  // of the pools
+};
+
+struct Scratch {
+  double *gamma, *beta;
+  double* counts;     // of the pools
+  double* gradients;  // of gamma and beta, rows of (2, channels)
+  double* slots;
+  bool wide;
   Scratch(const Plan& plan, double* workspace, bool wide)
       : gamma(workspace),
-        beta(gamma + plan.shape.channels),
-        shift(beta + plan.shape.channels),
-        sums(shift + plan.slots()),
-        k{wide, element_size(plan.shape.dtype) == 8 ? 8 : 4, reinterpret_cast<char*>(sums + plan.sums()), plan.slots()},
-        counts(sums + plan.sums() + 8 * plan.slots()) {}
+        beta(gamma + plan.shape.channels + 48),
+        counts(beta + plan.shape.channels + 48),
+        gradients(counts + plan.shape.pools()),
+        slots(gradients + 2 * plan.rows() * plan.shape.channels),
+        wide(wide) {}
+  static int64_t size(const Plan& plan) {
+    return 2 * (plan.shape.channels + 48) + plan.shape.pools() + 2 * plan.rows() * plan.shape.channels +
+           (plan.whole ? plan.runs() : 1) * slots_size(plan);
+  }
+  static int64_t slots_size(const Plan& plan) { return 9 * plan.slots() + plan.sums(); }
+  // Those of a run of whole pieces, or all.
+  Slots of(const Plan& plan, int64_t run) const {
+    double* const shift = slots + run * slots_size(plan);
+    double* const k = shift + plan.slots();
+    return {shift,
+            k + 8 * plan.slots(),
+            {wide, element_size(plan.shape.dtype) == 8 ? 8 : 4, reinterpret_cast<char*>(k), plan.slots()}};
+  }
 };
 
 // What is done at once: a piece, or the channels of one alone.
 struct Work {
   Piece piece;
-  int64_t at;              // of its channels among the statistics
-  int64_t slot;            // of their coefficients: where pieces are whole, the next piece of a thread takes the same
+  int64_t at;    // of its channels among the statistics
+  int64_t slot;  // of its first channel
+  const Slots& slots;
   double *first, *second;  // the two sums of its channels
+  const Coefficients& k() const { return slots.k; }
+  double* shift() const { return slots.shift + slot; }
 };
 
 Gate gate_of(const Fusion& f) {
@@ -347,6 +373,7 @@ struct Runner {
   Scratch scratch;
   const Kernels &kernels, &row_kernels;
   const CoefficientKernels& coefficients;
+  const Slots all;  // where pieces are not whole
   Fusion fusion;
   double eps = 0;
   Parallel parallel;
@@ -357,7 +384,8 @@ struct Runner {
         scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
         row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
-        coefficients(kernel_table().coefficients[scratch.k.wide]),
+        coefficients(kernel_table().coefficients[scratch.wide]),
+        all(scratch.of(plan, 0)),
         fusion(f),
         parallel(par),
         large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
@@ -443,9 +471,10 @@ struct Runner {
   struct Columns {
     alignas(64) double values[6][kFlatColumns];
     const Runner& run;
+    const Coefficients& k;
     const Rows& rows;
     int64_t used = 0;
-    Columns(const Runner& run, const Rows& rows) : run(run), rows(rows) {}
+    Columns(const Runner& run, const Work& w, const Rows& rows) : run(run), k(w.k()), rows(rows) {}
     const void* of(const void* from, int64_t size) {
       double* const to = values[used++];
       run.coefficients.spread(rows.piece.channels, rows.each, rows.times, size,
@@ -454,17 +483,17 @@ struct Runner {
     }
     const double* of(const double* from) { return static_cast<const double*>(of(from, 8)); }
     // The mean, and what else is asked for.
-    NormalizeCoefficients normalize(const NormalizeCoefficients& k, bool line, bool gate) {
-      const int64_t size = run.scratch.k.size(), gate_size = run.scratch.k.gate_size;
-      const void* const mean = of(k.mean, size);
-      return {mean, line ? of(k.scale, size) : mean, line ? of(k.shift, size) : mean,
-              gate ? of(k.threshold, gate_size) : mean, gate ? of(k.flip, gate_size) : mean};
+    NormalizeCoefficients normalize(const NormalizeCoefficients& from, bool line, bool gate) {
+      const int64_t size = k.size(), gate_size = k.gate_size;
+      const void* const mean = of(from.mean, size);
+      return {mean, line ? of(from.scale, size) : mean, line ? of(from.shift, size) : mean,
+              gate ? of(from.threshold, gate_size) : mean, gate ? of(from.flip, gate_size) : mean};
     }
     // What the gate needs of them.
-    NormalizeCoefficients gated(const NormalizeCoefficients& k) {
+    NormalizeCoefficients gated(const NormalizeCoefficients& from) {
       const Gate gate = gate_of(run.fusion);
       const bool relu = gate == Gate::recompute && run.fusion.activation == Activation::relu;
-      return normalize(k, !relu && (gate == Gate::recompute || gate == Gate::residual), relu);
+      return normalize(from, !relu && (gate == Gate::recompute || gate == Gate::residual), relu);
     }
   };
 
@@ -585,7 +614,7 @@ struct Runner {
   // The first valid value of each channel, from which all others are taken.
   void set_shifts(const Work& w, const Operand& x) const {
     int64_t sample, place;
-    double* const shift = scratch.shift + w.slot;
+    double* const shift = w.shift();
     if (!first_valid(w.piece.pool, &sample, &place)) return void(std::fill_n(shift, w.piece.channels, 0.0));
     Piece p = w.piece;
     p.sample = sample;
@@ -597,11 +626,11 @@ struct Runner {
     else
       for (int64_t c = 0; c < p.channels; ++c)
         convert(dtype, first + c * x.channel_stride * element_size(dtype), 1, shift + c);
-    for (int64_t c = 0; c < p.channels; ++c) shift[c] = shift[c] - shift[c] == 0 ? shift[c] : 0;  // if finite
+    coefficients.finite(p.channels, shift);
   }
 
   void set_normalize(const Work& w, const double* mean, const double* var) const {
-    const Coefficients& k = scratch.k;
+    const Coefficients& k = w.k();
     coefficients.normalize(w.piece.channels, mean + w.at, var + w.at, scratch.gamma + w.piece.channel,
                            scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
   }
@@ -609,10 +638,10 @@ struct Runner {
   // What a backward needs of them; `population` where set_gradient takes the scale from there.
   void set_gated(const Work& w, const double* mean, const double* var, bool population = false) const {
     if (!population && gate_of(fusion) != Gate::recompute && gate_of(fusion) != Gate::residual)
-      return scratch.k.set_means(w.slot, mean + w.at, w.piece.channels);
+      return coefficients.means(w.piece.channels, mean + w.at, w.k().at(0, w.slot));
     set_normalize(w, mean, var);
     if (gate_of(fusion) != Gate::recompute || fusion.activation != Activation::relu) return;
-    const Coefficients& k = scratch.k;
+    const Coefficients& k = w.k();
     coefficients.relu_gates(w.piece.channels, k.gate_size, mean + w.at, var + w.at, scratch.gamma + w.piece.channel,
                             scratch.beta + w.piece.channel, eps, k.gate(0, w.slot), k.gate(1, w.slot));
   }
@@ -623,23 +652,22 @@ struct Runner {
       in_rows(
           v, slab, {x},
           [&](const Rows& r) {
-            Columns of(*this, r);
-            fold(w, r,
-                 [&](double* sums) { row_kernels.moments(r.slab, at(x, r), of.of(scratch.shift + w.slot), sums); });
+            Columns of(*this, w, r);
+            fold(w, r, [&](double* sums) { row_kernels.moments(r.slab, at(x, r), of.of(w.shift()), sums); });
           },
-          [&](const Piece& p, const Slab& s) { kernels.moments(s, plan.at(x, p), scratch.shift + w.slot, w.first); });
+          [&](const Piece& p, const Slab& s) { kernels.moments(s, plan.at(x, p), w.shift(), w.first); });
     });
   }
 
   void add_reductions(const Work& w, const Operand& dy, const Operand& x, const double* mean) const {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     mean += w.at;
-    const NormalizeCoefficients k = scratch.k.normalize(w.slot);
+    const NormalizeCoefficients k = w.k().normalize(w.slot);
     valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
       in_rows(
           v, slab, {dy, x, fusion.residual},
           [&](const Rows& r) {
-            Columns of(*this, r);
+            Columns of(*this, w, r);
             fold(w, r, [&](double* sums) {
               row_kernels.reduce(r.slab, at(dy, r), at(x, r), of.of(mean), of.gated(k), fused(r), gate_of(fusion),
                                  sums);
@@ -656,28 +684,62 @@ struct Runner {
   double values(const Work& w) const { return double(std::max<int64_t>(plan.count(w.piece.pool), 1)); }
 
   void finish_moments(const Work& w, double divisor, double* mean, double* spread) const {
-    coefficients.statistics(w.piece.channels, values(w), divisor, scratch.shift + w.slot, w.first, w.second,
-                            mean + w.at, spread + w.at);
+    coefficients.statistics(w.piece.channels, values(w), divisor, w.shift(), w.first, w.second, mean + w.at,
+                            spread + w.at);
   }
 
   void finish_reductions(const Work& w, double* sum_dz, double* sum_dz_centered) const {
+    if (!sum_dz) return;
     std::copy_n(w.first, w.piece.channels, sum_dz + w.at);
     std::copy_n(w.second, w.piece.channels, sum_dz_centered + w.at);
   }
 
-  // The coefficients of dx where the statistics are the batch's, or constants.
+  // A pool's row of gradients of gamma and beta, zeros before its segment's first.
+  double* parameters(const Work& w) const {
+    const int64_t channels = plan.shape.channels, pool = w.piece.pool;
+    double* const row = scratch.gradients + 2 * (pool / plan.segment) * channels + w.piece.channel;
+    if (pool % plan.segment == 0)
+      for (double* to : {row, row + channels}) std::fill_n(to, w.piece.channels, 0.0);
+    return row;
+  }
+
+  // The coefficients of dx where the statistics are the batch's, or constants; adds to the gradients of gamma and beta.
   void set_gradient(const Work& w, const double* mean, const double* var, bool population) const {
-    const Coefficients& k = scratch.k;
+    const Coefficients& k = w.k();
     const int64_t n = w.piece.channels;
-    if (!population)
+    if (!population) {
+      double* const row = parameters(w);
       return coefficients.gradient(n, values(w), mean + w.at, var + w.at, scratch.gamma + w.piece.channel, eps, w.first,
-                                   w.second, k.at(3, w.slot), k.at(4, w.slot), k.at(5, w.slot));
+                                   w.second, k.at(3, w.slot), k.at(4, w.slot), k.at(5, w.slot), row,
+                                   row + plan.shape.channels);
+    }
+    add_parameters(w, var);
     std::copy_n(k.at(1, w.slot), n * k.size(), k.at(3, w.slot));
     for (int array = 4; array < 6; ++array) std::fill_n(k.at(array, w.slot), n * k.size(), char(0));
   }
 
+  // That alone.
+  void add_parameters(const Work& w, const double* var) const {
+    double* const row = parameters(w);
+    coefficients.parameters(w.piece.channels, var + w.at, eps, w.first, w.second, row, row + plan.shape.channels);
+  }
+
+  // The rows added up in their order.
+  void finish_parameters(double* d_gamma, double* d_beta) const {
+    const int64_t channels = plan.shape.channels;
+    std::fill_n(d_gamma, channels, 0.0);
+    std::fill_n(d_beta, channels, 0.0);
+    for (int64_t row = 0; row < plan.rows(); ++row) {
+      const double* const gradients = scratch.gradients + 2 * row * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        d_gamma[c] += gradients[c];
+        d_beta[c] += gradients[channels + c];
+      }
+    }
+  }
+
   void set_apply(const Work& w, const double* mean, const double* k1, const double* k2, const double* k3) const {
-    const Coefficients& k = scratch.k;
+    const Coefficients& k = w.k();
     coefficients.apply(w.piece.channels, mean + w.at, k1 + w.at, k2 + w.at, k3 + w.at, k.at(3, w.slot), k.at(4, w.slot),
                        k.at(5, w.slot));
   }
@@ -686,16 +748,16 @@ struct Runner {
     if (plan.shape.valid && plan.shape.order == Order::planar)
       return planes(w.piece, y, {},
                     [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand&) {
-                      kernels.normalize(slab, plan.at(x, v), to, scratch.k.normalize(w.slot + channel), fused(v));
+                      kernels.normalize(slab, plan.at(x, v), to, w.k().normalize(w.slot + channel), fused(v));
                     });
-    const NormalizeCoefficients k = scratch.k.normalize(w.slot);
+    const NormalizeCoefficients k = w.k().normalize(w.slot);
     parts(
         w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_rows(
               v, slab, {x, y, fusion.residual},
               [&](const Rows& r) {
-                Columns of(*this, r);
+                Columns of(*this, w, r);
                 row_kernels.normalize(r.slab, at(x, r), at(y, r), of.normalize(k, true, false), fused(r));
               },
               [&](const Piece& p, const Slab& s) { kernels.normalize(s, plan.at(x, p), plan.at(y, p), k, fused(p)); });
@@ -709,19 +771,19 @@ struct Runner {
       return planes(w.piece, dx, d_residual,
                     [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand& also) {
                       const int64_t slot = w.slot + channel;
-                      kernels.apply(slab, plan.at(dy, v), plan.at(x, v), to, also, scratch.k.normalize(slot),
-                                    scratch.k.apply(slot), fused(v), gate);
+                      kernels.apply(slab, plan.at(dy, v), plan.at(x, v), to, also, w.k().normalize(slot),
+                                    w.k().apply(slot), fused(v), gate);
                     });
-    const NormalizeCoefficients k = scratch.k.normalize(w.slot);
-    const ApplyCoefficients a = scratch.k.apply(w.slot);
+    const NormalizeCoefficients k = w.k().normalize(w.slot);
+    const ApplyCoefficients a = w.k().apply(w.slot);
     parts(
         w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_rows(
               v, slab, {dy, x, dx, d_residual, fusion.residual},
               [&](const Rows& r) {
-                Columns of(*this, r);
-                const int64_t size = scratch.k.size();
+                Columns of(*this, w, r);
+                const int64_t size = w.k().size();
                 row_kernels.apply(r.slab, at(dy, r), at(x, r), at(dx, r), at(d_residual, r), of.gated(k),
                                   {of.of(a.k1, size), of.of(a.k2, size), of.of(a.k3, size)}, fused(r), gate);
               },
@@ -737,16 +799,19 @@ struct Runner {
   }
 
   // ------------------------------------------------------------------------------------------ orders of work
-  Work work(const Piece& p, int64_t slot, double* sums) const {
-    return {p, p.pool * plan.shape.channels + p.channel, slot, sums, sums + p.channels};
-  }
-
-  // f on pieces [begin, end) of a plan of whole pieces, with coefficients of their own.
+  // f on all pieces of a plan of whole ones, each thread with slots of its own.
   template <class F>
   void for_whole_pieces(const F& f) const {
-    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
-      const int64_t slot = begin * plan.group;
-      for (int64_t k = begin; k < end; ++k) f(work(plan.piece(plan.turn(k)), slot, scratch.sums + 2 * slot));
+    for_each(plan, plan.runs(), parallel, [&](int64_t begin, int64_t end) {
+      const Slots slots = scratch.of(plan, begin);
+      double* const sums = slots.sums;
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t first = plan.turn(k) * plan.run(), last = std::min(first + plan.run(), plan.pieces());
+        for (int64_t i = first; i < last; ++i) {
+          const Piece p = plan.piece(i);
+          f(Work{p, p.pool * plan.shape.channels + p.channel, 0, slots, sums, sums + p.channels});
+        }
+      }
     });
   }
 
@@ -754,7 +819,9 @@ struct Runner {
   template <class F>
   void part_of(int64_t i, const F& f) const {
     const Piece p = plan.piece(plan.turn(i));
-    f(work(p, p.pool * plan.shape.channels + p.channel, scratch.sums + plan.sums_offset(plan.turn(i))));
+    const int64_t at = p.pool * plan.shape.channels + p.channel;
+    double* const sums = all.sums + plan.sums_offset(plan.turn(i));
+    f(Work{p, at, at, all, sums, sums + p.channels});
   }
 
   // f on all channels of all pools of a plan of parts, runs of channels at once; their sums are those of a group's
@@ -768,10 +835,10 @@ struct Runner {
         const int64_t first = plan.first_piece(pool, group);
         Piece p = plan.piece(first);
         const int64_t stride = p.channels;
-        double* const sums = scratch.sums + plan.sums_offset(first) + (channel - p.channel);
+        double* const sums = all.sums + plan.sums_offset(first) + (channel - p.channel);
         p.channels = std::min(end - i, p.channel + p.channels - channel);
         p.channel = channel;
-        f(Work{p, i, i, sums, sums + stride});
+        f(Work{p, i, i, all, sums, sums + stride});
         i += p.channels;
       }
     };
@@ -832,8 +899,7 @@ void done(const Work&) {}
 }  // namespace
 
 size_t workspace_size(const Shape& shape) {
-  const Plan plan(shape);
-  return size_t(2 * shape.channels + 9 * plan.slots() + plan.sums() + (shape.valid ? shape.pools() : 0));
+  return size_t(std::max(Scratch::size(Plan(shape)), Scratch::size(Plan(shape, true))));
 }
 
 void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {
@@ -884,19 +950,19 @@ void backward_apply(const Shape& shape, const Operand& dy, const Operand& x, con
 
 void backward(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
               const double* mean, const double* var, Vector gamma, Vector beta, double eps, const Fusion& fusion,
-              bool population, double* sum_dz, double* sum_dz_centered, double* workspace, Parallel parallel) {
-  if (!dx) {
-    backward_reduce(shape, dy, x, mean, var, gamma, beta, eps, fusion, sum_dz, sum_dz_centered, workspace, parallel);
-    return;
-  }
+              bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
+              double* workspace, Parallel parallel) {
   const Runner run(Verb::backward, shape, gamma, beta, eps, fusion, workspace, parallel);
   run.two_phases([&](const Work& w) { run.set_gated(w, mean, var, population); },
                  [&](const Work& w) { run.add_reductions(w, dy, x, mean); },
                  [&](const Work& w) {
                    run.finish_reductions(w, sum_dz, sum_dz_centered);
-                   run.set_gradient(w, mean, var, population);
+                   dx ? run.set_gradient(w, mean, var, population) : run.add_parameters(w, var);
                  },
-                 [&](const Work& w) { run.apply(w, dy, x, dx, d_residual); });
+                 [&](const Work& w) {
+                   if (dx) run.apply(w, dy, x, dx, d_residual);
+                 });
+  if (d_gamma) run.finish_parameters(d_gamma, d_beta);
 }
 
 }  // namespace batchnorm

@@ -23,6 +23,7 @@ struct Run {
   // Whether the residual's gradient is wanted.
   const Tensor* residual_gradient() { return p.c.fused.residual && p.c.seed % 5 ? &tensor() : nullptr; }
   double* doubles() { return statistics.emplace_back(p.statistics()).data(); }
+  double* of_channels() { return statistics.emplace_back(shape().channels).data(); }
   Doubles workspace() const { return Doubles(int64_t(batchnorm::workspace_size(shape()))); }
 
   Fusion forward_fusion() {
@@ -124,6 +125,27 @@ inline void judge_sums(Run& r, const Doubles& mean, const std::vector<Bounded>& 
   }
 }
 
+// Those of gamma and beta, by the sums that were returned.
+inline void judge_parameters(Run& r, const Doubles& var, const Doubles& sum, const Doubles& centered,
+                             const Doubles& d_gamma, const Doubles& d_beta) {
+  const int64_t channels = r.shape().channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    Bounded gamma{}, beta{};
+    for (int64_t s = c; s < r.p.statistics(); s += channels) {
+      const Real inv_std = 1 / std::sqrt(Real(var[s]) + Real(r.p.c.eps)), share = centered[s] * inv_std;
+      gamma.value += share;
+      beta.value += sum[s];
+      gamma.error += std::fabs(share);
+      beta.error += std::fabs(Real(sum[s]));
+    }
+    const Real roundings = Real(r.p.statistics() / channels + 8) * 0x1p-53L;
+    gamma.error = gamma.error * roundings + Real(r.p.statistics() / channels + 1) * 0x1p-1074L;  // of denormals
+    beta.error *= roundings;
+    r.expect("d_gamma", 0, c, 0, d_gamma[c], gamma);
+    r.expect("d_beta", 0, c, 0, d_beta[c], beta);
+  }
+}
+
 struct Gradient {
   Real k1, k2, k3;
 };
@@ -195,20 +217,21 @@ inline void backward_apply(Run& r) {
                    [&](int64_t s, int64_t, int64_t) { return Gradient{p.k1[s], p.k2[s], p.k3[s]}; });
 }
 
-// The sums are judged for themselves, and dx by the sums that were returned.
+// The sums are judged for themselves, and dx and the gradients of gamma and beta by the sums that were returned.
 inline void backward_by(Run& r, const Doubles& mean, const Doubles& var, bool population) {
   const Problem& p = r.p;
   const Doubles work = r.workspace();
   const Tensor& dx = r.tensor();
   const Tensor* d_residual = r.residual_gradient();
-  double *sum = r.doubles(), *centered = r.doubles();
+  double *sum = r.doubles(), *centered = r.doubles(), *d_gamma = r.of_channels(), *d_beta = r.of_channels();
   batchnorm::backward(r.shape(), p.dy.operand(), p.x.operand(), dx.operand(),
                       d_residual ? d_residual->operand() : Operand{}, mean.data(), var.data(), p.gamma.vector(),
-                      p.beta.vector(), p.c.eps, r.backward_fusion(), population, sum, centered, work.data(),
-                      r.parallel);
+                      p.beta.vector(), p.c.eps, r.backward_fusion(), population, sum, centered, d_gamma, d_beta,
+                      work.data(), r.parallel);
   if (!r.judge) return;
   const std::vector<Bounded>& dzs = population ? p.dz_by_population : p.dz_by_batch;
   judge_sums(r, mean, dzs, r.statistics[0], r.statistics[1]);
+  judge_parameters(r, var, r.statistics[0], r.statistics[1], r.statistics[2], r.statistics[3]);
   judge_gradient(r, dx, d_residual, mean, dzs, [&](int64_t s, int64_t n, int64_t c) {
     const Coefficients k = p.coefficients(mean, var, n, c);
     const Real m = Real(p.pool_values(p.pool(n)));
@@ -223,10 +246,13 @@ inline void backward_frozen(Run& r) { backward_by(r, r.p.population_mean, r.p.po
 inline void backward_sums_only(Run& r) {
   const Problem& p = r.p;
   const Doubles work = r.workspace();
-  double *sum = r.doubles(), *centered = r.doubles();
+  double *sum = r.doubles(), *centered = r.doubles(), *d_gamma = r.of_channels(), *d_beta = r.of_channels();
   batchnorm::backward(r.shape(), p.dy.operand(), p.x.operand(), {}, {}, p.mean.data(), p.var.data(), p.gamma.vector(),
-                      p.beta.vector(), p.c.eps, r.backward_fusion(), false, sum, centered, work.data(), r.parallel);
-  if (r.judge) judge_sums(r, p.mean, p.dz_by_batch, r.statistics[0], r.statistics[1]);
+                      p.beta.vector(), p.c.eps, r.backward_fusion(), false, sum, centered, d_gamma, d_beta, work.data(),
+                      r.parallel);
+  if (!r.judge) return;
+  judge_sums(r, p.mean, p.dz_by_batch, r.statistics[0], r.statistics[1]);
+  judge_parameters(r, p.var, r.statistics[0], r.statistics[1], r.statistics[2], r.statistics[3]);
 }
 
 struct Verb {

@@ -233,7 +233,11 @@ class Call {
   }
   batchnorm::Operand write(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
 
-  Tensor statistics() const { return empty_of({shape.pools(), shape.channels}, ScalarType::Double); }
+  Tensor statistics() const {
+    Tensor t = empty_of({shape.pools(), shape.channels}, ScalarType::Double);
+    advise_huge_pages(t);
+    return t;
+  }
 
  private:
   // The runs of true in a mask (N, *space), each within a sample.
@@ -430,35 +434,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Optiona
   bias = contiguous(bias);
   const auto fusion = fusion_of(call, residual, activation, slope, signs);
   const Statistics means(mean, call.shape), vars(var, call.shape);
-  const int64_t channels = call.shape.channels, pools = call.shape.pools();
-  std::vector<double> sums(2 * pools * channels);
-  double *sum = sums.data(), *centered = sum + pools * channels;
+  const int64_t channels = call.shape.channels;
+  std::vector<double> gradients(2 * channels);
+  double *d_gamma = gradients.data(), *d_beta = d_gamma + channels;
   batchnorm::backward(call.shape, call.read(dy), call.input(), dx ? call.write(*dx) : batchnorm::Operand{},
                       d_residual ? call.write(*d_residual) : batchnorm::Operand{}, means.data(), vars.data(),
-                      vector_of(weight), vector_of(bias), eps, fusion, population, sum, centered, call.workspace(),
-                      Threads::parallel());
+                      vector_of(weight), vector_of(bias), eps, fusion, population, nullptr, nullptr,
+                      weight || bias ? d_gamma : nullptr, d_beta, call.workspace(), Threads::parallel());
   Tensor d_weight = weight ? empty_of({channels}, weight->scalar_type()) : nothing();
   Tensor d_bias = bias ? empty_of({channels}, bias->scalar_type()) : nothing();
-  if (weight || bias) {
-    Values gammas(d_weight), betas(d_bias);
-    for_columns(pools, channels, [&](int64_t begin, int64_t end) {
-      constexpr int64_t most = 64;
-      for (int64_t c = begin; c < end; c += most) {
-        const int64_t n = std::min(most, end - c);
-        double gamma[most] = {}, beta[most] = {};
-        for (int64_t p = 0; p < pools; ++p)
-          for (int64_t k = 0; k < n; ++k) {
-            const int64_t i = p * channels + c + k;
-            gamma[k] += centered[i] / std::sqrt(vars.data()[i] + eps);
-            beta[k] += sum[i];
-          }
-        for (int64_t k = 0; k < n; ++k) {
-          if (weight) gammas.set(c + k, gamma[k]);
-          if (bias) betas.set(c + k, beta[k]);
-        }
-      }
-    });
-  }
+  const auto set = [&](Tensor& t, const double* from) {
+    Values values(t);
+    for (int64_t c = 0; c < channels; ++c) values.set(c, from[c]);
+  };
+  if (weight) set(d_weight, d_gamma);
+  if (bias) set(d_bias, d_beta);
   return {want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), d_weight, d_bias};
 }
 
@@ -481,7 +471,7 @@ void update_statistics(OptionalTensor running_mean, OptionalTensor running_var, 
   if (running_var) vars_kept.emplace(*running_var);
   const double correction = unbiased && count > 1 ? double(count) / double(count - 1) : 1.0;
   for_columns(pools, channels, [&](int64_t begin, int64_t end) {
-    constexpr int64_t most = 64;
+    constexpr int64_t most = 512;
     for (int64_t c = begin; c < end; c += most) {
       const int64_t width = std::min(most, end - c);
       double n = 0, m[most] = {}, m2[most] = {};  // Chan's merge over the pools
@@ -520,7 +510,8 @@ void backward_out(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bia
   batchnorm::backward(call.shape, call.read(dy), call.input(), call.write(dx), {},
                       static_cast<double*>(mean.data_ptr()), static_cast<double*>(var.data_ptr()), vector_of(weight),
                       vector_of(bias), eps, fusion, false, static_cast<double*>(sum_dz.data_ptr()),
-                      static_cast<double*>(sum_dz_centered.data_ptr()), call.workspace(), Threads::parallel());
+                      static_cast<double*>(sum_dz_centered.data_ptr()), nullptr, nullptr, call.workspace(),
+                      Threads::parallel());
 }
 
 }  // namespace

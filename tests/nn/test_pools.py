@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -384,6 +385,36 @@ def test_ghost_batches_update_by_decay_as_k_batches_of_one_step() -> None:
     torch.testing.assert_close(merged.running_var, 0.8 + 0.2 * x.var(0))
 
 
+@pytest.mark.parametrize("shape", [(902, 80), (902, 5, 3, 6)])
+def test_many_small_ghost_batches_are_so_many_batches(shape: tuple[int, ...]) -> None:
+    """Output and gradients are those of one ghost after the other, in the same bits on one thread and on two."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(shape), torch.randn(shape)
+    layer = (bn.BatchNorm1d if len(shape) == 2 else bn.BatchNorm2d)(shape[1], ghost_size=3, activation="relu")
+    torch.nn.init.uniform_(layer.weight, -1, 1)
+    parts, gradients = [], []
+    plain = copy.deepcopy(layer).double()
+    plain.ghost_size = 0
+    for part, d_part in zip(x.double().split(3), dy.double().split(3), strict=True):
+        part.requires_grad_()
+        parts.append(plain(part))
+        parts[-1].backward(d_part)
+        gradients.append(part.grad)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.backward(dy)
+        found.append((y.detach(), given.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
+    torch.set_num_threads(before)
+    right = (torch.cat(parts), torch.cat(gradients), plain.weight.grad, plain.bias.grad)
+    for one, two, expected in zip(*found, right, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_options_travel_and_show() -> None:
     layer = bn.BatchNorm1d(4, pool="frame", max_steps=3, channel_groups=2, domains=2)
     assert "pool='frame', max_steps=3, channel_groups=2, domains=2" in repr(layer)
@@ -472,6 +503,7 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(call: dict[str, Any], 
         ({"ghost_size": 2, "renorm": bn.Renorm()}, "renorm"),
         ({"domains": 2, "track_running_stats": False}, "running statistics"),
         ({"process_group": "mars"}, "process_group"),
+        ({"ghost_size": 2, "ghost_update": "decay", "process_group": "world"}, "give 'merge'"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
