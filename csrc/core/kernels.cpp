@@ -62,28 +62,24 @@ INLINE void prefetch(const Slab& slab, const Operand& o, i64 k, i64 c) {
 template <class T>
 INLINE typename Lane<T>::V load_some(const T* p, i64 count) {
 #if VB == 64
+  if constexpr (sizeof(T) == 2) return Lane<T>::widened(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
   if constexpr (sizeof(T) == 4) return (f32)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
   if constexpr (sizeof(T) == 8) return (f64)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
-#endif
-  T values[Lane<T>::width] = {};
-#if VB == 64
-  if constexpr (sizeof(T) == 2) store_bytes(values, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
 #else
+  T values[Lane<T>::width] = {};
   for (i64 i = 0; i < count; ++i) values[i] = p[i];
-#endif
   return Lane<T>::load(values);
+#endif
 }
 template <class T>
 INLINE void store_some(T* p, typename Lane<T>::V v, i64 count) {
 #if VB == 64
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
-  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
-#endif
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), Lane<T>::narrowed(v));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+#else
   T values[Lane<T>::width];
   Lane<T>::store(values, v);
-#if VB == 64
-  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), load_bytes<__m256i>(values));
-#else
   for (i64 i = 0; i < count; ++i) p[i] = values[i];
 #endif
 }
@@ -490,17 +486,17 @@ INLINE unsigned sign_bits(const P& z, const KernelFusion& f) {
   return bits;
 }
 
-// `count` bits at bit i.
+// `count` bits at bit i, behind all that have been put before.
 INLINE void put_bits(uint8_t* signs, i64 i, i64 count, unsigned bits) {
-  if ((i & 7) == 0 && (count & 7) == 0) {
-    for (i64 b = 0; b < count / 8; ++b) signs[i / 8 + b] = uint8_t(bits >> (8 * b));
-    return;
+  bits &= (1u << count) - 1;
+  uint8_t* to = signs + i / 8;
+  if (const i64 used = i & 7) {
+    *to = uint8_t((*to & ((1u << used) - 1)) | bits << used);
+    bits >>= 8 - used;
+    count -= 8 - used;
+    ++to;
   }
-  for (i64 k = 0; k < count; ++k) {
-    const i64 bit = i + k;
-    const unsigned one = 1u << (bit & 7);
-    signs[bit >> 3] = uint8_t((bits >> k) & 1 ? signs[bit >> 3] | one : signs[bit >> 3] & ~one);
-  }
+  for (; count > 0; count -= 8, bits >>= 8) *to++ = uint8_t(bits);
 }
 
 INLINE unsigned get_bits(const uint8_t* signs, i64 i, i64 count) {

@@ -425,15 +425,16 @@ struct Runner {
     int64_t each, times;
   };
 
-  // A slab as such rows where its own are short and lie beside one another; what is left as it is.
+  // A slab as such rows where its own are short and lie beside one another; what is left as it is. Signs begin a byte
+  // with each run of their own, so that what reads or writes them takes no others.
   template <class Long, class Direct>
-  void in_rows(const Piece& p, const Slab& slab, std::initializer_list<Operand> operands, const Long& rows,
-               const Direct& direct) const {
+  void in_rows(const Piece& p, const Slab& slab, std::initializer_list<Operand> operands, const uint8_t* signs,
+               const Long& rows, const Direct& direct) const {
     const int64_t inner = plan.shape.inner;
     const auto all = [&](int64_t Operand::* stride, int64_t size) {
       return std::all_of(operands.begin(), operands.end(), [&](const Operand& o) { return !o || o.*stride == size; });
     };
-    if (fusion.signs || slab.runs) return direct(p, slab);
+    if (signs || slab.runs) return direct(p, slab);
     if (plan.shape.order == Order::planar) {
       if (!plan.flat || p.samples < kFlatSamples || !all(&Operand::channel_stride, inner)) return direct(p, slab);
       const int64_t most = flat_channels(inner);
@@ -650,7 +651,7 @@ struct Runner {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
       in_rows(
-          v, slab, {x},
+          v, slab, {x}, nullptr,
           [&](const Rows& r) {
             Columns of(*this, w, r);
             fold(w, r, [&](double* sums) { row_kernels.moments(r.slab, at(x, r), of.of(w.shift()), sums); });
@@ -665,7 +666,7 @@ struct Runner {
     const NormalizeCoefficients k = w.k().normalize(w.slot);
     valid_parts(w.piece, [&](const Piece& v, const Slab& slab) {
       in_rows(
-          v, slab, {dy, x, fusion.residual},
+          v, slab, {dy, x, fusion.residual}, fusion.signs,
           [&](const Rows& r) {
             Columns of(*this, w, r);
             fold(w, r, [&](double* sums) {
@@ -755,7 +756,7 @@ struct Runner {
         w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_rows(
-              v, slab, {x, y, fusion.residual},
+              v, slab, {x, y, fusion.residual}, fusion.signs,
               [&](const Rows& r) {
                 Columns of(*this, w, r);
                 row_kernels.normalize(r.slab, at(x, r), at(y, r), of.normalize(k, true, false), fused(r));
@@ -780,7 +781,7 @@ struct Runner {
         w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_rows(
-              v, slab, {dy, x, dx, d_residual, fusion.residual},
+              v, slab, {dy, x, dx, d_residual, fusion.residual}, fusion.signs,
               [&](const Rows& r) {
                 Columns of(*this, w, r);
                 const int64_t size = w.k().size();

@@ -126,17 +126,19 @@ struct Lane<bf16> {
   // Stores to nearest, ties to even. A NaN stays one, as long as the lower half of its bits is empty: so it is in all
   // that come of bfloat16 values and of the coefficients.
 #if VB == 64
-  static INLINE V load(const bf16* p) {
-    const __m512i halves = _mm512_castsi256_si512(load_bytes<__m256i>(p));
+  static INLINE V widened(__m256i words) {
+    const __m512i halves = _mm512_castsi256_si512(words);
     return (V)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)(lane_numbers() << 16), halves);
   }
-  static INLINE void store(bf16* p, V v) {
+  static INLINE __m256i narrowed(V v) {
     const __m512i bits = (__m512i)v, below = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __m512i rounded = _mm512_mask_add_epi32(below, odd, below, _mm512_set1_epi32(1));
     const u32 high = lane_numbers() * 0x40004u + 0x30001u;  // words 1, 3, 5, ...
-    store_bytes(p, _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)high, rounded)));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)high, rounded));
   }
+  static INLINE V load(const bf16* p) { return widened(load_bytes<__m256i>(p)); }
+  static INLINE void store(bf16* p, V v) { store_bytes(p, narrowed(v)); }
   static INLINE u32 lane_numbers() {
     u32 v;
     for (unsigned i = 0; i < width; ++i) v[i] = i;
@@ -176,8 +178,10 @@ struct Lane<f16> {
   using S = float;
   static constexpr int width = kLanes32;
 #if VB == 64
-  static INLINE V load(const f16* p) { return (V)_mm512_cvtph_ps(load_bytes<__m256i>(p)); }
-  static INLINE void store(f16* p, V v) { store_bytes(p, _mm512_cvtps_ph((__m512)v, 0)); }
+  static INLINE V widened(__m256i words) { return (V)_mm512_cvtph_ps(words); }
+  static INLINE __m256i narrowed(V v) { return _mm512_cvtps_ph((__m512)v, 0); }
+  static INLINE V load(const f16* p) { return widened(load_bytes<__m256i>(p)); }
+  static INLINE void store(f16* p, V v) { store_bytes(p, narrowed(v)); }
 #elif defined(__F16C__)
   static INLINE V load(const f16* p) { return (V)_mm256_cvtph_ps(load_bytes<__m128i>(p)); }
   static INLINE void store(f16* p, V v) { store_bytes(p, _mm256_cvtps_ph((__m256)v, 0)); }
