@@ -215,10 +215,12 @@ INLINE P everywhere(double v) {
 template <class P>
 INLINE P columns_of(const double* v, i64 count) {
   P p{};
-  if (count == P::width && sizeof(typename P::S) == 8)
+  if (count < P::width)
+    for (i64 i = 0; i < count; ++i) p.part[i / P::lanes][i % P::lanes] = typename P::S(v[i]);
+  else if constexpr (sizeof(typename P::S) == 8)
     for (int k = 0; k < P::parts; ++k) p.part[k] = load_bytes<typename P::C>(v + k * P::lanes);
   else
-    for (i64 i = 0; i < count; ++i) p.part[i / P::lanes][i % P::lanes] = typename P::S(v[i]);
+    p.part[0] = Wide{{load_bytes<f64>(v), load_bytes<f64>(v + kLanes64)}}.rounded();
   return p;
 }
 

@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -81,15 +83,48 @@ int64_t inner_of(const Tensor& t) {
 // ---------------------------------------------------------------------------------------------- huge pages
 bool use_huge_pages = true;
 
+// Now and then the first huge page of an output is timed. A virtual machine's memory may be backed by its host on the
+// first touch, which takes ten times as long as clearing it and more: huge pages are taken from memory that nobody has
+// used yet, small ones from what was freed last. After a slow page some outputs do without, twice as many each time.
+class PageClock {
+ public:
+  bool advises() {
+    if (pause_.load(std::memory_order_relaxed) <= 0) return true;
+    pause_.fetch_sub(1, std::memory_order_relaxed);
+    return false;
+  }
+  void touch(void* page) {
+    constexpr std::chrono::microseconds fault{20}, slow{3000};
+    if (turn_.fetch_add(1, std::memory_order_relaxed) % 8) return;
+    const auto begin = std::chrono::steady_clock::now();
+    *static_cast<volatile char*>(page) = 0;
+    const auto took = std::chrono::steady_clock::now() - begin;
+    const int64_t wait = wait_.load(std::memory_order_relaxed);
+    if (took < slow) {
+      if (took > fault) wait_.store(std::max(wait / 2, kLeast), std::memory_order_relaxed);
+      return;
+    }
+    pause_.store(wait, std::memory_order_relaxed);
+    wait_.store(std::min(2 * wait, kMost), std::memory_order_relaxed);
+    turn_.store(0, std::memory_order_relaxed);  // the next one is timed again
+  }
+
+ private:
+  static constexpr int64_t kLeast = 8, kMost = 1 << 16;
+  std::atomic<int64_t> pause_{0}, wait_{kLeast}, turn_{0};
+};
+PageClock page_clock;
+
 // A fresh large block costs a page fault every 4 KB; one of 2 MB costs a five-hundredth of them.
 void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t huge = 2 << 20;
   const size_t bytes = size_t(t.numel()) * t.element_size();
-  if (!use_huge_pages || bytes < 2 * huge) return;
+  if (!use_huge_pages || bytes < 2 * huge || !page_clock.advises()) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + bytes;
   const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE)) return;
+  page_clock.touch(reinterpret_cast<void*>(first));
 #else
   (void)t;
 #endif
