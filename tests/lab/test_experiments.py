@@ -23,6 +23,7 @@ from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Table, Trial, difference
 from batchnorm.lab.task import Task
 from batchnorm.report import drawing, write_gallery
+from batchnorm.training.datasets import make_data
 from batchnorm.training.loop import Interrupted
 
 
@@ -142,6 +143,24 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert calls == [0, 1, 2, 3, 1]
     lab.run(counting(calls), seeds=1, folder=tmp_path, lr=0.5)  # other settings are not mixed up
     assert calls == [0, 1, 2, 3, 1, 0]
+
+
+def test_kept_seeds_are_those_of_the_network_and_data_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module, calls = tmp_path / "network_being_edited.py", []
+    module.write_text("def make(): ...\n")
+
+    def run(**changes):
+        lab.run(counting(calls), seeds=1, folder=tmp_path / "runs", **changes)
+        return len(calls)
+
+    spec = "network_being_edited:make"
+    assert [run(network=spec), run(network=spec)] == [1, 1]
+    module.write_text("def make(): return None\n")
+    assert [run(network=spec), run(network=spec)] == [2, 2]
+    small, large = (make_data(data(), seed=0) for _ in range(2))
+    large.x_train.mul_(2)
+    assert [run(data=small), run(data=small), run(data=large), run(data=large)] == [3, 3, 4, 4]
 
 
 def test_workers_find_the_same_bits():

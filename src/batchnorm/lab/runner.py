@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import pickle
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from batchnorm.lab.experiment import Config, Experiment
 from batchnorm.lab.results import Result, Table, Trial
 from batchnorm.lab.task import Task
 from batchnorm.training.config import TrainConfig
+from batchnorm.training.datasets import Dataset
 from batchnorm.training.files import write_json
 from batchnorm.training.loop import Interrupted
 from batchnorm.training.procedure2 import environment
@@ -40,10 +43,30 @@ class Job:
     seed: int
 
     def path(self, folder: Path) -> Path:
-        """Where its trial is kept; other settings and versions are other places."""
-        settings = json.dumps([__version__, self.config.plain()], sort_keys=True)
+        """Where its trial is kept; other settings and versions are other places, and so are edited files."""
+        own = [digest for given in (self.config.network, self.config.data) if (digest := _digest(given))]
+        settings = json.dumps([__version__, self.config.plain(), *own], sort_keys=True)
         key = hashlib.sha256(settings.encode()).hexdigest()[:10]
         return folder / "trials" / f"{self.experiment.name}-{key}" / f"seed-{self.seed}.json"
+
+
+def _digest(given: Any) -> str | None:
+    """Of what a network or data of the user's are made of: a data set's values, a file's bytes, the file that defines
+    a factory or loader (not what that imports); None for what is built in or has no file."""
+    if isinstance(given, Dataset):
+        parts = [t.numpy().tobytes() for t in (given.x_train, given.y_train, given.x_test, given.y_test)]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+    try:
+        if isinstance(given, str) and ":" in given:
+            spec = importlib.util.find_spec(given.partition(":")[0])
+            file = spec.origin if spec else None
+        elif isinstance(given, str):
+            file = given if Path(given).suffix else None
+        else:
+            file = inspect.getsourcefile(given)
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except (OSError, TypeError, ImportError, ValueError):
+        return None  # whatever is wrong with it is said when it is used
 
 
 def run(
@@ -124,13 +147,16 @@ def _trials(jobs: list[Job], folder: Path | None, workers: int) -> Iterator[tupl
             f"lab: the network or the data cannot be sent to worker processes ({error}); give workers=1, or a factory "
             "as 'package.module:name'"
         ) from error
+    others = set(active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _let_die) as pool:
         running = {pool.submit(_work, job, folder): job for job in jobs}
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(active_children()) - others:
+                worker.terminate()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
