@@ -27,12 +27,6 @@ def run(names: Iterable[str], quick: bool, path: Path) -> list[str]:
     failures: list[str] = []
     bar = Progress(TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with path.open("w") as rows, bar:
-        if not quick:
-            task = bar.add_task("free memory, once", total=1)
-            subprocess.run(
-                [sys.executable, "-c", "from benchmarks.machine import *; touch_memory()"], cwd=ROOT, check=False
-            )
-            bar.advance(task)
         for name in names:
             failures += _run_suite(name, quick, rows, bar)
     return failures

@@ -83,52 +83,44 @@ int64_t inner_of(const Tensor& t) {
 // ---------------------------------------------------------------------------------------------- huge pages
 bool use_huge_pages = true;
 
-// Now and then the first huge page of an output is timed. A virtual machine's memory may be backed by its host on the
-// first touch, which takes ten times as long as clearing it and more: huge pages are taken from memory that nobody has
-// used yet, small ones from what was freed last. After a slow page some outputs do without, twice as many each time.
-class PageClock {
+// A fresh large block costs a page fault every 4 KB; one of 2 MB costs a five-hundredth of them. But a virtual machine
+// may give free memory back to its host, and has to fetch it again at the first touch, ten times as slowly as it is
+// cleared: small pages are mostly such as were freed last, huge ones are not. So calls with huge pages are timed, and
+// after a slow one some do without, twice as many each time.
+class HugePages {
  public:
-  bool advises() {
-    if (pause_.load(std::memory_order_relaxed) <= 0) return true;
-    pause_.fetch_sub(1, std::memory_order_relaxed);
-    return false;
-  }
-  void touch(void* page) {
-    constexpr std::chrono::microseconds fault{20}, slow{3000};
-    if (turn_.fetch_add(1, std::memory_order_relaxed) % 8) return;
-    const auto begin = std::chrono::steady_clock::now();
-    *static_cast<volatile char*>(page) = 0;
-    const auto took = std::chrono::steady_clock::now() - begin;
-    const int64_t wait = wait_.load(std::memory_order_relaxed);
-    if (took < slow) {
-      if (took > fault) wait_.store(std::max(wait / 2, kLeast), std::memory_order_relaxed);
-      return;
+  // Asks for them; the bytes of the block, or 0 where none are asked for.
+  size_t advise(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t huge = 2 << 20;
+    const size_t bytes = size_t(t.numel()) * t.element_size();
+    if (!use_huge_pages || bytes < 2 * huge) return 0;
+    if (pause_.load(std::memory_order_relaxed) > 0) {
+      pause_.fetch_sub(1, std::memory_order_relaxed);
+      return 0;
     }
-    pause_.store(wait, std::memory_order_relaxed);
-    wait_.store(std::min(2 * wait, kMost), std::memory_order_relaxed);
-    turn_.store(0, std::memory_order_relaxed);  // the next one is timed again
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + bytes;
+    const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
+    if (first < last && !madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE)) return bytes;
+#else
+    (void)t;
+#endif
+    return 0;
+  }
+
+  // What a call took that has written so many bytes of them: slow are 1 GB/s, a third of what small pages allow.
+  void judge(size_t bytes, std::chrono::nanoseconds took) {
+    const int64_t wait = wait_.load(std::memory_order_relaxed);
+    const bool slow = took.count() > int64_t(bytes);
+    wait_.store(slow ? std::min(2 * wait, kMost) : std::max(wait / 2, kLeast), std::memory_order_relaxed);
+    if (slow) pause_.store(wait, std::memory_order_relaxed);
   }
 
  private:
-  static constexpr int64_t kLeast = 8, kMost = 1 << 16;
-  std::atomic<int64_t> pause_{0}, wait_{kLeast}, turn_{0};
+  static constexpr int64_t kLeast = 8, kMost = 1 << 12;
+  std::atomic<int64_t> pause_{0}, wait_{kLeast};
 };
-PageClock page_clock;
-
-// A fresh large block costs a page fault every 4 KB; one of 2 MB costs a five-hundredth of them.
-void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = 2 << 20;
-  const size_t bytes = size_t(t.numel()) * t.element_size();
-  if (!use_huge_pages || bytes < 2 * huge || !page_clock.advises()) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + bytes;
-  const uintptr_t first = (begin + huge - 1) & ~(huge - 1), last = end & ~(huge - 1);
-  if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE)) return;
-  page_clock.touch(reinterpret_cast<void*>(first));
-#else
-  (void)t;
-#endif
-}
+HugePages huge_pages;
 
 // ---------------------------------------------------------------------------------------------- memory orders
 // How a tensor (N, C, *space) lies in memory, where it can be walked as planar or interleaved; see batchnorm.h.
@@ -243,6 +235,10 @@ class Call {
     input_ = read(x);
     workspace_.reset(new double[batchnorm::workspace_size(shape)]);
   }
+  ~Call() {
+    if (advised_) huge_pages.judge(advised_, std::chrono::steady_clock::now() - began_);
+  }
+  Call(const Call&) = delete;
 
   batchnorm::Shape shape;
 
@@ -263,14 +259,14 @@ class Call {
   // A result: of the shape, dtype and memory format of x.
   Tensor empty() const {
     Tensor t = empty_as(x_, format_);
-    advise_huge_pages(t);
+    advised_ += huge_pages.advise(t);
     return t;
   }
   batchnorm::Operand write(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
 
   Tensor statistics() const {
     Tensor t = empty_of({shape.pools(), shape.channels}, ScalarType::Double);
-    advise_huge_pages(t);
+    advised_ += huge_pages.advise(t);
     return t;
   }
 
@@ -303,6 +299,8 @@ class Call {
   std::unique_ptr<double[]> workspace_;
   std::vector<Tensor> kept_;
   std::vector<batchnorm::Range> valid_;
+  mutable size_t advised_ = 0;  // bytes of outputs in huge pages
+  std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
 };
 
 batchnorm::Fusion fusion_of(Call& call, const OptionalTensor& residual, int64_t activation, double slope,
