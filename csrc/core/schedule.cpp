@@ -18,7 +18,7 @@ const KernelTable& kernel_table();  // dispatch.cpp
 
 namespace {
 
-constexpr int64_t kSerialElements = 32768;
+constexpr int64_t kSerialElements = 32768;  // of four bytes and more; twice as many of two
 constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
@@ -31,6 +31,8 @@ constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatC
 
 int64_t element_size(Dtype d) { return d == Dtype::float64 ? 8 : d == Dtype::float32 ? 4 : 2; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Elements that are not worth a second thread.
+int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
 
 double value_of(double v) { return v; }
 double value_of(float v) { return v; }
@@ -137,12 +139,13 @@ struct Plan {
           std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
       while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
       groups = ceil_div(s.channels, group);
-      whole = plane * pool <= budget && (pools * groups >= 8 || s.samples * s.channels * s.inner <= kSerialElements);
+      whole = plane * pool <= budget &&
+              (pools * groups >= 8 || s.samples * s.channels * s.inner <= serial_elements(s.dtype));
       // Not in strips too short for prefetchers.
       if (flat && group < s.channels && group * plane < kRunBytes / 4)
-        whole = whole && s.samples * s.channels * s.inner <= kSerialElements;
+        whole = whole && s.samples * s.channels * s.inner <= serial_elements(s.dtype);
       // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
-      const bool sparse = s.valid && s.samples * s.channels * s.inner > kSerialElements &&
+      const bool sparse = s.valid && s.samples * s.channels * s.inner > serial_elements(s.dtype) &&
                           s.samples * s.channels * plane <= cache.l3 / 2;
       if (!whole || one_phase || sparse) {
         whole = false;
@@ -160,7 +163,7 @@ struct Plan {
       const int64_t row = std::max<int64_t>(1, s.channels * bytes);
       group = s.channels;
       groups = std::min<int64_t>(s.channels, 1);  // no channels, no pieces
-      whole = pool * s.channels <= kSerialElements || (pools >= 8 && pool * row <= cache.l3 / 8);
+      whole = pool * s.channels <= serial_elements(s.dtype) || (pools >= 8 && pool * row <= cache.l3 / 8);
       if (!whole) {
         // Long enough for a block's sums to be little beside its rows.
         const int64_t least = std::clamp<int64_t>(pool / 16, 32, 128);
@@ -293,7 +296,7 @@ void for_each(const Plan& plan, int64_t count, Parallel parallel, const F& f) {
   auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
   void* context = const_cast<void*>(static_cast<const void*>(&f));
   const Shape& s = plan.shape;
-  if (count <= 1 || s.samples * s.channels * s.inner <= kSerialElements)
+  if (count <= 1 || s.samples * s.channels * s.inner <= serial_elements(s.dtype))
     body(context, 0, count);
   else
     parallel.run(parallel.self, count, body, context);
