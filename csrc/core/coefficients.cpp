@@ -122,7 +122,7 @@ struct Places {
   }
 };
 
-// Whether z > 0. z rises with s * x, s being the sign of the scale, and so does what rounding makes of it: so the
+// Where z passes 0. z rises with s * x, s being the sign of the scale, and so does what rounding makes of it: so the
 // largest s * x of type S that is not above the kink tells the side of it by one comparison.
 struct Kink {
   double sign, mean, scale, shift;
@@ -147,9 +147,8 @@ S searched_threshold(const Kink& kink) {
 
 template <class S>
 void relu_gate(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
-               double eps, void* thresholds, void* flips) {
+               double eps, S* __restrict threshold, S* __restrict flip) {
   using P = Places<S>;
-  S* __restrict threshold = static_cast<S*>(thresholds), * __restrict flip = static_cast<S*>(flips);
   const auto kink = [&](int64_t c) { return Kink(mean[c], gamma[c] / std::sqrt(var[c] + eps), beta[c]); };
   for (int64_t c = 0; c < channels; ++c) {
     const Kink k = kink(c);
@@ -164,7 +163,10 @@ void relu_gate(int64_t channels, const double* mean, const double* var, const do
 
 void relu_gates(int64_t channels, int64_t size, const double* mean, const double* var, const double* gamma,
                 const double* beta, double eps, void* thresholds, void* flips) {
-  (size == 8 ? relu_gate<double> : relu_gate<float>)(channels, mean, var, gamma, beta, eps, thresholds, flips);
+  const auto in = [&](auto* to) {
+    relu_gate(channels, mean, var, gamma, beta, eps, to, static_cast<decltype(to)>(flips));
+  };
+  size == 8 ? in(static_cast<double*>(thresholds)) : in(static_cast<float*>(thresholds));
 }
 
 template <class S>

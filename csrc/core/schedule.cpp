@@ -33,6 +33,7 @@ int64_t element_size(Dtype d) { return d == Dtype::float64 ? 8 : d == Dtype::flo
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Elements that are not worth a second thread.
 int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
+bool is_small(const Shape& s) { return s.samples * s.channels * s.inner <= serial_elements(s.dtype); }
 
 double value_of(double v) { return v; }
 double value_of(float v) { return v; }
@@ -139,14 +140,11 @@ struct Plan {
           std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
       while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
       groups = ceil_div(s.channels, group);
-      whole = plane * pool <= budget &&
-              (pools * groups >= 8 || s.samples * s.channels * s.inner <= serial_elements(s.dtype));
+      whole = plane * pool <= budget && (pools * groups >= 8 || is_small(s));
       // Not in strips too short for prefetchers.
-      if (flat && group < s.channels && group * plane < kRunBytes / 4)
-        whole = whole && s.samples * s.channels * s.inner <= serial_elements(s.dtype);
+      if (flat && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
       // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
-      const bool sparse = s.valid && s.samples * s.channels * s.inner > serial_elements(s.dtype) &&
-                          s.samples * s.channels * plane <= cache.l3 / 2;
+      const bool sparse = s.valid && !is_small(s) && s.samples * s.channels * plane <= cache.l3 / 2;
       if (!whole || one_phase || sparse) {
         whole = false;
         int64_t together = flat || sparse ? kMaxPlanarChannels : 1;
@@ -295,8 +293,7 @@ template <class F>
 void for_each(const Plan& plan, int64_t count, Parallel parallel, const F& f) {
   auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
   void* context = const_cast<void*>(static_cast<const void*>(&f));
-  const Shape& s = plan.shape;
-  if (count <= 1 || s.samples * s.channels * s.inner <= serial_elements(s.dtype))
+  if (count <= 1 || is_small(plan.shape))
     body(context, 0, count);
   else
     parallel.run(parallel.self, count, body, context);

@@ -81,20 +81,20 @@ int64_t inner_of(const Tensor& t) {
 }
 
 // ---------------------------------------------------------------------------------------------- huge pages
-bool use_huge_pages = true;
-
 // A fresh large block costs a page fault every 4 KB; one of 2 MB costs a five-hundredth of them. But a virtual machine
 // may give free memory back to its host, and has to fetch it again at the first touch, ten times as slowly as it is
 // cleared: small pages are mostly such as were freed last, huge ones are not. So calls with huge pages are timed, and
 // after a slow one some do without, twice as many each time.
 class HugePages {
  public:
+  std::atomic<bool> on{true};
+
   // Asks for them; the bytes of the block, or 0 where none are asked for.
   size_t advise(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t huge = 2 << 20;
     const size_t bytes = size_t(t.numel()) * t.element_size();
-    if (!use_huge_pages || bytes < 2 * huge) return 0;
+    if (!on || bytes < 2 * huge) return 0;
     if (pause_.load(std::memory_order_relaxed) > 0) {
       pause_.fetch_sub(1, std::memory_order_relaxed);
       return 0;
@@ -573,9 +573,7 @@ extern "C" __attribute__((visibility("default"))) bool batchnorm_select_instruct
   return batchnorm::select_instruction_set(name);
 }
 extern "C" __attribute__((visibility("default"))) bool batchnorm_huge_pages(bool on) {
-  const bool before = use_huge_pages;
-  use_huge_pages = on;
-  return before;
+  return huge_pages.on.exchange(on);
 }
 extern "C" __attribute__((visibility("default"))) int64_t batchnorm_cache_size(int level) {
   const batchnorm::Caches& c = batchnorm::caches();

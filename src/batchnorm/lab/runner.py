@@ -41,13 +41,23 @@ class Job:
     experiment: Experiment
     config: Config
     seed: int
+    folder: Path | None  # of the experiment's trials in these settings
 
-    def path(self, folder: Path) -> Path:
-        """Where its trial is kept; other settings and versions are other places, and so are edited files."""
-        own = [digest for given in (self.config.network, self.config.data) if (digest := _digest(given))]
-        settings = json.dumps([__version__, self.config.plain(), *own], sort_keys=True)
-        key = hashlib.sha256(settings.encode()).hexdigest()[:10]
-        return folder / "trials" / f"{self.experiment.name}-{key}" / f"seed-{self.seed}.json"
+    @property
+    def path(self) -> Path | None:
+        """Where its trial is kept."""
+        return None if self.folder is None else self.folder / f"seed-{self.seed}.json"
+
+
+def _folder(experiment: Experiment, config: Config, folder: Path | None) -> Path | None:
+    """Where the trials of an experiment are kept; other settings and versions are other places, and so are edited
+    files."""
+    if folder is None:
+        return None
+    own = [digest for given in (config.network, config.data) if (digest := _digest(given))]
+    settings = json.dumps([__version__, config.plain(), *own], sort_keys=True)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:10]
+    return folder / "trials" / f"{experiment.name}-{key}"
 
 
 def _digest(given: Any) -> str | None:
@@ -113,13 +123,14 @@ def run_all(
     if workers < 1:
         raise InputError(f"lab: workers={workers}, expected 1 or more")
     chosen = list(experiments)
-    jobs = [Job(experiment, config, seed) for seed in numbers for experiment, config in chosen]
     place = None if folder is None else Path(folder)
-    kept = {(job.experiment.name, job.seed): trial for job in jobs if (trial := _read(job, place)) is not None}
+    folders = [_folder(experiment, config, place) for experiment, config in chosen]
+    jobs = [Job(*which, seed, where) for seed in numbers for which, where in zip(chosen, folders, strict=True)]
+    kept = {(job.experiment.name, job.seed): trial for job in jobs if (trial := _read(job)) is not None}
     missing = [job for job in jobs if (job.experiment.name, job.seed) not in kept]
     _tell(progress, len(kept), len(jobs), f"{len(kept)} kept from before" if kept else "")
     try:
-        for job, trial in _trials(missing, place, workers):
+        for job, trial in _trials(missing, workers):
             kept[job.experiment.name, job.seed] = trial
             _tell(progress, len(kept), len(jobs), f"{job.experiment.name}, seed {job.seed}")
     except (KeyboardInterrupt, BrokenProcessPool) as stop:
@@ -135,10 +146,10 @@ def _tell(progress: Progress | None, done: int, total: int, text: str) -> None:
         progress(done, total, text)
 
 
-def _trials(jobs: list[Job], folder: Path | None, workers: int) -> Iterator[tuple[Job, Trial]]:
+def _trials(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Trial]]:
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
-            yield job, _work(job, folder)
+            yield job, _work(job)
         return
     try:
         pickle.dumps(jobs)
@@ -149,7 +160,7 @@ def _trials(jobs: list[Job], folder: Path | None, workers: int) -> Iterator[tupl
         ) from error
     others = set(active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _let_die) as pool:
-        running = {pool.submit(_work, job, folder): job for job in jobs}
+        running = {pool.submit(_work, job): job for job in jobs}
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
@@ -164,7 +175,7 @@ def _let_die() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # quietly on Ctrl-C
 
 
-def _work(job: Job, folder: Path | None) -> Trial:
+def _work(job: Job) -> Trial:
     """One trial, on one thread; written down when it is done."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -174,19 +185,18 @@ def _work(job: Job, folder: Path | None) -> Trial:
     finally:
         torch.set_num_threads(threads)
     trial.seconds = time.perf_counter() - began
-    if folder is not None:
-        path = job.path(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"config": job.config.plain(), "trial": asdict(trial)})
+    if job.path is not None:
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(job.path, {"config": job.config.plain(), "trial": asdict(trial)})
     return trial
 
 
-def _read(job: Job, folder: Path | None) -> Trial | None:
+def _read(job: Job) -> Trial | None:
     """A finished trial; one that cannot be read is done again."""
-    if folder is None:
+    if job.path is None:
         return None
     try:
-        kept = json.loads(job.path(folder).read_text(encoding="utf-8"))
+        kept = json.loads(job.path.read_text(encoding="utf-8"))
         return Trial(**_numbers(kept["trial"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
