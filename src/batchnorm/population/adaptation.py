@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError
 from batchnorm.nn import modes
-from batchnorm.population.calibration import _feed, _sample_count, calibrate
+from batchnorm.population.calibration import calibrate
+from batchnorm.population.feeding import feed, sample_count
 
 Method = Literal["statistics", "tent"]
 Net = TypeVar("Net", bound=nn.Module)
@@ -79,7 +80,7 @@ def adapt(
             layer.__dict__.setdefault(_SOURCE, contents)
             _put(layer, layer.__dict__[_SOURCE])
         if method == "tent":
-            _tent(net, batches, learning_rate, forward or _feed)
+            _tent(net, batches, learning_rate, forward or feed)
         seen = _Counted(batches)
         calibrate(net, seen, forward=forward)
         share = 0.0 if math.isinf(prior) else seen.samples / (prior + seen.samples)
@@ -130,7 +131,7 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
-            self.samples += _sample_count(batch)
+            self.samples += sample_count(batch)
             yield batch
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from batchnorm.errors import InputError
 from batchnorm.nn import modes
 from batchnorm.nn.batch_norm import _BatchNorm
-from batchnorm.population.calibration import _feed, _sample_count
+from batchnorm.population.feeding import feed, sample_count
 
 WEIGHTS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
@@ -69,7 +69,7 @@ def tune_example_weight(
         if not layers:
             raise InputError("tune_example_weight: no layer keeps running statistics")
         net.eval()
-        curve = _curve(net, layers, validation_batches, weights, loss or _cross_entropy, forward or _feed)
+        curve = _curve(net, layers, validation_batches, weights, loss or _cross_entropy, forward or feed)
     except BaseException:
         _set(layers, before)
         for layer, memory in memories:
@@ -93,7 +93,7 @@ def _curve(
 ) -> ExampleWeightCurve:
     totals, samples = [0.0] * len(weights), 0
     for batch in batches:
-        size = _sample_count(batch)
+        size = sample_count(batch)
         for i, weight in enumerate(weights):
             _set(layers, [weight] * len(layers))
             totals[i] += float(loss(forward(net, batch), batch)) * size
