@@ -45,7 +45,7 @@ def test_help_teaches_without_loading_torch():
         assert part in shown
 
 
-COMMANDS = ["train", "summary", "calibrate", "fold", "convert", "adapt", "lab", "bench", "info"]
+COMMANDS = ["train", "summary", "diagnose", "calibrate", "fold", "convert", "adapt", "lab", "bench", "info"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -220,6 +220,23 @@ def test_summary_calibrate_and_fold_of_a_users_network(users, capsys):
     with torch.no_grad():
         ours = nn.functional.conv2d(x, folded["0.weight"], folded["0.bias"])
         torch.testing.assert_close(ours, net(x))
+
+
+def test_diagnose_and_its_repair(users, capsys):
+    common = ["--network", "users:good", "--data", "digits"]
+    assert main(["diagnose", *common, "--html", "new/page.html"]) == 0
+    out = capsys.readouterr().out
+    assert "untrained: The running statistics of 1 of 1 layer are the initial" in out
+    assert "Does evaluation follow training?" in (users / "new" / "page.html").read_text(encoding="utf-8")
+    assert main(["calibrate", *common, "--out", "calibrated.safetensors"]) == 0
+    capsys.readouterr()
+    options = ["--weights", "calibrated.safetensors", "--batches", "5", "--in-order", "--json"]
+    assert main(["diagnose", *common, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batches"] == 5
+    assert found["layers"][0]["cause"] is None
+    assert main(["diagnose", *common, "--batches", "0"]) == 2
+    assert "expected 1 or more" in capsys.readouterr().err
 
 
 def test_fold_writes_whole_networks(users, capsys):

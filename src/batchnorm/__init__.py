@@ -31,6 +31,7 @@ _PUBLIC = {
     "average_statistics": "batchnorm.population.averaging",
     "calibrate": "batchnorm.population.calibration",
     "convert": "batchnorm.surgery.conversion",
+    "diagnose": "batchnorm.diagnosis.gap",
     "fold": "batchnorm.surgery.folding",
     "freeze": "batchnorm.surgery.freezing",
     "insert": "batchnorm.surgery.insertion",
@@ -78,6 +79,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from batchnorm.diagnosis.gap import diagnose as diagnose
     from batchnorm.diagnosis.summary import summary as summary
     from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.moments import Moments as Moments

@@ -333,6 +333,56 @@ def summary(
 
 
 @app.command(
+    epilog="""**Examples**
+
+`batchnorm diagnose --network mymodels:resnet --weights net.pt --data train.npz --html diagnosis.html`
+
+`batchnorm diagnose --network mymodels:resnet --weights net.pt --data mydata:load --batch-size 8 --in-order`
+"""
+)
+def diagnose(
+    network: FactoryOption,
+    data: Annotated[str, typer.Option(help=DATA_HELP + " The training part is used.")],
+    weights: WeightsOption = None,
+    labels: Annotated[str | None, typer.Option(help="With --data FILE.npy.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples a batch, as in training.")] = BATCH_SIZE,
+    batches: Annotated[int, typer.Option(help="How many to read at most.")] = 50,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="Batches in the order of the data, where training has it so.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the order, and of the split where the data has none.")] = SEED,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with a figure.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
+) -> None:
+    """Say how far a network's evaluation is from its training, which layers and what causes it, and what mends it.
+
+    The network runs on the same batches as in training, in evaluation, and in evaluation with exact statistics. Every
+    layer's running statistics are compared with the data's, and with what each cause would make of them: too few
+    updates, other data, earlier weights, a noisy average, sorted batches, dropout. Nothing of the network is changed.
+    """
+    import torch
+
+    from batchnorm import diagnose as examine
+    from batchnorm.training import load_data
+
+    for name, value in (("--batch-size", batch_size), ("--batches", batches)):
+        if value < 1:
+            raise InputError(f"diagnose: {name} {value}; expected 1 or more.")
+    samples = load_data(data, seed=seed, labels=labels)
+    net = _build(network, samples.input_shape, samples.num_classes, weights)
+    size = len(samples.x_train)
+    order = torch.arange(size) if in_order else torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    parts = [part for part in order.split(batch_size) if len(part) == min(batch_size, size)][:batches]
+    found = examine(net, [(samples.x_train[part], samples.y_train[part]) for part in parts], progress=True)
+    if html is not None:
+        from batchnorm.report import write_diagnosis
+
+        write_diagnosis(html, found, source=f"{network} on {data}, {batch_size} samples a batch.")
+        typer.echo(f"Written: {html}", err=as_json)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+
+
+@app.command(
     epilog="`batchnorm calibrate --network mymodels:resnet --weights net.pt --data train.npz "
     "--out calibrated.safetensors`"
 )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import SurgeryError
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.freezing import is_frozen
@@ -28,7 +29,7 @@ _STYLE = (
     "th,td{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc;white-space:nowrap}"
     "tr:not(.good) td:last-child{color:#b00;font-weight:bold}"
 )
-_DEAD = 1e-2  # a running variance below this share of eps
+DEAD = 1e-2  # a running variance below this share of eps
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,7 @@ class Summary:
 
     def __str__(self) -> str:
         rows = self.rows()
-        lines = []
-        if rows:
-            table = [list(rows[0]), *(list(row.values()) for row in rows)]
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            for cells in table:
-                padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-                lines.append("  ".join(padded).rstrip())
-            lines.insert(1, "-" * max(map(len, lines)))
-        else:
-            lines.append("no batch normalization")
+        lines = text_table(rows) if rows else ["no batch normalization"]
         return "\n".join(lines + self._footer())
 
 
@@ -269,7 +261,7 @@ def _health(layer: _BatchNorm, pool: int | None) -> str:
         return "broken"
     if counter is not None and not bool(counter.any()):
         return "untrained"
-    dead = (var < _DEAD * layer.eps).reshape(-1, layer.num_features).all(0)  # at every step, where there are steps
+    dead = (var < DEAD * layer.eps).reshape(-1, layer.num_features).all(0)  # at every step, where there are steps
     return "dead" if bool(dead.any()) else "good"
 
 

@@ -1,0 +1,355 @@
+"""Why a network's evaluation differs from its training: what each layer keeps, beside what the data say.
+
+Each cause predicts what the running statistics should be: 0 and 1 if they were never updated, the initial values mixed
+with the data's if seldom, those within batches if batches are not alike, those of training if dropout widens them. The
+cause whose prediction is nearest to what is kept explains it, unless the noise of a moving average would.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.diagnosis.readings import Received
+from batchnorm.diagnosis.summary import DEAD
+from batchnorm.nn.batch_norm import _BatchNorm as Ours
+from batchnorm.population.measuring import Estimate
+from batchnorm.surgery.folding import uses_batch_statistics
+
+NOTICEABLE = 0.1  # of a standard deviation, in means and (as a logarithm) in standard deviations
+EXPLAINS = 0.25  # a cause's prediction is at most so far from what is kept as the data's statistics are
+SIGMAS = 3.0  # of a moving average's noise
+NOISY = 0.25  # of a standard deviation, in the means of batches: 16 independent values a channel
+FEWEST_BATCHES = 3  # that tell whether batches are alike
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and variance by channel, float64, and which of them are known."""
+
+    mean: Tensor
+    var: Tensor
+    known: Tensor | None = None
+
+    @classmethod
+    def of(cls, estimate: Estimate, *, within: bool = False) -> Statistics:
+        """Those of all values, or with the variance within batches alone; unbiased."""
+        pooled = estimate.pooled
+        degrees, m2 = (estimate.degrees_within, estimate.m2_within) if within else (pooled.count - 1, pooled.m2)
+        known = (degrees > 0).expand_as(pooled.mean)
+        return cls(pooled.mean, m2 / degrees.clamp(min=1), known)
+
+    def error(self, other: Statistics, eps: float) -> tuple[float, float]:
+        """How far this is from `other`, the root mean square of all channels: of the means in `other`'s standard
+        deviations, of the standard deviations as the logarithm of their ratio; eps counts in both."""
+        known = torch.ones_like(self.mean, dtype=torch.bool)
+        for each in (self.known, other.known):
+            known = known if each is None else known & each
+        if not bool(known.any()):
+            return 0.0, 0.0
+        scale = (other.var + eps).sqrt()
+        means = ((self.mean - other.mean) / scale)[known]
+        logs = ((self.var + eps).sqrt() / scale).log()[known]
+        sizes = (float(each.square().mean().sqrt()) for each in (means, logs))
+        mean, std = (math.inf if math.isnan(size) else size for size in sizes)
+        return mean, std
+
+
+@dataclass(frozen=True)
+class LayerGap:
+    """One batch normalization layer, between training and evaluation.
+
+    "Off" is the root mean square over the channels: of means in standard deviations of the data, of standard
+    deviations as the absolute logarithm of their ratio (0.1: about 10 %). None: unknown, or nothing is kept.
+
+    Attributes:
+        name: qualified name; type: its class.
+        values_per_channel: that share statistics in training, the median over the batches.
+        mean_off, std_off: running statistics from those of the data, which `calibrate` measures.
+        arrives_mean_off, arrives_std_off: running statistics from those of what arrives in evaluation, where the
+            layers before use theirs: errors that add up on the way show here.
+        noise: standard deviation of the means of batches, in standard deviations of the data.
+        unlike: how many times the means of samples vary *between* batches as they would in random batches (the F of an
+            analysis of variance, mean over the channels); 1 where batches are alike.
+        wider_in_training: standard deviation of what it receives in training, over that without dropout.
+        dead: channels with a variance below eps / 100.
+        effect: how far this layer's running statistics alone move the outputs, in standard deviations of the outputs.
+        cause: the kind of the finding that explains its running statistics, or None where they are right.
+    """
+
+    name: str
+    type: str
+    values_per_channel: int
+    mean_off: float | None
+    std_off: float | None
+    arrives_mean_off: float | None
+    arrives_std_off: float | None
+    noise: float
+    unlike: float | None
+    wider_in_training: float | None
+    dead: int
+    effect: float | None
+    cause: str | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found, in one sentence or two, and what to do.
+
+    Attributes:
+        kind: one of `KINDS`.
+        layers: names of the layers it is about, those that move the outputs most first.
+        text: what is the matter; repair: what mends it, code where there is some.
+    """
+
+    kind: str
+    layers: tuple[str, ...]
+    text: str
+    repair: str
+
+
+CALIBRATE = "bn.calibrate(net, batches)"
+KINDS: dict[str, str] = {
+    "broken": "running statistics that are not finite, or a negative variance",
+    "by_batch": "evaluation normalizes by the batch",
+    "untrained": "running statistics as initialized",
+    "young": "too few updates",
+    "stale": "statistics of other data, or of earlier weights",
+    "noisy_average": "the moving average remembers too few values",
+    "unlike_batches": "batches that are not alike",
+    "dropout": "dropout before batch norm",
+    "small_batches": "few values share statistics",
+    "dead": "channels that do not vary",
+}
+"""What can be found, the gravest first."""
+
+
+def compare(
+    name: str,
+    layer: _BatchNorm,
+    kept: Statistics | None,
+    exact: Statistics | None,
+    received: Received,
+    effect: float | None,
+) -> LayerGap:
+    """A layer's figures, and the cause that explains what it keeps.
+
+    Args:
+        kept: its running statistics; exact: those that `calibrate` measured; None where there are none.
+        received: what it received; effect: see `LayerGap`.
+    """
+    training = received.training
+    assert training is not None
+    seen, eps = Statistics.of(training), layer.eps
+    off: tuple[float | None, float | None] = (None, None)
+    arrives = off
+    cause = "by_batch" if kept is None or uses_batch_statistics(layer) else None
+    if received.evaluation is None:  # a layer of training alone
+        kept = exact = effect = cause = None
+    if kept is not None and exact is not None:
+        assert received.evaluation is not None
+        off = kept.error(exact, eps)
+        arrives = kept.error(Statistics.of(received.evaluation), eps)
+        if cause is None:
+            cause = _cause(layer, kept, exact, received)
+    data = exact or seen
+    return LayerGap(
+        name=name,
+        type=type(layer).__name__,
+        values_per_channel=sorted(received.values)[len(received.values) // 2],
+        mean_off=off[0],
+        std_off=off[1],
+        arrives_mean_off=arrives[0],
+        arrives_std_off=arrives[1],
+        noise=_noise(received, eps)[0],
+        unlike=None if received.samples is None else _unlike(received.samples),
+        wider_in_training=None if exact is None else _wider(seen, exact, eps),
+        dead=int((data.var < DEAD * eps).reshape(-1, layer.num_features).all(0).sum()),
+        effect=effect,
+        cause=cause,
+    )
+
+
+def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Received) -> str | None:
+    """Which of `KINDS` explains what is kept."""
+    assert received.training is not None
+    if not bool(kept.mean.isfinite().all() & kept.var.isfinite().all() & (kept.var >= 0).all()):
+        return "broken"
+    error = max(kept.error(exact, layer.eps))
+    if error <= NOTICEABLE:
+        return None
+    within, seen = Statistics.of(received.training, within=True), Statistics.of(received.training)
+    predictions = {
+        "untrained": Statistics(torch.zeros_like(within.mean), torch.ones_like(within.var)),
+        "unlike_batches": within,
+        "dropout": seen,
+    }
+    left = _left(layer)
+    if left and layer.momentum:
+        predictions["young"] = Statistics((1 - left) * within.mean, left + (1 - left) * within.var, within.known)
+    errors = {cause: kept.error(expected, layer.eps) for cause, expected in predictions.items()}
+    nearest = min(errors, key=lambda cause: max(errors[cause]))
+    if max(errors[nearest]) <= EXPLAINS * error:
+        return nearest
+    chance = [max(NOTICEABLE, SIGMAS * _remembered(layer) * noise) for noise in _noise(received, layer.eps)]
+    by_chance = (all(map(operator.le, errors[cause], chance)) for cause in ("unlike_batches", "dropout"))
+    return "noisy_average" if any(by_chance) else "stale"
+
+
+def _remembered(layer: _BatchNorm) -> float:
+    """The standard deviation of a moving average, in those of a batch's statistics."""
+    if layer.momentum is None:  # the mean of all batches
+        return 0.0 if layer.num_batches_tracked is None else max(1.0, float(layer.num_batches_tracked.max())) ** -0.5
+    return math.sqrt(layer.momentum / (2 - layer.momentum))
+
+
+def _left(layer: _BatchNorm) -> float | None:
+    """The share of the initial values in a moving average, or None where that is not what is kept."""
+    counter, momentum = layer.num_batches_tracked, layer.momentum
+    plain = not isinstance(layer, Ours) or layer.running == "ema"
+    if not plain or counter is None or momentum is None:
+        return None
+    return float((1 - momentum) ** float(counter.max()))
+
+
+def _noise(received: Received, eps: float) -> tuple[float, float]:
+    """Standard deviation over the batches of their means, in those of the values, and of the logarithm of their
+    standard deviations."""
+    means, variances = received.means, received.variances
+    assert means is not None
+    assert variances is not None
+    size = variances.mean + eps
+    of_means = means.variance(unbiased=True).nan_to_num() / size
+    of_logs = variances.variance(unbiased=True).nan_to_num() / (2 * size).square()
+    return math.sqrt(float(of_means.mean())), math.sqrt(float(of_logs.mean()))
+
+
+def _unlike(samples: Estimate) -> float | None:
+    """F = (variance between batches) / (variance within) of the means of samples, mean over the channels."""
+    batches = int(samples.uses)
+    if batches < FEWEST_BATCHES or not bool((samples.degrees_within > 0).any()):
+        return None
+    within = samples.m2_within / samples.degrees_within.clamp(min=1)
+    between = (samples.pooled.m2 - samples.m2_within).clamp(min=0) / (batches - 1)
+    varying = within > 1e-12 * (samples.pooled.mean.square() + within)
+    return float((between / within)[varying].mean()) if bool(varying.any()) else None
+
+
+def _wider(seen: Statistics, exact: Statistics, eps: float) -> float:
+    """Standard deviation in training over that without dropout, the geometric mean of all channels."""
+    known = seen.known if seen.known is not None else torch.ones_like(seen.mean, dtype=torch.bool)
+    logs = ((seen.var + eps) / (exact.var + eps)).log()[known] / 2
+    return float(logs.mean().exp()) if logs.numel() else 1.0
+
+
+def findings(layers: list[LayerGap], batches: int, net: nn.Module) -> tuple[Finding, ...]:
+    """What the layers' figures say, the gravest first."""
+    about: dict[str, list[LayerGap]] = {kind: [] for kind in KINDS}
+    for layer in layers:
+        if layer.cause is not None:
+            about[layer.cause].append(layer)
+        if _is_unlike(layer, batches) and layer.cause != "unlike_batches":
+            about["unlike_batches"].append(layer)
+        elif not _is_unlike(layer, batches) and layer.noise > NOISY:
+            about["small_batches"].append(layer)
+        wider = layer.wider_in_training
+        if wider is not None and abs(math.log(wider)) > NOTICEABLE and layer.cause != "dropout" and _dropouts(net):
+            about["dropout"].append(layer)
+        if layer.dead:
+            about["dead"].append(layer)
+    found = []
+    for kind, members in about.items():
+        if members:
+            members = sorted(members, key=lambda layer: -(layer.effect or 0.0))
+            text, repair = _described(kind, members, len(layers), net)
+            found.append(Finding(kind, tuple(layer.name for layer in members), text, repair))
+    return tuple(found)
+
+
+def _is_unlike(layer: LayerGap, batches: int) -> bool:
+    """Whether F is beyond four standard deviations of what random batches give; less would do for many channels."""
+    return layer.unlike is not None and layer.unlike > 1 + 4 * math.sqrt(2 / (batches - 1))
+
+
+def _dropouts(net: nn.Module) -> list[str]:
+    """Modules that are random in training, as far as their names tell."""
+    return [name for name, module in net.named_modules() if "drop" in type(module).__name__.lower()]
+
+
+def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -> tuple[str, str]:
+    """Text and repair of a finding about these layers, the one with the largest effect first."""
+    first = members[0]
+    layer = net.get_submodule(first.name)
+    assert isinstance(layer, _BatchNorm)
+    momentum, of = layer.momentum, f"{len(members)} of {total} layer{'s' * (total > 1)}"
+    off = (
+        f"`{first.name}` is off by {first.mean_off or 0:.2f} standard deviations in the mean and by a factor of "
+        f"{math.exp(first.std_off or 0):.2f} in the standard deviation, and alone moves the outputs by "
+        f"{first.effect or 0:.2f} of their standard deviation."
+    )
+    if kind == "broken":
+        return f"The running statistics of {of} are not finite, or have a negative variance.", CALIBRATE
+    if kind == "by_batch":
+        return (
+            f"In evaluation, statistics of the batch normalize {of}: the output for a sample depends on the others "
+            "beside it.",
+            "track_running_stats=True, or bn.set_mode(net, source='auto'); then " + CALIBRATE,
+        )
+    if kind == "untrained":
+        why = "momentum is 0, so no batch changes them" if momentum == 0 else "training has not changed them"
+        return f"The running statistics of {of} are the initial mean 0 and variance 1: {why}. {off}", CALIBRATE
+    if kind == "young":
+        left = _left(layer) or 0.0
+        return (
+            f"The running statistics of {of} have seen too few batches: at momentum {momentum:g}, "
+            f"{100 * left:.0f} % of the initial mean 0 and variance 1 is left. {off}",
+            CALIBRATE + "; in training, running='debiased'",
+        )
+    if kind == "stale":
+        return (
+            f"The running statistics of {of} are not those of these data under the present weights, but of other data "
+            f"or of earlier weights. {off}",
+            CALIBRATE + " on the data to serve; bn.adapt(net, batches, prior=...) keeps part of the old",
+        )
+    if kind == "noisy_average":
+        remembered = "the batches so far" if momentum is None else f"about {(2 - momentum) / momentum:.2g} batches"
+        return (
+            f"The running statistics of {of} are as far off as chance makes an average over {remembered}. {off}",
+            CALIBRATE + "; in training, a smaller momentum or larger batches",
+        )
+    if kind == "unlike_batches":
+        times = math.sqrt(max(member.unlike or 1.0 for member in members))
+        return (
+            f"The batches are not alike: in {of} their means vary {times:.1f} times as much as those of random batches "
+            "would. They are sorted, or each is from a source of its own. What lies between batches is in no batch's "
+            "variance, and so not in a moving average of them.",
+            "shuffle the training data; " + CALIBRATE + " counts the variance between batches",
+        )
+    if kind == "dropout":
+        names = [f"`{name}`" for name in _dropouts(net)]
+        wider = max((member.wider_in_training or 1.0 for member in members), key=lambda ratio: abs(math.log(ratio)))
+        return (
+            f"The inputs of {of} have up to {wider:.2f} times the standard deviation in training that they have in "
+            f"evaluation: dropout comes before batch norm ({', '.join(names[:3])}{', ...' * (len(names) > 3)}).",
+            "move dropout behind the last batch norm; " + CALIBRATE + " measures without it",
+        )
+    if kind == "small_batches":
+        noisiest = max(members, key=lambda member: member.noise)
+        return (
+            f"Few values share statistics: the means of `{noisiest.name}` vary by {noisiest.noise:.2f} standard "
+            f"deviations from batch to batch ({noisiest.values_per_channel:,} values a channel). Running statistics "
+            "cannot reproduce that noise.",
+            "larger batches; bn.convert(net, renorm=bn.Renorm()), channel_groups=, or process_group= across ranks",
+        )
+    assert kind == "dead", kind
+    count = sum(member.dead for member in members)
+    return (
+        f"In {of}, {count:,} channel{'s do' if count > 1 else ' does'} not vary: the output is beta, and what comes "
+        "before gets no gradient through it.",
+        "look at what feeds it: a dead ReLU, weights that decayed to zero, a constant input feature",
+    )

@@ -1,0 +1,229 @@
+"""Why a network is worse in evaluation than in training, and what mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.diagnosis.findings import Finding, LayerGap, Statistics, compare, findings
+from batchnorm.diagnosis.readings import REFERENCE, Buffers, Outcome, Readings, checked, untouched
+from batchnorm.diagnosis.tables import text_table
+from batchnorm.errors import InputError
+from batchnorm.population.calibration import calibrate
+from batchnorm.population.feeding import eager, feed, progress_bar
+from batchnorm.population.measuring import buffers_of
+from batchnorm.surgery.graph import unwrap
+
+CLOSE = 0.05  # in standard deviations of the outputs
+_AWAY = "standard deviations from those with the batches' own statistics"
+_MODES = {
+    "training": "training",
+    REFERENCE: "training without dropout",
+    "evaluation": "evaluation",
+    "calibrated": "evaluation, calibrated",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        outcomes: by mode: ``"training"``, ``"batch"``, ``"evaluation"`` and, where a layer keeps running statistics,
+            ``"calibrated"``.
+        layers: the batch normalization layers in the order of the data.
+        findings: the gravest first; empty where nothing is the matter.
+        batches: how many were read.
+    """
+
+    outcomes: dict[str, Outcome]
+    layers: tuple[LayerGap, ...]
+    findings: tuple[Finding, ...]
+    batches: int
+
+    @property
+    def before(self) -> Outcome:
+        """Evaluation as it is."""
+        return self.outcomes["evaluation"]
+
+    @property
+    def after(self) -> Outcome | None:
+        """Evaluation after `calibrate` on the batches, or None where no layer keeps running statistics."""
+        return self.outcomes.get("calibrated")
+
+    @property
+    def verdict(self) -> str:
+        """One or two sentences: whether evaluation follows training, and whether `calibrate` mends it."""
+        before, after = self.before.distance, None if self.after is None else self.after.distance
+        if after is None:
+            return "No layer keeps running statistics: evaluation depends on the batch, as training does."
+        if not math.isfinite(before):
+            return f"Evaluation is broken: its outputs are not finite. Calibrated, they are {after:.2f} {_AWAY}."
+        figures = f"its outputs are {before:.2f} {_AWAY}, calibrated {after:.2f}."
+        if before <= CLOSE:
+            return f"Evaluation follows training: {figures}"
+        if after > 0.9 * before:
+            return (
+                f"Evaluation follows training as closely as exact statistics would: {figures} The rest is the noise of "
+                "single batches."
+            )
+        part = "the reason" if after <= before / 2 else "part of the reason"
+        return f"Evaluation does not follow training, and running statistics are {part}: {figures}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: what is not finite is None."""
+        return {**_finite(dataclasses.asdict(self)), "verdict": self.verdict}
+
+    def outcome_rows(self) -> list[dict[str, str]]:
+        """One row a mode: column title to text; columns of which nothing is known are left out."""
+        rows = [
+            {
+                "": _MODES[mode],
+                "loss": _text(outcome.loss, "{:.4f}"),
+                "accuracy": _percent(outcome.accuracy),
+                "same prediction": _percent(outcome.agreement),
+                "distance of outputs": _text(outcome.distance, "{:.3f}"),
+            }
+            for mode, outcome in self.outcomes.items()
+        ]
+        return [{title: text for title, text in row.items() if any(r[title] for r in rows)} for row in rows]
+
+    def layer_rows(self) -> list[dict[str, str]]:
+        """One row a layer."""
+        return [
+            {
+                "layer": layer.name or "(the network)",
+                "values": f"{layer.values_per_channel:,}",
+                "mean off by": _text(layer.mean_off, "{:.3f}"),
+                "std off by": _text(layer.std_off, "{:.3f}"),
+                "arriving: mean": _text(layer.arrives_mean_off, "{:.3f}"),
+                "std": _text(layer.arrives_std_off, "{:.3f}"),
+                "batch noise": _text(layer.noise, "{:.3f}"),
+                "moves outputs by": _text(layer.effect, "{:.3f}"),
+                "cause": (layer.cause or "-").replace("_", " "),
+            }
+            for layer in self.layers
+        ]
+
+    def __str__(self) -> str:
+        tables = ("\n".join(text_table(rows)) for rows in (self.outcome_rows(), self.layer_rows()))
+        parts = [self.verdict, *tables]
+        parts += [
+            f"{finding.kind.replace('_', ' ')}: {finding.text}\n  -> {finding.repair}" for finding in self.findings
+        ]
+        return "\n\n".join(parts)
+
+
+def diagnose(
+    net: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    progress: bool = False,
+) -> Diagnosis:
+    """Measure how far evaluation is from training, find out why, and try the repair.
+
+    On the same batches the network is run as in training, as in training without dropout, in evaluation, and in
+    evaluation after `calibrate`; each layer's running statistics are compared with the data's, and with what each cause
+    predicts. ``net`` is afterwards as it was, bit for bit: the repair is tried, not kept.
+
+    Cost: five forward passes over the batches, and one for each layer over the first batch. A few dozen batches tell.
+
+    Args:
+        net: any network with batch normalization, torch's or this package's.
+        batches: batches as in training (their size and order matter), which can be read twice: a tensor, a list, a
+            DataLoader. Labels of ``(input, labels)`` give loss and accuracy where the output is (N, C, *space).
+        forward: ``forward(net, batch)``; by default a tuple feeds its first element, a dict what the network takes.
+        loss: ``loss(output, batch)``, the mean over the batch; by default the cross entropy with the labels.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        `Diagnosis`: outcomes before and after, a row a layer, findings with repairs. ``print`` shows all of it.
+
+    Raises:
+        InputError: no batch normalization, no batches, batches that cannot be read twice, a network that fails on them
+            in one of the modes, or an input of a layer that is not finite (named by layer and batch).
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = diagnose(net, [torch.randn(64, 4) + 3 for _ in range(4)])
+        >>> found.findings[0].kind, found.findings[0].repair
+        ('untrained', 'bn.calibrate(net, batches)')
+    """
+    root = unwrap(net, "diagnose")
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, _BatchNorm)}
+    if not layers:
+        raise InputError(f"diagnose: {type(root).__name__} has no batch normalization; bn.insert puts it in")
+    kept = {name: m for name, m in layers.items() if m.track_running_stats and m.running_mean is not None}
+    batches, run = checked(batches), forward or feed
+    with untouched(root), eager():
+        states, before, exact = _states(root, kept, batches, forward, progress)
+        readings, count, effects = Readings(root, layers, kept, states, run, loss), 0, {}
+        with progress_bar("compare", progress, batches) as advance:
+            for batch in batches:
+                readings.read(batch)
+                if not count:
+                    effects = readings.effects(batch)
+                count += 1
+                advance(1)
+        if not count:
+            raise InputError("diagnose: got no batches; expected at least one")
+        reached = {name: seen for name, seen in readings.received.items() if seen.training is not None}
+        if not reached:
+            raise InputError("diagnose: the batches reached no batch-norm layer of the network")
+        root.eval()
+        rows = [
+            compare(name, layers[name], before.get(name), exact.get(name), seen, effects.get(name))
+            for name, seen in reached.items()
+        ]
+    return Diagnosis(readings.outcomes(), tuple(rows), findings(rows, count, root), count)
+
+
+def _states(
+    net: nn.Module,
+    kept: dict[str, _BatchNorm],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    progress: bool,
+) -> tuple[dict[str, Buffers], dict[str, Statistics], dict[str, Statistics]]:
+    """The buffers before and after `calibrate`, and the statistics in them by layer."""
+    states, before = {"evaluation": Buffers(net)}, _statistics(kept)
+    if not kept:
+        return states, {}, {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "calibrate: layers")  # that run in training alone, or keep nothing
+        calibrate(net, batches, forward=forward, progress=progress)
+    return {**states, "calibrated": Buffers(net)}, before, _statistics(kept)
+
+
+def _statistics(layers: dict[str, _BatchNorm]) -> dict[str, Statistics]:
+    return {
+        name: Statistics(*(buffer.detach().to(torch.float64, copy=True) for buffer in buffers_of(layer)))
+        for name, layer in layers.items()
+    }
+
+
+def _text(value: float | None, pattern: str) -> str:
+    return "" if value is None else "not finite" if not math.isfinite(value) else pattern.format(value)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for floats that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,12 @@
+"""Tables as text."""
+
+from __future__ import annotations
+
+
+def text_table(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a table: the titles, a rule, and a line for each row; columns are as wide as their texts."""
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in table)
+    head, *body = ("  ".join(cells).rstrip() for cells in padded)
+    return [head, "-" * max(map(len, [head, *body])), *body]
