@@ -57,7 +57,7 @@ EXPERIMENT = Experiment(
     config=BatchGroupConfig(network="convnet", data="mnist5k", steps=15_000, batch_size=2, lr=0.01),
     quick={"data": "digits", "steps": 1500},
     smoke={"data": "digits", "steps": 2},
-    seconds=(11, 90),
+    seconds=(10, 147),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(),),

@@ -125,7 +125,7 @@ EXPERIMENT = Experiment(
     config=CovariateShiftConfig(steps=15_000, linear_steps=5000),
     quick={"steps": 2000, "linear_steps": 400, "probes": 20},
     smoke={"steps": 8, "linear_steps": 4, "probes": 2, "depth": 4, "data": "digits"},
-    seconds=(7, 65),
+    seconds=(6, 62),
     trial=trial,
     verdict=verdict,
     panels=(

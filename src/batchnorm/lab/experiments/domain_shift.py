@@ -118,7 +118,7 @@ EXPERIMENT = Experiment(
     config=DomainShiftConfig(network="convnet", data="mnist5k", steps=2000, batch_size=32),
     quick={"data": "digits", "steps": 600},
     smoke={"data": "digits", "steps": 2},
-    seconds=(2, 30),
+    seconds=(2, 45),
     trial=trial,
     verdict=verdict,
     panels=(Panel("accuracy", "Test accuracy on shifted images", x="shift", scale=100, categories=tuple(SHIFTS)),),

@@ -87,7 +87,7 @@ EXPERIMENT = Experiment(
     config=DropoutConfig(steps=10_000),
     quick={"steps": 800},
     smoke={"steps": 2, "rates": (0.0, 0.5), "data": "digits"},
-    seconds=(10, 85),
+    seconds=(9, 165),
     trial=trial,
     verdict=verdict,
     panels=(

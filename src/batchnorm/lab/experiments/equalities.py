@@ -90,7 +90,7 @@ EXPERIMENT = Experiment(
     config=EqualitiesConfig(steps=1),
     quick={"eps": (1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)},
     smoke={"data": "digits", "eps": (1e-8, 1e-2), "batch_size": 8},
-    seconds=(2, 3),
+    seconds=(2, 5),
     trial=trial,
     verdict=verdict,
     panels=(

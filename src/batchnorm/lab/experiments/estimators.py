@@ -97,7 +97,7 @@ EXPERIMENT = Experiment(
     config=EstimatorsConfig(steps=5000),
     quick={"steps": 1000, "samples": 1600},
     smoke={"steps": 3, "sizes": (4, 16), "samples": 32, "data": "digits"},
-    seconds=(7, 20),
+    seconds=(3, 21),
     trial=trial,
     verdict=verdict,
     panels=(

@@ -83,7 +83,7 @@ EXPERIMENT = Experiment(
     config=ExampleWeighingConfig(network="convnet", data="mnist5k", steps=1000, lr=0.1),
     quick={"data": "digits", "steps": 150},
     smoke={"data": "digits", "steps": 2, "sizes": (4, 8)},
-    seconds=(8, 60),
+    seconds=(4, 88),
     trial=trial,
     verdict=verdict,
     panels=(

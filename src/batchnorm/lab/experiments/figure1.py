@@ -72,7 +72,7 @@ EXPERIMENT = Experiment(
     config=Config(steps=50_000),
     quick={"steps": 3000},
     smoke={"steps": 20, "data": "digits"},
-    seconds=(11, 152),
+    seconds=(9, 110),
     trial=trial,
     verdict=verdict,
     panels=(

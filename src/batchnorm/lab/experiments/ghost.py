@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(
     config=GhostConfig(network="convnet", data="mnist5k", steps=1500, batch_size=64),
     quick={"data": "digits", "steps": 250, "sizes": (2, 8, 32)},
     smoke={"data": "digits", "steps": 2, "sizes": (8, 16, 32), "batch_size": 32},
-    seconds=(10, 150),
+    seconds=(6, 228),
     trial=trial,
     verdict=verdict,
     panels=(

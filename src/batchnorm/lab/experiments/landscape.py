@@ -96,7 +96,7 @@ EXPERIMENT = Experiment(
     config=LandscapeConfig(network="convnet", data="mnist5k", steps=2000),
     quick={"data": "digits", "steps": 800, "probes": 40},
     smoke={"steps": 12, "probes": 3, "points": 3, "data": "digits"},
-    seconds=(9, 85),
+    seconds=(8, 128),
     trial=trial,
     verdict=verdict,
     panels=(

@@ -139,7 +139,7 @@ EXPERIMENT = Experiment(
     config=MomentumConfig(steps=10_000),
     quick={"steps": 1500, "readings": 25},
     smoke={"steps": 6, "readings": 3, "data": "digits"},
-    seconds=(4, 30),
+    seconds=(3, 23),
     trial=trial,
     verdict=verdict,
     panels=(

@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
     config=NoisyConfig(steps=15_000),
     quick={"steps": 1500},
     smoke={"steps": 4, "data": "digits"},
-    seconds=(10, 50),
+    seconds=(8, 78),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(), Panel("mean", "Mean of a unit's input over the batch", y="mean, in training mode")),

@@ -43,7 +43,7 @@ EXPERIMENT = Experiment(
     config=Config(steps=20_000),
     quick={"steps": 2500},
     smoke={"steps": 4, "data": "digits"},
-    seconds=(8, 54),
+    seconds=(8, 98),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(),),

@@ -71,7 +71,7 @@ EXPERIMENT = Experiment(
     config=SensitivityConfig(steps=1500),
     quick={"steps": 250, "rates": (0.01, 0.1, 1, 10), "spreads": (0.003, 0.03, 0.3, 3)},
     smoke={"steps": 2, "rates": (0.1, 1), "spreads": (0.1, 1), "data": "digits"},
-    seconds=(13, 125),
+    seconds=(8, 163),
     trial=trial,
     verdict=verdict,
     panels=(

@@ -85,7 +85,7 @@ EXPERIMENT = Experiment(
     config=SmallBatchesConfig(steps=1000, lr=0.5),
     quick={"steps": 100, "sizes": (2, 8, 32)},
     smoke={"data": "digits", "steps": 1},
-    seconds=(12, 140),
+    seconds=(15, 283),
     trial=trial,
     verdict=verdict,
     panels=(

@@ -83,7 +83,7 @@ EXPERIMENT = Experiment(
     config=SpeedupConfig(network="convnet", data="mnist5k", steps=2000, batch_size=32, lr=0.02),
     quick={"data": "digits", "steps": 600},
     smoke={"data": "digits", "steps": 8},
-    seconds=(12, 120),
+    seconds=(11, 203),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(),),

@@ -77,7 +77,7 @@ EXPERIMENT = Experiment(
     config=StandardizationConfig(steps=10_000),
     quick={"steps": 1200},
     smoke={"steps": 3, "data": "digits"},
-    seconds=(5, 32),
+    seconds=(6, 43),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(),),

@@ -61,7 +61,7 @@ EXPERIMENT = Experiment(
     config=WeightDecayConfig(network="convnet", data="mnist5k", steps=3000, batch_size=32),
     quick={"data": "digits", "steps": 800, "decay": 5e-3},
     smoke={"data": "digits", "steps": 3},
-    seconds=(9, 102),
+    seconds=(9, 177),
     trial=trial,
     verdict=verdict,
     panels=(accuracy_panel(limits=(80, None)),),
