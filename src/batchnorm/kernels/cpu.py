@@ -28,6 +28,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "neon")
 def load() -> None:
     """Loads the library once; where that fails, `error` says why and ATen serves the CPU."""
     global path, error, _library
+    if _library is not None:
+        return
     spec = importlib.util.find_spec("batchnorm._C")
     if spec is None or spec.origin is None:
         error = "the native library was not built (no C++ compiler at installation)"
@@ -75,11 +77,13 @@ def instruction_set() -> str | None:
 
 def select_instruction_set(name: str) -> bool:
     """Switches to another instruction set (for tests); False where this machine or build lacks it."""
+    load()
     return _library is not None and bool(_library.batchnorm_select_instruction_set(name.encode()))
 
 
 def huge_pages(on: bool) -> bool:
     """Whether large fresh outputs ask for huge pages from now on (Linux); returns what was set before."""
+    load()
     return _library is not None and bool(_library.batchnorm_huge_pages(ctypes.c_bool(on)))
 
 

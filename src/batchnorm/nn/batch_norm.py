@@ -19,7 +19,7 @@ from batchnorm.moments import Moments
 from batchnorm.nn import saved_modes
 from batchnorm.nn.example_weighing import by_example
 from batchnorm.nn.renormalization import Renorm, by_measured, effective
-from batchnorm.nn.running_statistics import ESTIMATORS, NONFINITE, VARIANCES, Accumulator, recomputing, update
+from batchnorm.nn.running_statistics import ESTIMATORS, NONFINITE, VARIANCES, Accumulator, debiased, recomputing, update
 from batchnorm.ops import autograd
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, is_alone
@@ -343,9 +343,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         count: int | None = None,
     ) -> None:
         counter, momentum = self._buffers.get("num_batches_tracked"), self.momentum
+        if self.running == "cumulative":
+            momentum = None
         if momentum is None and counter is None:
             momentum = 0.0
-        functional.update(running_mean, running_var, counter, mean, var, x, momentum, True, pool_size, count)
+        if self.running == "debiased" and momentum and counter is not None:
+            momentum = min(1.0, debiased(momentum, int(counter) + 1))
+        unbiased = self.running_var_kind == "unbiased"
+        functional.update(running_mean, running_var, counter, mean, var, x, momentum, unbiased, pool_size, count)
 
     def _by_view(
         self, input: Any, residual: Any, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
@@ -535,15 +540,23 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             update(self, mean, var, count, row)
 
     def _simple_count(self, seen: View, pool: Pool, measured: Measured) -> int | None:
-        """Values of a channel where the operator that torch's own estimate takes will do, else None."""
-        special = self._special or self.domains or seen.steps or seen.weights is not None or pool.groups
-        if special or self.process_group is not None or self.ghost_update != "merge":
+        """Values of a channel's statistics where one operator can mix them in, else None."""
+        options = self.domains or seen.steps or seen.weights is not None or self.ghost_update != "merge"
+        grouped = pool.groups and (pool.size or seen.mask is not None)
+        refusing = self.nonfinite != "propagate" or self._accumulator is not None
+        if options or grouped or refusing or self.process_group is not None:
+            return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling and autograd.is_transformed():  # the operator has no vmap
+            return None
+        # Reading a value back would wait for the device, or break the graph.
+        unread = compiling or seen.x.device.type != "cpu"
+        if self.running == "debiased" and unread:
             return None
         if seen.mask is None:
-            return seen.x.shape[0] * math.prod(seen.x.shape[2:])
-        if torch.compiler.is_compiling() or seen.x.device.type != "cpu" or len(measured.mean) > 1:
-            return None  # reading a value back would wait for the device, or break the graph
-        return int(measured.counts[0, 0])
+            channels = seen.x.shape[1] // pool.groups if pool.groups else 1
+            return seen.x.shape[0] * math.prod(seen.x.shape[2:]) * channels
+        return None if unread or len(measured.mean) > 1 else int(measured.counts[0, 0])
 
     def _take_in_turn(self, measured: Measured, row: int) -> None:
         """Each ghost batch as a batch of its own, k of them decaying as one: momentum 1 - (1 - p)^(1/k)."""

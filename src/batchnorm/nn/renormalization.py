@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.errors import InputError
 from batchnorm.ops import autograd
+from batchnorm.views import is_traced
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,31 @@ class Renorm:
         if not (self.r_max >= 1 and self.d_max >= 0 and 0 <= self.warmup < math.inf):
             raise InputError(f"{self}: expected r_max >= 1, d_max >= 0 and a finite warmup >= 0")
 
-    def limits(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(r_max, d_max) after so many steps, an integer tensor; both float64."""
-        k = step.to(torch.float64)
+    def limits(self, step: Tensor | int) -> tuple[Any, Any]:
+        """(r_max, d_max) after so many steps: numbers of a number, float64 tensors of an integer tensor."""
+        r, d = (self._risen(step, end) for end in (self.warmup, self.warmup * 5 / 8))
+        r_max, d_max = 1 + (self.r_max - 1) * r, self.d_max * d
+        if isinstance(r, Tensor):  # where: infinity times 0
+            return torch.where(r > 0, r_max, 1.0), torch.where(d > 0, d_max, 0.0)
+        return r_max if r > 0 else 1.0, d_max if d > 0 else 0.0
 
-        def rise(end: float) -> Tensor:
-            start = self.warmup / 8
-            return ((k - start) / (end - start)).clamp(0, 1) if self.warmup else torch.ones_like(k)
-
-        r, d = rise(self.warmup), rise(self.warmup * 5 / 8)
-        r_max = torch.where(r > 0, 1 + (self.r_max - 1) * r, 1.0)  # where: infinity times 0
-        return r_max, torch.where(d > 0, self.d_max * d, 0.0)
+    def _risen(self, step: Tensor | int, end: float) -> Any:
+        """From 0 to 1 between an eighth of the warm-up and this step."""
+        start, k = self.warmup / 8, step.to(torch.float64) if isinstance(step, Tensor) else step
+        if not self.warmup:
+            return torch.ones_like(k) if isinstance(k, Tensor) else 1.0
+        share = (k - start) / (end - start)
+        return share.clamp(0, 1) if isinstance(share, Tensor) else min(max(share, 0.0), 1.0)
 
     def corrections(
         self, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float, step: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(r, d), from the batch's mean and *biased* variance (C,)."""
-        r_max, d_max = (limit.to(mean.dtype) for limit in self.limits(step))
+        recorded = torch.compiler.is_compiling() or is_traced(step) or autograd.is_transformed()
+        known = step.device.type == "cpu" and not recorded
+        r_max, d_max = self.limits(int(step) if known else step)  # reading it back costs nothing on a CPU
+        if not known:
+            r_max, d_max = r_max.to(mean.dtype), d_max.to(mean.dtype)
         scale = torch.rsqrt(running_var.to(mean.dtype) + eps)
         r = ((var + eps).sqrt() * scale).clamp(1 / r_max, r_max)
         d = ((mean - running_mean.to(mean.dtype)) * scale).clamp(-d_max, d_max)

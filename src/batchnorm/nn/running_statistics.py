@@ -5,7 +5,7 @@ Only tensor operations: no value is read back to Python, so the same code runs e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,6 +81,11 @@ def update(layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor, row: int
         kept.copy_(torch.where(accepted, mixed, kept.to(mixed.dtype)))
 
 
+def debiased(momentum: float, t: Any) -> Any:
+    """The share of batch t, from 1 up, in a moving average that is divided by 1 - (1 - m)^t."""
+    return momentum / (1 - (1 - momentum) ** t)
+
+
 def _share(layer: _BatchNorm, batches: Tensor | None, skipped: Tensor | int, like: Tensor) -> Tensor | float:
     """The share of the batch in the new running statistics."""
     momentum = None if layer.running == "cumulative" else layer.momentum
@@ -90,5 +95,5 @@ def _share(layer: _BatchNorm, batches: Tensor | None, skipped: Tensor | int, lik
     if momentum is None:
         return 1.0 / t
     if layer.running == "debiased" and momentum > 0:
-        return torch.as_tensor(momentum / (1 - (1 - momentum) ** t)).clamp(max=1)  # at t = 1, but for rounding
+        return torch.as_tensor(debiased(momentum, t)).clamp(max=1)  # at t = 1, but for rounding
     return momentum
