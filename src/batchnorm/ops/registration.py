@@ -93,7 +93,8 @@ def _normalize_merged(x: Tensor, parts: Tensor, *args: Any) -> tuple[Tensor, ...
     (*settings, groups, save_signs), mask = args[:9], _mask(args, 9)
     counts, means, m2s = parts.unbind(1)
     counts, means, m2s = merge_moments(counts, means, m2s, Pool(groups=groups))
-    count, mean, m2 = merge_axis(counts, means, m2s, 0)
+    one = len(parts) == 1  # rank
+    count, mean, m2 = (counts[0], means[0], m2s[0]) if one else merge_axis(counts, means, m2s, 0)
     var = m2 / torch.where(count > 0, count, 1.0)
     y, signs = torch.ops.batchnorm.normalize.default(x, mean, var, *settings, save_signs, mask)
     return y, count, mean, var, signs
