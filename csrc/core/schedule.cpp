@@ -587,16 +587,17 @@ struct Runner {
         }
   }
 
-  // The first valid sample and place of a pool; whether there is one.
-  bool first_valid(int64_t pool, int64_t* sample, int64_t* place) const {
-    *sample = pool * plan.shape.pool_size;
-    *place = 0;
-    if (!plan.count(pool)) return false;
-    if (!plan.shape.valid) return true;
-    const int64_t begin = pool_begin(pool), first = std::max(begin, first_range(plan.shape, begin)->begin);
-    *sample = first / plan.shape.inner;
-    *place = first % plan.shape.inner;
-    return true;
+  // Sample and place of a valid value of a pool that has one: the first, one about the middle, or the last.
+  void find_valid(int64_t pool, int half, int64_t* sample, int64_t* place) const {
+    const int64_t begin = pool_begin(pool), end = std::max(pool_begin(pool + 1), begin + 1);
+    int64_t at = half == 0 ? begin : half == 1 ? begin + (end - begin) / 2 : end - 1;
+    if (plan.shape.valid) {
+      const Range* range = first_range(plan.shape, at);
+      if (range == plan.shape.valid + plan.shape.valid_count || range->begin >= end) --range;
+      at = std::clamp(at, std::max(begin, range->begin), std::min(end, range->end) - 1);
+    }
+    *sample = at / plan.shape.inner;
+    *place = at % plan.shape.inner;
   }
 
   KernelFusion fused(const Piece& p) const {
@@ -612,22 +613,33 @@ struct Runner {
   }
 
   // ------------------------------------------------------------------------------------------ steps of one work
-  // The first valid value of each channel, from which all others are taken.
+  // A value of each channel, from which all others are taken: the first, or where sums are of type float32 the median
+  // of three, lest an outlier is taken from all.
   void set_shifts(const Work& w, const Operand& x) const {
-    int64_t sample, place;
     double* const shift = w.shift();
-    if (!first_valid(w.piece.pool, &sample, &place)) return void(std::fill_n(shift, w.piece.channels, 0.0));
+    if (!plan.count(w.piece.pool)) return void(std::fill_n(shift, w.piece.channels, 0.0));
+    read_values(w, x, 0, shift);
+    if (element_size(plan.shape.dtype) > 2 || plan.few(w.piece.pool)) return;
+    double *const middle = w.first, *const last = w.second;  // which have no sums yet
+    read_values(w, x, 1, middle);
+    read_values(w, x, 2, last);
+    for (int64_t c = 0; c < w.piece.channels; ++c) {
+      const double low = std::min(shift[c], middle[c]), high = std::max(shift[c], middle[c]);
+      shift[c] = std::clamp(last[c], low, high);
+    }
+  }
+
+  void read_values(const Work& w, const Operand& x, int half, double* to) const {
     Piece p = w.piece;
-    p.sample = sample;
-    p.first = place;
+    find_valid(p.pool, half, &p.sample, &p.first);
     const char* const first = static_cast<const char*>(plan.at(x, p).data);
     const Dtype dtype = plan.shape.dtype;
     if (plan.shape.order == Order::interleaved)
-      convert(dtype, first, p.channels, shift);
+      convert(dtype, first, p.channels, to);
     else
       for (int64_t c = 0; c < p.channels; ++c)
-        convert(dtype, first + c * x.channel_stride * element_size(dtype), 1, shift + c);
-    coefficients.finite(p.channels, shift);
+        convert(dtype, first + c * x.channel_stride * element_size(dtype), 1, to + c);
+    coefficients.finite(p.channels, to);
   }
 
   void set_normalize(const Work& w, const double* mean, const double* var) const {

@@ -526,3 +526,21 @@ def test_saved_tensors_may_come_back_in_another_memory_format():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
         for ours, plain in zip(gradients(), expected, strict=True):
             torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("shape", [(16384, 24), (64, 24, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_outlier_spoils_no_statistics(dtype: torch.dtype, shape: tuple[int, ...], place: int):
+    """Sums of large 16-bit pools run in float32 about one of the values; it must not be the outlier."""
+    x = normal(*shape, seed=3, dtype=torch.float32)
+    x[place] *= 1000
+    x = x.to(dtype)
+    mean, var = (torch.zeros(24), torch.zeros(24))
+    functional.batch_norm(x, mean, var, training=True, momentum=1.0)
+    axes = [0, *range(2, x.ndim)]
+    wide = x.double()
+    expected, std = wide.mean(axes), wide.std(axes)
+    rounding = torch.finfo(torch.float32).eps / 2
+    assert ((var - std.square()).abs() <= 4 * rounding * std.square()).all()
+    assert ((mean - expected).abs() <= 4 * rounding * (expected.abs() + std)).all()
