@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup, escape
-
 from batchnorm.diagnosis.findings import LayerGap
 from batchnorm.diagnosis.gap import Diagnosis
-from batchnorm.errors import InputError
 from batchnorm.report import drawing
 from batchnorm.report.drawing import COLORS
-from batchnorm.training.files import write_text
+from batchnorm.report.pages import render, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,27 +33,14 @@ def write_diagnosis(path: str | Path, found: Diagnosis, *, source: str = "") -> 
     Raises:
         InputError: the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("batchnorm.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
+    page = render(
+        "diagnosis",
+        found=found,
+        source=source,
+        figure=_figure(found),
+        dropout=found.outcomes["training"].distance > NO_DROPOUT,
     )
-    environment.filters["code"] = _with_code
-    page = environment.get_template("diagnosis.html.j2").render(
-        found=found, source=source, figure=_figure(found), dropout=found.outcomes["training"].distance > NO_DROPOUT
-    )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(path), page)
-    except OSError as error:
-        raise InputError(f"diagnose {path}: it cannot be written ({error.strerror or error}).") from error
-    return Path(path)
-
-
-def _with_code(text: str) -> Markup:
-    """The text, escaped, with what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+    return write_page("diagnose", path, page)
 
 
 def _figure(found: Diagnosis) -> str:

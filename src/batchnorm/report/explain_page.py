@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from batchnorm.errors import InputError
 from batchnorm.lab.explanation import Explanation, highlighted
 from batchnorm.report import drawing
 from batchnorm.report.drawing import COLORS
-from batchnorm.training.files import write_text
+from batchnorm.report.pages import number, render, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,14 +47,8 @@ def write_explanation(path: str | Path, found: Explanation, *, source: str = "")
     Raises:
         InputError: the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("batchnorm.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["number"] = number
-    page = environment.get_template("explain.html.j2").render(
+    page = render(
+        "explain",
         title=f"A mini-batch through {found.layer}",
         found=found,
         source=source,
@@ -66,18 +57,7 @@ def write_explanation(path: str | Path, found: Explanation, *, source: str = "")
         forward=_figure("forward", found, FORWARD),
         backward=_figure("backward", found, BACKWARD),
     )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(path), page)
-    except OSError as error:
-        raise InputError(f"explain {path}: it cannot be written ({error.strerror or error}).") from error
-    return Path(path)
-
-
-def number(value: float) -> str:
-    """Four significant digits, with a true minus."""
-    text = f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2e}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    return write_page("explain", path, page)
 
 
 def _rows(found: Explanation) -> list[Row]:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from batchnorm.errors import InputError
 from batchnorm.lab.experiment import Experiment, Measure
 from batchnorm.lab.results import Finding, Result, Table
 from batchnorm.report import drawing, lab_figures
+from batchnorm.report.pages import render, write_page
 from batchnorm.training.files import write_text
 
 KINDS = {"reproduced": "win", "tie": "tie", "not reproduced": "loss", "note": "note"}
@@ -60,13 +59,8 @@ def write_gallery(
     if not results:
         raise InputError("gallery: got no results; expected at least one experiment's")
     sections = [_section(e, r, images) for e, r in zip(experiments, results, strict=True)]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("batchnorm.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template("gallery.html.j2").render(
+    page = render(
+        "gallery",
         title=title,
         note=note,
         sections=sections,
@@ -77,12 +71,7 @@ def write_gallery(
         minutes=sum(result.seconds for result in results) / 60,
         drawn=drawing.available(),
     )
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(path), page)
-    except OSError as error:
-        raise InputError(f"gallery {path}: it cannot be written ({error.strerror or error}).") from error
-    return Path(path)
+    return write_page("gallery", path, page)
 
 
 def _section(experiment: Experiment, result: Result, images: str | Path | None) -> Section:

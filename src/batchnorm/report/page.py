@@ -6,10 +6,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 import batchnorm.report.plots as plots
 from batchnorm.diagnosis.summary import summary
+from batchnorm.report.pages import render
 from batchnorm.report.verdict import percent, verdict
 from batchnorm.training.config import LEARNING_RATE
 from batchnorm.training.files import write_text
@@ -45,14 +44,9 @@ def write_report(result: TrainResult, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     drawn = plots.draw(result, folder / "plots") if plots.available() else []
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("batchnorm.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     config, data = result.config, result.data
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report",
         title=f"Batch norm in {_name(config.network)} on {_name(config.data)}",
         subtitle=(
             f"{config.steps:,} training steps of {config.batch_size} samples, "
