@@ -227,13 +227,15 @@ def _dynamic_shapes(program: ExportedProgram, inputs: Example, free: bool) -> An
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's warnings about how torch itself reads, copies and writes programs."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
-        logger.setLevel(logging.CRITICAL)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

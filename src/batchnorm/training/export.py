@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError, MissingDependencyError, SurgeryError
+from batchnorm.surgery.archives import quiet
 from batchnorm.training.files import write_atomically
 from batchnorm.training.loop import evaluating
 from batchnorm.training.results import Export
@@ -213,8 +213,7 @@ def _run_archive(path: Path, example: Tensor) -> Tensor:
 
 def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> str:
     program, note = _exported_program(network, example)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes of the exporter on its own internals
+    with quiet():
         torch.onnx.export(
             program,
             (),
