@@ -238,6 +238,18 @@ def test_outputs_without_classes_have_neither():
     assert list(found.outcome_rows()[0]) == ["", "distance of outputs"]
 
 
+def test_frozen_layers_have_no_gap():
+    data = batches(8)
+    net = bn.freeze(bn.calibrate(network(), data))
+    shifted = [(2 * x + 1, y) for x, y in data]
+    found = bn.diagnose(net, shifted)
+    assert found.findings == ()
+    assert found.before.distance == found.after.distance == 0
+    assert found.layers[0].mean_off > 0.1  # of other data, but in training as well
+    assert found.layers[0].frozen
+    assert "follows training" in found.verdict
+
+
 class Sequences(nn.Module):
     def __init__(self):
         super().__init__()

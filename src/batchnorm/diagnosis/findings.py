@@ -44,6 +44,11 @@ class Statistics:
         known = (degrees > 0).expand_as(pooled.mean)
         return cls(pooled.mean, m2 / degrees.clamp(min=1), known)
 
+    @property
+    def are_broken(self) -> bool:
+        """Whether they are not finite, or a variance is negative."""
+        return not bool(self.mean.isfinite().all() & self.var.isfinite().all() & (self.var >= 0).all())
+
     def error(self, other: Statistics, eps: float) -> tuple[float, float]:
         """How far this is from `other`, the root mean square of all channels: of the means in `other`'s standard
         deviations, of the standard deviations as the logarithm of their ratio; eps counts in both."""
@@ -79,6 +84,7 @@ class LayerGap:
         wider_in_training: standard deviation of what it receives in training, over that without dropout.
         dead: channels with a variance below eps / 100.
         effect: how far this layer's running statistics alone move the outputs, in standard deviations of the outputs.
+        frozen: whether its running statistics normalize in training, too (`freeze`): then there is no gap.
         cause: the kind of the finding that explains its running statistics, or None where they are right.
     """
 
@@ -94,6 +100,7 @@ class LayerGap:
     wider_in_training: float | None
     dead: int
     effect: float | None
+    frozen: bool
     cause: str | None
 
 
@@ -136,12 +143,13 @@ def compare(
     exact: Statistics | None,
     received: Received,
     effect: float | None,
+    frozen: bool,
 ) -> LayerGap:
     """A layer's figures, and the cause that explains what it keeps.
 
     Args:
         kept: its running statistics; exact: those that `calibrate` measured; None where there are none.
-        received: what it received; effect: see `LayerGap`.
+        received: what it received; effect: see `LayerGap`; frozen: whether what it keeps normalizes in training, too.
     """
     training = received.training
     assert training is not None
@@ -155,7 +163,9 @@ def compare(
         assert received.evaluation is not None
         off = kept.error(exact, eps)
         arrives = kept.error(Statistics.of(received.evaluation), eps)
-        if cause is None:
+        if frozen:
+            cause = "broken" if kept.are_broken else None
+        elif cause is None:
             cause = _cause(layer, kept, exact, received)
     data = exact or seen
     return LayerGap(
@@ -167,6 +177,7 @@ def compare(
         arrives_mean_off=arrives[0],
         arrives_std_off=arrives[1],
         noise=_noise(received, eps)[0],
+        frozen=frozen,
         unlike=None if received.samples is None else _unlike(received.samples),
         wider_in_training=None if exact is None else _wider(seen, exact, eps),
         dead=int((data.var < DEAD * eps).reshape(-1, layer.num_features).all(0).sum()),
@@ -178,7 +189,7 @@ def compare(
 def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Received) -> str | None:
     """Which of `KINDS` explains what is kept."""
     assert received.training is not None
-    if not bool(kept.mean.isfinite().all() & kept.var.isfinite().all() & (kept.var >= 0).all()):
+    if kept.are_broken:
         return "broken"
     error = max(kept.error(exact, layer.eps))
     if error <= NOTICEABLE:
@@ -253,6 +264,8 @@ def findings(layers: list[LayerGap], batches: int, net: nn.Module) -> tuple[Find
     for layer in layers:
         if layer.cause is not None:
             about[layer.cause].append(layer)
+        if layer.frozen:
+            continue
         if _is_unlike(layer, batches) and layer.cause != "unlike_batches":
             about["unlike_batches"].append(layer)
         elif not _is_unlike(layer, batches) and layer.noise > NOISY:

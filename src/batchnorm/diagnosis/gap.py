@@ -20,6 +20,7 @@ from batchnorm.errors import InputError
 from batchnorm.population.calibration import calibrate
 from batchnorm.population.feeding import eager, feed, progress_bar
 from batchnorm.population.measuring import buffers_of
+from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.graph import unwrap
 
 CLOSE = 0.05  # in standard deviations of the outputs
@@ -134,7 +135,9 @@ def diagnose(
 
     On the same batches the network is run as in training, as in training without dropout, in evaluation, and in
     evaluation after `calibrate`; each layer's running statistics are compared with the data's, and with what each cause
-    predicts. ``net`` is afterwards as it was, bit for bit: the repair is tried, not kept.
+    predicts. ``net`` is afterwards as it was, bit for bit: the repair is tried, not kept. Training is what
+    ``net.train()`` makes it: layers of `freeze` stay frozen, and have no gap; those that your loop sets to ``.eval()``
+    do not.
 
     Cost: five forward passes over the batches, and one for each layer over the first batch. A few dozen batches tell.
 
@@ -166,8 +169,11 @@ def diagnose(
     kept = {name: m for name, m in layers.items() if m.track_running_stats and m.running_mean is not None}
     batches, run = checked(batches), forward or feed
     with untouched(root), eager():
-        states, before, exact = _states(root, kept, batches, forward, progress)
-        readings, count, effects = Readings(root, layers, kept, states, run, loss), 0, {}
+        root.train()
+        batchwise = {name: layer for name, layer in kept.items() if uses_batch_statistics(layer)}
+        frozen = [layer for name, layer in kept.items() if name not in batchwise]
+        states, before, exact = _states(root, kept, frozen, batches, forward, progress)
+        readings, count, effects = Readings(root, layers, batchwise, states, run, loss), 0, {}
         with progress_bar("compare", progress, batches) as advance:
             for batch in batches:
                 readings.read(batch)
@@ -182,7 +188,9 @@ def diagnose(
             raise InputError("diagnose: the batches reached no batch-norm layer of the network")
         root.eval()
         rows = [
-            compare(name, layers[name], before.get(name), exact.get(name), seen, effects.get(name))
+            compare(
+                name, layers[name], before.get(name), exact.get(name), seen, effects.get(name), layers[name] in frozen
+            )
             for name, seen in reached.items()
         ]
     return Diagnosis(readings.outcomes(), tuple(rows), findings(rows, count, root), count)
@@ -191,18 +199,23 @@ def diagnose(
 def _states(
     net: nn.Module,
     kept: dict[str, _BatchNorm],
+    frozen: list[_BatchNorm],
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] | None,
     progress: bool,
 ) -> tuple[dict[str, Buffers], dict[str, Statistics], dict[str, Statistics]]:
-    """The buffers before and after `calibrate`, and the statistics in them by layer."""
+    """The buffers before and after `calibrate` (frozen layers' the same), and the statistics of both times by layer."""
+    own = [Buffers(layer) for layer in frozen]
     states, before = {"evaluation": Buffers(net)}, _statistics(kept)
     if not kept:
         return states, {}, {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "calibrate: layers")  # that run in training alone, or keep nothing
         calibrate(net, batches, forward=forward, progress=progress)
-    return {**states, "calibrated": Buffers(net)}, before, _statistics(kept)
+    exact = _statistics(kept)
+    for buffers in own:
+        buffers.load()
+    return {**states, "calibrated": Buffers(net)}, before, exact
 
 
 def _statistics(layers: dict[str, _BatchNorm]) -> dict[str, Statistics]:

@@ -107,7 +107,8 @@ class Readings:
 
     Args:
         net: within `untouched`.
-        layers: its batch-norm layers, by name; `kept`: those of them that keep running statistics.
+        layers: its batch-norm layers, by name; `batchwise`: those that keep running statistics, and that the batch's
+            normalize in training.
         states: the buffers for ``"evaluation"``, and for ``"calibrated"`` where there are such.
     """
 
@@ -115,19 +116,19 @@ class Readings:
         self,
         net: nn.Module,
         layers: dict[str, _BatchNorm],
-        kept: dict[str, _BatchNorm],
+        batchwise: dict[str, _BatchNorm],
         states: dict[str, Buffers],
         run: Run,
         loss: Loss | None,
     ) -> None:
-        self._net, self._layers, self._kept, self._states = net, layers, kept, states
+        self._net, self._layers, self._batchwise, self._states = net, layers, batchwise, states
         self._run_it, self._loss = run, loss
         self.received: dict[str, Received] = {}  # in the order of the data
         self._tallies = {mode: _Tally() for mode in ("training", REFERENCE, *states)}
 
     def read(self, batch: Any) -> None:
         """All modes on one batch."""
-        reference = self.by_batch(batch, self._kept)
+        reference = self.by_batch(batch, self._batchwise)
         self._states["evaluation"].load()
         self._net.train()
         with self._watched(self._in_training):
@@ -151,10 +152,10 @@ class Readings:
 
     def effects(self, batch: Any) -> dict[str, float]:
         """How far each layer's running statistics alone move the outputs, in `Outcome.distance`'s unit."""
-        reference, found = self.by_batch(batch, self._kept), {}
-        for name in self._kept:
+        reference, found = self.by_batch(batch, self._batchwise), {}
+        for name in self._batchwise:
             tally = _Tally()
-            others = {other: layer for other, layer in self._kept.items() if other != name}
+            others = {other: layer for other, layer in self._batchwise.items() if other != name}
             try:
                 tally.add(self.by_batch(batch, others), reference, batch, None)
                 found[name] = tally.distance
