@@ -53,7 +53,7 @@ bool is_watched() {
 // ---------------------------------------------------------------------------------------------- backward
 struct Settings {
   double eps, slope;
-  int64_t activation;
+  int64_t activation, pool_size;  // 0: all samples are one pool
   bool population;
 };
 
@@ -82,6 +82,7 @@ variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& se
                             maybe(s.signs),
                             s.mean,
                             s.var,
+                            settings.pool_size,
                             settings.eps,
                             settings.activation,
                             settings.slope,
@@ -93,10 +94,10 @@ variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& se
     if (want_residual) results[3] = stack[3].toTensor();
     return results;
   }
-  const auto [dx, d_residual, d_weight, d_bias] =
-      operators->backward(lend(dy), lend(s.x), lend_if(s.weight), lend_if(s.bias), lend_if(s.residual),
-                          lend_if(s.signs), lend(s.mean), lend(s.var), 0, settings.eps, settings.activation,
-                          settings.slope, settings.population, wanted[0], want_residual, std::nullopt);
+  const auto [dx, d_residual, d_weight, d_bias] = operators->backward(
+      lend(dy), lend(s.x), lend_if(s.weight), lend_if(s.bias), lend_if(s.residual), lend_if(s.signs), lend(s.mean),
+      lend(s.var), settings.pool_size, settings.eps, settings.activation, settings.slope, settings.population,
+      wanted[0], want_residual, std::nullopt);
   if (wanted[0]) results[0] = take(dx);
   if (wanted[1]) results[1] = take(d_weight);
   if (wanted[2]) results[2] = take(d_bias);
@@ -140,7 +141,7 @@ struct BatchNormBackward : Node {
     for (const SavedVariable* each : {&x, &weight, &bias, &residual}) args.collect(*each, false);
     for (const at::Tensor* each : {&mean, &var, &signs}) args.collect(*each);
     for (double each : {settings.eps, settings.slope}) args.collect(each);
-    args.collect(settings.activation);
+    for (int64_t each : {settings.activation, settings.pool_size}) args.collect(each);
     args.collect(settings.population);
   }
 
@@ -152,6 +153,7 @@ struct BatchNormBackward : Node {
     packed.pack(settings.eps);
     packed.pack(settings.slope);
     packed.pack(settings.activation);
+    packed.pack(settings.pool_size);
     packed.pack(settings.population);
     packed.pack(wanted());
     auto args = std::move(packed).vec();
@@ -178,6 +180,7 @@ struct BatchNormBackward : Node {
     settings.eps = packed.unpack<double>();
     settings.slope = packed.unpack<double>();
     settings.activation = packed.unpack<int64_t>();
+    settings.pool_size = packed.unpack<int64_t>();
     settings.population = packed.unpack<bool>();
     if (!dy[0].defined()) return variable_list(4);
     return gradients(dy[0], {t[0], t[1], t[2], t[3], t[4], t[5], t[6]}, settings, packed.unpack<Wanted>());
@@ -226,8 +229,8 @@ at::Tensor forward(const Arguments& a) {
     const auto affine = std::make_tuple(lend_if(a.weight), lend_if(a.bias), lend_if(a.residual));
     const auto& [weight, bias, residual] = affine;
     if (a.use_batch) {
-      const auto result = operators->forward(lend(a.x), weight, bias, residual, 0, settings.eps, settings.activation,
-                                             settings.slope, saves_signs, std::nullopt);
+      const auto result = operators->forward(lend(a.x), weight, bias, residual, settings.pool_size, settings.eps,
+                                             settings.activation, settings.slope, saves_signs, std::nullopt);
       y = take(std::get<0>(result));
       mean = take(std::get<1>(result));
       var = take(std::get<2>(result));
@@ -259,9 +262,11 @@ at::Tensor forward(const Arguments& a) {
     if (saves_signs) node->format = a.x.suggest_memory_format();
     torch::autograd::set_history(y, node);
   }
-  if (a.update)
+  if (a.update) {
+    const int64_t pool = settings.pool_size * (a.values() / a.x.size(0));
     operators->update_statistics(lend_if(a.running_mean), lend_if(a.running_var), lend_if(a.batches), lend(mean),
-                                 lend(var), a.values(), a.values(), a.momentum, true);
+                                 lend(var), a.values(), pool ? pool : a.values(), a.momentum, true);
+  }
   return y;
 }
 
@@ -282,12 +287,12 @@ bool read(PyObject* given, double& value) {
 }
 
 // call(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-//      use_batch, update): y, or None, having done nothing, where this is no plain eager call.
+//      use_batch, update, pool_size): y, or None, having done nothing, where this is no plain eager call.
 PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Arguments a;
   double momentum = 0;
-  TORCH_CHECK(count == 13, "batchnorm: expected 13 arguments, got ", count);
+  TORCH_CHECK(count == 14, "batchnorm: expected 14 arguments, got ", count);
   if (is_watched()) Py_RETURN_NONE;
   at::Tensor* const tensors[] = {&a.x, &a.residual, &a.weight, &a.bias, &a.running_mean, &a.running_var, &a.batches};
   for (size_t i = 0; i < 7; ++i)
@@ -301,6 +306,7 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   a.use_batch = given[11] == Py_True;
   a.update = given[12] == Py_True;
   a.settings.population = !a.use_batch;
+  a.settings.pool_size = a.use_batch ? THPUtils_unpackLong(given[13]) : 0;
   if (!a.fit()) Py_RETURN_NONE;
   at::Tensor y;
   {

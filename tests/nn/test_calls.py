@@ -60,7 +60,8 @@ def test_the_library_is_there():
 @pytest.mark.parametrize("training", [True, False])
 def test_same_bits_as_through_python(activation: str, training: bool):
     formats = [torch.contiguous_format, torch.channels_last]
-    options = [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}]
+    options: list[dict[str, Any]] = [{}, {"momentum": None}, {"affine": False}, {"bias": False}]
+    options += [{"track_running_stats": False}, {"ghost_size": 3}, {"ghost_size": 2, "momentum": None}]
     for fused, memory, option in itertools.product([False, True], formats, options):
         for dtype in (torch.float32, torch.bfloat16) if option == {} else (torch.float32,):
             x = normal(4, 5, 3, 3, dtype=dtype).to(memory_format=memory)
@@ -113,6 +114,23 @@ def test_what_is_not_plain_goes_through_python():
     assert not was_at_once(special(x))
 
 
+def test_ghost_batches_beside_other_options_go_through_python():
+    x = normal(6, 4)
+    layer = bn.BatchNorm1d(4, ghost_size=2)
+    assert was_at_once(layer(x))
+    assert was_at_once(copy.deepcopy(layer)(x))
+    assert not was_at_once(layer(x, mask=torch.ones(6, dtype=torch.bool)))
+    for option, value in {"channel_groups": 2, "ghost_update": "decay", "running": "debiased", "domains": 2}.items():
+        other = bn.BatchNorm1d(4, **{"ghost_size": 2, option: value})
+        assert not was_at_once(other(x)), option
+        setattr(other, option, 0 if option in ("channel_groups", "domains") else "merge" if value == "decay" else "ema")
+        assert was_at_once(other(x)), option
+    with pytest.raises(bn.BatchNormError, match="expected 4 channels"):
+        bn.BatchNorm1d(4, affine=False, track_running_stats=False, ghost_size=2)(normal(6, 3))
+    with pytest.raises(bn.BatchNormError, match="expected 4D input"):
+        bn.BatchNorm2d(4, ghost_size=2)(x)
+
+
 def test_errors_and_detours_are_those_of_python():
     layer = bn.BatchNorm1d(3)
     cases: list[Callable[[], Any]] = [
@@ -157,8 +175,9 @@ def test_gradients_that_nobody_asked_for_are_not_made():
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_higher_derivatives(activation: str | None, training: bool):
-    layer = bn.BatchNorm1d(3, activation=activation).double().train(training)
+@pytest.mark.parametrize("ghost_size", [0, 3])
+def test_higher_derivatives(activation: str | None, training: bool, ghost_size: int):
+    layer = bn.BatchNorm1d(3, activation=activation, ghost_size=ghost_size).double().train(training)
     leaves = [normal(5, 3).double().requires_grad_(), normal(5, 3, seed=1).double().requires_grad_()]
     assert was_at_once(layer(*leaves))
 
@@ -202,8 +221,9 @@ def test_hooks_see_the_same_saved_tensors():
         assert_same_bits(saved(), through_python(saved))
 
 
-def test_compiled_autograd():
-    layer = bn.BatchNorm1d(3, activation="relu")
+@pytest.mark.parametrize("ghost_size", [0, 2])
+def test_compiled_autograd(ghost_size: int):
+    layer = bn.BatchNorm1d(3, activation="relu", ghost_size=ghost_size)
     leaves = [normal(6, 3).requires_grad_(), normal(6, 3, seed=1).requires_grad_(), *layer.parameters()]
     expected = torch.autograd.grad(layer(*leaves[:2]), leaves, normal(6, 3, seed=2))
     y = layer(*leaves[:2])

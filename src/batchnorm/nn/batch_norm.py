@@ -52,6 +52,7 @@ OPTIONS: dict[str, Any] = {
 # Those of them (and the accumulator of `accumulate`) that the short path through `forward` does not know.
 _SPECIAL = ("trains_affine", "running", "running_var_kind", "nonfinite", "renorm", "example_weight", "_accumulator")
 _POOLED = ("pool", "ghost_size", "channel_groups", "process_group", "domains")
+FLAGS = ("_special", "_pooled", "_ghosts")  # made of them
 
 
 class _Default(float):
@@ -91,6 +92,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     _accumulator: Accumulator | None = None
     _special: bool = False
     _pooled: bool = False
+    _ghosts: bool = False  # whether ghost batches are all that is pooled, and nothing is special
 
     def __init__(
         self,
@@ -184,6 +186,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         options = self.__dict__
         options["_pooled"] = any(options.get(key, OPTIONS[key]) != OPTIONS[key] for key in _POOLED)
         options["_special"] = any(options.get(key, OPTIONS.get(key)) != OPTIONS.get(key) for key in _SPECIAL)
+        others = {"ghost_update", *_POOLED} - {"ghost_size"}
+        alone = all(options.get(key, OPTIONS[key]) == OPTIONS[key] for key in others)
+        options["_ghosts"] = bool(options.get("ghost_size")) and alone and not options["_special"]
 
     def _shape_statistics(self, option: str) -> None:
         """Rows of running statistics for each domain and time step; what is added takes the current domain's."""
@@ -274,30 +279,45 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             or isinstance(input, PackedSequence)
             or input.is_nested
         ):
-            result: Tensor = self._by_view(input, residual, mask, lengths, weights)
-            return result
+            y = None
+            if self._ghosts and mask is None and lengths is None and weights is None and isinstance(input, Tensor):
+                y = self._at_once_in_ghosts(input, residual)
+            return self._by_view(input, residual, mask, lengths, weights) if y is None else y
         self._check_input_dim(input)
         return self._by_channel(input, residual)
 
-    def _by_channel(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """`forward` where a channel is one pool, as in torch."""
-        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
+    def _at_once_in_ghosts(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        if input.is_nested or input.ndim < 2 or input.shape[1] != self.num_features:
+            return None
+        self._check_input_dim(input)
+        return self._at_once(input, residual, self.ghost_size)
+
+    def _at_once(self, input: Tensor, residual: Tensor | None, pool_size: int = 0) -> Tensor | None:
+        """`forward` in one call of C++, or None where this is not for it."""
         # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
         # in none of them.
-        parameters, buffers, eps = self._parameters, self._buffers, self.eps
+        parameters, buffers = self._parameters, self._buffers
+        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
-        var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
-        tracked = updates or not use_batch
+        mean = var = None
+        if updates or not use_batch:
+            mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
+            var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
+        return autograd.at_once(
+            input, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
+            self.activation, self.negative_slope, use_batch, updates, pool_size,
+        )  # fmt: skip
+
+    def _by_channel(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """`forward` where a channel is one pool, as in torch."""
         if not self._special:
-            y = autograd.at_once(
-                input, residual, weight, bias, mean if tracked else None, var if tracked else None,
-                buffers.get("num_batches_tracked"), self.momentum, eps, self.activation, self.negative_slope,
-                use_batch, updates,
-            )  # fmt: skip
+            y = self._at_once(input, residual)
             if y is not None:
                 return y
+        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
+        mean, var, weight, bias, eps = self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        tracked = updates or not use_batch
         functional.check(
             input,
             mean if tracked else None,

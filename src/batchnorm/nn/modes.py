@@ -191,7 +191,7 @@ def adopt(layer: nn.Module, requires_grad: dict[str, bool]) -> Memory:
         layer.__class__ = OURS[kind]
         layer.__setstate__(before)
     added = tuple(key for key in layer.__dict__ if key not in before)
-    return Memory(kind, saved_modes.mode(layer), requires_grad, (*added, *(("_special", "_pooled") if added else ())))
+    return Memory(kind, saved_modes.mode(layer), requires_grad, (*added, *(ours.FLAGS if added else ())))
 
 
 def check(net: nn.Module, verb: str, source: str | None = None, update: str | None = None) -> dict[str, nn.Module]:

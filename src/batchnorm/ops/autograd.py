@@ -157,9 +157,9 @@ def gradients(
 
 def gradients_operator(*arguments: Any) -> tuple[Tensor, ...]:
     """`gradients` as the operator that C++ calls where its own backward will not do."""
-    *tensors, mean, var, eps, activation, slope, population, wanted = arguments
+    *tensors, mean, var, pool_size, eps, activation, slope, population, wanted = arguments
     dy, x, weight, bias, residual, signs = tensors
-    settings = Settings(0, eps, ACTIVATIONS[activation], slope)
+    settings = Settings(pool_size, eps, ACTIVATIONS[activation], slope)
     found = gradients(dy, x, weight, bias, residual, None, signs, mean, var, settings, population, wanted)
     return tuple(x.new_empty(0) if each is None else each for each in found)
 
@@ -411,6 +411,7 @@ def at_once(
     slope: float,
     use_batch: bool,
     update: bool,
+    pool_size: int = 0,
 ) -> Tensor | None:
     """All of a plain eager call on the CPU in one of C++: y, or None, with nothing done, where this is no such call.
 
@@ -423,7 +424,7 @@ def at_once(
         return None
     y: Tensor | None = cpu.call(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, kind, slope,
-        use_batch, update,
+        use_batch, update, pool_size,
     )  # fmt: skip
     return y
 

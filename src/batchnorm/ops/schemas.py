@@ -71,8 +71,8 @@ LIBRARY.define(
 )
 # The same gradients, of any order: what the C++ backward calls where it cannot do without Python.
 LIBRARY.define(
-    f"gradients(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, float eps, int activation, float slope, bool population,"
-    " bool[] wanted) -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)"
+    f"gradients(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool[] wanted)"
+    " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)"
 )
 LIBRARY.define(
     "update_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"

@@ -416,7 +416,7 @@ def _own(layer: nn.Module) -> dict[str, Any]:
 
 def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
     group = layer.__dict__.get("process_group")
-    for name in ours.OPTIONS.keys() | {"_special", "_pooled", "domain", "label"}:
+    for name in ours.OPTIONS.keys() | {*ours.FLAGS, "domain", "label"}:
         layer.__dict__.pop(name, None)
     if kind is nn.SyncBatchNorm:
         layer.__dict__["process_group"] = None if group == "world" else group
