@@ -458,7 +458,7 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "backward", (dy, x, *transform, *saved, *fusion, not affine, True, affine)
         if not pool_size or signs:
             wanted = [True, affine, affine, signs]
-            yield "gradients", (dy, x, *transform, *saved, *fusion[1:], not signs, wanted)
+            yield "gradients", (dy, x, *transform, *saved, *fusion, not signs, wanted)
         out = (torch.empty(4, 3, 2, 2), torch.empty(pools, 3).double(), torch.empty(pools, 3).double())
         yield "forward_out", (x, *transform, *out, *fusion)
         yield "backward_out", (dy, x, *transform[:2], mean, var, *out, *fusion)
