@@ -145,6 +145,24 @@ def test_a_pitch_stays_a_pitch(monkeypatch):
     torch.testing.assert_close(pitch(net, frames), pitch(result.model, frames), rtol=1e-5, atol=0)
 
 
+def test_a_trained_network_is_not_found_untrained(monkeypatch):
+    """Its momentum is 0: the running statistics never move, and are right all the same."""
+    net = crepe(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    tones = 55 * 2 ** (4 * torch.rand(8, 32, 1, generator=generator))
+    time = torch.arange(1024) / 16000
+    frames = sum(torch.sin(2 * torch.pi * k * tones * time) / k for k in range(1, 6))
+    frames = (frames - frames.mean(2, keepdim=True)) / frames.std(2, keepdim=True)
+    found = bn.diagnose(net, list(frames))
+    assert len(found.layers) == 6
+    assert {layer.cause for layer in found.layers} <= {None, "stale"}  # it has heard more than harmonic tones
+    assert found.before.distance < 0.5
+    spoiled = net.conv3_BN
+    spoiled.running_var *= 9
+    worst = max(bn.diagnose(net, list(frames)).layers, key=lambda layer: layer.effect)
+    assert (worst.name, worst.cause) == ("conv3_BN", "stale")
+
+
 def test_text_stays_text():
     legere = pytest.importorskip("legere", reason="legere is not installed: pip install --no-deps legere")
     pillow = pytest.importorskip("PIL.Image")
