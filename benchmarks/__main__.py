@@ -11,7 +11,7 @@ from pathlib import Path
 from . import __doc__ as description
 from .machine import ROOT, processor
 from .page import write_gpu_page, write_page
-from .rows import read
+from .rows import read, settled
 from .run import run
 from .suites import SUITES
 from .tables import summary
@@ -58,7 +58,7 @@ def _page(paths: list[Path] | None) -> int:
     if not found:
         print("benchmarks: there are no rows yet; run python -m benchmarks first", file=sys.stderr)
         return 2
-    for written in write_page(read(found), ROOT / "docs"):
+    for written in write_page(settled(read(found)), ROOT / "docs"):
         print(written)
     if on_gpu := sorted((RESULTS / "gpu").glob("*.jsonl")):
         print(write_gpu_page(read(on_gpu), ROOT / "docs"))

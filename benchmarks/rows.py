@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from .timing import Phases
 Row = dict[str, Any]
 BASELINES = ("torch", "compile")
 """Contestants that the others are compared with: `x_torch` is how many times as fast as torch."""
+REPEATED = ("kernel", "wall")
+"""Suites that are run more than once, since memory decides much of a single run."""
+CASE = ("shape", "dtype", "order", "fusion")
+"""Columns that tell their cases apart, beside whether it is inference."""
 
 
 def compare(
@@ -39,6 +45,25 @@ def compare(
                     row[f"x_{baseline}"] = times[baseline][phase] / seconds
             rows.append({**row, "targets": judge(row)})
     return rows
+
+
+def settled(rows: Iterable[Row]) -> list[Row]:
+    """The rows, of cases that were run several times those of one run: the one in the middle, by how many times as fast
+    as torch our contestants are (geometric mean), or of two the slower. Rows of one run have one date."""
+    cases: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        repeated = row["suite"] in REPEATED
+        case = [row["suite"]]
+        if repeated:
+            case += [*(row.get(column) for column in CASE), row.get("direction") == "inference"]
+        cases.setdefault(json.dumps(case), {}).setdefault(row["date"] if repeated else "", []).append(row)
+    runs = [sorted(case.values(), key=_speed)[(len(case) - 1) // 2] for case in cases.values()]
+    return [row for run in runs for row in run]
+
+
+def _speed(run: Sequence[Row]) -> float:
+    ratios = [row["x_torch"] for row in run if "x_torch" in row and row["contestant"] not in BASELINES]
+    return statistics.fmean(map(math.log, ratios)) if ratios else 0.0
 
 
 def read(paths: Iterable[Path]) -> list[Row]:

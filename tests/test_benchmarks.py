@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import xml.etree.ElementTree as ET
 from itertools import product
@@ -246,6 +247,21 @@ def plan() -> list[rows.Row]:
         planned.append({"suite": "calibrate", "network": network, "norm": norm, "contestant": "ours"})
     shared = {"ms": 1.0, "x_torch": 1.0, "x_limit": 1.0, "limit": "copy", "rounds": 5, **machine.environment()}
     return [{**shared, "quick": False, **row} for row in planned]
+
+
+def test_of_several_runs_the_one_in_the_middle_stands():
+    def run(date: str, forward: float, backward: float, suite: str = "wall", shape: int = 8) -> list[dict]:
+        case = {"suite": suite, "date": date, "shape": [shape], "dtype": "float32", "order": "dense", "fusion": "bn"}
+        speeds = {"forward": forward, "backward": backward}
+        ours = [{**case, "direction": d, "contestant": "ours", "x_torch": x} for d, x in speeds.items()]
+        return [{**case, "direction": "forward", "contestant": "torch"}, *ours]
+
+    runs = [run("1", 0.7, 1.0), run("2", 1.2, 1.1), run("3", 3.0, 2.0)]
+    for order in itertools.permutations(runs):
+        assert rows.settled(itertools.chain(*order)) == runs[1]
+    assert rows.settled([*runs[2], *runs[0]]) == runs[0]  # of two the slower
+    others = run("1", 2.0, 2.0, shape=9) + run("1", 2.0, 2.0, suite="pools") + run("2", 3.0, 3.0, suite="pools")
+    assert rows.settled([*runs[1], *others]) == [*runs[1], *others]
 
 
 def test_the_full_run_measures_every_target_and_every_case_once():
