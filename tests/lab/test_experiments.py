@@ -21,6 +21,7 @@ from batchnorm.lab.experiment import Config, Experiment, Measure, accuracy_panel
 from batchnorm.lab.experiments import EXPERIMENTS
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Table, Trial, difference
+from batchnorm.lab.runner import _digest
 from batchnorm.lab.task import Task
 from batchnorm.report import drawing, write_gallery
 from batchnorm.training.datasets import make_data
@@ -161,6 +162,8 @@ def test_kept_seeds_are_those_of_the_network_and_data_as_they_are(tmp_path, monk
     small, large = (make_data(data(), seed=0) for _ in range(2))
     large.x_train.mul_(2)
     assert [run(data=small), run(data=small), run(data=large), run(data=large)] == [3, 3, 4, 4]
+    own, same = (EXPERIMENTS["padding"].config.network, "batchnorm.lab.experiments.padding:SequenceNetwork")
+    assert _digest(own) is _digest(same) is None  # built in: of the version alone
 
 
 def test_workers_find_the_same_bits():
