@@ -109,6 +109,15 @@ def test_a_moving_average_over_few_values():
     assert "1.2 batches" in found.findings[0].text
 
 
+def test_an_average_of_all_batches_is_not_called_a_moving_one():
+    data = batches(4)
+    net = network()
+    net[1] = bn.BatchNorm1d(16, running="cumulative")
+    found = bn.diagnose(seen(net, data[:4]), data)
+    (finding,) = (finding for finding in found.findings if finding.kind == "noisy_average")
+    assert "an average over the batches so far" in finding.text
+
+
 @pytest.mark.parametrize("shape", [(), (5, 5)])
 def test_sorted_batches(shape):
     def spread(data):

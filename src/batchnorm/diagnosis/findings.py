@@ -23,6 +23,7 @@ from batchnorm.surgery.folding import uses_batch_statistics
 
 NOTICEABLE = 0.1  # of a standard deviation, in means and (as a logarithm) in standard deviations
 EXPLAINS = 0.25  # a cause's prediction is at most so far from what is kept as the data's statistics are
+LEAST_LEFT = 0.01  # of the initial values, to be a cause
 SIGMAS = 3.0  # of a moving average's noise
 NOISY = 0.25  # of a standard deviation, in the means of batches: 16 independent values a channel
 FEWEST_BATCHES = 3  # that tell whether batches are alike
@@ -201,7 +202,7 @@ def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Rec
         "dropout": seen,
     }
     left = _left(layer)
-    if left and layer.momentum:
+    if left is not None and LEAST_LEFT < left < 1:
         predictions["young"] = Statistics((1 - left) * within.mean, left + (1 - left) * within.var, within.known)
     errors = {cause: kept.error(expected, layer.eps) for cause, expected in predictions.items()}
     nearest = min(errors, key=lambda cause: max(errors[cause]))
@@ -214,16 +215,22 @@ def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Rec
 
 def _remembered(layer: _BatchNorm) -> float:
     """The standard deviation of a moving average, in those of a batch's statistics."""
-    if layer.momentum is None:  # the mean of all batches
+    momentum = _momentum(layer)
+    if momentum is None:
         return 0.0 if layer.num_batches_tracked is None else max(1.0, float(layer.num_batches_tracked.max())) ** -0.5
-    return math.sqrt(layer.momentum / (2 - layer.momentum))
+    return math.sqrt(momentum / (2 - momentum))
+
+
+def _momentum(layer: _BatchNorm) -> float | None:
+    """The share of a new batch in a moving average, or None where all batches count alike."""
+    return None if isinstance(layer, Ours) and layer.running == "cumulative" else layer.momentum
 
 
 def _left(layer: _BatchNorm) -> float | None:
     """The share of the initial values in a moving average, or None where that is not what is kept."""
-    counter, momentum = layer.num_batches_tracked, layer.momentum
-    plain = not isinstance(layer, Ours) or layer.running == "ema"
-    if not plain or counter is None or momentum is None:
+    counter, momentum = layer.num_batches_tracked, _momentum(layer)
+    is_debiased = isinstance(layer, Ours) and layer.running == "debiased"
+    if is_debiased or counter is None or momentum is None:
         return None
     return float((1 - momentum) ** float(counter.max()))
 
@@ -299,7 +306,7 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
     first = members[0]
     layer = net.get_submodule(first.name)
     assert isinstance(layer, _BatchNorm)
-    momentum, of = layer.momentum, f"{len(members)} of {total} layer{'s' * (total > 1)}"
+    momentum, of = _momentum(layer), f"{len(members)} of {total} layer{'s' * (total > 1)}"
     off = (
         f"`{first.name}` is off by {first.mean_off or 0:.2f} standard deviations in the mean and by a factor of "
         f"{math.exp(first.std_off or 0):.2f} in the standard deviation, and alone moves the outputs by "

@@ -67,7 +67,7 @@ def _digest(given: Any) -> str | None:
         parts = [t.numpy().tobytes() for t in (given.x_train, given.y_train, given.x_test, given.y_test)]
         return hashlib.sha256(b"".join(parts)).hexdigest()
     try:
-        if (given if isinstance(given, str) else getattr(given, "__module__", "")).startswith("batchnorm."):
+        if (given if isinstance(given, str) else getattr(given, "__module__", None) or "").startswith("batchnorm."):
             return None  # of the version that the key has
         if isinstance(given, str) and ":" in given:
             spec = importlib.util.find_spec(given.partition(":")[0])
