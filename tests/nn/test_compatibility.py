@@ -25,7 +25,7 @@ from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from operator_contract import LAYOUTS, assert_within_budget, batch_norm_terms, plain_batch_norm, random_like
 
 with warnings.catch_warnings():  # what PyTorch's test modules warn about while they load
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 

@@ -76,7 +76,7 @@ def test_training_does_not_weigh_and_examples_do_not_mix():
     assert layer(x[:0]).shape == (0, 3, 4)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compiled_exported_and_copied():
     layer, x = layer_for((6, 3, 4), 0.3, torch.float32), torch.randn(6, 3, 4)
     expected = layer(x)

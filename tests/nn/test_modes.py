@@ -129,7 +129,7 @@ def test_torchs_layers_get_modes_too(mode: Mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compiled(mode: Mode):
     torch._dynamo.reset()
     layer = in_mode(mode)

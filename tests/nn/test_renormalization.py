@@ -123,7 +123,7 @@ def test_gradients_of_gradients_and_forward_mode():
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compiled_and_exported():
     layer, x = layer_of(1.5, 0.5), images()
     eager = copy.deepcopy(layer)

@@ -185,7 +185,7 @@ def test_no_norms_and_no_network():
     assert bn.unfreeze(net) is net
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compiled():
     torch._dynamo.reset()
     net = small("torch").train()

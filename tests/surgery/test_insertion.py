@@ -351,7 +351,7 @@ def test_the_whole_life_of_a_network():
     copy.deepcopy(bn.unfreeze(net))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_a_compiled_network_takes_the_new_layers():
     torch._dynamo.reset()
     net = mlp().train()
