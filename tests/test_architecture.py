@@ -24,6 +24,7 @@ BASE = {
     "errors": set(),
     "moments": {"errors"},
     "pools": {"errors", "moments"},
+    "progress": set(),
 }  # below everyone, and what they may know
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 HEAVY = {"jinja2", "matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "rich"}
@@ -136,6 +137,7 @@ def test_imports_run_one_way():
         ("batchnorm.nn.layers", "from batchnorm import reference"),
         ("batchnorm.errors", "from batchnorm.moments import Moments"),
         ("batchnorm.moments", "from batchnorm import functional"),
+        ("batchnorm.progress", "from batchnorm.errors import InputError"),
         ("batchnorm.reference", "from batchnorm.kernels import aten"),
         ("batchnorm.kernels.cpu", "from batchnorm.kernels import aten"),
         ("batchnorm.kernels.cpu", "from .aten import moments"),

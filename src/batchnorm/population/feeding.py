@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.errors import InputError
+from batchnorm.progress import counting_bar
 
 
 def read_batches(batches: Iterable[Any], samples: int | None, advance: Callable[[int], None]) -> Iterator[Any]:
@@ -82,21 +83,8 @@ def progress_bar(
     if not show:
         yield lambda done: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     total = samples or (len(batches) if isinstance(batches, Sized) else None)
-    unit = TextColumn("samples" if samples else "batches")
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), unit, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-
-        def advance(done: int) -> None:
-            if bar.tasks[0].finished:  # the next pass of several
-                bar.reset(task)
-            bar.advance(task, done)
-
+    with counting_bar(title, "samples" if samples else "batches", total) as advance:
         yield advance
 
 

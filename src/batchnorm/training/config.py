@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from batchnorm.errors import InputError
 
@@ -26,151 +27,148 @@ Method = Literal["pooled", "ioffe", "sequential"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
+class Rule(NamedTuple):
+    """What a setting may be: a test of a value, and the words for it."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(lowest: int, expected: str, end: float = math.inf) -> Rule:
+    return Rule(lambda v: isinstance(v, int) and not isinstance(v, bool) and lowest <= v < end, expected)
+
+
+def _choice(choices: tuple[str, ...]) -> Rule:
+    return Rule(lambda v: isinstance(v, str) and v in choices, "one of " + ", ".join(choices))
+
+
+_TEXT = Rule(lambda v: isinstance(v, str) and bool(v), "a text that is not empty")
+_FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
+_COUNT = _whole(1, "a whole number from 1 up")
+_RATE = Rule(lambda v: _is_number(v) and v > 0, "a finite number above 0")
+_DECAY = Rule(lambda v: _is_number(v) and v >= 0, "a finite number from 0 up")
+_SHARE = Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+_SEED = _whole(0, "a whole number from 0 to 2^63 - 1", 2**63)
+_BATCH = _whole(2, "2 or more: one sample has no variance over the batch")
+_INTERVAL = _whole(1, "a whole number of steps from 1 up")
+_OPTIMIZER, _PLACEMENT, _METHOD = _choice(OPTIMIZERS), _choice(PLACEMENTS), _choice(METHODS)
+
+
+def _setting(default: Any, rule: Rule) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `train` is to do. `None` means: the default of the network, filled in by `resolve`.
+    """What `train` is to do: the one definition of its settings, which the command line shows as its options.
+
+    A setting that is None gets the default of the network or of the optimizer (`resolve`).
 
     Args:
-        network: "figure1", "convnet", "lstm", or "package.module:factory".
-        data: "mnist5k", "digits", "japanese-vowels", a .npz file, a .npy file (with `labels`), or
-            "package.module:loader".
-        labels: the .npy file of the labels, where `data` is a .npy file.
-        out: the run folder. Default: runs/<network>-<data>-<n>.
-        overwrite: replace files of a run folder that is not empty.
-        baseline: also train the network without batch norm, from the same initial weights on the
-            same batches. Default: yes for the built-in networks.
-        steps: updates of each network.
-        batch_size: samples a batch; at least 2. An incomplete last batch of a pass is not used.
-        optimizer: "sgd" or "adam".
-        lr: learning rate, constant.
-        baseline_lr: learning rate of the baseline. Default: `lr`.
-        momentum: of SGD (default 0); beta1 of Adam (default 0.9).
-        weight_decay: of tensors with two or more axes; never of biases, gamma and beta. For SGD an
-            L2 penalty, for Adam decoupled (AdamW).
-        seed: of the split, the initial weights, and the order of the batches.
-        threads: CPU threads. Default: 1 for figure1, else torch's choice.
-        device: a torch device.
-        placement: "before_activation" or "after_activation".
-        method: of the population statistics: "pooled" (the variance over all samples), "ioffe"
-            (Procedure 2, line 10: the mean of the batches' variances), or "sequential" (pooled,
-            each layer under the final statistics of those before it); all unbiased.
-        eval_every: steps between two measurements. Default: a hundredth of `steps`.
+        network: figure1 (784-100-100-100-10 sigmoids), convnet, lstm, or package.module:factory. The factory is called
+            with those of num_features, in_channels, input_shape and num_classes that it names.
+        data: mnist5k, digits, japanese-vowels, FILE.npz with x and y (and x_test, y_test), FILE.npy with labels in a
+            file of their own, or package.module:loader that returns (x, y) or (x, y, x_test, y_test).
+        labels: The .npy file of the labels, where the data is FILE.npy.
+        out: The run folder. Default: runs/<network>-<data>-<n>.
+        overwrite: Replace a run in a folder that is not empty.
+        baseline: Train the same network without batch norm beside it, from the same weights on the same batches.
+            Default: on for built-in networks.
+        steps: Updates of each network. Default: figure1: 5000, convnet: 500, lstm: 500, else 2000.
+        batch_size: Samples a batch; 2 or more. An incomplete last batch of a pass is not used in training.
+        optimizer: sgd or adam.
+        lr: Learning rate, constant.
+        baseline_lr: Learning rate of the baseline. Default: that of lr.
+        momentum: Of SGD; beta1 of Adam. Default: sgd: 0.0, adam: 0.9.
+        weight_decay: Of tensors with two or more axes; never of biases, gamma and beta. For SGD it is an L2 penalty,
+            for Adam it is decoupled (AdamW).
+        seed: Of the split, the initial weights and the order of the batches. The same seed gives the same bits again.
+        threads: CPU threads. Default: figure1: 1, lstm: 1, else torch's choice.
+        device: cpu, cuda, cuda:1, ...
+        placement: Of batch norm: before_activation or after_activation.
+        method: Of the population statistics: pooled (the variance over all samples), ioffe (Procedure 2, line 10: the
+            mean of the batches' variances) or sequential (pooled, each layer under the final statistics of those
+            before it); all are unbiased.
+        eval_every: Steps between two measurements. Default: a hundredth of steps.
     """
 
-    network: str = "figure1"
-    data: str = "mnist5k"
-    labels: str | None = None
-    out: str | None = None
-    overwrite: bool = False
-    baseline: bool | None = None
-    steps: int | None = None
-    batch_size: int = BATCH_SIZE
-    optimizer: str = "sgd"
-    lr: float = LEARNING_RATE
-    baseline_lr: float | None = None
-    momentum: float | None = None
-    weight_decay: float = 0.0
-    seed: int = SEED
-    threads: int | None = None
-    device: str = "cpu"
-    placement: Placement = "before_activation"
-    method: Method = "pooled"
-    eval_every: int | None = None
+    network: str = _setting("figure1", _TEXT)
+    data: str = _setting("mnist5k", _TEXT)
+    labels: str | None = _setting(None, _TEXT)
+    out: str | None = _setting(None, _TEXT)
+    overwrite: bool = _setting(False, _FLAG)
+    baseline: bool | None = _setting(None, _FLAG)
+    steps: int | None = _setting(None, _COUNT)
+    batch_size: int = _setting(BATCH_SIZE, _BATCH)
+    optimizer: str = _setting("sgd", _OPTIMIZER)
+    lr: float = _setting(LEARNING_RATE, _RATE)
+    baseline_lr: float | None = _setting(None, _RATE)
+    momentum: float | None = _setting(None, _SHARE)
+    weight_decay: float = _setting(0.0, _DECAY)
+    seed: int = _setting(SEED, _SEED)
+    threads: int | None = _setting(None, _COUNT)
+    device: str = _setting("cpu", _TEXT)
+    placement: Placement = _setting("before_activation", _PLACEMENT)  # noqa: RUF009, a field
+    method: Method = _setting("pooled", _METHOD)  # noqa: RUF009, a field
+    eval_every: int | None = _setting(None, _INTERVAL)
+
+    def check(self) -> None:
+        """Raise InputError for the first value that is out of its range; None stands for a default."""
+        for field in dataclasses.fields(self):
+            value, rule = getattr(self, field.name), field.metadata["rule"]
+            if not (value is None and field.default is None) and not rule.holds(value):
+                raise InputError(f"train: {field.name}={value!r}, expected {rule.expected}.")
 
     def resolve(self) -> ResolvedConfig:
-        """Fill in what is None, and check every value.
+        """Check every value, and fill in each that is None.
 
         Raises:
-            InputError: a value is out of its range; the message names the option.
+            InputError: a value is out of its range; the message names the setting.
         """
-        steps = self.steps if self.steps is not None else STEPS.get(self.network, OTHER_STEPS)
-        _check(isinstance(steps, int) and steps >= 1, "steps", steps, "a whole number from 1 up")
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        resolved = ResolvedConfig(
-            network=self.network,
-            data=self.data,
-            labels=self.labels,
-            baseline=self.network in STEPS if self.baseline is None else self.baseline,
-            steps=steps,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            lr=self.lr,
-            baseline_lr=self.lr if self.baseline_lr is None else self.baseline_lr,
-            momentum=MOMENTUM[self.optimizer] if self.momentum is None else self.momentum,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-            threads=THREADS.get(self.network) if self.threads is None else self.threads,
-            device=self.device,
-            placement=self.placement,
-            method=self.method,
-            eval_every=max(1, steps // 100) if self.eval_every is None else self.eval_every,
-        )
-        resolved.check()
-        return resolved
+        self.check()
+        steps = self.steps or STEPS.get(self.network, OTHER_STEPS)
+        defaults = {
+            "baseline": self.network in STEPS,
+            "steps": steps,
+            "baseline_lr": self.lr,
+            "momentum": MOMENTUM[self.optimizer],
+            "threads": THREADS.get(self.network),
+            "eval_every": max(1, steps // 100),
+        }
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ResolvedConfig(**given | {name: value for name, value in defaults.items() if given[name] is None})
 
 
 @dataclass(frozen=True)
-class ResolvedConfig:
-    """`TrainConfig` with every default filled in: what config.json of a run folder holds."""
+class ResolvedConfig(TrainConfig):
+    """`TrainConfig` with every default filled in; config.json of a run folder holds it."""
 
-    network: str
-    data: str
-    labels: str | None
-    baseline: bool
-    steps: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    baseline_lr: float
-    momentum: float
-    weight_decay: float
-    seed: int
-    threads: int | None
-    device: str
-    placement: Placement
-    method: Method
-    eval_every: int
-
-    def check(self) -> None:
-        """Raise InputError for the first value that is out of its range."""
-        _check(self.steps >= 1, "steps", self.steps, "a whole number from 1 up")
-        _check(
-            self.batch_size >= 2,
-            "batch_size",
-            self.batch_size,
-            "2 or more: one sample has no variance over the batch",
-        )
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("lr", "baseline_lr"):
-            value = getattr(self, name)
-            _check(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
-        _check(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
-        _check(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            self.weight_decay,
-            "a finite number from 0 up",
-        )
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "a whole number from 0 to 2^63 - 1")
-        _check(
-            self.threads is None or self.threads >= 1,
-            "threads",
-            self.threads,
-            "a whole number from 1 up",
-        )
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("method", self.method, METHODS)
-        _check(self.eval_every >= 1, "eval_every", self.eval_every, "a whole number of steps from 1 up")
+    if TYPE_CHECKING:  # filled in by `resolve`
+        baseline: bool = False
+        steps: int = OTHER_STEPS
+        baseline_lr: float = LEARNING_RATE
+        momentum: float = 0.0
+        eval_every: int = 1
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, for config.json."""
-        return dataclasses.asdict(self)
+        """Plain values, for config.json: all settings but those of the folder."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("out", "overwrite")}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ResolvedConfig:
+        """The settings that `to_dict` gave, checked.
 
-def _check(holds: bool, name: str, given: object, expected: str) -> None:
-    if not holds:
-        raise InputError(f"train: {name}={given!r}, expected {expected}.")
-
-
-def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
-    _check(given in choices, name, given, "one of " + ", ".join(choices))
+        Raises:
+            ValueError: a setting is missing, or one is unknown.
+            InputError: a value is out of its range.
+        """
+        expected = set(TrainConfig().resolve().to_dict())
+        if set(values) != expected:
+            raise ValueError(f"settings {sorted(expected ^ set(values))} are missing or unknown")
+        config = cls(**values)
+        config.check()
+        return config

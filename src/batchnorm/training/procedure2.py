@@ -513,8 +513,7 @@ def _short(spec: str) -> str:
 def _read_config(path: Path) -> ResolvedConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["config"]
-        config = ResolvedConfig(**values)
-        config.check()
+        config = ResolvedConfig.from_dict(values)
     except OSError as error:
         raise DataError(
             f"resume {path.parent}: {path.name} cannot be read ({error.strerror or error}); "

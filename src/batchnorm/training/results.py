@@ -41,6 +41,10 @@ class Curve:
         """The largest measured test accuracy, a fraction."""
         return max(self.test_accuracy)
 
+    def latest(self) -> str:
+        """The latest accuracy, for a progress bar."""
+        return f"{100 * self.test_accuracy[-1]:.1f} %"
+
     def first_step_at(self, accuracy: float) -> int | None:
         """The first measured step with at least this test accuracy, or None."""
         reached = (s for s, a in zip(self.steps, self.test_accuracy, strict=True) if a >= accuracy)

@@ -1,0 +1,55 @@
+"""The command line: a module a command, and in each one function call and one report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchnorm.cli import adapt, bench, calibrate, convert, diagnose, fold, info, lab, summary, train
+from batchnorm.cli.application import app
+from batchnorm.errors import BatchNormError
+
+__all__ = ["INTERRUPTED", "app", "main"]
+
+INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
+
+for command in (
+    train,
+    summary,
+    diagnose,
+    calibrate,
+    adapt,
+    fold,
+    convert,
+    lab,
+    bench,
+    info,
+):  # in the order of the help
+    command.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done. 1: done, but the network diverged or a file failed its check. 2: wrong usage or input,
+    one message on stderr. 130: interrupted, with a checkpoint to resume from.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # for package.module:name beside the user
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="batchnorm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BatchNormError as error:
+        interrupted = type(error).__name__ == "Interrupted"
+        sys.stderr.write(f"batchnorm: {'' if interrupted else 'error: '}{error}\n")
+        return INTERRUPTED if interrupted else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("batchnorm: interrupted.\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

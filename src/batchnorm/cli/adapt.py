@@ -1,0 +1,52 @@
+"""`batchnorm adapt`: batch norm for shifted data."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from batchnorm.cli import options
+from batchnorm.cli.networks import build, save
+from batchnorm.cli.settings import setting
+from batchnorm.training.config import BATCH_SIZE
+
+EXAMPLES = """**Examples**
+
+`batchnorm adapt --network mymodels:resnet --weights net.pt --data shifted.npz --out adapted.safetensors`
+
+`batchnorm adapt --network mymodels:resnet --weights net.pt --data camera.npy --prior 0 --out adapted.safetensors`
+"""
+
+
+def adapt(
+    network: options.Factory,
+    data: Annotated[str, setting("data", more="Labels are not looked at, and need not be there.")],
+    out: options.WeightsOut,
+    weights: options.Weights = None,
+    prior: Annotated[float, typer.Option(help="What the old statistics count, in samples; 0: nothing.")] = 16,
+    method: Annotated[
+        str, typer.Option(help="statistics; or tent, which also trains gamma and beta on the entropy of the outputs.")
+    ] = "statistics",
+    lr: Annotated[float, typer.Option(help="Learning rate, of tent.")] = 1e-3,
+    batch_size: options.BatchSize = BATCH_SIZE,
+) -> None:
+    """Adapt a trained network's batch norm to new, shifted data without labels.
+
+    Mean and variance become N/(N + n) of the old and n/(N + n) of the new ones, N being --prior and n the number of
+    samples (Schneider et al. 2020); tent: Wang et al. 2021. Everything else stays. All samples of the data are used.
+    """
+    from batchnorm import adapt as adapt_to
+    from batchnorm.training.datasets import load_samples
+
+    options.at_least_one("adapt", "--batch-size", batch_size)
+    samples, classes = load_samples(data)
+    net = build(network, tuple(samples.shape[1:]), classes, weights)
+    batches = list(samples.split(batch_size))
+    adapt_to(net, batches, prior=prior, method=method, learning_rate=lr)  # type: ignore[arg-type]  # which checks it
+    save(net, out)
+
+
+def register(app: typer.Typer) -> None:
+    """Make it a command of the application."""
+    app.command(epilog=EXAMPLES)(adapt)

@@ -1,0 +1,118 @@
+"""`batchnorm lab`: experiments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm.cli.options import assignment
+from batchnorm.cli.settings import text_of
+from batchnorm.progress import trials_bar
+
+if TYPE_CHECKING:
+    from batchnorm.lab import Experiment, Result
+
+EXAMPLES = """**Examples**
+
+`batchnorm lab list` - the experiments, with the question of each and how long it takes
+
+`batchnorm lab figure1 --quick` - one experiment, short
+
+`batchnorm lab all --quick` - all of them, under 10 minutes on two cores; without --quick under 3 hours
+
+`batchnorm lab landscape --network mymodels:resnet --data mydata:load --set steps=500` - on your own network
+
+`batchnorm lab explain --set layer=3.norm --set channel=7` - walk one mini-batch through a layer, with real numbers
+"""
+
+
+def lab(
+    names: Annotated[list[str], typer.Argument(help="Experiments, `all`, `list` or `explain`.", metavar="NAME...")],
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter settings.")] = False,
+    seeds: Annotated[int, typer.Option(help="How many, from 0 up; 5 or more for a verdict.")] = 5,
+    network: Annotated[str | None, typer.Option(help=text_of("network"), show_default="each experiment's own")] = None,
+    data: Annotated[str | None, typer.Option(help=text_of("data"), show_default="each experiment's own")] = None,
+    insert: Annotated[bool, typer.Option("--insert", help="Put batch norm into a --network that has none.")] = False,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of every experiment named, NAME=VALUE as in steps=500; may be repeated."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page and of the finished seeds.")] = Path("runs/lab"),
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; each seed computes on one thread.", show_default="one a core")
+    ] = None,
+) -> None:
+    """Run experiments that show what batch norm does, and whether the papers' claims hold here.
+
+    Each experiment has a question, a setting, and a number that counts as reproducing its claim. It is run over seeds,
+    and the page says what came of it, ties and failures included. A training that diverges is recorded, not fatal.
+    Finished seeds are kept in the folder: after Ctrl-C, the same command goes on from them.
+    """
+    from batchnorm.lab.experiments import EXPERIMENTS, find
+
+    if names == ["list"]:
+        _list_experiments(list(EXPERIMENTS.values()))
+        return
+    changes = dict(assignment(text) for text in assignments or ())
+    changes |= {key: value for key, value in (("network", network), ("data", data)) if value is not None}
+    if insert:
+        changes["insert"] = True
+    if names == ["explain"]:
+        typer.echo(f"Page: {_explain(out, changes)}")
+        return
+    chosen = list(EXPERIMENTS.values()) if names == ["all"] else [find(name) for name in names]
+    settings = [(experiment, experiment.configure(quick=quick, **changes)) for experiment in chosen]
+
+    from batchnorm.lab import run_all
+    from batchnorm.report import write_gallery
+
+    with trials_bar("seeds;") as progress:
+        results = run_all(settings, seeds=seeds, folder=out, workers=workers or os.cpu_count() or 1, progress=progress)
+    name = "gallery" if names == ["all"] else "-".join(names)
+    page = write_gallery(out / f"{name}{'-quick' if quick else ''}.html", chosen, results)
+    _print_findings(chosen, results)
+    typer.echo(f"\nPage: {page}")
+
+
+def _explain(out: Path, changes: dict[str, Any]) -> Path:
+    from batchnorm.lab.explanation import explain_built_in
+    from batchnorm.report.explain_page import write_explanation
+
+    found, source = explain_built_in(**changes)
+    return write_explanation(out / "explain.html", found, source=source)
+
+
+def _list_experiments(experiments: list[Experiment]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "question", "quick", "full", box=None, padding=(0, 2, 0, 0))
+    for experiment in experiments:
+        quick, full = (f"{5 * seconds / 60:.0f} min" if seconds > 9 else "<1 min" for seconds in experiment.seconds)
+        table.add_row(experiment.name, experiment.question, quick, full)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\nMinutes of one core, for five seeds.")
+
+
+def _print_findings(experiments: list[Experiment], results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"reproduced": "bold green", "tie": "bold yellow", "not reproduced": "bold red", "note": "bold"}
+    console = Console(highlight=False)
+    for experiment, result in zip(experiments, results, strict=True):
+        console.print(Text(f"\n{experiment.title}", "bold"))
+        rows = Table.grid(padding=(0, 2))
+        for finding in result.findings:
+            rows.add_row(Text(finding.kind, styles[finding.kind]), Text(finding.text))
+        console.print(rows)
+
+
+def register(app: typer.Typer) -> None:
+    """Make it a command of the application."""
+    app.command(epilog=EXAMPLES)(lab)

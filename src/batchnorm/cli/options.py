@@ -1,0 +1,86 @@
+"""Options that several commands have, and what is read out of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from batchnorm.cli.settings import setting
+from batchnorm.errors import InputError
+
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="Weights of the network: .safetensors, or a .pt state dict (weights_only)."),
+]
+Factory = Annotated[str, typer.Option(help="package.module:factory of the network.")]
+FactoryOrFile = Annotated[str | None, typer.Option(help="package.module:factory of the network, instead of a file.")]
+Shape = Annotated[
+    str | None, typer.Option(help="With --network: shape of an example input, the batch first, as in 2,3,32,32.")
+]
+TrainingData = Annotated[str, setting("data", more="The training part is used.")]
+Labels = Annotated[str | None, setting("labels")]
+BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
+WeightsOut = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
+NetworkOut = Annotated[
+    Path,
+    typer.Option(help="The file to write: weights (.safetensors) or the network (.pt2, .onnx); a file's own kind."),
+]
+Archive = Annotated[Path | None, typer.Argument(help="A torch.export archive (.pt2).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
+
+
+def sizes_of(what: str, text: str) -> list[int]:
+    """The sizes that "2,3,32,32" names, the batch first."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise InputError(f"{what} {text!r}: expected sizes like 2,3,32,32, the batch first.")
+    return sizes
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value a number, true, false, null or text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set {text!r}: expected NAME=VALUE, as in nonfinite=skip.")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def at_least_one(command: str, option: str, value: int) -> None:
+    """Complain about a count below 1."""
+    if value < 1:
+        raise InputError(f"{command}: {option} {value}; expected 1 or more.")
+
+
+def is_file(
+    verb: str,
+    file: Path | None,
+    kinds: tuple[str, ...],
+    network: str | None,
+    shape: str | None,
+    weights: Path | None,
+    out: Path | None = None,
+) -> bool:
+    """Whether a file was given instead of --network; complains about both, neither, or another kind."""
+    known = " or ".join(kinds)
+    if (file is None) == (network is None):
+        raise InputError(f"{verb}: give either a file ({known}) or --network.")
+    if file is None:
+        if shape is None:
+            raise InputError(f"{verb}: --network needs --shape, the shape of an example input.")
+        return False
+    if shape is not None or weights is not None:
+        raise InputError(f"{verb}: --shape and --weights go with --network; a file has its own.")
+    if file.suffix not in kinds or (out is not None and out.suffix != file.suffix):
+        raise InputError(
+            f"{verb}: {file}: expected {known}" + (f", and --out of the same kind, got {out}." * bool(out))
+        )
+    return True

@@ -1,0 +1,61 @@
+"""`batchnorm summary`: a table of the batch norm layers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchnorm.cli import options
+from batchnorm.cli.networks import build_with_example, write
+
+EXAMPLES = """**Examples**
+
+`batchnorm summary --network mymodels:resnet --shape 2,3,32,32 --html layers.html`
+
+`batchnorm summary model.pt2 --json`
+"""
+
+
+def summary(
+    file: options.Archive = None,
+    network: options.FactoryOrFile = None,
+    shape: options.Shape = None,
+    weights: options.Weights = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the table as a page.")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show a network's batch norm layers: four vectors a layer, two trained, two not.
+
+    Also what feeds each layer, where it stands, biases that it makes redundant, how many values share statistics on
+    an input of --shape, and all parameters as trained and not trained.
+    """
+    from batchnorm import summary as summarize
+
+    if options.is_file("summary", file, (".pt2",), network, shape, weights):
+        from batchnorm.surgery.archives import open_archive, quiet
+
+        assert file is not None
+        archive = open_archive(file)
+        with quiet():
+            found = summarize(archive.net, archive.example)
+    else:
+        found = summarize(*build_with_example(network, shape, weights))
+    if html is not None:
+        write(html, found.to_html().encode())
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(found)
+    else:
+        typer.echo(str(found))
+
+
+def register(app: typer.Typer) -> None:
+    """Make it a command of the application."""
+    app.command(epilog=EXAMPLES)(summary)
