@@ -38,10 +38,12 @@ _PUBLIC = {
     "joinable": "batchnorm.nn.joining",
     "load_flax": "batchnorm.population.checkpoints",
     "load_keras": "batchnorm.population.checkpoints",
+    "load_statistics": "batchnorm.population.checkpoints",
     "mode": "batchnorm.nn.modes",
     "no_update": "batchnorm.nn.modes",
     "param_groups": "batchnorm.surgery.parameter_groups",
     "preview_export": "batchnorm.surgery.exporting",
+    "read_statistics": "batchnorm.population.checkpoints",
     "recompute_outputs": "batchnorm.ops.recomputation",
     "restore": "batchnorm.population.adaptation",
     "revert": "batchnorm.surgery.conversion",
@@ -113,6 +115,8 @@ if TYPE_CHECKING:
     from batchnorm.population.calibration import calibrate as calibrate
     from batchnorm.population.checkpoints import load_flax as load_flax
     from batchnorm.population.checkpoints import load_keras as load_keras
+    from batchnorm.population.checkpoints import load_statistics as load_statistics
+    from batchnorm.population.checkpoints import read_statistics as read_statistics
     from batchnorm.population.checkpoints import save_keras as save_keras
     from batchnorm.population.checkpoints import to_flax as to_flax
     from batchnorm.population.checkpoints import to_keras as to_keras

@@ -1,19 +1,16 @@
-"""Batch normalization in the checkpoints of Keras and Flax: read into our layers, and written back.
+"""Batch normalization of other frameworks' files and states, loaded into our layers and written back.
 
-Both keep the *biased* variance and call the share of the *old* statistics momentum. Only batch normalization is
-translated; nothing of Keras, TensorFlow, Flax or JAX is needed, and no pickle is read.
+`formats` reads and writes; here layers are matched, checked and changed. No framework is needed, and no pickle is
+executed.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
-import re
 import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,32 +19,115 @@ import numpy as np
 import torch
 from torch import nn
 
-from batchnorm.errors import DataError, InputError, MissingDependencyError
+from batchnorm.errors import DataError, InputError
 from batchnorm.nn import modes
 from batchnorm.nn.batch_norm import _BatchNorm
+from batchnorm.population.formats import recognition
+from batchnorm.population.formats.conventions import CONVENTIONS
+from batchnorm.population.formats.keras import NAMES as _KERAS_NAMES
+from batchnorm.population.formats.keras import h5py as _h5py
+from batchnorm.population.formats.records import Checkpoint, ForeignBatchNorm
 
 Net = TypeVar("Net", bound=nn.Module)
 
-KERAS = {"decay": 0.99, "eps": 1e-3}
-FLAX = {"decay": 0.99, "eps": 1e-5}
-_KERAS_NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
-
 
 @dataclass(frozen=True)
-class ForeignBatchNorm:
-    """One batch normalization of another framework, in our words.
+class LoadedStatistics:
+    """What `load_statistics` took a file or state for, and what it loaded where.
 
-    gamma and beta are None where it has none (Keras' ``scale=False``, ``center=False``); ``var`` is *biased*;
-    ``decay`` is the share of the old statistics.
+    Args:
+        framework: its key, such as "keras3".
+        kind: the framework's name and the kind of file.
+        layers: our names to theirs.
+        notes: what the file does not say and was assumed.
     """
 
-    name: str
-    mean: np.ndarray[Any, Any]
-    var: np.ndarray[Any, Any]
-    gamma: np.ndarray[Any, Any] | None
-    beta: np.ndarray[Any, Any] | None
-    decay: float = KERAS["decay"]
-    eps: float = KERAS["eps"]
+    framework: str
+    kind: str
+    layers: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        pairs = ", ".join(f"{ours!r} from {theirs!r}" for ours, theirs in self.layers.items())
+        return "\n".join([f"{self.kind}: {len(self.layers)} batch normalizations, {pairs}", *self.notes])
+
+
+def read_statistics(file_or_state: Any, framework: str | None = None) -> Checkpoint:
+    """The batch normalizations of another framework's file or state, without a network.
+
+    Args:
+        file_or_state: as for `load_statistics`.
+        framework: whose it is; by default that is recognized by the content.
+
+    Returns:
+        The record: framework, kind of file, and the layers with their vectors, momentum, epsilon and kind of variance.
+
+    Raises:
+        DataError: a file that holds no batch normalization or cannot be read.
+        InputError: a framework that is unknown, or whose file this is not.
+        MissingDependencyError: the package that reads such files is not installed.
+
+    Example:
+        >>> state = {"params": {"bn": {"scale": [1.0], "bias": [0.0]}}}
+        >>> state["batch_stats"] = {"bn": {"mean": [0.5], "var": [2.0]}}
+        >>> read_statistics(state).layers[0].decay
+        0.99
+    """
+    return recognition.read(file_or_state, framework)
+
+
+def load_statistics(
+    net: nn.Module,
+    file_or_state: Any,
+    framework: str | None = None,
+    layers: Mapping[str, str] | None = None,
+    *,
+    decay: float | None = None,
+    eps: float | None = None,
+    running_var: str | None = None,
+    frozen: bool = False,
+) -> LoadedStatistics:
+    """Load the batch normalizations of another framework's file or state into those of ``net``, in place.
+
+    gamma, beta, mean and variance are copied; momentum, epsilon, the kind of variance and the way of averaging are
+    translated and set, so that inference *and* further training are the other framework's. Layers of torch.nn become
+    ours. Of what is trained elsewhere nothing else is loaded.
+
+    Args:
+        net: the network.
+        file_or_state: a path, or a nested dictionary of arrays of any library. The page "Batch norm in fifteen
+            frameworks" lists the files.
+        framework: whose it is, such as "keras2"; by default that is recognized by the content.
+        layers: our names to theirs. By default layers are matched by equal names, or in order, if the file tells the
+            order of its model and numbers and sizes agree.
+        decay: share of the old statistics, and
+        eps: epsilon, where the file does not hold them; by default the framework's own.
+        running_var: "biased" or "unbiased", the variance that the framework kept, where the file does not tell. By
+            default the framework's rule: Keras 2 keeps the unbiased variance of images and volumes, if the file does
+            not say ``fused=False``.
+        frozen: load for inference alone: the layers normalize by the running statistics and update nothing, in training
+            as well. It is needed for layers whose training goes on differently here, which are refused without it.
+
+    Returns:
+        What the file was taken for, and what was loaded where.
+
+    Raises:
+        DataError: a file that holds no batch normalization or cannot be read.
+        InputError: layers that do not match (numbers, names, sizes, gamma or beta on one side alone, a negative
+            variance, values that are not finite), or that train by another rule; the network is then as it was.
+        MissingDependencyError: the package that reads such files is not installed.
+
+    Example:
+        >>> from batchnorm import BatchNorm1d
+        >>> state = {"params": {"bn": {"scale": [1.0], "bias": [0.0]}}}
+        >>> state["batch_stats"] = {"bn": {"mean": [0.5], "var": [2.0]}}
+        >>> print(load_statistics(BatchNorm1d(1), state).kind)
+        Flax linen (variables of Flax linen)
+    """
+    if running_var not in (None, "biased", "unbiased"):
+        raise InputError(f"load_statistics: got running_var={running_var!r}; expected 'biased' or 'unbiased'")
+    checkpoint = recognition.read(file_or_state, framework)
+    return _load(net, checkpoint, layers, "load_statistics", decay, eps, running_var, frozen)
 
 
 def load_keras(
@@ -57,49 +137,55 @@ def load_keras(
     layers: Mapping[str, str] | None = None,
     decay: float | None = None,
     eps: float | None = None,
+    running_var: str | None = None,
+    frozen: bool = False,
 ) -> Net:
     """Load the batch normalizations of a Keras file into those of ``net``, in place.
 
-    Statistics, gamma and beta are copied; ``momentum = 1 - Keras' momentum``, ``eps = Keras' epsilon`` and
-    ``running_var_kind = "biased"``, so training goes on by Keras' convention. Layers of torch.nn become ours.
+    `load_statistics` for files of Keras, which returns the network: ``momentum = 1 - Keras' momentum``, ``eps = Keras'
+    epsilon``. The variance is *biased* in Keras 3; in Keras 2 it is *unbiased* over images and volumes (the fused
+    layer) and biased elsewhere. ``trainable=False`` becomes inference mode in training, as Keras has it.
 
     Args:
         net: the network.
-        path: a ``.keras`` archive, a ``.weights.h5`` of Keras 3, or an ``.h5`` of Keras 2 (a model or its weights).
-        layers: our names to Keras' (the first column of `read_keras`). By default the layers are matched in order, if
-            the file tells the order of its model and numbers and sizes agree.
+        path: a ``.keras`` archive, a ``.weights.h5``, a ``.weights.json`` with its shards, or an ``.h5``.
+        layers: our names to Keras' (the first column of `read_statistics`, or the path in the file, or the layer's own
+            name).
         decay: Keras' ``momentum``, and
         eps: Keras' ``epsilon``, where the file holds weights alone; by default Keras' own 0.99 and 1e-3.
+        running_var: "biased" or "unbiased", where the rule above does not hold (a file of weights does not say
+            ``fused=False``).
+        frozen: as in `load_statistics`.
 
     Returns:
         The network.
 
     Raises:
         DataError: a file that holds no batch normalization or cannot be read.
-        InputError: layers that do not match (numbers, names, sizes, gamma or beta on one side alone, a negative
-            variance, values that are not finite); the network is then as it was.
+        InputError: as `load_statistics`.
         MissingDependencyError: h5py is not installed.
     """
-    found = read_keras(path)
-    found = [replace(f, decay=decay or f.decay, eps=f.eps if eps is None else eps) for f in found]
-    return _load(net, found, layers, "load_keras", ordered=_in_model_order(found))
+    load_keras_path = _only(recognition.read(path), ("keras2", "keras3"), "load_keras", path)
+    _load(net, load_keras_path, layers, "load_keras", decay, eps, running_var, frozen)
+    return net
 
 
 def load_flax(
     net: Net,
-    variables: Mapping[str, Any] | str | os.PathLike[str],
+    variables: Any,
     *,
     layers: Mapping[str, str] | None = None,
-    decay: float = FLAX["decay"],
-    eps: float = FLAX["eps"],
+    decay: float | None = None,
+    eps: float | None = None,
 ) -> Net:
     """Load the batch normalizations of Flax variables into those of ``net``, in place.
 
-    As `load_keras`, from ``{"params": {... "scale", "bias"}, "batch_stats": {... "mean", "var"}}``.
+    `load_statistics` for Flax, which returns the network.
 
     Args:
         net: the network.
-        variables: the nested dict, with arrays of any library, or a file of ``flax.serialization.to_bytes``.
+        variables: of linen, ``{"params": {... "scale", "bias"}, "batch_stats": {... "mean", "var"}}``, or a TrainState;
+            of nnx, ``nnx.state(model)`` or its pure dictionary; or a file of ``flax.serialization.to_bytes``.
         layers: our names to Flax' paths, joined by "/". By default in order, which Flax' dicts tell only where all are
             numbered layers of one module (``BatchNorm_0``, ``BatchNorm_1``, ...) or all have different sizes.
         decay: ``momentum`` and
@@ -107,283 +193,144 @@ def load_flax(
 
     Raises:
         DataError: no batch normalization in the variables, or a file that cannot be read.
-        InputError: as `load_keras`, or an order that cannot be told.
+        InputError: as `load_statistics`, or an order that cannot be told.
         MissingDependencyError: msgpack is not installed (for files).
     """
-    tree = variables if isinstance(variables, Mapping) else _read_msgpack(Path(variables))
-    found = [replace(f, decay=decay, eps=eps) for f in read_flax(tree)]
-    return _load(net, found, layers, "load_flax", ordered=_numbered(found))
+    found = _only(recognition.read(variables), ("flax", "nnx"), "load_flax", variables)
+    _load(net, found, layers, "load_flax", decay, eps, None, False)
+    return net
 
 
-def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
-    """The batch normalizations of ``net``, each as the list that Keras' ``layer.set_weights`` takes.
-
-    gamma, beta (where there are any), moving mean, moving variance; the variance is *biased* where the layer keeps it
-    so (``running_var_kind``), else it is what torch keeps, *unbiased*. Pass ``momentum=layer.decay, epsilon=layer.eps``
-    to Keras' constructor.
-    """
-    return {name: [a for a in (f.gamma, f.beta, f.mean, f.var) if a is not None] for name, f in _ours(net, "to_keras")}
+def _only(found: Checkpoint, frameworks: tuple[str, ...], verb: str, source: Any) -> Checkpoint:
+    if found.framework not in frameworks:
+        shown = source if isinstance(source, (str, os.PathLike)) else "this state"
+        raise DataError(f"{verb}: {shown} is of {_title(found)}; load_statistics reads it")
+    return found
 
 
-def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[str, str] | None = None) -> None:
-    """Write the batch normalizations of ``net`` as a Keras 2 ``.h5`` of weights, for ``load_weights(by_name=True)``.
-
-    Args:
-        net: the network.
-        path: of the file; it is written beside and moved.
-        layers: our names to Keras'; by default ours.
-
-    Raises:
-        InputError: no batch normalization, or names that ``net`` does not have.
-        MissingDependencyError: h5py is not installed.
-    """
-    h5py = _h5py("save_keras")
-    names = dict(layers or {})
-    if unknown := names.keys() - {name for name, _ in _ours(net, "save_keras")}:
-        raise InputError(f"save_keras: the network has no batch normalization {sorted(unknown)}")
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
-        found = [(names.get(name, name) or "batch_normalization", f) for name, f in _ours(net, "save_keras")]
-        file.attrs["layer_names"] = [name.encode() for name, _ in found]
-        for name, f in found:
-            group = file.create_group(name.replace("/", "_"))
-            arrays = {
-                k: a for k, a in zip(_KERAS_NAMES, (f.gamma, f.beta, f.mean, f.var), strict=True) if a is not None
-            }
-            group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in arrays]
-            for key, array in arrays.items():
-                group.create_dataset(f"{name}/{key}:0", data=array)
-    _write(Path(path), buffer.getvalue())
-
-
-def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The batch normalizations of ``net`` as Flax variables: ``{"params": ..., "batch_stats": ...}``, nested.
-
-    Names of modules become nested keys; ``layers`` maps our names to Flax' paths, joined by "/". The variance is
-    *biased* where the layer keeps it so, else what torch keeps. Flax takes ``momentum=layer.decay,
-    epsilon=layer.eps`` in its constructor.
-    """
-    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, f in _ours(net, "to_flax"):
-        path = (layers or {}).get(name, name.replace(".", "/") or "BatchNorm_0").split("/")
-        for kind, entries in (
-            ("params", {"scale": f.gamma, "bias": f.beta}),
-            ("batch_stats", {"mean": f.mean, "var": f.var}),
-        ):
-            node = variables[kind]
-            for key in path:
-                node = node.setdefault(key, {})
-            node.update({key: value for key, value in entries.items() if value is not None})
-    return variables
-
-
-# Reading
+def _title(found: Checkpoint) -> str:
+    return f"{CONVENTIONS[found.framework].title} ({found.kind})"
 
 
 def read_keras(path: str | os.PathLike[str]) -> list[ForeignBatchNorm]:
     """The batch normalizations of a Keras file, in the order of its model."""
-    path = Path(path)
-    h5py = _h5py("load_keras")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json"))
-                weights = io.BytesIO(archive.read("model.weights.h5"))
-            with h5py.File(weights, "r") as file:
-                found = list(_keras3(file, config))
-        else:
-            with h5py.File(path, "r") as file:
-                found = list(_keras3_weights(file) if "layers" in file else _keras2(file))
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"load_keras: {path} is no Keras file that can be read: {error!r}") from error
-    if not found:
-        raise DataError(f"load_keras: {path} holds no batch normalization")
-    return found
+    return list(recognition.read(path).layers)
 
 
-def _keras3(file: Any, config: dict[str, Any]) -> Iterator[ForeignBatchNorm]:
-    """Follows the model's config, whose layers lie under names that Keras makes of their classes, numbered."""
-    for name, group, settings in _walk(file, config["config"], ""):
-        options = {"gamma": settings.get("scale", True), "beta": settings.get("center", True)}
-        keys = [key for key in _KERAS_NAMES if options.get(key, True)]
-        arrays = {key: np.asarray(group["vars"][str(i)]) for i, key in enumerate(keys)}
-        yield _of_keras(name, arrays, settings)
+# Matching
 
 
-def _walk(group: Any, config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    seen: dict[str, int] = {}
-    for layer in config.get("layers", ()):
-        kind, settings = layer["class_name"], layer["config"]
-        key = _snake(kind)
-        number = seen[key] = seen.get(key, -1) + 1
-        stored = group.get("layers", {})
-        place = stored.get(f"{key}_{number}" if number else key, stored.get(settings.get("name", key)))
-        name = prefix + settings.get("name", key)
-        if kind == "BatchNormalization" and place is not None:
-            yield name, place, settings
-        elif "layers" in settings and place is not None:
-            yield from _walk(place, settings, name + "/")
-
-
-def _snake(name: str) -> str:
-    """Keras' `to_snake_case`."""
-    name = re.sub(r"\W+", "", name)
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-def _keras3_weights(file: Any) -> Iterator[ForeignBatchNorm]:
-    """Weights without a config: what is called batch_normalization and holds four vectors."""
-    groups: list[tuple[str, Any]] = []
-
-    def visit(name: str, node: Any) -> None:
-        parts = name.split("/")
-        if parts[-1] == "vars" and re.fullmatch(r"batch_normalization(_\d+)?", parts[-2]) and len(node):
-            groups.append((name.removesuffix("/vars"), node))
-
-    file.visititems(visit)
-    for name, group in sorted(groups, key=lambda pair: _natural(pair[0])):
-        if len(group) != 4:
-            raise ValueError(f"{name} holds {len(group)} vectors, which do not tell gamma from beta; use a .keras file")
-        arrays = {key: np.asarray(group[str(i)]) for i, key in enumerate(_KERAS_NAMES)}
-        yield _of_keras(name, arrays, {})
-
-
-def _keras2(file: Any) -> Iterator[ForeignBatchNorm]:
-    """A model or weights of Keras 2: groups in the order of the model, vectors with names."""
-    weights = file.get("model_weights", file)
-    config = json.loads(_text(file.attrs["model_config"])) if "model_config" in file.attrs else {}
-    settings = {entry["config"].get("name"): entry["config"] for entry in _entries(config.get("config", {}))}
-    for layer in map(_text, weights.attrs["layer_names"]):
-        group = weights[layer.replace("/", "_") if layer not in weights else layer]
-        parts: dict[str, dict[str, Any]] = {}
-        for name in map(_text, group.attrs["weight_names"]):
-            owner, _, key = name.split(":")[0].rpartition("/")
-            parts.setdefault(owner or layer, {})[key] = np.asarray(group[name])
-        for owner, arrays in parts.items():
-            if "moving_mean" in arrays:
-                own = settings.get(layer if len(parts) == 1 else owner.rpartition("/")[2], {})
-                yield _of_keras(layer if len(parts) == 1 else owner, arrays, own)
-
-
-def _entries(config: Any) -> Iterator[dict[str, Any]]:
-    for entry in config if isinstance(config, list) else config.get("layers", ()):
-        yield entry
-        yield from _entries(entry["config"])
-
-
-def _of_keras(name: str, arrays: dict[str, Any], settings: dict[str, Any]) -> ForeignBatchNorm:
-    gamma, beta, mean, var = (arrays.get(key) for key in _KERAS_NAMES)
-    assert mean is not None
-    assert var is not None
-    decay, eps = settings.get("momentum", KERAS["decay"]), settings.get("epsilon", KERAS["eps"])
-    return ForeignBatchNorm(name, mean, var, gamma, beta, decay, eps)
-
-
-def read_flax(variables: Mapping[str, Any]) -> list[ForeignBatchNorm]:
-    """The batch normalizations of Flax variables, by their numbers."""
-    if "batch_stats" not in variables:
-        raise DataError(f"load_flax: got variables {list(variables)}; expected 'params' and 'batch_stats'")
-    statistics = {path: node for path, node in _nodes(variables["batch_stats"]) if {"mean", "var"} <= node.keys()}
-    affine = dict(_nodes(variables.get("params", {})))
-    if not statistics:
-        raise DataError("load_flax: batch_stats hold no batch normalization")
-    found = []
-    for path in sorted(statistics, key=_natural):
-        node, own = statistics[path], affine.get(path, {})
-        gamma, beta = (np.asarray(own[key]) if key in own else None for key in ("scale", "bias"))
-        found.append(ForeignBatchNorm(path, np.asarray(node["mean"]), np.asarray(node["var"]), gamma, beta))
-    return found
-
-
-def _nodes(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield path, tree
-    for key, child in tree.items():
-        if isinstance(child, Mapping):
-            yield from _nodes(child, f"{path}/{key}" if path else key)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts BatchNorm_2 before BatchNorm_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _in_model_order(found: list[ForeignBatchNorm]) -> bool:
-    """Weights of Keras 3 without a config, known by their paths, tell the order only within one container."""
-    paths = [f.name for f in found if re.match(r"layers/|.*/layers/", f.name)]
-    return len({re.sub(r"_\d+$", "", path) for path in paths}) <= 1
-
-
-def _numbered(found: list[ForeignBatchNorm]) -> bool:
-    """Whether all are the numbered layers of one module, so that their names tell their order."""
-    stems = {re.sub(r"_\d+$", "", f.name) for f in found}
-    return len(stems) == 1 and all(re.search(r"_\d+$", f.name) for f in found)
-
-
-def _read_msgpack(path: Path) -> Any:
-    """A file of flax.serialization: arrays are extension 1, packed as (shape, dtype, bytes)."""
-    try:
-        import msgpack  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingDependencyError("load_flax: files need msgpack; pip install msgpack, or pass a dict") from error
-
-    def unpack(code: int, data: bytes) -> Any:
-        if code != 1:
-            raise ValueError(f"extension {code} is no array")
-        shape, dtype, content = msgpack.unpackb(data, raw=True)
-        return np.frombuffer(content, np.dtype(dtype.decode())).reshape(shape)
-
-    try:
-        return msgpack.unpackb(path.read_bytes(), ext_hook=unpack, raw=False, strict_map_key=False)
-    except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
-        raise DataError(f"load_flax: {path} is no file of flax.serialization: {error!r}") from error
-
-
-# Matching and writing
-
-
-def _load(net: Net, found: list[ForeignBatchNorm], names: Mapping[str, str] | None, verb: str, ordered: bool) -> Net:
+def _load(
+    net: nn.Module,
+    found: Checkpoint,
+    names: Mapping[str, str] | None,
+    verb: str,
+    decay: float | None,
+    eps: float | None,
+    running_var: str | None,
+    frozen: bool,
+) -> LoadedStatistics:
     modes.check(net, verb)
     layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    pairs = _by_name(layers, found, names, verb) if names is not None else _in_order(layers, found, verb, ordered)
+    if names is not None:
+        pairs = _by_name(layers, found.layers, names, verb)
+    else:
+        pairs = _by_equal_names(layers, found.layers) or _in_order(layers, found, verb)
+    keeps = CONVENTIONS[found.framework].keeps_settings
+    pairs = [(name, _settled(verb, name, layers[name], f, decay, eps, running_var, frozen)) for name, f in pairs]
     for name, foreign in pairs:
         _check(verb, name, layers[name], foreign)
     modes.set_mode(net)  # torch's layers become ours
     with torch.no_grad():
         for name, foreign in pairs:
-            _copy(layers[name], foreign)
-    return net
+            _copy(layers[name], foreign, keeps, decay, eps)
+    notes = tuple(n for n in found.notes if decay is None or eps is None or "epsilon" not in n)
+    return LoadedStatistics(found.framework, _title(found), {ours: f.name for ours, f in pairs}, notes)
 
 
 def _by_name(
-    layers: Mapping[str, nn.Module], found: list[ForeignBatchNorm], names: Mapping[str, str], verb: str
+    layers: Mapping[str, nn.Module], found: Iterable[ForeignBatchNorm], names: Mapping[str, str], verb: str
 ) -> list[tuple[str, ForeignBatchNorm]]:
-    by_name = {f.name: f for f in found}
+    known: dict[str, list[ForeignBatchNorm]] = {}
+    for f in found:
+        for alias in {f.name, *f.aliases}:
+            known.setdefault(alias, []).append(f)
+    exact = {f.name: f for f in found}
     if unknown := names.keys() - layers.keys():
         raise InputError(f"{verb}: the network has no batch normalization {sorted(unknown)}, but {sorted(layers)}")
-    if missing := set(names.values()) - by_name.keys():
-        raise InputError(f"{verb}: the checkpoint has no batch normalization {sorted(missing)}, but {sorted(by_name)}")
-    return [(ours, by_name[theirs]) for ours, theirs in names.items()]
+    if missing := set(names.values()) - known.keys():
+        raise InputError(f"{verb}: the checkpoint has no batch normalization {sorted(missing)}, but {sorted(exact)}")
+    if double := [name for name in names.values() if name not in exact and len(known[name]) > 1]:
+        raise InputError(f"{verb}: {double} are the names of several layers; give the paths, out of {sorted(exact)}")
+    return [(ours, exact.get(theirs, known[theirs][0])) for ours, theirs in names.items()]
 
 
-def _in_order(
-    layers: Mapping[str, nn.Module], found: list[ForeignBatchNorm], verb: str, ordered: bool
+def _by_equal_names(
+    layers: Mapping[str, nn.Module], found: Iterable[ForeignBatchNorm]
 ) -> list[tuple[str, ForeignBatchNorm]]:
-    if len(layers) != len(found):
+    """The pairs of equal names, dots and slashes alike, if all names on both sides are equal; else nothing."""
+    theirs = {f.name.replace("/", "."): f for f in found}
+    return [(name, theirs[name]) for name in layers] if theirs.keys() == layers.keys() else []
+
+
+def _in_order(layers: Mapping[str, nn.Module], found: Checkpoint, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
+    theirs = list(found.layers)
+    names = [f.name for f in theirs]
+    if len(layers) != len(theirs):
         raise InputError(
-            f"{verb}: the network has {len(layers)} batch normalizations, the checkpoint {len(found)} "
-            f"({[f.name for f in found]}); give layers={{ours: theirs}}"
+            f"{verb}: the network has {len(layers)} batch normalizations, the checkpoint {len(theirs)} "
+            f"({names}); give layers={{ours: theirs}}"
         )
-    if not ordered:
-        sizes = {f.mean.size: f for f in found}
-        if len(sizes) != len(found):
+    if not found.ordered:
+        sizes = {f.mean.size: f for f in theirs}
+        if len(sizes) != len(theirs):
             raise InputError(
-                f"{verb}: the names {[f.name for f in found]} do not tell their order in the network, nor do their "
+                f"{verb}: the names {names} do not tell their order in the network, nor do their "
                 "sizes; give layers={ours: theirs}"
             )
         channels = [int(layer.running_mean.numel()) for layer in layers.values()]  # type: ignore[operator]
-        found = [sizes.get(count, found[0]) for count in channels]
-    return list(zip(layers, found, strict=True))
+        theirs = [sizes.get(count, theirs[0]) for count in channels]
+    return list(zip(layers, theirs, strict=True))
+
+
+def _settled(
+    verb: str,
+    name: str,
+    layer: Any,
+    foreign: ForeignBatchNorm,
+    decay: float | None,
+    eps: float | None,
+    running_var: str | None,
+    frozen: bool,
+) -> ForeignBatchNorm:
+    """What the file leaves open, told by our layer and by the options."""
+    if foreign.obstacle and not (frozen or foreign.frozen):
+        raise InputError(
+            f"{verb}: layer {name!r} cannot be trained further as {foreign.name!r} was: {foreign.obstacle}. "
+            "frozen=True loads it for inference alone"
+        )
+    gamma, beta = foreign.gamma, foreign.beta
+    if foreign.loose:
+        if (layer.weight is None) == (layer.bias is None):
+            raise InputError(
+                f"{verb}: {foreign.name!r} holds three vectors, with gamma or beta alone, and layer {name!r} has "
+                f"{'both' if layer.bias is not None else 'neither'}. Take away the one that is missing there "
+                "(scale=False: layer.register_parameter('weight', None); center=False: bias=False)"
+            )
+        gamma, beta = (foreign.loose[0], None) if layer.bias is None else (None, foreign.loose[0])
+    variance = running_var or foreign.variance
+    if variance == "fused":
+        spatial = isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm3d))
+        variance = "unbiased" if spatial else "biased"
+    return replace(
+        foreign,
+        gamma=gamma,
+        beta=beta,
+        decay=foreign.decay if decay is None else decay,
+        eps=foreign.eps if eps is None else eps,
+        variance=variance,
+        frozen=frozen or foreign.frozen,
+    )
 
 
 def _check(verb: str, name: str, layer: Any, foreign: ForeignBatchNorm) -> None:
@@ -409,7 +356,7 @@ def _check(verb: str, name: str, layer: Any, foreign: ForeignBatchNorm) -> None:
         raise InputError(f"{what}momentum {foreign.decay} or epsilon {foreign.eps} is out of range")
 
 
-def _copy(layer: nn.Module, foreign: ForeignBatchNorm) -> None:
+def _copy(layer: nn.Module, foreign: ForeignBatchNorm, keeps: bool, decay: float | None, eps: float | None) -> None:
     assert isinstance(layer, _BatchNorm)
     for ours, theirs in (
         (layer.running_mean, foreign.mean),
@@ -419,7 +366,105 @@ def _copy(layer: nn.Module, foreign: ForeignBatchNorm) -> None:
     ):
         if ours is not None:
             ours.copy_(torch.from_numpy(np.array(theirs, dtype=np.float64)))
-    layer.momentum, layer.eps, layer.running_var_kind = 1 - foreign.decay, foreign.eps, "biased"
+    if foreign.batches is not None and layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.fill_(foreign.batches)
+    if not keeps or decay is not None:
+        layer.momentum, layer.running = 1 - foreign.decay, foreign.running
+    if not keeps or eps is not None:
+        layer.eps = foreign.eps
+    layer.running_var_kind = foreign.variance
+    if foreign.frozen:
+        modes.set_mode(layer, source="running", update="never", affine=False)
+
+
+# Writing
+
+
+def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """The batch normalizations of ``net``, each as the list that Keras' ``layer.set_weights`` takes.
+
+    gamma, beta (where there are any), moving mean, moving variance; the variance is *biased* where the layer keeps it
+    so (``running_var_kind``), else it is what torch keeps, *unbiased*. Pass ``momentum=layer.decay, epsilon=layer.eps``
+    to Keras' constructor.
+    """
+    return {name: [a for a in (f.gamma, f.beta, f.mean, f.var) if a is not None] for name, f in _ours(net, "to_keras")}
+
+
+def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[str, str] | None = None) -> None:
+    """Write the batch normalizations of ``net`` as a file of Keras weights.
+
+    A name that ends in ``.weights.h5`` makes a file for Keras 3, ``model.load_weights(path, skip_mismatch=True)``; any
+    other an ``.h5`` for Keras 2, ``load_weights(path, by_name=True)``.
+
+    Args:
+        net: the network.
+        path: of the file; it is written beside and moved.
+        layers: our names to Keras'. For Keras 3 these are paths of attributes ("bn1", "layers/batch_normalization"); by
+            default "layers/batch_normalization", "layers/batch_normalization_1", ..., as in a Sequential model. For
+            Keras 2 they are names of layers; by default ours.
+
+    Raises:
+        InputError: no batch normalization, or names that ``net`` does not have.
+        MissingDependencyError: h5py is not installed.
+    """
+    h5py = _h5py("save_keras")
+    names = dict(layers or {})
+    found = _ours(net, "save_keras")
+    if unknown := names.keys() - {name for name, _ in found}:
+        raise InputError(f"save_keras: the network has no batch normalization {sorted(unknown)}")
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        if str(path).endswith(".weights.h5"):
+            _write_keras3(file, found, names)
+        else:
+            _write_keras2(file, found, names)
+    _write(Path(path), buffer.getvalue())
+
+
+def _vectors(f: ForeignBatchNorm) -> dict[str, np.ndarray[Any, Any]]:
+    pairs = zip(_KERAS_NAMES, (f.gamma, f.beta, f.mean, f.var), strict=True)
+    return {key: array for key, array in pairs if array is not None}
+
+
+def _write_keras3(file: Any, found: list[tuple[str, ForeignBatchNorm]], names: Mapping[str, str]) -> None:
+    file.create_group("vars")
+    for i, (name, f) in enumerate(found):
+        label = f"batch_normalization_{i}" if i else "batch_normalization"
+        group = file.create_group(names.get(name, f"layers/{label}")).create_group("vars")
+        group.attrs["name"] = label
+        for j, array in enumerate(_vectors(f).values()):
+            group.create_dataset(str(j), data=array)
+
+
+def _write_keras2(file: Any, found: list[tuple[str, ForeignBatchNorm]], names: Mapping[str, str]) -> None:
+    named = [(names.get(name, name) or "batch_normalization", f) for name, f in found]
+    file.attrs["layer_names"] = [name.encode() for name, _ in named]
+    for name, f in named:
+        group = file.create_group(name.replace("/", "_"))
+        group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in _vectors(f)]
+        for key, array in _vectors(f).items():
+            group.create_dataset(f"{name}/{key}:0", data=array)
+
+
+def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The batch normalizations of ``net`` as Flax variables: ``{"params": ..., "batch_stats": ...}``, nested.
+
+    Names of modules become nested keys; ``layers`` maps our names to Flax' paths, joined by "/". The variance is
+    *biased* where the layer keeps it so, else what torch keeps. Flax takes ``momentum=layer.decay,
+    epsilon=layer.eps`` in its constructor.
+    """
+    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for name, f in _ours(net, "to_flax"):
+        path = (layers or {}).get(name, name.replace(".", "/") or "BatchNorm_0").split("/")
+        for kind, entries in (
+            ("params", {"scale": f.gamma, "bias": f.beta}),
+            ("batch_stats", {"mean": f.mean, "var": f.var}),
+        ):
+            node = variables[kind]
+            for key in path:
+                node = node.setdefault(key, {})
+            node.update({key: value for key, value in entries.items() if value is not None})
+    return variables
 
 
 def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
@@ -440,18 +485,6 @@ def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
     if not found:
         raise InputError(f"{verb}: the network has no batch normalization with running statistics")
     return found
-
-
-def _h5py(verb: str) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise MissingDependencyError(f"{verb}: Keras files need h5py; pip install h5py") from error
-    return h5py
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,0 +1,138 @@
+"""What each framework's batch normalization means: one row each, which reader, writer and documentation use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from batchnorm.errors import InputError
+
+
+class Names(NamedTuple):
+    """The names of the four vectors."""
+
+    gamma: str
+    beta: str
+    mean: str
+    var: str
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a framework keeps and trains batch normalization.
+
+    Args:
+        title: the framework, in words.
+        seen: version and date of what was looked at.
+        names: of gamma, beta, mean and variance.
+        momentum: the name of its number, and what it is a share of: the "old" statistics, or the "new" ones.
+        decay: the share of the old statistics by default; None where there is no default.
+        eps: by default.
+        eps_place: the formula of the denominator.
+        variance: the kind that is kept: "biased", "unbiased" or "fused" (unbiased over images and volumes).
+        running: "ema", or "debiased": divided by 1 - decay^t.
+        counter: the name of the number of batches; None where there is none.
+        single: what training does with one value a channel.
+        files: files that are read.
+        evidence: "files" where files that it wrote are tested, else "source".
+        keeps_settings: whether momentum and epsilon of our layer stay where none are given, since they are torch's.
+    """
+
+    title: str
+    seen: str
+    names: Names
+    momentum: tuple[str, str]
+    decay: float | None
+    eps: float
+    variance: str
+    single: str
+    files: str
+    running: str = "ema"
+    counter: str | None = None
+    eps_place: str = "sqrt(var + eps)"
+    evidence: str = "files"
+    keeps_settings: bool = False
+
+
+_KERAS = Names("gamma", "beta", "moving_mean", "moving_variance")
+_TORCH = Names("weight", "bias", "running_mean", "running_var")
+_FLAX = Names("scale", "bias", "mean", "var")
+
+CONVENTIONS: dict[str, Convention] = {
+    "torch": Convention(
+        "PyTorch",
+        "2.13.0, 2026-11-28",
+        _TORCH,
+        ("momentum", "new"),
+        0.9,
+        1e-5,
+        "unbiased",
+        "an error",
+        ".pt, .pth, .safetensors",
+        counter="num_batches_tracked",
+        keeps_settings=True,
+    ),
+    "keras3": Convention(
+        "Keras 3",
+        "3.15.1, 2026-11-28",
+        _KERAS,
+        ("momentum", "old"),
+        0.99,
+        1e-3,
+        "biased",
+        "beta",
+        ".keras, .weights.h5, .weights.json, .h5",
+    ),
+    "keras2": Convention(
+        "Keras 2 (tf_keras)",
+        "2.21.0 with TensorFlow 2.21.0, 2026-11-28",
+        _KERAS,
+        ("momentum", "old"),
+        0.99,
+        1e-3,
+        "fused",
+        "beta",
+        ".keras, .weights.h5, .h5",
+    ),
+    "flax": Convention(
+        "Flax linen",
+        "0.12.8, 2026-11-28",
+        _FLAX,
+        ("momentum", "old"),
+        0.99,
+        1e-5,
+        "biased",
+        "beta",
+        "flax.serialization",
+    ),
+    "nnx": Convention(
+        "Flax nnx",
+        "0.12.8, 2026-11-28",
+        _FLAX,
+        ("momentum", "old"),
+        0.99,
+        1e-5,
+        "biased",
+        "beta",
+        "flax.serialization",
+    ),
+}
+
+_OTHER_NAMES = {
+    "pytorch": "torch",
+    "keras": "keras3",
+    "tfkeras": "keras2",
+    "tensorflow": "keras2",
+    "linen": "flax",
+    "flaxlinen": "flax",
+    "flaxnnx": "nnx",
+}
+
+
+def framework_key(name: str) -> str:
+    """The key of a framework in `CONVENTIONS`, from what people call it."""
+    plain = "".join(c for c in name.lower() if c.isalnum())
+    key = _OTHER_NAMES.get(plain, plain)
+    if key not in CONVENTIONS:
+        raise InputError(f"got framework={name!r}; expected one of {', '.join(sorted(CONVENTIONS))}")
+    return key

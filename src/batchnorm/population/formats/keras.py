@@ -1,0 +1,385 @@
+"""Files of Keras: archives, weights and HDF5 models of Keras 3 and of Keras 2 (tf_keras, TensorFlow before 2.16).
+
+Keras 3 keeps the *biased* variance everywhere. Keras 2 keeps the *unbiased* one in its fused layer, which it takes for
+inputs of four and five axes, and the biased one elsewhere (tf_keras 2.21.0, `batch_normalization.py`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchnorm.errors import DataError, MissingDependencyError
+from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
+
+NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
+RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+DECAY, EPS = 0.99, 1e-3
+_AUTOMATIC = re.compile(r"batch_normalization(_\d+)?")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The variables of one layer in a file of weights: ``path/vars/0``, ``path/vars/1``, ..."""
+
+    path: str
+    label: str | None  # the layer's own name, which Keras 3 writes since 3.6
+    arrays: tuple[Array, ...]
+
+
+# Opening
+
+
+def read(path: Path) -> Checkpoint:
+    """The batch normalizations of a Keras file: ``.keras``, ``.weights.h5``, ``.weights.json`` (shards) or ``.h5``."""
+    try:
+        if zipfile.is_zipfile(path):
+            return _archive(path)
+        if path.read_bytes()[:1] == b"{":
+            return _of_weights(_shards(path), "3", "sharded weights")
+        with h5py("load_keras").File(path, "r") as file:
+            if _names_layers(file):
+                return _named(file)
+            groups = _groups(file)
+        if not groups:
+            raise ValueError("it is no file of weights, and names no layers")
+        if all(group.label is None for group in groups):
+            return _of_weights(groups, "", ".weights.h5")
+        return _of_weights(groups, "3", ".weights.h5")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no Keras file that can be read: {error}") from error
+
+
+def h5py(verb: str) -> Any:
+    """The package h5py, which reads and writes HDF5."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise MissingDependencyError(f"{verb}: Keras files need h5py; pip install h5py") from error
+    return h5py
+
+
+def _archive(path: Path) -> Checkpoint:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        config = json.loads(archive.read("config.json"))
+        metadata = json.loads(archive.read("metadata.json")) if "metadata.json" in names else {}
+        if "model.weights.npz" in names:
+            raise ValueError(
+                "its weights are an .npz of pickled dictionaries, which are not read (nor does Keras 3.15 read them); "
+                "save the model with weights_format='h5'"
+            )
+        content = io.BytesIO(archive.read("model.weights.h5"))
+    with h5py("load_keras").File(content, "r") as file:
+        groups = _groups(file)
+    return _configured(groups, config, str(metadata.get("keras_version", "3")))
+
+
+def _names_layers(file: Any) -> bool:
+    return "layer_names" in file.get("model_weights", file).attrs
+
+
+def _groups(file: Any) -> list[_Group]:
+    """All groups ``vars`` of a file of weights, that of the root included."""
+    found: list[_Group] = []
+
+    def visit(name: str, node: Any) -> None:
+        if name.rpartition("/")[2] != "vars" or not hasattr(node, "keys"):
+            return
+        label = node.attrs.get("name")
+        keys = sorted((key for key in node if key.isdigit()), key=int)
+        path = name.rpartition("/")[0].replace("_layer_checkpoint_dependencies", "layers")  # as Keras 2.13 had it
+        found.append(_Group(path, None if label is None else text(label), tuple(_array(node[key]) for key in keys)))
+
+    file.visititems(visit)
+    return found
+
+
+def _shards(path: Path) -> list[_Group]:
+    """The groups of all files that a ``.weights.json`` names; the variables of one layer may lie in two of them."""
+    parts: dict[str, tuple[str | None, dict[int, Array]]] = {}
+    index = json.loads(path.read_text())["weight_map"]
+    for name in sorted({file for files in index.values() for file in files}):
+        if Path(name).name != name:
+            raise ValueError(f"the shard {name!r} lies in another folder")
+        with h5py("load_keras").File(path.parent / name, "r") as file:
+
+            def visit(where: str, node: Any) -> None:
+                parent, _, key = where.rpartition("/")
+                if parent.rpartition("/")[2] != "vars" or not key.isdigit():
+                    return
+                label = node.parent.attrs.get("name")
+                owner = parts.setdefault(parent.rpartition("/")[0], (None if label is None else text(label), {}))
+                owner[1][int(key)] = _array(node)
+
+            file.visititems(visit)
+    return [_Group(at, label, tuple(array for _, array in sorted(v.items()))) for at, (label, v) in parts.items()]
+
+
+def _array(node: Any) -> Array:
+    value = np.asarray(node)
+    if text(node.attrs.get("dtype", "")) == "bfloat16":
+        return bfloat16(value)
+    return value
+
+
+def bfloat16(value: Array) -> Array:
+    """float32 of the 16 bits of bfloat16, which NumPy knows as two bytes without a type (``|V2``)."""
+    return (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def text(value: Any) -> str:
+    """A string of an HDF5 attribute."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+# Archives, which have a config
+
+
+def _configured(groups: list[_Group], config: dict[str, Any], version: str) -> Checkpoint:
+    """Follows the model's config, whose layers lie under the names of their attributes or, in lists, their classes."""
+    by_path, by_label = {g.path: g for g in groups}, {g.label: g for g in groups if g.label}
+    framework = _framework(version)
+    found, seen = [], set()
+    for path, name, settings in _walk(_entries(config["config"]), "", ""):
+        group = by_path.get(path) or by_label.get(str(settings.get("name")))
+        if group is None:
+            stem = path.rpartition("/")[0]
+            group = by_path.get(f"{stem}/{settings.get('name')}")
+        if group is None:
+            raise ValueError(f"the config has a batch normalization {name!r}, but there are no weights at {path}")
+        if group.path in seen:
+            continue  # a layer that is used at several places
+        seen.add(group.path)
+        options = {"gamma": settings.get("scale", True), "beta": settings.get("center", True)}
+        keys = [key for key in NAMES if options.get(key, True)]
+        if len(group.arrays) < len(keys):
+            raise ValueError(f"{name} has {len(group.arrays)} vectors; expected {', '.join(keys)}")
+        layer = _layer(name, dict(zip(keys, group.arrays, strict=False)), settings, version)
+        obstacle = layer.obstacle or _by_step(path, framework)
+        found.append(replace(layer, aliases=(group.path, *filter(None, [group.label])), obstacle=obstacle))
+    rest = [
+        replace(layer, variance=_variance({}, version, layer.obstacle))
+        for layer in _recognized(groups)
+        if layer.name not in seen
+    ]
+    notes = ("momentum and epsilon of layers that the config does not have are Keras' 0.99 and 1e-3",) if rest else ()
+    ordered = not rest or (not found and _tell_order(rest))
+    return Checkpoint(framework, f".keras archive of Keras {version}", (*found, *rest), ordered, notes)
+
+
+def _framework(version: str) -> str:
+    return "keras2" if version.split(".")[0] in ("1", "2") else "keras3"
+
+
+def _walk(config: Mapping[str, Any], path: str, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The batch normalizations of a config: where their weights lie, their name, their settings."""
+    for key, value in config.items():
+        at = f"{path}/{key}" if path else key
+        if _is_layer(value):
+            yield from _visit(value, at, name)
+        elif isinstance(value, list):
+            seen: dict[str, int] = {}
+            for each in filter(_is_layer, value):
+                kind = _snake(each["class_name"])
+                number = seen[kind] = seen.get(kind, -1) + 1
+                yield from _visit(each, f"{at}/{kind}_{number}" if number else f"{at}/{kind}", name)
+
+
+def _visit(layer: dict[str, Any], path: str, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    settings = layer["config"]
+    own = name + str(settings.get("name", path.rpartition("/")[2]))
+    if layer["class_name"] == "BatchNormalization" or "moving_variance_initializer" in settings:
+        yield path, own, settings
+    else:
+        yield from _walk(settings, path, own + "/")
+
+
+def _entries(config: Any) -> Mapping[str, Any]:
+    """A config as a mapping: that of Sequential was a list before Keras 2.2.3."""
+    return {"layers": config} if isinstance(config, list) else config
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, dict) and "class_name" in value and isinstance(value.get("config"), dict)
+
+
+def _snake(name: str) -> str:
+    """Keras' `to_snake_case`."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+# Weights alone
+
+
+def _of_weights(groups: list[_Group], version: str, kind: str) -> Checkpoint:
+    found = _recognized(groups)
+    notes = ["a file of weights does not hold momentum and epsilon; Keras' 0.99 and 1e-3 are taken"]
+    if not version:
+        notes.append("it does not say whether Keras 3 before 3.6 or Keras 2 wrote it; Keras 3 is assumed")
+    return Checkpoint("keras3", kind, tuple(found), _tell_order(found), tuple(notes))
+
+
+def _recognized(groups: list[_Group]) -> list[ForeignBatchNorm]:
+    """What holds as many vectors of one length as a batch normalization, with three more where it renormalizes."""
+    found = []
+    for group in sorted(groups, key=lambda g: natural(g.path)):
+        arrays = group.arrays
+        vectors = bool(arrays) and all(a.ndim == 1 and a.shape == arrays[0].shape for a in arrays)
+        called = bool(_AUTOMATIC.fullmatch(group.path.rpartition("/")[2]) or _AUTOMATIC.fullmatch(group.label or ""))
+        if not vectors or group.path.startswith("optimizer/") or len(arrays) not in (2, 3, 4, 5, 6, 7):
+            continue
+        renorm = len(arrays) > 4
+        own = arrays[: len(arrays) - 3] if renorm else arrays
+        if len(own) == 2 and not called:  # a layer normalization has two as well
+            continue
+        layer = ForeignBatchNorm(
+            group.path,
+            own[-2],
+            own[-1],
+            own[0] if len(own) == 4 else None,
+            own[1] if len(own) == 4 else None,
+            loose=own[:1] if len(own) == 3 else (),
+            aliases=() if group.label is None else (group.label,),
+            obstacle=_RENORM if renorm else _by_step(group.path, "keras3" if group.label else ""),
+        )
+        found.append(layer)
+    return _by_creation(found)
+
+
+def _by_creation(found: list[ForeignBatchNorm]) -> list[ForeignBatchNorm]:
+    """In the order of the numbers that Keras gave the layers as they were made, where it gave all of them."""
+    if found and all(f.aliases and _AUTOMATIC.fullmatch(f.aliases[0]) for f in found):
+        return sorted(found, key=lambda f: natural(f.aliases[0]))
+    return found
+
+
+def _tell_order(found: list[ForeignBatchNorm]) -> bool:
+    """Whether the paths of one container or the numbers of creation tell the order, and do not disagree."""
+    if len(found) < 2:
+        return True
+    paths = [f.name for f in found if re.match(r"(.*/)?layers/", f.name)]
+    contained = len(paths) == len(found) and len({re.sub(r"_\d+$", "", path) for path in paths}) == 1
+    numbered = all(f.aliases and _AUTOMATIC.fullmatch(f.aliases[0]) for f in found)
+    if contained and numbered:
+        return sorted(paths, key=natural) == [f.name for f in found]
+    return contained or numbered
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts BatchNorm_2 before BatchNorm_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+# Models and weights whose groups have names: Keras 2, and Keras 3 where it writes .h5
+
+
+def _named(file: Any) -> Checkpoint:
+    """Groups lie in the order of the model, vectors have names."""
+    weights = file.get("model_weights", file)
+    config = json.loads(text(file.attrs["model_config"])) if "model_config" in file.attrs else {}
+    version = text(weights.attrs.get("keras_version", file.attrs.get("keras_version", "2")))
+    settings = {own["name"]: own for _, _, own in _walk(_entries(config.get("config", {})), "", "") if "name" in own}
+    wrapped = _wrapped(config.get("config", {}))
+    found = []
+    for layer in map(text, weights.attrs["layer_names"]):
+        group = weights[layer.replace("/", "_") if layer not in weights else layer]
+        parts: dict[str, dict[str, Array]] = {}
+        for name in map(text, group.attrs["weight_names"]):
+            owner, _, key = name.split(":")[0].rpartition("/")
+            parts.setdefault(owner or layer, {})[key] = _array(group[name])
+        for owner, arrays in parts.items():
+            if "moving_mean" in arrays and "moving_variance" in arrays:
+                name = layer if len(parts) == 1 else owner
+                last = owner.rpartition("/")[2]
+                own = settings.get(last) or settings.get(wrapped.get(last, "")) or settings.get(name) or {}
+                found.append(replace(_layer(name, arrays, own, version), aliases=(owner, last)))
+    notes = () if config else ("a file of weights does not hold momentum and epsilon; Keras' 0.99 and 1e-3 are taken",)
+    kind = f".h5 {'model' if config else 'weights'} of Keras {version}"
+    return Checkpoint(_framework(version), kind, tuple(found), True, notes)
+
+
+def _wrapped(config: Any) -> dict[str, str]:
+    """Names of wrappers (``TimeDistributed``) to those of the batch normalization inside."""
+    names = {}
+    for entry in config.get("layers", ()) if isinstance(config, dict) else config:
+        settings = entry["config"] if _is_layer(entry) else {}
+        inside = settings.get("layer") if isinstance(settings, dict) else None
+        if isinstance(inside, dict) and _is_layer(inside):
+            names[str(settings.get("name"))] = str(inside["config"].get("name"))
+        elif isinstance(settings, dict) and "layers" in settings:
+            names |= _wrapped(settings)
+    return names
+
+
+# Settings
+
+
+_RENORM = (
+    "renorm=True: Keras averages the standard deviation, and keeps further statistics for training, "
+    "where Renorm uses the running variance"
+)
+
+
+def _by_step(path: str, framework: str) -> str | None:
+    """Why a layer inside TimeDistributed trains differently, if it does: in Keras 3."""
+    if framework == "keras3" and re.search(r"(^|/)time_distributed(_\d+)?/layer$", path):
+        return (
+            "TimeDistributed of Keras 3 normalizes each time step by its own statistics and updates the moving ones "
+            "once a step (Keras 2 pools all steps)"
+        )
+    return None
+
+
+def _layer(name: str, arrays: Mapping[str, Array], settings: Mapping[str, Any], version: str) -> ForeignBatchNorm:
+    vectors = [arrays.get(key) for key in NAMES]
+    obstacle = None
+    if settings.get("renorm") or "renorm_mean" in arrays:
+        obstacle = _RENORM
+    if settings.get("virtual_batch_size") is not None:
+        obstacle = (
+            f"virtual_batch_size={settings['virtual_batch_size']}: Keras takes every (N/size)-th example into one "
+            "virtual batch and keeps the mean of their variances, where ghost_size takes adjacent examples"
+        )
+        vectors = [v.reshape(-1) if v is not None and v.size == max(v.shape) else v for v in vectors]
+    gamma, beta, mean, var = vectors
+    assert mean is not None
+    assert var is not None
+    return ForeignBatchNorm(
+        name,
+        mean,
+        var,
+        gamma,
+        beta,
+        float(settings.get("momentum", DECAY)),
+        float(settings.get("epsilon", EPS)),
+        _variance(settings, version, obstacle),
+        frozen=settings.get("trainable", True) is False,
+        obstacle=obstacle,
+    )
+
+
+def _variance(settings: Mapping[str, Any], version: str, obstacle: str | None) -> str:
+    """The kind that is kept: "fused" where Keras 2 decides by the number of axes."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers[:1] >= (3,):
+        return "biased"
+    if (2, 1) <= numbers < (2, 4) and version.endswith(tuple("0123456789")) and "tf" not in version:
+        return "unbiased"  # Keras of several backends, 2.1 to 2.3: m / (m - 1 - epsilon) in each layer
+    axis = settings.get("axis", -1)
+    axes = axis if isinstance(axis, list) else [axis]
+    policy = settings.get("dtype")
+    dtype = policy.get("config", {}).get("name") if isinstance(policy, dict) else policy
+    plain = obstacle is None and not settings.get("synchronized") and settings.get("fused") is not False
+    fused = plain and len(axes) == 1 and axes[0] in (-4, -3, -1, 1, 3, 4) and dtype != "float64"
+    return "fused" if fused else "biased"

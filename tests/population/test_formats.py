@@ -1,0 +1,223 @@
+"""Files that other frameworks wrote: read, evaluated, and trained on for five more steps, as those did.
+
+`tests/data/foreign` holds the files, the scripts that made them, and what each framework got.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.errors import InputError
+
+DATA = Path(__file__).parent.parent / "data" / "foreign"
+LAYERS = {1: bn.BatchNorm1d, 2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file is read as."""
+
+    framework: str
+    options: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, str] | None = None
+    without: tuple[str, ...] = ()  # of weight and bias
+    settings: tuple[tuple[float, float], ...] = ((0.9, 1e-2), (0.8, 1e-3))  # decay and epsilon of both layers
+
+
+FILES = {
+    "keras3.sequential.keras": File("keras3"),
+    "keras3.nested.keras": File("keras3"),
+    "keras3.no_center.keras": File("keras3", without=("bias",)),
+    "keras3.legacy.h5": File("keras3"),
+    "keras3.frozen.keras": File("keras3"),
+    "keras3.sequential.weights.h5": File("keras3"),
+    "keras3.no_scale.weights.h5": File(
+        "keras3", without=("weight",), layers={"0": "layers/batch_normalization", "2": "blocks/batch_normalization"}
+    ),
+    "keras3.attributes.weights.h5": File("keras3", layers={"0": "layers/batch_normalization", "2": "blocks/own_norm"}),
+    "keras2.flat.h5": File("keras2"),
+    "keras2.fused.h5": File("keras2"),
+    "keras2.nested.h5": File("keras2"),
+    "keras2.plain.keras": File("keras2", {"running_var": "biased"}),
+    "keras2.fused.keras": File("keras2"),
+    "keras2.frozen.h5": File("keras2"),
+    "keras2.synchronized.h5": File("keras2", {"running_var": "biased"}),
+    "keras2.time_distributed.h5": File("keras2"),
+    "keras2.no_scale.h5": File("keras2", without=("weight",)),
+    "keras2.by_name.h5": File("keras2"),
+    "keras2.fused3d.weights.h5": File("keras2", {"framework": "keras2"}),
+    "keras2.attributes.weights.h5": File(
+        "keras2", {"framework": "keras2"}, layers={"0": "layers/batch_normalization", "2": "second"}
+    ),
+}
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    """The file (or folder) as the framework wrote it."""
+    packed = DATA / f"{name}.gz"
+    if packed.exists():
+        (folder / name).write_bytes(gzip.decompress(packed.read_bytes()))
+    else:
+        with tarfile.open(fileobj=io.BytesIO((DATA / f"{name}.tar.gz").read_bytes())) as archive:
+            archive.extractall(folder, filter="data")
+    return folder / name
+
+
+def expected(name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(DATA / f"{name}.expected.npz"))
+
+
+def first(x: np.ndarray) -> torch.Tensor:
+    """Features first."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def network(ndim: int, without: tuple[str, ...] = (), kind: Any = None) -> nn.Sequential:
+    net = nn.Sequential(LAYERS[ndim](3), nn.ReLU(), LAYERS[ndim](3))
+    for key in without:
+        net[0].register_parameter(key, None)
+        net[2].register_parameter(key, None)
+    return net
+
+
+def train(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
+    """Five steps of SGD on the mean squared error."""
+    net.train()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for batch in x:
+        optimizer.zero_grad()
+        (net(batch) - target).square().mean().backward()
+        optimizer.step()
+
+
+def assert_goes_on(net: nn.Module, want: dict[str, np.ndarray]) -> None:
+    """Evaluation now, the statistics after five more steps and evaluation then are the framework's, to 1e-6."""
+    x, target = torch.stack([first(each) for each in want["x"]]), first(want["target"])
+    near = {"rtol": 1e-6, "atol": 1e-6}
+    np.testing.assert_allclose(net.eval()(x[0]).detach(), first(want["before"]), **near)
+    train(net, x[1:], target)
+    keys = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias"}
+    for key in want.keys() - {"x", "target", "before", "after"}:
+        i, _, vector = key.partition(".")
+        ours = getattr(net[2 * int(i)], keys[vector])
+        np.testing.assert_allclose(ours.detach(), want[key], **near, err_msg=key)
+    np.testing.assert_allclose(net.eval()(x[0]).detach(), first(want["after"]), **near)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_training_goes_on(name: str, tmp_path: Path):
+    file, want = FILES[name], expected(name)
+    net = network(want["target"].ndim, file.without)
+    path = unpacked(name, tmp_path)
+    options = dict(file.options)
+    if file.layers or ".weights." in name or "by_name" in name:  # momentum and epsilon are not in the file
+        layers = file.layers or dict(zip("02", (f.name for f in bn.read_statistics(path).layers), strict=True))
+        for (ours, theirs), (decay, eps) in zip(layers.items(), file.settings, strict=True):
+            loaded = bn.load_statistics(net, path, layers={ours: theirs}, decay=decay, eps=eps, **options)
+    else:
+        loaded = bn.load_statistics(net, path, **options)
+    assert loaded.framework == file.framework
+    assert_goes_on(net, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("keras3.renorm.keras", "renorm=True"),
+        ("keras2.renorm.h5", "renorm=True"),
+        ("keras2.virtual.h5", "virtual_batch_size=3"),
+        ("keras3.time_distributed.keras", "TimeDistributed of Keras 3"),
+    ],
+)
+def test_other_rules_of_training_are_refused_by_name_and_load_for_inference(name: str, reason: str, tmp_path: Path):
+    path, want = unpacked(name, tmp_path), expected(name)
+    net = network(want["target"].ndim)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(InputError, match=f"(?s){reason}.*frozen=True"):
+        bn.load_statistics(net, path)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    bn.load_statistics(net, path, frozen=True)
+    for training in (False, True):  # and nothing moves
+        y = net.train(training)(first(want["x"][0]))
+        np.testing.assert_allclose(y.detach(), first(want["before"]), rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_is_read_without_its_package(tmp_path: Path):
+    """A network of bfloat16 that Keras made; after the file its training rounds each step."""
+    name = "keras3.bfloat16.weights.h5"
+    net, want = network(2), expected(name)
+    bn.load_keras(net, unpacked(name, tmp_path))
+    assert all(torch.equal(v.bfloat16().float(), v) for v in net.state_dict().values() if v.is_floating_point())
+    got = net.eval()(first(want["x"][0])).detach().numpy()
+    np.testing.assert_allclose(got, want["before"].astype(np.float32), atol=0.05)
+    assert np.abs(got).max() > 0.1
+
+
+def test_layers_are_told_by_path_or_by_their_own_name(tmp_path: Path):
+    path = unpacked("keras3.nested.keras", tmp_path)
+    inner, second = bn.read_statistics(path).layers
+    assert (inner.name, second.name) == ("stem/inner_norm", "batch_normalization_2")
+    for name in (inner.name, "inner_norm", "layers/functional/layers/batch_normalization"):
+        net = nn.Sequential(bn.BatchNorm2d(3))
+        bn.load_keras(net, path, layers={"0": name})
+        np.testing.assert_array_equal(net[0].running_mean, inner.mean)
+
+
+def test_subclassed_models_do_not_tell_their_order(tmp_path: Path):
+    path = unpacked("keras3.attributes.weights.h5", tmp_path)
+    with pytest.raises(InputError, match="do not tell their order"):
+        bn.load_keras(network(5), path)
+    with pytest.raises(InputError, match="holds three vectors"):
+        bn.load_keras(
+            nn.Sequential(bn.BatchNorm2d(3)),
+            unpacked("keras3.no_scale.weights.h5", tmp_path),
+            layers={"0": "blocks/batch_normalization"},
+        )
+
+
+def test_the_generation_of_keras_decides_where_a_file_does_not_say_fused(tmp_path: Path):
+    path = unpacked("keras2.fused.h5", tmp_path)
+    flat = unpacked("keras2.flat.h5", tmp_path)
+    kinds = [
+        bn.load_keras(network(ndim), path, running_var=kind)[0].running_var_kind
+        for ndim, kind in ((4, None), (5, None), (3, None), (4, "biased"))
+    ]
+    assert kinds == ["unbiased", "unbiased", "biased", "biased"]
+    assert bn.load_keras(network(2), flat)[0].running_var_kind == "biased"
+    assert bn.load_keras(network(4), unpacked("keras3.legacy.h5", tmp_path))[0].running_var_kind == "biased"
+    with pytest.raises(InputError, match="running_var='fused'"):
+        bn.load_statistics(network(4), path, running_var="fused")
+
+
+def test_decay_of_zero_is_given(tmp_path: Path):
+    net = bn.load_keras(network(4), unpacked("keras3.legacy.h5", tmp_path), decay=0.0, eps=0.0)
+    assert (net[0].momentum, net[0].eps) == (1.0, 0.0)
+
+
+def test_weights_are_written_where_keras_3_looks_for_them(tmp_path: Path):
+    """Each array that we write lies where Keras wrote it, in a group that carries a layer's name."""
+    h5py = pytest.importorskip("h5py")
+    real = unpacked("keras3.sequential.weights.h5", tmp_path)
+    net = bn.load_keras(network(4), real)
+    bn.save_keras(net, tmp_path / "ours.weights.h5")
+    with h5py.File(real) as theirs, h5py.File(tmp_path / "ours.weights.h5") as ours:
+        for name in ("batch_normalization", "batch_normalization_1"):
+            group = f"layers/{name}/vars"
+            assert ours[group].keys() == theirs[group].keys()
+            assert ours[group].attrs.keys() == theirs[group].attrs.keys()
+            for key in ours[group]:
+                np.testing.assert_array_equal(ours[group][key], theirs[group][key])
+        assert "vars" in ours
+    again = bn.load_keras(network(4), tmp_path / "ours.weights.h5")
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
