@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import InputError, SurgeryError
+from batchnorm.surgery.archive_check import load_archive
 from batchnorm.surgery.comparison import Example
 from batchnorm.surgery.graph import operation
 
@@ -66,13 +67,11 @@ def open_archive(path: str | Path) -> Archive:
     """Load a torch.export archive (.pt2) as a network of modules.
 
     Raises:
-        InputError: the file cannot be read, holds no example, or was exported in training mode.
+        InputError: the file cannot be read, has a member that plain networks do not need (see `load_archive`), holds
+            no example, or was exported in training mode.
     """
-    try:
-        with quiet():
-            program = torch.export.load(str(path))
-    except Exception as error:  # zip, json and schema errors
-        raise InputError(f"{path}: it cannot be read as a torch.export archive ({error})") from error
+    with quiet():
+        program = load_archive(path)
     if program.example_inputs is None:
         raise InputError(f"{path}: the archive holds no example input to compare on; export it again with one")
     norms = [n for n in program.graph.nodes if n.op == "call_function" and operation(n) == "batch_norm"]
@@ -83,11 +82,9 @@ def open_archive(path: str | Path) -> Archive:
 
 
 def _network(program: ExportedProgram) -> fx.GraphModule:
-    lifted = program.module()
+    lifted = program.module(check_guards=False)  # guards are code made of the program's texts
     assert isinstance(lifted, fx.GraphModule)
     graph = lifted.graph
-    for node in [n for n in graph.nodes if n.op == "call_module" and n.target == "_guards_fn"]:
-        graph.erase_node(node)
     made: dict[str, list[Any]] = {}
     for node in [n for n in graph.nodes if n.op == "call_function" and operation(n) in _TENSORS]:
         found = _module_of(lifted, node)
@@ -220,7 +217,7 @@ def _dynamic_shapes(program: ExportedProgram, inputs: Example, free: bool) -> An
     for shape in _shapes(program):
         leaves.append({axis: dim(size) for axis, size in enumerate(shape) if not isinstance(size, int)} or None)
     args, kwargs = pytree.tree_unflatten(leaves, pytree.tree_structure((inputs.args, inputs.kwargs)))
-    names = list(inspect.signature(program.module().forward).parameters)
+    names = list(inspect.signature(program.module(check_guards=False).forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
