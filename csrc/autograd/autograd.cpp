@@ -1,19 +1,24 @@
 // Plain eager calls on the CPU at once: checks, kernel, running statistics and the node of the graph in one call from
-// Python, and a backward without any. By LibTorch's ordinary C++ API, so this serves the torch and the Python that it
-// was built with, and no other; what it does not take, it leaves to src/batchnorm/ops/autograd.py.
+// Python, and a backward without any. It uses LibTorch's ordinary C++ API, which is stable within a minor version of
+// torch: there is one library for each of these. It leaves to src/batchnorm/ops/autograd.py every call that it does not
+// take.
+#include "python.h"  // first, as Python asks
+
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/node.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/csrc/utils/python_numbers.h>
+#if __has_include(<torch/csrc/autograd/node.h>)
+#include <torch/csrc/autograd/node.h>
+#else
+#include <torch/csrc/autograd/function.h>
+#define BATCHNORM_SHARED_NODES  // before torch 2.13
+#endif
 
 #include <cmath>
 
@@ -187,6 +192,14 @@ struct BatchNormBackward : Node {
   }
 };
 
+auto make_node() {
+#ifdef BATCHNORM_SHARED_NODES
+  return std::shared_ptr<BatchNormBackward>(new BatchNormBackward, torch::autograd::deleteNode);
+#else
+  return c10::make_intrusive<BatchNormBackward>();
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------- forward
 struct Arguments {
   at::Tensor x, residual, weight, bias, running_mean, running_var, batches;
@@ -248,7 +261,7 @@ at::Tensor forward(const Arguments& a) {
     }
   }
   if (needs_graph) {
-    auto node = c10::make_intrusive<BatchNormBackward>();
+    auto node = make_node();
     node->set_next_edges(torch::autograd::collect_next_edges(a.x, a.weight, a.bias, a.residual));
     node->settings = settings;
     node->x = SavedVariable(a.x, false);
@@ -274,8 +287,8 @@ at::Tensor forward(const Arguments& a) {
 // Reads a plain tensor, or None; false for anything else.
 bool read(PyObject* given, at::Tensor& t) {
   if (given == Py_None) return true;
-  if (!THPVariable_CheckExact(given)) return false;
-  t = THPVariable_Unpack(given);
+  if (!python::is_exact_tensor(given)) return false;
+  t = python::tensor(given);
   return is_plain(t);
 }
 
@@ -286,10 +299,14 @@ bool read(PyObject* given, double& value) {
   return false;
 }
 
-// call(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-//      use_batch, update, pool_size): y, or None, having done nothing, where this is no plain eager call.
-PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
+bool read(PyObject* given, int64_t& value) {
+  value = PyLong_AsLongLong(given);
+  if (value != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
+PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   Arguments a;
   double momentum = 0;
   TORCH_CHECK(count == 14, "batchnorm: expected 14 arguments, got ", count);
@@ -301,33 +318,50 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (!read(given[7], momentum)) Py_RETURN_NONE;
     a.momentum = momentum;
   }
-  if (!read(given[8], a.settings.eps) || !read(given[10], a.settings.slope)) Py_RETURN_NONE;
-  a.settings.activation = THPUtils_unpackLong(given[9]);
+  if (!read(given[8], a.settings.eps) || !read(given[9], a.settings.activation) || !read(given[10], a.settings.slope))
+    Py_RETURN_NONE;
   a.use_batch = given[11] == Py_True;
   a.update = given[12] == Py_True;
   a.settings.population = !a.use_batch;
-  a.settings.pool_size = a.use_batch ? THPUtils_unpackLong(given[13]) : 0;
+  if (a.use_batch && !read(given[13], a.settings.pool_size)) Py_RETURN_NONE;
   if (!a.fit()) Py_RETURN_NONE;
   at::Tensor y;
   {
-    pybind11::gil_scoped_release others_may_run;
+    python::OthersMayRun released;
     y = forward(a);
   }
   return THPVariable_Wrap(std::move(y));
-  END_HANDLE_TH_ERRORS
 }
 
-// attach(address of the operators of the other library)
-PyObject* attach(PyObject*, PyObject* address) {
-  operators = static_cast<const batchnorm::Operators*>(PyLong_AsVoidPtr(address));
+// call(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
+//      use_batch, update, pool_size): y, or None, having done nothing, where this is no plain eager call.
+PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  try {
+    return call_plain(given, count);
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+}
+
+// attach(address of the operators of the other library, a tensor, its _cdata): whether tensors of this torch and Python
+// lie as this library reads them; if not, `call` must not be used.
+PyObject* attach(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3 || !python::is_exact_tensor(given[1])) Py_RETURN_FALSE;
+  const void* const expected = PyLong_AsVoidPtr(given[2]);
+  operators = static_cast<const batchnorm::Operators*>(PyLong_AsVoidPtr(given[0]));
   if (PyErr_Occurred()) return nullptr;
-  Py_RETURN_NONE;
+  return PyBool_FromLong(python::address(given[1]) == expected);
 }
 
-PyMethodDef methods[] = {
-    {"attach", attach, METH_O, nullptr},
-    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+template <typename Function>
+PyCFunction method(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {{"attach", method(attach), METH_FASTCALL, nullptr},
+                         {"call", method(call), METH_FASTCALL, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

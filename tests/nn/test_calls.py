@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -233,22 +234,115 @@ def test_compiled_autograd(ghost_size: int):
     assert_same_bits([leaf.grad for leaf in leaves], list(expected))
 
 
-def test_other_torch_other_way(monkeypatch: pytest.MonkeyPatch):
-    """A library of another torch is left alone, and the configuration says why."""
+@pytest.mark.parametrize("running", ["2.99.0", "3.0.1+cpu", "unknown"])
+def test_other_torch_other_way(running: str, monkeypatch: pytest.MonkeyPatch):
+    """Beside a torch that the installation has no library for, calls go another way, and the configuration says why."""
     monkeypatch.setattr(cpu, "call", None)
     monkeypatch.setattr(cpu, "call_error", None)
-    other = SimpleNamespace(torch_version="1.0", call=lambda *_: None)
-    monkeypatch.setattr(cpu.importlib, "import_module", lambda name: other)
-    cpu._load_calls(cpu._library)
+    monkeypatch.setattr(torch, "__version__", running)
+    cpu._load_calls(cpu._library, cpu.path)
     assert cpu.call is None
-    assert "torch 1.0" in cpu.call_error
-
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(cpu.importlib, "import_module", missing)
-    cpu._load_calls(cpu._library)
-    assert "not built" in cpu.call_error
+    assert f"none for torch {running} (it has: " in cpu.call_error
     layer, x = bn.BatchNorm1d(3), normal(6, 3)
     assert not was_at_once(layer(x))
     assert layer.num_batches_tracked == 1
+
+
+def test_a_library_of_another_build_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "call", None)
+    monkeypatch.setattr(cpu, "call_error", None)
+    monkeypatch.setattr(cpu, "_module", lambda file: SimpleNamespace(torch_version="1.0", call=lambda *_: None))
+    cpu._load_calls(cpu._library, cpu.path)
+    assert cpu.call is None
+    assert "built with torch 1.0" in cpu.call_error
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "expected"),
+    [
+        ("2.13.0", "2.13.0+cpu", True),
+        ("2.14.1", "2.14.0", True),
+        ("2.14.1", "2.13.1", False),
+        ("2.14.0", "2.14.0a0+git1", False),
+        ("2.14.0.dev20260601", "2.14.0", False),
+        ("2.14.0a0+git1", "2.14.0a0+git1", True),
+    ],
+)
+def test_releases_of_one_minor_version_share_a_library(built: str, running: str, expected: bool):
+    assert cpu.serves(built, running) == expected
+
+
+def test_tensors_that_lie_elsewhere_are_noticed():
+    module, address = cpu.call.__self__, cpu._library.batchnorm_operators()
+    probe = torch.empty(0)
+    assert module.attach(address, probe, probe._cdata) is True
+    assert module.attach(address, probe, probe._cdata + 8) is False
+    assert module.attach(address, probe.as_subclass(Sub), probe._cdata) is False
+
+
+# ------------------------------------------------------------------------------ by torch's own operator
+@pytest.fixture
+def _by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "call", None)
+    monkeypatch.setattr(cpu, "torch_below", float("inf"))
+
+
+ACTIVATE = {None: lambda z: z, "relu": torch.relu, "gelu": F.gelu, "leaky_relu": lambda z: F.leaky_relu(z, 0.01)}
+
+
+@pytest.mark.usefixtures("_by_torch")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", list(ACTIVATE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_torch_it_is_what_torch_computes(activation: str | None, training: bool, dtype: torch.dtype):
+    for residual, options in itertools.product([False, True], [{}, {"momentum": None}, {"affine": False}]):
+        ours, theirs = bn.BatchNorm2d(5, activation=activation, **options), nn.BatchNorm2d(5, **options)
+        for layer in (ours.train(training), theirs.train(training)):
+            layer.to(dtype)
+            for k, parameter in enumerate(layer.parameters()):
+                nn.init.normal_(parameter, 1.0 - k, generator=torch.Generator().manual_seed(k))
+        x = [normal(4, 5, 3, 3, dtype=dtype).requires_grad_() for _ in range(2)]
+        z = [normal(4, 5, 3, 3, seed=1, dtype=dtype).requires_grad_() for _ in range(2)] if residual else [None, None]
+        y = ours(x[0], z[0])
+        expected = ACTIVATE[activation](theirs(x[1]) if z[1] is None else theirs(x[1]) + z[1])
+        for result in (y, expected):
+            result.backward(normal(4, 5, 3, 3, seed=2, dtype=dtype))
+        assert y.grad_fn.name().rstrip("0123456789") != NODE
+        leaves = [[each, *layer.parameters()] for each, layer in ((x[0], ours), (x[1], theirs))]
+        gradients = [[leaf.grad for leaf in each] for each in leaves]
+        assert_same_bits([y, *gradients[0], *ours.buffers()], [expected, *gradients[1], *theirs.buffers()])
+
+
+@pytest.mark.usefixtures("_by_torch")
+def test_by_torch_a_layer_may_train_between_forward_and_backward():
+    layer, x = bn.BatchNorm1d(3), normal(6, 3).requires_grad_()
+    layer.running_var.fill_(4.0)
+    y = layer.eval()(x)
+    layer.train()(normal(6, 3, seed=1))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((6, 3), 0.5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("_by_torch")
+def test_by_torch_what_is_not_plain_is_ours():
+    layer, x = bn.BatchNorm1d(3), normal(6, 3).requires_grad_()
+    assert layer(x).grad_fn.name().startswith("NativeBatchNorm")
+    for mode in (Watching(), Overriding(), bn.recompute_outputs()):
+        with mode:
+            assert not layer(x).grad_fn.name().startswith("NativeBatchNorm")
+    for special in (bn.BatchNorm1d(3, nonfinite="skip"), bn.BatchNorm1d(3, ghost_size=2)):
+        assert not special(x).grad_fn.name().startswith("NativeBatchNorm")
+    assert "NativeBatchNorm" not in layer(x.as_subclass(Sub)).grad_fn.name()
+
+
+@pytest.mark.usefixtures("_by_torch")
+def test_by_torch_the_errors_are_ours():
+    test_errors_and_detours_are_those_of_python()
+
+
+def test_only_small_calls_go_by_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "call", None)
+    monkeypatch.setattr(cpu, "torch_below", 20)
+    layer = bn.BatchNorm1d(3)
+    assert layer(normal(6, 3).requires_grad_()).grad_fn.name().startswith("NativeBatchNorm")
+    assert not layer(normal(7, 3).requires_grad_()).grad_fn.name().startswith("NativeBatchNorm")

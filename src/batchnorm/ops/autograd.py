@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten, cpu
 from batchnorm.ops import recomputation
+from batchnorm.ops.by_torch import by_torch
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments
 
@@ -415,10 +416,18 @@ def at_once(
 ) -> Tensor | None:
     """All of a plain eager call on the CPU in one of C++: y, or None, with nothing done, where this is no such call.
 
-    What it does not take is any trouble, too: errors are Python's to raise.
+    Errors are left to Python, too. Where C++ has no such function for this torch, torch's own operator
+    takes small calls.
     """
-    if cpu.call is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
+    if cpu.call is None:
+        if pool_size or not x.numel() < cpu.torch_below:
+            return None
+        return by_torch(
+            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
+            use_batch, update,
+        )  # fmt: skip
     kind = _KINDS.get(activation)
     if kind is None:
         return None
