@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 import batchnorm as bn
 from batchnorm.cli import main
 from batchnorm.errors import InputError
+from batchnorm.population.formats.plain_pickles import NotPlainError, load_plain
 from batchnorm.surgery.archive_check import load_archive
 from batchnorm.surgery.archives import quiet
 from batchnorm.surgery.files import convert_archive, fold_archive
-from batchnorm.surgery.plain_pickles import NotPlainError, load_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 X = torch.randn(2, 3, 16, 16)

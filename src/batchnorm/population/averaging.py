@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError, SynchronizationError
 from batchnorm.pools import Pool, all_gather, is_alone
+from batchnorm.population.state_dicts import as_tensor, renamed_state
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
 def average_statistics(
-    net: Net, models: Sequence[nn.Module | Mapping[str, Tensor]], *, weights: Sequence[float] | None = None
+    net: Net, models: Sequence[nn.Module | Mapping[str, Any]], *, weights: Sequence[float] | None = None
 ) -> Net:
     """Give the batch normalizations of ``net`` the statistics of all ``models`` together, in place.
 
@@ -26,7 +27,8 @@ def average_statistics(
 
     Args:
         net: the averaged network; an `AveragedModel` may be given as it is.
-        models: networks, or their state_dicts, with the same batch normalizations; ``net`` itself may be among them.
+        models: networks, or their state_dicts (of tensors or arrays; names may have a wrapper's prefix), with the same
+            batch normalizations; ``net`` itself may be among them.
         weights: shares, >= 0, of any sum; for EMA ``average_statistics(ema, [ema, net], weights=[0.999, 0.001])``.
             By default ``num_batches_tracked`` of each layer, and their sum is what the layer then has tracked.
 
@@ -44,7 +46,7 @@ def average_statistics(
         raise InputError(f"average_statistics: got {len(layers)} layers with running statistics, {len(models)} models")
     if weights is not None and (len(weights) != len(models) or min(weights) < 0 or sum(weights) <= 0):
         raise InputError(f"average_statistics: got weights={list(weights)} for {len(models)} models; expected as many")
-    states = [_state(model) for model in models]
+    states = [_state(model, net, layers) for model in models]
     new = {name: _merged(name, layer, states, weights) for name, layer in layers.items()}
     for name, (mean, var, batches) in new.items():
         _write(layers[name], mean, var)
@@ -129,8 +131,11 @@ def _unwrapped(net: nn.Module) -> nn.Module:
     return _unwrapped(net.module) if isinstance(net, wrappers) else net
 
 
-def _state(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return dict(_unwrapped(model).named_buffers()) if isinstance(model, nn.Module) else model
+def _state(model: nn.Module | Mapping[str, Any], net: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, Any]:
+    if isinstance(model, nn.Module):
+        return dict(_unwrapped(model).named_buffers())
+    needed = [f"{name}.running_mean".removeprefix(".") for name in layers]
+    return renamed_state(model, _unwrapped(net), needed) or {key: as_tensor(value) for key, value in model.items()}
 
 
 def _merged(
@@ -143,6 +148,10 @@ def _merged(
         for i, state in enumerate(states):
             if prefix + key not in state:
                 raise InputError(f"average_statistics: model {i} has no {prefix + key}")
+            value = state[prefix + key]
+            if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized:
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(f"average_statistics: model {i} has {prefix + key} as {kind}; expected real numbers")
         found = [state[prefix + key].double() for state in states]
         if any(value.shape != found[0].shape for value in found):
             raise InputError(f"average_statistics: {prefix + key} has shapes {[tuple(v.shape) for v in found]}")

@@ -19,7 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from batchnorm.errors import InputError
-from batchnorm.surgery.plain_pickles import NotPlainError, load_plain, plain_texts, zip_members
+from batchnorm.population.formats.plain_pickles import NotPlainError, load_plain, plain_texts, zip_members
 from batchnorm.surgery.program_check import LABEL, NotPlainProgramError, checked_payloads, checked_program
 
 Checked = TypeVar("Checked")

@@ -6,19 +6,17 @@ import copy
 import importlib
 import inspect
 import math
-import pickle
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from batchnorm.errors import DataError, InputError
+from batchnorm.errors import InputError
 from batchnorm.nn import recurrent
+from batchnorm.population.state_dicts import load_state
 
 
 def figure1(num_features: int = 784, num_classes: int = 10) -> nn.Sequential:
@@ -165,30 +163,12 @@ def build_network(
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a .safetensors file, or a state dict saved by torch; no pickled code is run.
+    """Load a .safetensors file, or a state dict saved by torch; no pickled code is run. See `load_state`.
 
     Raises:
         DataError: the file cannot be read, or its tensors are not those of the network.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch, on pickles that it is about to refuse
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"weights {path}: it is damaged, or holds more than tensors; pickled code is never run. Expected a "
-            ".safetensors file, or a state dict saved by torch.save."
-        ) from error
-    except Exception as error:  # damaged archives make the readers raise anything
-        reason = (str(error).strip().splitlines() or ["no message"])[:3]
-        raise DataError(
-            f"weights {path}: {type(error).__name__}: {' '.join(map(str.strip, reason))}. Expected "
-            "a .safetensors file, or a state dict saved by torch.save, of this network."
-        ) from error
+    load_state(network, path)
 
 
 def load_callable(spec: str, role: str, choices: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def _words(text: str) -> frozenset[str]:
 OPERATIONS = _words(
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
     "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT "
-    "LONG_BINPUT MEMOIZE BINGET LONG_BINGET EMPTY_SET ADDITEMS GLOBAL STACK_GLOBAL BINPERSID REDUCE"
+    "LONG_BINPUT MEMOIZE BINGET LONG_BINGET EMPTY_SET ADDITEMS GLOBAL STACK_GLOBAL BINPERSID REDUCE BUILD"
 )
 """What pickles of tensors and plain containers consist of, in protocols 2 to 5."""
 
@@ -62,6 +62,10 @@ _STORAGES = {
 
 class NotPlainError(ValueError):
     """The data hold something else than tensors and plain containers."""
+
+
+class LostValuesError(NotPlainError):
+    """A tensor has fewer or other bytes than its dtype and sizes need."""
 
 
 def zip_members(data: bytes) -> dict[str, bytes]:
@@ -158,13 +162,29 @@ class _Storage:
         return flat if self.location == "cpu" else flat.to(self.location)
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickling where each name stands for a function or a dtype of this module, and storages for bytes."""
+class _Reader(pickle._Unpickler):
+    """Unpickling where each name stands for a function or a dtype of this module, and storages for bytes.
+
+    It is Python's own interpreter in Python, because that of C leaves no operation to its subclasses.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, pickled: bytes, members: dict[str, bytes]) -> None:
         super().__init__(io.BytesIO(pickled))
         self._members = members
         self._storages: dict[str, bytearray] = {}
+
+    def load_build(self) -> None:
+        """The attributes of a state dict are its metadata; no other object gets any."""
+        attributes = self.stack.pop()  # type: ignore[attr-defined]
+        made = self.stack[-1]  # type: ignore[attr-defined]
+        if type(made) is not OrderedDict or type(attributes) is not dict or attributes.keys() != {"_metadata"}:
+            raise NotPlainError("its pickle gives attributes to something else than a state dict")
+        _check_value(attributes["_metadata"])
+        made._metadata = attributes["_metadata"]  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         return _meaning(module, name)
@@ -180,9 +200,9 @@ class _Reader(pickle.Unpickler):
             self._storages[name] = bytearray(self._members[name])
         data = self._storages[name]
         if type(count) is not int or count * kind.itemsize != len(data):
-            raise NotPlainError(f"its storage {name!r} has {len(data)} bytes where {count} elements are claimed")
+            raise LostValuesError(f"its storage {name!r} has {len(data)} bytes where {count} elements are claimed")
         if kind.dtype is torch.bool and data.strip(b"\0\1"):
-            raise NotPlainError(f"its storage {name!r} has bytes that are no bools")
+            raise LostValuesError(f"its storage {name!r} has bytes that are no bools")
         return _Storage(data, kind.dtype, location)
 
 
