@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import pickle
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.errors import InputError
+from batchnorm.errors import DataError, InputError
 
 DATA = Path(__file__).parent.parent / "data" / "foreign"
 LAYERS = {1: bn.BatchNorm1d, 2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
@@ -60,7 +61,21 @@ FILES = {
     "keras2.attributes.weights.h5": File(
         "keras2", {"framework": "keras2"}, layers={"0": "layers/batch_normalization", "2": "second"}
     ),
+    "flax.linen.msgpack": File("flax"),
+    "flax.train_state.msgpack": File("flax"),
+    "flax.nnx.msgpack": File("nnx"),
+    "haiku.npz": File("haiku"),
+    "equinox.eqx": File("equinox"),
+    "paddle.flat.pdparams": File("paddle"),
+    "paddle.images.pdparams": File("paddle"),
+    "mindspore.images.ckpt": File("mindspore"),
+    "mindspore.flat.safetensors": File("mindspore"),
+    "mlx.safetensors": File("mlx"),
+    "mlx.npz": File("mlx"),
+    "tinygrad.safetensors": File("tinygrad", {"framework": "tinygrad"}),
+    "chainer.npz": File("chainer"),
 }
+WITH_SETTINGS = (".keras", "h5")  # files that hold momentum and epsilon
 
 
 def unpacked(name: str, folder: Path) -> Path:
@@ -121,7 +136,7 @@ def test_training_goes_on(name: str, tmp_path: Path):
     net = network(want["target"].ndim, file.without)
     path = unpacked(name, tmp_path)
     options = dict(file.options)
-    if file.layers or ".weights." in name or "by_name" in name:  # momentum and epsilon are not in the file
+    if file.layers or not name.endswith(WITH_SETTINGS) or ".weights." in name or "by_name" in name:
         layers = file.layers or dict(zip("02", (f.name for f in bn.read_statistics(path).layers), strict=True))
         for (ours, theirs), (decay, eps) in zip(layers.items(), file.settings, strict=True):
             loaded = bn.load_statistics(net, path, layers={ours: theirs}, decay=decay, eps=eps, **options)
@@ -221,3 +236,170 @@ def test_weights_are_written_where_keras_3_looks_for_them(tmp_path: Path):
         assert "vars" in ours
     again = bn.load_keras(network(4), tmp_path / "ours.weights.h5")
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+# Pickles
+
+
+class Marker:
+    """Leaves a mark if its pickle is executed."""
+
+    marks: tuple[str, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return leave_mark, ("executed",)
+
+
+def leave_mark(text: str) -> dict[str, Any]:
+    Marker.marks += (text,)
+    return {}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_is_not_executed(protocol: int, tmp_path: Path):
+    path = tmp_path / "net.pdparams"
+    vectors = {"0._mean": np.zeros(3), "0._variance": np.ones(3), "0.weight": np.ones(3), "0.bias": np.zeros(3)}
+    path.write_bytes(pickle.dumps({**vectors, "more": Marker()}, protocol))
+    with pytest.raises(InputError, match=r"holds more than arrays.*leave_mark"):
+        bn.read_statistics(path)
+    assert Marker.marks == ()
+    path.write_bytes(pickle.dumps({**vectors, "0._mean": np.array([None, 1, 2])}, protocol))
+    with pytest.raises(InputError, match="holds more than arrays"):
+        bn.read_statistics(path)
+    path.write_bytes(pickle.dumps({**vectors, "0._mean": np.arange(3, dtype=">f8")}, protocol))  # the other byte order
+    (found,) = bn.read_statistics(path).layers
+    np.testing.assert_array_equal(found.mean, [0, 1, 2])
+    assert np.dtype("f8").byteorder == "="
+
+
+def test_jittor_by_its_mark(tmp_path: Path):
+    """As Jittor 1.3.11 writes, by its source: a pickle, its SHA-1, and eight letters."""
+    vectors = {
+        "0.running_mean": np.zeros(3),
+        "0.running_var": np.ones(3),
+        "0.weight": np.ones(3),
+        "0.bias": np.zeros(3),
+    }
+    path = tmp_path / "net.pkl"
+    path.write_bytes(pickle.dumps(vectors, 4) + bytes(20) + b"HCAJSLHD")
+    net = nn.Sequential(bn.BatchNorm1d(3, eps=0.5))
+    assert bn.load_statistics(net, path).framework == "jittor"
+    assert (net[0].running_var_kind, net[0].eps) == ("biased", 0.5)  # torch's settings stay
+
+
+# Objects in memory
+
+
+class Holder:
+    """An object with an attribute, as the variables of nnx and the parameters of MindSpore are."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize("leaf", [lambda a: a, lambda a: {"value": a}, lambda a: Holder(get_value=lambda: a)])
+def test_states_of_nnx(leaf: Any):
+    """`nnx.state(model)`, its pure dictionary, and what orbax restores of it."""
+    vectors = {"scale": np.ones(3), "bias": np.zeros(3), "mean": np.full(3, 2.0), "var": np.full(3, 4.0)}
+    state = {"norms": {i: {k: leaf(v + i) for k, v in vectors.items()} for i in range(2)}}
+    net = nn.Sequential(bn.BatchNorm1d(3), bn.BatchNorm1d(3))
+    loaded = bn.load_statistics(net, state)
+    assert (loaded.framework, loaded.layers) == ("nnx", {"0": "norms/0", "1": "norms/1"})
+    assert net[1].running_var.tolist() == [5.0] * 3
+    assert (net[0].momentum, net[0].eps, net[0].running_var_kind) == (pytest.approx(0.01), 1e-5, "biased")
+
+
+def test_a_train_state_and_the_pair_of_haiku(tmp_path: Path):
+    trees = pytest.importorskip("batchnorm.population.formats.trees")
+    tree = trees.read_msgpack(unpacked("flax.train_state.msgpack", tmp_path))
+    assert {"step", "opt_state"} <= tree.keys()
+    state = Holder(params=tree["params"], batch_stats=tree["batch_stats"])
+    assert [f.name for f in bn.read_statistics(state).layers] == ["BatchNorm_0", "BatchNorm_1"]
+
+    arrays = dict(np.load(unpacked("haiku.npz", tmp_path)))
+    params: dict[str, Any] = {}
+    inner: dict[str, Any] = {}
+    for name, value in arrays.items():
+        kind, _, rest = name.partition("/")
+        path, _, key = rest.rpartition("/")
+        {"params": params, "state": inner}[kind].setdefault(path, {})[key] = value
+    found = bn.read_statistics((params, inner))
+    assert (found.framework, [f.decay for f in found.layers]) == ("haiku", [0.9, 0.8])
+    assert [f.batches for f in found.layers] == [3, 3]
+
+
+def test_equinox_as_objects():
+    """A model is a data class whose layers hold indices into a state."""
+    import dataclasses
+
+    @dataclasses.dataclass
+    class Model:
+        norm: Any
+
+    layer = Holder(weight=np.ones(2), bias=np.zeros(2), momentum=0.9, eps=1e-4, ema_state_index=None)
+    layer.batch_state_index, layer.batch_counter = "hidden", "count"
+    values = {"hidden": (np.full(2, 0.19), np.full(2, 0.38)), "count": 2}
+    state = Holder(get=values.__getitem__)
+    net = nn.Sequential(bn.BatchNorm1d(2))
+    assert bn.load_statistics(net, (Model(layer), state)).layers == {"0": "norm"}
+    torch.testing.assert_close(net[0].running_mean, torch.ones(2))
+    torch.testing.assert_close(net[0].running_var, torch.full((2,), 2.0))
+    assert (net[0].running, int(net[0].num_batches_tracked)) == ("debiased", 2)
+    layer.batch_state_index, layer.ema_state_index = None, "hidden"
+    with pytest.raises(InputError, match='mode="ema"'):
+        bn.load_statistics(net, (Model(layer), state))
+
+
+def test_states_of_torch_keep_its_settings_and_graphs_keys_are_known(tmp_path: Path):
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3))
+    net(torch.randn(8, 3) + 3)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    other = network(2)
+    other[0].momentum = 0.3
+    assert bn.load_statistics(other, tmp_path / "net.pt").framework == "torch"
+    assert (other[0].momentum, other[0].running_var_kind) == (0.3, "unbiased")
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+    graph = {f"{i}.module.{key}": value for i in (0, 2) for key, value in net[i].state_dict().items()}  # as PyG names
+    again = network(2)
+    assert list(bn.load_statistics(again, graph).layers.values()) == ["0.module", "2.module"]
+    assert torch.equal(again[2].running_var, net[2].running_var)
+    hetero = {"running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)}
+    with pytest.raises(InputError, match="HeteroBatchNorm"):
+        bn.load_statistics(nn.Sequential(bn.BatchNorm1d(3)), hetero)
+
+
+# Refusals
+
+
+def test_files_that_need_their_framework_say_what_to_write(tmp_path: Path):
+    with pytest.raises(InputError, match=r"checkpoint of orbax.*StandardCheckpointer.*to_bytes"):
+        bn.load_statistics(network(2), unpacked("flax.nnx.orbax", tmp_path))
+    (tmp_path / "variables.index").write_bytes(bytes(40) + bytes.fromhex("57fb808b247547db"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "saved_model.pb").touch()
+    for name in ("variables.index", "saved"):
+        with pytest.raises(InputError, match=r"TensorFlow.*model.keras"):
+            bn.load_statistics(network(2), tmp_path / name)
+    for content in (b"", b"GIF89a", b"\x0a\x01", b"PK\x03\x04", b"\x93NUMPY", b"{}", b"\x80\x04.", b"\x81"):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises((DataError, InputError), match="other"):
+            bn.load_statistics(network(2), tmp_path / "other")
+
+
+def test_a_framework_that_the_content_is_not(tmp_path: Path):
+    path = unpacked("chainer.npz", tmp_path)
+    with pytest.raises(InputError, match=r"framework='paddle', but the content is that of Chainer"):
+        bn.load_statistics(network(4), path, "paddle")
+    with pytest.raises(InputError, match="expected one of"):
+        bn.load_statistics(network(4), path, "cntk")
+    with pytest.raises(InputError, match="do not tell their order"):
+        bn.load_statistics(network(4), path)
+    said = str(bn.load_statistics(network(4), path, "Chainer", {"0": "first", "2": "second"}))
+    assert said.startswith("Chainer (.npz): 2 batch normalizations, '0' from 'first', '2' from 'second'")
+
+
+def test_bfloat16_of_flax(tmp_path: Path):
+    net = network(2)
+    bn.load_flax(net, unpacked("flax.bfloat16.msgpack", tmp_path))
+    assert all(torch.equal(v.bfloat16().float(), v) for v in (net[0].weight, net[2].bias))
+    assert (net[0].bias != 0).all()

@@ -126,7 +126,7 @@ def load_statistics(
     """
     if running_var not in (None, "biased", "unbiased"):
         raise InputError(f"load_statistics: got running_var={running_var!r}; expected 'biased' or 'unbiased'")
-    checkpoint = recognition.read(file_or_state, framework)
+    checkpoint = recognition.read(file_or_state, framework, decay)
     return _load(net, checkpoint, layers, "load_statistics", decay, eps, running_var, frozen)
 
 
@@ -318,6 +318,8 @@ def _settled(
                 "(scale=False: layer.register_parameter('weight', None); center=False: bias=False)"
             )
         gamma, beta = (foreign.loose[0], None) if layer.bias is None else (None, foreign.loose[0])
+    if decay is None and math.isnan(foreign.decay):
+        raise InputError(f"{verb}: the file does not tell the decay of {foreign.name!r}; give decay=")
     variance = running_var or foreign.variance
     if variance == "fused":
         spatial = isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm3d))

@@ -19,6 +19,7 @@ import numpy as np
 
 from batchnorm.errors import DataError, MissingDependencyError
 from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
+from batchnorm.population.formats.values import bfloat16, natural
 
 NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
@@ -129,11 +130,6 @@ def _array(node: Any) -> Array:
     if text(node.attrs.get("dtype", "")) == "bfloat16":
         return bfloat16(value)
     return value
-
-
-def bfloat16(value: Array) -> Array:
-    """float32 of the 16 bits of bfloat16, which NumPy knows as two bytes without a type (``|V2``)."""
-    return (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def text(value: Any) -> str:
@@ -274,11 +270,6 @@ def _tell_order(found: list[ForeignBatchNorm]) -> bool:
     if contained and numbered:
         return sorted(paths, key=natural) == [f.name for f in found]
     return contained or numbered
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts BatchNorm_2 before BatchNorm_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 # Models and weights whose groups have names: Keras 2, and Keras 3 where it writes .h5

@@ -3,48 +3,166 @@
 from __future__ import annotations
 
 import os
+import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.population.formats import keras, trees
+from batchnorm.population.formats import containers, keras, states, trees
 from batchnorm.population.formats.conventions import CONVENTIONS, framework_key
 from batchnorm.population.formats.records import Checkpoint
 
+_TABLE_END = bytes.fromhex("57fb808b247547db")  # of the .index file of a TensorFlow checkpoint
 
-def read(source: Any, framework: str | None = None) -> Checkpoint:
+
+def read(source: Any, framework: str | None = None, decay: float | None = None) -> Checkpoint:
     """The batch normalizations of a file, a folder or a state.
 
     Args:
-        source: a path, a nested dictionary, or an object that holds one.
+        source: a path, a nested dictionary, a pair (parameters or model, state), or an object that holds one.
         framework: whose it is; None: by its content.
+        decay: share of the old statistics, for files from whose raw averages inference must be computed.
     """
     asked = None if framework is None else framework_key(framework)
-    if isinstance(source, (str, os.PathLike)):
-        found = _file(Path(source))
-    elif trees.is_state(source):
-        found = trees.read_flax(source)
-    else:
-        raise InputError(f"got a {type(source).__name__}; expected a path or a dictionary of arrays")
-    if not found.layers:
-        raise DataError(f"{source if isinstance(source, (str, os.PathLike)) else 'it'} holds no batch normalization")
+    found = _file(Path(source), asked, decay) if isinstance(source, (str, os.PathLike)) else _state(source, asked)
     return found if asked is None else _as(found, asked)
 
 
-def _file(path: Path) -> Checkpoint:
+def _state(source: Any, asked: str | None) -> Checkpoint:
+    if isinstance(source, tuple) and len(source) == 2:
+        if hasattr(source[1], "get") and not isinstance(source[1], Mapping):
+            return _known(states.of_equinox(*source), source[0])
+        if all(isinstance(each, Mapping) for each in source):
+            return _known(states.of_haiku(*source), source[1])
+    if not isinstance(source, Mapping) and not trees.is_state(source):
+        raise InputError(
+            f"got a {type(source).__name__}; expected a path, a dictionary of arrays, a state of Flax, or a pair "
+            "(params, state) of Haiku or (model, state) of Equinox"
+        )
+    found = trees.read(source)
+    if found is None and isinstance(source, Mapping):
+        found = states.read(source, "dictionary of arrays", _alike(asked), ordered=True)
+    return _known(found, source)
+
+
+def _known(found: Checkpoint | None, names: Any, kind: str = "the state") -> Checkpoint:
+    if found is None or not found.layers:
+        raise states.nothing(kind, names if isinstance(names, Mapping) else [type(names).__name__])
+    return found
+
+
+def _alike(asked: str | None) -> str | None:
+    """The framework asked for, where its arrays have names that `states` knows."""
+    return None if asked in (None, "keras2", "keras3", "flax", "nnx", "equinox") else asked
+
+
+def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
     if path.is_dir():
         trees.refuse_folder(path)
     try:
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(16)
+            file.seek(-min(8, path.stat().st_size), os.SEEK_END)
+            end = file.read(8)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    if start.startswith((b"\x89HDF", b"PK\x03\x04", b"{")):
-        return keras.read(path)
+    if start.startswith((b"\x89HDF", b"{")):
+        return _known(keras.read(path), {}, str(path))
+    if start.startswith(b"PK\x03\x04"):
+        return _zip(path, asked)
+    if start.startswith(b"\x93NUMPY"):
+        return states.equinox_leaves(containers.npy_sequence(path), decay)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return _safetensors(path, asked)
+    if end == _TABLE_END:
+        raise InputError(
+            f"{path} is the index of a TensorFlow checkpoint. Load it there and write model.save('model.keras') or "
+            "model.save_weights('model.weights.h5'), and pass that file"
+        )
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _pickle(path, asked)
     if start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # a map of msgpack
-        return trees.read_flax(trees.read_msgpack(path))
-    raise DataError(f"{path} is no file that is known; expected one of Keras or Flax")
+        tree = trees.read_msgpack(path)
+        found = trees.read(tree) or states.read(tree, "file of msgpack", _alike(asked))
+        return _known(found, tree, str(path))
+    if start[:1] == b"\x0a":
+        return _protobuf(path)
+    raise DataError(f"{path} is no file that is known: it starts with {start!r}")
+
+
+def _zip(path: Path, asked: str | None) -> Checkpoint:
+    """A Keras archive, a file of torch, or an ``.npz``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is no zip archive that can be read: {error}") from error
+    if "config.json" in names:
+        return _known(keras.read(path), {}, str(path))
+    if any(name.endswith("data.pkl") for name in names):
+        return _of_torch(containers.torch_file(path), path, asked)
+    if names and all(name.endswith(".npy") for name in names):
+        arrays = containers.npz(path)
+        found = states.read(arrays, ".npz", _alike(asked))
+        if found is not None and found.framework == "torch" and asked is None:  # torch writes none
+            found = states.read(arrays, ".npz", "mlx")
+        return _known(found or trees.read(_nested(arrays)), arrays, str(path))
+    raise DataError(f"{path} is a zip archive of {', '.join(sorted(names)[:5])}; expected one of Keras, torch or NumPy")
+
+
+def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays named by paths as a nested dictionary."""
+    tree: dict[str, Any] = {}
+    for name, value in arrays.items():
+        *parents, last = name.replace("/", ".").split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _of_torch(content: Any, path: Path, asked: str | None) -> Checkpoint:
+    if hasattr(content, "state_dict"):
+        content = content.state_dict()
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path} holds a {type(content).__name__}; expected a state_dict")
+    inside = [v for v in content.values() if isinstance(v, Mapping) and any("running_mean" in str(k) for k in v)]
+    state = inside[0] if inside else content
+    return _known(states.read(state, "file of torch", _alike(asked), ordered=True), state, str(path))
+
+
+def _safetensors(path: Path, asked: str | None) -> Checkpoint:
+    arrays, form = containers.safetensors(path)
+    told = {"ms": "mindspore", "mlx": "mlx"}.get(form)
+    found = states.read(arrays, ".safetensors", _alike(asked) or told)
+    counted = any(name.endswith("num_batches_tracked") for name in arrays)
+    if found is not None and found.framework == "torch" and asked is None and not counted and form != "pt":
+        found = states.read(arrays, ".safetensors", "mlx")
+    return _known(found or trees.read(_nested(arrays)), arrays, str(path))
+
+
+def _pickle(path: Path, asked: str | None) -> Checkpoint:
+    """Of Paddle or Jittor, or of torch before 1.6, which it reads itself."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." in start:  # torch's magic number
+        return _of_torch(containers.torch_file(path), path, asked)
+    tree, jittor = containers.pickled(path)
+    if not isinstance(tree, Mapping):
+        raise DataError(f"{path} holds a {type(tree).__name__}; expected a dictionary of arrays")
+    found = states.read(tree, "pickle of arrays", _alike(asked) or ("jittor" if jittor else None), ordered=True)
+    return _known(found or trees.read(tree), tree, str(path))
+
+
+def _protobuf(path: Path) -> Checkpoint:
+    try:
+        arrays = containers.mindspore(path.read_bytes())
+    except (ValueError, KeyError, StopIteration, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is no checkpoint of MindSpore that can be read: {error!r}") from error
+    return _known(states.read(arrays, "checkpoint", "mindspore", ordered=True), arrays, str(path))
 
 
 def _as(found: Checkpoint, framework: str) -> Checkpoint:

@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from batchnorm.errors import DataError, InputError, MissingDependencyError
-from batchnorm.population.formats.conventions import CONVENTIONS, Names
-from batchnorm.population.formats.keras import bfloat16, natural
+from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
-
-
-def array(value: Any) -> Array:
-    """An array of any library in NumPy; bfloat16 as float32."""
-    for method in ("get_value", "detach", "asnumpy", "numpy"):  # of nnx, torch, MindSpore, Paddle and Jittor
-        if hasattr(value, method) and not isinstance(value, np.ndarray):
-            value = value.float() if method == "detach" and "bfloat16" in str(value.dtype) else value
-            value = value.cpu() if method == "numpy" and hasattr(value, "cpu") else value
-            value = getattr(value, method)()
-    if "bfloat16" in str(getattr(value, "dtype", "")):
-        return np.asarray(value.astype(np.float32))
-    made = np.asarray(value)
-    return bfloat16(made) if made.dtype == np.dtype("V2") else made
-
-
-def flat(tree: Mapping[Any, Any], path: str = "") -> dict[str, Any]:
-    """The leaves of a nested mapping by their path; ``{"value": leaf}``, as orbax restores variables, is a leaf."""
-    found: dict[str, Any] = {}
-    for key, child in tree.items():
-        at = f"{path}/{key}" if path else str(key)
-        if isinstance(child, Mapping) and set(child) == {"value"} and not isinstance(child["value"], Mapping):
-            child = child["value"]
-        if isinstance(child, Mapping):
-            found |= flat(child, at)
-        elif isinstance(child, (list, tuple)):
-            found |= flat(dict(enumerate(child)), at)
-        elif child is not None:
-            found[at] = child
-    return found
-
-
-def owners(leaves: Iterable[str], names: Names, separator: str = "/") -> list[str]:
-    """The paths that have a mean and a variance, sorted by their numbers."""
-    keys = {tuple(leaf.rpartition(separator)[::2]) for leaf in leaves}
-    found = {owner for owner, last in keys if last == names.mean and (owner, names.var) in keys}
-    return sorted(found, key=natural)
+from batchnorm.population.formats.values import array, bfloat16, flat, numbered, owners
 
 
 def is_state(value: Any) -> bool:
-    """Whether it is a tree, or a TrainState, that this module reads."""
-    return isinstance(value, Mapping) or (hasattr(value, "params") and hasattr(value, "batch_stats"))
+    """Whether it is a TrainState, or another object with parameters and batch statistics."""
+    return hasattr(value, "params") and hasattr(value, "batch_stats")
 
 
-def read_flax(tree: Any) -> Checkpoint:
-    """The batch normalizations of linen variables, of a TrainState, or of an nnx state."""
+def read(tree: Any) -> Checkpoint | None:
+    """The batch normalizations of linen variables, of a TrainState, or of an nnx state; None where it is none."""
     if not isinstance(tree, Mapping):
         tree = {"params": tree.params, "batch_stats": tree.batch_stats}
     variables = _with_batch_stats(tree)
@@ -66,9 +29,7 @@ def read_flax(tree: Any) -> Checkpoint:
     statistics, affine = flat(variables["batch_stats"]), flat(variables.get("params", {}))
     names = CONVENTIONS["flax"].names
     found = [_layer(path, statistics, affine, "flax") for path in owners(statistics, names)]
-    if not found:
-        raise DataError("load_flax: batch_stats hold no batch normalization")
-    return Checkpoint("flax", "variables of Flax linen", tuple(found), _numbered(found), _NOTE)
+    return Checkpoint("flax", "variables of Flax linen", tuple(found), numbered([f.name for f in found]), _NOTE)
 
 
 _NOTE = ("Flax does not save momentum and epsilon; its defaults 0.99 and 1e-5 are taken",)
@@ -83,16 +44,13 @@ def _with_batch_stats(tree: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
     return next((each for each in found if each is not None), None)
 
 
-def _merged(tree: Mapping[Any, Any]) -> Checkpoint:
+def _merged(tree: Mapping[Any, Any]) -> Checkpoint | None:
     """An nnx state: scale, bias, mean and var beside each other."""
     leaves = flat(tree)
     found = [_layer(path, leaves, leaves, "nnx") for path in owners(leaves, CONVENTIONS["nnx"].names)]
     if not found:
-        raise DataError(
-            f"load_flax: got variables {sorted(map(str, tree))}; expected 'params' and 'batch_stats', or an nnx state "
-            "with 'mean' and 'var'"
-        )
-    return Checkpoint("nnx", "state of Flax nnx", tuple(found), _numbered(found), _NOTE)
+        return None
+    return Checkpoint("nnx", "state of Flax nnx", tuple(found), numbered([f.name for f in found]), _NOTE)
 
 
 def _layer(path: str, statistics: Mapping[str, Any], affine: Mapping[str, Any], framework: str) -> ForeignBatchNorm:
@@ -108,14 +66,6 @@ def _layer(path: str, statistics: Mapping[str, Any], affine: Mapping[str, Any], 
     assert var is not None
     assert row.decay is not None
     return ForeignBatchNorm(path, mean, var, gamma, beta, row.decay, row.eps, row.variance)
-
-
-def _numbered(found: list[ForeignBatchNorm]) -> bool:
-    """Whether all are numbered layers of one module, so that their names tell their order."""
-    if len(found) < 2:
-        return True
-    stems = {re.sub(r"\d+$", "", f.name) for f in found}
-    return len(stems) == 1 and all(re.search(r"\d$", f.name) for f in found)
 
 
 # Files of flax.serialization
