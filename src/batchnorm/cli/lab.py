@@ -10,6 +10,7 @@ import typer
 
 from batchnorm.cli.options import assignment
 from batchnorm.cli.settings import text_of
+from batchnorm.errors import InputError
 from batchnorm.progress import trials_bar
 
 if TYPE_CHECKING:
@@ -26,16 +27,25 @@ EXAMPLES = """**Examples**
 `batchnorm lab landscape --network mymodels:resnet --data mydata:load --set steps=500` - on your own network
 
 `batchnorm lab explain --set layer=3.norm --set channel=7` - walk one mini-batch through a layer, with real numbers
+
+`batchnorm lab play` - a page to play with: pools, one layer, running averages, folding, a network that learns
+
+`batchnorm lab play --network mymodels:resnet --checkpoint net.pt --data mydata:load` - the same on your own network
 """
 
 
 def lab(
-    names: Annotated[list[str], typer.Argument(help="Experiments, `all`, `list` or `explain`.", metavar="NAME...")],
+    names: Annotated[
+        list[str], typer.Argument(help="Experiments, `all`, `list`, `explain` or `play`.", metavar="NAME...")
+    ],
     quick: Annotated[bool, typer.Option("--quick", help="Shorter settings.")] = False,
     seeds: Annotated[int, typer.Option(help="How many, from 0 up; 5 or more for a verdict.")] = 5,
     network: Annotated[str | None, typer.Option(help=text_of("network"), show_default="each experiment's own")] = None,
     data: Annotated[str | None, typer.Option(help=text_of("data"), show_default="each experiment's own")] = None,
     insert: Annotated[bool, typer.Option("--insert", help="Put batch norm into a --network that has none.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", "--weights", help="Weights of --network, for `play` alone.")
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting of every experiment named, NAME=VALUE as in steps=500; may be repeated."),
@@ -60,6 +70,11 @@ def lab(
     changes |= {key: value for key, value in (("network", network), ("data", data)) if value is not None}
     if insert:
         changes["insert"] = True
+    if names == ["play"]:
+        typer.echo(f"Page: {_play(out, checkpoint, changes)}")
+        return
+    if checkpoint is not None:
+        raise InputError("lab: --checkpoint is for `lab play`; experiments train their networks themselves.")
     if names == ["explain"]:
         typer.echo(f"Page: {_explain(out, changes)}")
         return
@@ -83,6 +98,14 @@ def _explain(out: Path, changes: dict[str, Any]) -> Path:
 
     found, source = explain_built_in(**changes)
     return write_explanation(out / "explain.html", found, source=source)
+
+
+def _play(out: Path, checkpoint: Path | None, changes: dict[str, Any]) -> Path:
+    from batchnorm.lab.playing import lesson, play_built_in
+    from batchnorm.report.play_page import write_play
+
+    found = play_built_in(checkpoint=checkpoint, **changes) if changes or checkpoint else lesson()
+    return write_play(out / "play.html", found)
 
 
 def _list_experiments(experiments: list[Experiment]) -> None:

@@ -12,10 +12,13 @@ _PUBLIC = {
     "Config": "batchnorm.lab.experiment",
     "Experiment": "batchnorm.lab.experiment",
     "Explanation": "batchnorm.lab.explanation",
+    "Playground": "batchnorm.lab.playing",
     "Finding": "batchnorm.lab.results",
     "Result": "batchnorm.lab.results",
     "Trial": "batchnorm.lab.results",
     "explain": "batchnorm.lab.explanation",
+    "lesson": "batchnorm.lab.playing",
+    "play": "batchnorm.lab.playing",
     "run": "batchnorm.lab.runner",
     "run_all": "batchnorm.lab.runner",
 }
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
     from batchnorm.lab.experiment import Experiment as Experiment
     from batchnorm.lab.explanation import Explanation as Explanation
     from batchnorm.lab.explanation import explain as explain
+    from batchnorm.lab.playing import Playground as Playground
+    from batchnorm.lab.playing import lesson as lesson
+    from batchnorm.lab.playing import play as play
     from batchnorm.lab.results import Finding as Finding
     from batchnorm.lab.results import Result as Result
     from batchnorm.lab.results import Trial as Trial
