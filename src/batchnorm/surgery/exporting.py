@@ -131,7 +131,7 @@ def _preview_recurrent(name: str, layer: nn.Module) -> ExportedLayer:
 
 def _preview(name: str, layer: nn.Module) -> ExportedLayer:
     if isinstance(layer, ScaleShift):
-        return ExportedLayer(name, "one BatchNormalization with mean, variance 1 and eps 0 as constants")
+        return ExportedLayer(name, "a subtraction, a multiplication and an addition by channel")
     assert isinstance(layer, _BatchNorm)
     fused = getattr(layer, "activation", None)
     extra = f", then {fused}" if fused else ""

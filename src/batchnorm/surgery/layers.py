@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Optional
+
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm import functional
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import BatchNorm1d
+from batchnorm.nn.leaves import recorded_call
+from batchnorm.views import is_traced
 
 
 class LastAxisBatchNorm(BatchNorm1d):
@@ -34,6 +39,9 @@ class LastAxisBatchNorm(BatchNorm1d):
         weights: Tensor | None = None,
     ) -> Tensor:
         """activation(BN(input) + residual), input and residual (..., C), mask and weights what broadcasts to (...)."""
+        options = {"residual": residual, "mask": mask, "lengths": lengths, "weights": weights}
+        if (recorded := recorded_call(self, (input,), options)) is not None:
+            return recorded  # type: ignore[return-value]
         channels, places = input.shape[-1], input.shape[:-1]
         if lengths is not None:
             raise InputError("a layer over the last of several axes takes a mask (...), got lengths")
@@ -71,8 +79,8 @@ class ScaleShift(nn.Module):
         True
     """
 
-    center: Tensor
-    ones: Tensor
+    if TYPE_CHECKING:  # TorchScript cannot read annotations that are strings
+        center: Tensor
 
     def __init__(
         self,
@@ -88,13 +96,29 @@ class ScaleShift(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.register_buffer("center", center)
-        self.register_buffer("ones", torch.ones_like(center), persistent=False)
         self.activation = activation
         self.negative_slope = negative_slope
         self.channels_last = channels_last
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045, for TorchScript
         """Input and residual (N, C, *space), or (..., C) with ``channels_last``."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._by_operators(input, residual)
+        return self._in_python(input, residual)
+
+    @torch.jit.unused
+    def _in_python(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        if (recorded := recorded_call(self, (input,), {"residual": residual})) is not None:
+            return recorded  # type: ignore[return-value]
+        if isinstance(input, fx.Proxy):  # torch.fx records this layer as the whole network, without its sizes
+            last = (lambda x: x) if self.channels_last else (lambda x: x.movedim(1, -1))
+            y = (last(input) - self.center) * self.weight + self.bias
+            y = y if self.channels_last else y.movedim(-1, 1)
+            if residual is not None:
+                y = input.tracer.create_proxy("call_function", _plus, (y, residual), {})
+            return y if self.activation is None else _activated(y, self.activation, self.negative_slope)
+        if is_traced(input) or _is_recorded():
+            return self._by_operators(input, residual)
         x = input
         if self.channels_last:
             x = input.reshape(-1, input.shape[-1])
@@ -102,7 +126,7 @@ class ScaleShift(nn.Module):
         y = functional.batch_norm(
             x,
             self.center,
-            self.ones,
+            torch.ones_like(self.center),
             self.weight,
             self.bias,
             eps=0.0,
@@ -112,9 +136,59 @@ class ScaleShift(nn.Module):
         )
         return y.reshape(input.shape)
 
+    def _by_operators(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        """The same as a subtraction, a multiplication and an addition, which every exporter has.
+
+        16-bit numbers are computed with in float32, as in one pass.
+        """
+        shape = [-1] if self.channels_last else [-1] + [1] * (input.dim() - 2)
+        center, weight, bias = self.center.view(shape), self.weight.view(shape), self.bias.view(shape)
+        x = input
+        narrow = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+        if narrow:
+            x = x.float()
+        if weight.dtype == torch.float16 or weight.dtype == torch.bfloat16:
+            center, weight, bias = center.float(), weight.float(), bias.float()
+        y = (x - center) * weight + bias
+        if residual is not None:
+            y = y + residual
+        if self.activation is not None:
+            y = _activated(y, self.activation, self.negative_slope)
+        return y.to(input.dtype) if narrow else y
+
     def extra_repr(self) -> str:
         activation = f", activation={self.activation!r}" if self.activation else ""
         return f"{len(self.center)}{activation}"
+
+
+def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    return y if residual is None else y + residual
+
+
+def _is_recorded() -> bool:
+    """Whether make_fx records operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _activated(y: Tensor, name: str, slope: float) -> Tensor:
+    if name == "relu":
+        return torch.relu(y)
+    if name == "relu6":
+        return F.relu6(y)
+    if name == "leaky_relu":
+        return F.leaky_relu(y, slope)
+    if name == "silu":
+        return F.silu(y)
+    if name == "gelu":
+        return F.gelu(y)
+    if name == "hardswish":
+        return F.hardswish(y)
+    if name == "sigmoid":
+        return torch.sigmoid(y)
+    assert name == "tanh"
+    return torch.tanh(y)
 
 
 class AddActivation(nn.Module):
@@ -135,23 +209,42 @@ class _ChannelPadding(_ConvNd):
     Padding x with the value p is padding x - p with zeros; the bias holds what p adds.
     """
 
-    padding_value: Tensor
+    if TYPE_CHECKING:
+        padding_value: Tensor
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        value = self.padding_value.reshape(-1, *[1] * len(self.kernel_size))
-        return super()._conv_forward(input - value, weight, bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._conv_forward(input, self.weight, self.bias)
+        return self._in_python(input)
+
+    @torch.jit.unused
+    def _in_python(self, input: Tensor) -> Tensor:
+        recorded = recorded_call(self, (input,))
+        return self._conv_forward(input, self.weight, self.bias) if recorded is None else recorded  # type: ignore[return-value]
 
 
 class ChannelPaddedConv1d(_ChannelPadding, nn.Conv1d):
     """``torch.nn.Conv1d`` padded with ``padding_value`` (C_in,), after which x - padding_value is convolved."""
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        x = input - self.padding_value.reshape(-1, 1)
+        return F.conv1d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
 
 class ChannelPaddedConv2d(_ChannelPadding, nn.Conv2d):
     """``torch.nn.Conv2d`` padded with ``padding_value`` (C_in,), after which x - padding_value is convolved."""
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        x = input - self.padding_value.reshape(-1, 1, 1)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
 
 class ChannelPaddedConv3d(_ChannelPadding, nn.Conv3d):
     """``torch.nn.Conv3d`` padded with ``padding_value`` (C_in,), after which x - padding_value is convolved."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        x = input - self.padding_value.reshape(-1, 1, 1, 1)
+        return F.conv3d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 CHANNEL_PADDED: dict[type[nn.Module], type[nn.Module]] = {
