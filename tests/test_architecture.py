@@ -25,10 +25,11 @@ BASE = {
     "moments": {"errors"},
     "pools": {"errors", "moments"},
     "progress": set(),
+    "data": {"errors", "moments"},
 }  # below everyone, and what they may know
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 HEAVY = {"jinja2", "matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "rich"}
-HEAVY |= {"scipy", "sklearn", "triton", "typer"}
+HEAVY |= {"dask", "polars", "pyarrow", "pyspark", "ray", "scipy", "sklearn", "triton", "typer"}
 
 
 def may_import(importer: str, imported: str) -> bool:

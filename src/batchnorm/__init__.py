@@ -51,6 +51,7 @@ _PUBLIC = {
     "set_mode": "batchnorm.nn.modes",
     "show_config": "batchnorm.ops.configuration",
     "standardize": "batchnorm.nn.standardization",
+    "statistics_keys": "batchnorm.population.averaging",
     "summary": "batchnorm.diagnosis.summary",
     "sync_running_statistics": "batchnorm.population.averaging",
     "to_flax": "batchnorm.population.checkpoints",
@@ -61,7 +62,7 @@ _PUBLIC = {
     "use_domain": "batchnorm.nn.domains",
 }
 
-_MODULES = ("errors", "functional", "lab", "nn", "training")
+_MODULES = ("data", "errors", "functional", "lab", "nn", "training")
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from batchnorm.population.adaptation import adapt as adapt
     from batchnorm.population.adaptation import restore as restore
     from batchnorm.population.averaging import average_statistics as average_statistics
+    from batchnorm.population.averaging import statistics_keys as statistics_keys
     from batchnorm.population.averaging import sync_running_statistics as sync_running_statistics
     from batchnorm.population.calibration import calibrate as calibrate
     from batchnorm.population.checkpoints import load_flax as load_flax

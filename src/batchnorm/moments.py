@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from batchnorm.errors import DtypeError, InputError
 # `of` works through the samples in chunks of about this many values, so that its float64 copies
 # stay small whatever the size of the input.
 _CHUNK = 1 << 22
+
+_FORMAT, _VERSION = "batchnorm.Moments", 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +192,74 @@ class Moments:
         dist.all_gather(ranks, mine, group=group)
         return Moments.merge_all(Moments(*rank.unbind()) for rank in ranks)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers in nested lists, as JSON can hold them: `from_dict` gives every bit back.
+
+        Returns:
+            ``format``, ``version``, ``shape`` and ``count_shape``, and flat lists ``count``, ``mean`` and ``m2`` of
+            float64 numbers. JSON has no numbers that are not finite: these are the strings "nan", "inf" and "-inf".
+
+        Examples:
+            >>> state = Moments(2, torch.tensor([1.5]), torch.tensor([0.5])).to_dict()
+            >>> state["count"], state["mean"], state["m2"]
+            ([2.0], [1.5], [0.5])
+        """
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "shape": list(self.mean.shape),
+            "count_shape": list(self.count.shape),
+            **{name: [_plain(v) for v in getattr(self, name).flatten().tolist()] for name in ("count", "mean", "m2")},
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Moments:
+        """The moments that `to_dict` made a dict of, before or after JSON.
+
+        Raises:
+            InputError: another format or version, an entry that is missing or holds no numbers, a negative count or
+                M2. The message names the entry.
+
+        Examples:
+            >>> a = Moments.of(torch.tensor([[1.0], [4.0]]))
+            >>> torch.equal(Moments.from_dict(a.to_dict()).m2, a.m2)
+            True
+        """
+        if not isinstance(state, Mapping):
+            raise InputError(f"Moments.from_dict: got a {type(state).__name__}; expected what Moments.to_dict gives")
+        if state.get("format") != _FORMAT or state.get("version") != _VERSION:
+            raise InputError(
+                f"Moments.from_dict: got format {state.get('format')!r}, version {state.get('version')!r}; "
+                f"expected {_FORMAT!r}, version {_VERSION}"
+            )
+        values = {}
+        for name, shape in (("count", "count_shape"), ("mean", "shape"), ("m2", "shape")):
+            try:
+                sizes = [operator.index(size) for size in state[shape]]
+                flat = [_number(value) for value in state[name]]
+                values[name] = torch.tensor(flat, dtype=torch.float64).reshape(sizes)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                reason = f"there is no entry {error}" if isinstance(error, KeyError) else str(error)
+                raise InputError(f"Moments.from_dict: {name!r} of shape {shape!r} cannot be read: {reason}") from error
+            if name != "mean" and (values[name] < 0).any():
+                raise InputError(f"Moments.from_dict: {name!r} has negative values; expected 0 or more")
+        return cls(**values)
+
     def to(self, device: torch.device | str) -> Moments:
         """The same moments on another device."""
         return Moments(self.count.to(device), self.mean.to(device), self.m2.to(device))
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(f"{value!r} is no number")
+    if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
 
 
 def merge_axis(count: Tensor, mean: Tensor, m2: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:

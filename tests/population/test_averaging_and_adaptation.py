@@ -35,6 +35,111 @@ def network(kind: type[nn.Module], seed: int = 0) -> nn.Module:
 # Averages of models
 
 
+def plain(state: dict[str, Tensor], form: str) -> Any:
+    """A state as other programs send it."""
+    arrays = {key: value.numpy() for key, value in state.items()}
+    if form == "sequence":
+        return list(arrays.values())
+    return arrays if form == "arrays" else {key: value.tolist() for key, value in arrays.items()}
+
+
+@pytest.mark.parametrize("form", ["arrays", "lists", "sequence"])
+@pytest.mark.parametrize("weights", [None, [3, 1]])
+def test_states_as_other_programs_send_them(form: str, weights: list[int] | None):
+    models = [network(bn.BatchNorm1d, seed) for seed in range(2)]
+    for model in models:
+        model(torch.randn(6, 4) * 3)
+    expected, found = network(bn.BatchNorm1d, 5), network(bn.BatchNorm1d, 5)
+    bn.average_statistics(expected, models, weights=weights)
+    bn.average_statistics(found, [plain(model.state_dict(), form) for model in models], weights=weights)
+    assert same(contents(expected), contents(found))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("1.running_mean", None, "1.running_mean"),
+        ("1.running_mean", "abc", "1.running_mean"),
+        ("4.running_var", [[1.0], [2.0, 3.0]], "4.running_var"),
+        ("4.running_var", np.array([1.0, -1.0, 1.0]), "4.running_var.*negative"),
+        ("4.running_var", [1.0, math.nan, 1.0], "4.running_var.*finite"),
+        ("1.num_batches_tracked", -1, "num_batches_tracked.*negative"),
+        ("1.running_mean", np.array([1j] * 3), "1.running_mean"),
+    ],
+)
+def test_errors_name_model_and_key_and_change_nothing(key: str, value: Any, named: str):
+    net = network(bn.BatchNorm1d)
+    net(torch.randn(6, 4))
+    good, bad = plain(net.state_dict(), "arrays"), plain(net.state_dict(), "arrays")
+    bad[key] = value
+    before = contents(net)
+    with pytest.raises(InputError, match=f"model 1.*{named}"):
+        bn.average_statistics(net, [good, bad])
+    del bad[key]
+    with pytest.raises(InputError, match=f"model 1 has no {key}"):
+        bn.average_statistics(net, [good, bad])
+    assert same(before, contents(net))
+
+
+@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, math.nan], ["a", 1], 3, [1, math.inf]])
+def test_weights_that_are_none(weights: Any):
+    net = network(bn.BatchNorm1d)
+    with pytest.raises(InputError, match="weights="):
+        bn.average_statistics(net, [net, net], weights=weights)
+
+
+@pytest.mark.parametrize("model", [3, [1, 2], "state", np.zeros(3)])
+def test_what_is_no_state(model: Any):
+    net = network(bn.BatchNorm1d)
+    with pytest.raises(InputError, match="model 0"):
+        bn.average_statistics(net, [model], weights=[1])
+
+
+class Sub(nn.BatchNorm1d):
+    pass
+
+
+def test_keys_of_shared_and_subclassed_layers():
+    shared = bn.BatchNorm1d(3)
+    net = nn.ModuleDict({"a": shared, "b": nn.Sequential(nn.Linear(3, 3), shared), "c": Sub(3, affine=False)})
+    net["d"] = nn.BatchNorm1d(3, track_running_stats=False)
+    net["e"] = nn.LayerNorm(3)
+    net["f"] = nn.InstanceNorm1d(3, track_running_stats=True)
+    net["g"] = bn.LSTM(3, 2, batch_norm="sequence")
+    statistics, affine, everything = (bn.statistics_keys(net, kind) for kind in ("statistics", "affine", "all"))
+    state = net.state_dict()
+    assert set(everything) == set(statistics) | set(affine)
+    assert not set(statistics) & set(affine)
+    for place in ("a", "b.1"):
+        for end in ("running_mean", "running_var", "num_batches_tracked"):
+            assert f"{place}.{end}" in statistics
+        assert {f"{place}.weight", f"{place}.bias"} <= set(affine)
+    assert [key for key in everything if key.startswith("c.")] == [
+        "c.running_mean",
+        "c.running_var",
+        "c.num_batches_tracked",
+    ]
+    assert [key for key in everything if key.startswith("d.")] == ["d.weight", "d.bias"]
+    assert not [key for key in everything if key[0] in "ef"]
+    assert any(key.startswith("g.") for key in statistics)
+    assert everything == [key for key in state if key in everything]
+    assert bn.statistics_keys(bn.BatchNorm1d(2), "affine") == ["weight", "bias"]
+    assert bn.statistics_keys(nn.Linear(2, 2), "all") == []
+    with pytest.raises(InputError, match="kind"):
+        bn.statistics_keys(net, "none")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="Dict"):
+        bn.statistics_keys(state)  # type: ignore[arg-type]
+
+
+def test_a_shared_layer_is_averaged_under_both_names():
+    shared = nn.BatchNorm1d(2)
+    net = nn.Sequential(shared, shared)
+    states = [{k: np.full(v.shape, fill, dtype=np.float64) for k, v in net.state_dict().items()} for fill in (1, 3)]
+    bn.average_statistics(net, states, weights=[1, 1])
+    assert shared.running_mean.tolist() == [2, 2]
+    assert shared.running_var.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_averaged_models_keep_the_variance_between_them(kind: type[nn.Module]):
     """Two halves of one population: torch's average of the buffers has lost most of the variance."""

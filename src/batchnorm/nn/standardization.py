@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from batchnorm import data
+from batchnorm.data.columns import NonFinite, check_choice
+from batchnorm.data.sources import is_dataset
+from batchnorm.data.waiting import TIMEOUT
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.nn.leaves import recorded_call
@@ -30,14 +34,14 @@ class Standardize(nn.Module):
 
     Buffers (in the state_dict; float64, also after `.half()` or `.float()`):
         mean, var: (C,), the variance biased.
-        count: how many values each feature was fitted on.
+        count: how many values each feature was fitted on; one number, or (C,) where values were skipped.
 
     Shape: any with C entries on `feature_axis`; the output has the input's shape and dtype (the
     default dtype for integers). The arithmetic is float64, rounded once.
 
     Raises:
         InputError: another number of features than C, or, in `fit` and `partial_fit`, a value that
-            is not finite. The statistics are then what they were before.
+            is not finite (DataError for a data set). The statistics are then what they were before.
 
     >>> layer = Standardize(2).fit([torch.tensor([[1.0, 7.0], [3.0, 7.0]])])
     >>> layer(torch.tensor([[5.0, 7.0]]))
@@ -65,30 +69,92 @@ class Standardize(nn.Module):
         self.register_buffer("var", torch.ones(num_features, **options))
         self.register_buffer("count", torch.zeros((), **options))
 
-    def fit(self, batches: Tensor | Iterable[Any]) -> Standardize:
-        """Forget what was fitted, then fit to all batches in one pass.
+    @classmethod
+    def from_moments(
+        cls,
+        moments: Moments | data.ColumnMoments | Mapping[str, Any],
+        *,
+        feature_axis: int = 1,
+        device: torch.device | str | None = None,
+    ) -> Standardize:
+        """A layer with the statistics of moments that were measured elsewhere.
 
-        Arguments:
-            batches: a tensor (one batch), or an iterable of tensors or of tuples and lists whose
-                first element is the input, such as a DataLoader of (x, y).
+        Args:
+            moments: of every feature, shape (C,): `Moments`, what `data.moments` gives, or the dict that ``to_dict``
+                of one of these gives, before or after JSON.
+            feature_axis: where the features lie in the input.
+            device: where the statistics are kept.
+
+        Raises:
+            InputError: another shape, a feature without values, or moments that are not finite. The message names it.
+
+        Examples:
+            >>> a, b = Moments.of(torch.tensor([[1.0], [2.0]])), Moments.of(torch.tensor([[6.0]]))
+            >>> Standardize.from_moments(a.merge(b)).mean
+            tensor([3.], dtype=torch.float64)
+        """
+        if isinstance(moments, Mapping):
+            is_columns = moments.get("format") == "batchnorm.ColumnMoments"
+            moments = data.ColumnMoments.from_dict(moments) if is_columns else Moments.from_dict(moments)
+        if isinstance(moments, data.ColumnMoments):
+            moments = moments.moments
+        if not isinstance(moments, Moments) or moments.mean.ndim != 1 or not moments.mean.numel():
+            shape = f"moments of shape {tuple(moments.mean.shape)}" if isinstance(moments, Moments) else type(moments)
+            raise InputError(f"Standardize.from_moments: got {shape}; expected moments of shape (C,), C >= 1")
+        layer = cls(moments.mean.numel(), feature_axis=feature_axis, device=device)
+        return layer._store(_usable(moments, "Standardize.from_moments"))
+
+    def fit(
+        self,
+        batches: Any,
+        *,
+        columns: Sequence[str] | None = None,
+        nonfinite: NonFinite = "error",
+        timeout: float = TIMEOUT,
+    ) -> Standardize:
+        """Forget what was fitted, then fit to all batches, or to a data set where it lies, in one pass.
+
+        Args:
+            batches: a tensor (one batch), or an iterable of tensors or of tuples and lists whose first element is the
+                input, such as a DataLoader of (x, y); or a data set as `data.moments` takes it: files (.npy, Parquet,
+                Arrow) of any size, arrays and tables, and the data sets of Ray, Spark and Dask.
+            columns: of a data set, the columns that are the features, in this order; by default all.
+            nonfinite: "error" refuses NaN and infinity (and nulls); "skip" leaves out these values alone.
+            timeout: seconds to wait for an engine.
 
         Returns:
             The layer itself.
 
         Raises:
             InputError: see the class; or no batch at all.
+            DataError: what is wrong with a data set; the message names part and column.
         """
+        check_choice("Standardize.fit", nonfinite)
+        if is_dataset(batches):
+            found = data.moments(
+                batches, columns=columns, feature_axis=self.feature_axis, nonfinite=nonfinite, timeout=timeout
+            )
+            if found.moments.mean.numel() != self.num_features:
+                named = "" if found.columns is None else f" ({', '.join(found.columns[:8])}, ...)"
+                raise InputError(
+                    f"Standardize.fit: the data set has {found.moments.mean.numel()} features{named}; expected "
+                    f"{self.num_features}. Name those to read by columns=[...]"
+                )
+            return self._store(_usable(found.moments, "Standardize.fit"))
+        if columns is not None:
+            raise InputError("Standardize.fit: got columns= for batches of tensors; it names columns of a data set")
         whole = None
         for i, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
-            part = self._moments(batch, f"batch {i}")
+            part = self._moments(batch, f"batch {i}", nonfinite)
             whole = part if whole is None else whole + part
-        if whole is None or not whole.count:
+        if whole is None or not whole.count.any():
             raise InputError("Standardize.fit: got no data; expected at least one sample")
-        return self._store(whole)
+        return self._store(_usable(whole, "Standardize.fit"))
 
-    def partial_fit(self, batch: Any) -> Standardize:
-        """Fit to one more batch, on top of those before; see `fit`."""
-        part = self._moments(batch, "the batch")
+    def partial_fit(self, batch: Any, *, nonfinite: NonFinite = "error") -> Standardize:
+        """Fit to one more batch of tensors, on top of those before; see `fit`."""
+        check_choice("Standardize.partial_fit", nonfinite)
+        part = self._moments(batch, "the batch", nonfinite)
         return self._store(Moments(self.count, self.mean, self.var * self.count) + part)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +175,7 @@ class Standardize(nn.Module):
     def _scale(self) -> Tensor:
         return _scale(self.mean, self.var)
 
-    def _moments(self, batch: Any, name: str) -> Moments:
+    def _moments(self, batch: Any, name: str, nonfinite: NonFinite) -> Moments:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
             raise InputError(
@@ -117,7 +183,7 @@ class Standardize(nn.Module):
                 "or list that starts with one"
             )
         self._check(x, f"Standardize: {name}")
-        return _finite_moments(x.detach(), self.feature_axis, f"Standardize: {name}")
+        return _finite_moments(x.detach(), self.feature_axis, f"Standardize: {name}", skip=nonfinite == "skip")
 
     def _check(self, x: Tensor, called: str) -> None:
         fits = -x.ndim <= self.feature_axis < x.ndim
@@ -130,8 +196,16 @@ class Standardize(nn.Module):
     def _store(self, moments: Moments) -> Standardize:
         self.mean.copy_(moments.mean)
         self.var.copy_(moments.variance(unbiased=False))
-        self.count.copy_(moments.count)
+        count = moments.count.flatten()
+        one = not count.numel() or bool((count == count[0]).all())
+        self.count = (count[:1].sum() if one else count.clone()).to(self.mean.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}count")
+        if isinstance(given, Tensor) and given.shape in ((), self.mean.shape):  # each feature may have its own
+            self.count = self.count.new_empty(given.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
         # Half precision would spoil a mean that is large beside its spread: follow to another
@@ -182,12 +256,47 @@ def _scale(mean: Tensor, var: Tensor) -> Tensor:
     return torch.where(std > 8 * torch.finfo(torch.float64).eps * mean.abs(), std, 1.0)
 
 
-def _finite_moments(x: Tensor, axis: int, called: str) -> Moments:
+def _finite_moments(x: Tensor, axis: int, called: str, skip: bool = False) -> Moments:
     moments = Moments.of(x, axis)
     bad = ~(torch.isfinite(moments.mean) & torch.isfinite(moments.m2))
+    if bad.any() and skip:
+        moments = _of_finite(x.movedim(axis, 0).flatten(1).to(torch.float64))
+        bad = ~(torch.isfinite(moments.mean) & torch.isfinite(moments.m2))
     if bad.any():
+        finite = torch.isfinite(x).movedim(axis, 0).flatten(1)
+        counts = (~finite).sum(1)
+        listed = {k: n for k, n in enumerate(counts.tolist()) if n}
+        if not listed:
+            raise InputError(
+                f"{called}: features {bad.nonzero().flatten().tolist()[:8]} have a variance that overflows"
+            )
         raise InputError(
-            f"{called}: features {bad.nonzero().flatten().tolist()[:8]} have values that are not "
-            "finite; remove or impute them first"
+            f"{called}: features {list(listed)[:8]} have values that are not finite (by feature: "
+            f"{dict(list(listed.items())[:8])}); remove or impute them first, or leave them out by nonfinite='skip'"
         )
+    return moments
+
+
+def _of_finite(x: Tensor) -> Moments:
+    """The moments of the finite values of each row."""
+    finite = torch.isfinite(x)
+    count = finite.sum(1).to(torch.float64)
+    divisor = count.clamp(min=1)
+    mean = torch.where(finite, x, 0.0).sum(1) / divisor
+    centered = torch.where(finite, x - mean[:, None], 0.0)
+    rest = centered.sum(1)
+    m2 = (centered.square().sum(1) - rest.square() / divisor).clamp(min=0)
+    return Moments(count, mean + rest / divisor, m2)
+
+
+def _usable(moments: Moments, called: str) -> Moments:
+    """The same, once every feature has values and finite moments."""
+    count = moments.count.expand_as(moments.mean)
+    for what, bad in (
+        ("no values", ~(count > 0)),
+        ("moments that are not finite", ~(torch.isfinite(moments.mean) & torch.isfinite(moments.m2))),
+        ("a negative M2", moments.m2 < 0),
+    ):
+        if bad.any():
+            raise InputError(f"{called}: features {bad.nonzero().flatten().tolist()[:8]} have {what}")
     return moments

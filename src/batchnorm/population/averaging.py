@@ -2,57 +2,112 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError, SynchronizationError
 from batchnorm.pools import Pool, all_gather, is_alone
-from batchnorm.population.state_dicts import as_tensor, renamed_state
+from batchnorm.population.state_dicts import renamed_state
 
 Net = TypeVar("Net", bound=nn.Module)
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 def average_statistics(
-    net: Net, models: Sequence[nn.Module | Mapping[str, Any]], *, weights: Sequence[float] | None = None
+    net: Net,
+    models: Sequence[nn.Module | Mapping[str, Any] | Sequence[Any]],
+    *,
+    weights: Sequence[float] | None = None,
 ) -> Net:
     """Give the batch normalizations of ``net`` the statistics of all ``models`` together, in place.
 
     ``mean = sum w_i mean_i`` and ``var = sum w_i (var_i + (mean_i - mean)^2)``, w_i the share of model i: the law of
-    total variance, which the average of the variances lacks the second part of. For SWA and EMA of models; it is what
-    the models' running statistics know. `calibrate` measures what the averaged weights really do.
+    total variance, which the average of the variances lacks the second part of. For SWA and EMA of models, and for
+    rounds of federated learning; it is what the models' running statistics know. `calibrate` measures what the
+    averaged weights really do.
 
     Args:
         net: the averaged network; an `AveragedModel` may be given as it is.
-        models: networks, or their state_dicts (of tensors or arrays; names may have a wrapper's prefix), with the same
-            batch normalizations; ``net`` itself may be among them.
-        weights: shares, >= 0, of any sum; for EMA ``average_statistics(ema, [ema, net], weights=[0.999, 0.001])``.
-            By default ``num_batches_tracked`` of each layer, and their sum is what the layer then has tracked.
+        models: networks with the same batch normalizations, ``net`` itself may be among them; or their states: dicts
+            by key (which may have a wrapper's prefix) whose values are tensors, NumPy arrays, lists or numbers, or
+            lists of all values in the order of ``net.state_dict()``. Of a state, the keys that `statistics_keys`
+            names are read.
+        weights: shares, >= 0, of any sum, such as the number of samples of each model; for EMA
+            ``average_statistics(ema, [ema, net], weights=[0.999, 0.001])``. By default ``num_batches_tracked`` of each
+            layer, and their sum is what the layer then has tracked.
 
     Returns:
         The network. ``running_var`` is of the kind (biased or unbiased) that the models keep.
 
     Raises:
-        InputError: models that lack a layer or have another number of channels, weights that do not fit. Nothing is
-            changed then.
+        InputError: models that lack a key, or have another shape, no numbers, values that are not finite, a negative
+            variance or count under it, weights that do not fit. The message names model and key. Nothing is changed
+            then.
 
     Source: Izmailov et al. 2018 (SWA), whose statistics torch averages blindly with ``use_buffers=True``.
+
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1))
+        >>> states = [{"0.running_mean": [m], "0.running_var": [1.0]} for m in (-3.0, 3.0)]
+        >>> average_statistics(net, states, weights=[10, 10])[0].running_var
+        tensor([10.])
     """
+    models = list(models)
     layers = _layers(net)
     if not layers or not models:
         raise InputError(f"average_statistics: got {len(layers)} layers with running statistics, {len(models)} models")
-    if weights is not None and (len(weights) != len(models) or min(weights) < 0 or sum(weights) <= 0):
-        raise InputError(f"average_statistics: got weights={list(weights)} for {len(models)} models; expected as many")
-    states = [_state(model, net, layers) for model in models]
-    new = {name: _merged(name, layer, states, weights) for name, layer in layers.items()}
+    shares = None if weights is None else _shares(weights, len(models))
+    states = [_state(model, net, layers, number) for number, model in enumerate(models)]
+    new = {name: _merged(name, layer, states, shares) for name, layer in layers.items()}
     for name, (mean, var, batches) in new.items():
         _write(layers[name], mean, var)
-        if layers[name].num_batches_tracked is not None and weights is None:
+        if layers[name].num_batches_tracked is not None and shares is None:
             layers[name].num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
     return net
+
+
+def statistics_keys(net: nn.Module, kind: Literal["statistics", "affine", "all"] = "statistics") -> list[str]:
+    """The keys of ``net.state_dict()`` that belong to its batch normalizations, in the order of the state.
+
+    For those who average weights and treat batch norm apart: clients of federated learning that keep their own
+    statistics (SiloBN) or all of batch norm (FedBN), EMA of weights, or differences of checkpoints.
+
+    Args:
+        net: a network with torch's layers, this package's, or subclasses of these. A layer that is used at several
+            places has a key at each; the keys of a wrapped network are those of the wrapper.
+        kind: "statistics" (running_mean, running_var, num_batches_tracked), "affine" (weight, bias), or "all" (both,
+            and whatever else such a layer keeps).
+
+    Returns:
+        The keys; an empty list for a network without batch norm.
+
+    Raises:
+        InputError: another kind, or no network.
+
+    Source: Andreux et al. 2020 (SiloBN); Li et al. 2021 (FedBN).
+
+    Examples:
+        >>> statistics_keys(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "affine")
+        ['1.weight', '1.bias']
+    """
+    if kind not in ("statistics", "affine", "all"):
+        raise InputError(f"statistics_keys: got kind={kind!r}; expected 'statistics', 'affine' or 'all'")
+    if not isinstance(net, nn.Module):
+        raise InputError(f"statistics_keys: got a {type(net).__name__}; expected a torch.nn.Module")
+    ends = {"statistics": _STATISTICS, "affine": ("weight", "bias")}.get(kind)
+    mine = set()
+    for name, module in net.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm):
+            own = ends if ends is not None else [key for key in module.state_dict() if "_extra_state" not in key]
+            mine |= {f"{name}.{end}".lstrip(".") for end in own}
+    return [key for key in net.state_dict() if key in mine]
 
 
 @torch.no_grad()
@@ -131,40 +186,98 @@ def _unwrapped(net: nn.Module) -> nn.Module:
     return _unwrapped(net.module) if isinstance(net, wrappers) else net
 
 
-def _state(model: nn.Module | Mapping[str, Any], net: nn.Module, layers: Mapping[str, nn.Module]) -> Mapping[str, Any]:
+def _shares(weights: Sequence[float], models: int) -> list[float]:
+    try:
+        shares = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        shares = []
+    if len(shares) != models or not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) <= 0:
+        raise InputError(
+            f"average_statistics: got weights={weights!r} for {models} models; expected as many finite numbers >= 0, "
+            "and one above 0"
+        )
+    return shares
+
+
+def _state(model: Any, net: nn.Module, layers: Mapping[str, nn.Module], number: int) -> Mapping[str, Any]:
+    """A model's state by key."""
     if isinstance(model, nn.Module):
-        return dict(_unwrapped(model).named_buffers())
-    needed = [f"{name}.running_mean".removeprefix(".") for name in layers]
-    return renamed_state(model, _unwrapped(net), needed) or {key: as_tensor(value) for key, value in model.items()}
+        return dict(_unwrapped(model).named_buffers(remove_duplicate=False))
+    if isinstance(model, Mapping):
+        needed = [f"{name}.running_mean".removeprefix(".") for name in layers]
+        return renamed_state(model, _unwrapped(net), needed) or model
+    if isinstance(model, list | tuple):
+        keys = list(_unwrapped(net).state_dict())
+        if len(model) != len(keys):
+            raise InputError(
+                f"average_statistics: model {number} is a list of {len(model)} values; expected {len(keys)}, one for "
+                "each key of net.state_dict() in its order, or a dict by key"
+            )
+        return dict(zip(keys, model, strict=True))
+    raise InputError(
+        f"average_statistics: model {number} is a {type(model).__name__}; expected a network, a dict of values by key, "
+        "or a list of values in the order of net.state_dict()"
+    )
+
+
+def _numbers(value: Any, number: int, key: str) -> Tensor:
+    """A value of a state in float64."""
+    where = f"average_statistics: model {number} has {key}"
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.is_quantized:
+            raise InputError(f"{where} as {value.dtype}; expected real numbers")
+        tensor = value.detach().double()
+    else:
+        kind = type(value).__name__
+        try:
+            array = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where} as a {kind} of unequal parts; expected real numbers") from error
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"{where} as a {kind} of {array.dtype}; expected real numbers")
+        tensor = torch.from_numpy(array.astype(np.float64))
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{where} with values that are not finite")
+    if not key.endswith("running_mean") and (tensor < 0).any():
+        raise InputError(f"{where} with negative values")
+    return tensor
 
 
 def _merged(
-    name: str, layer: _BatchNorm, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
+    name: str, layer: _BatchNorm, states: Sequence[Mapping[str, Any]], weights: Sequence[float] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, var, batches) of a layer over all models, in float64."""
     prefix = f"{name}." if name else ""
 
-    def stack(key: str) -> Tensor:
+    assert layer.running_mean is not None
+    device = layer.running_mean.device
+
+    def stack(key: str, like: Tensor) -> Tensor:
+        found = []
         for i, state in enumerate(states):
             if prefix + key not in state:
-                raise InputError(f"average_statistics: model {i} has no {prefix + key}")
-            value = state[prefix + key]
-            if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized:
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise InputError(f"average_statistics: model {i} has {prefix + key} as {kind}; expected real numbers")
-        found = [state[prefix + key].double() for state in states]
-        if any(value.shape != found[0].shape for value in found):
-            raise InputError(f"average_statistics: {prefix + key} has shapes {[tuple(v.shape) for v in found]}")
+                advice = "; give weights=" if key == "num_batches_tracked" else ""
+                raise InputError(f"average_statistics: model {i} has no {prefix + key}{advice}")
+            found.append(_numbers(state[prefix + key], i, prefix + key).to(device))
+        shapes = [tuple(value.shape) for value in found]
+        if len(set(shapes)) > 1:
+            raise InputError(f"average_statistics: {prefix + key} has shapes {shapes}, by model; expected one shape")
+        if shapes[0] != tuple(like.shape):
+            raise InputError(
+                f"average_statistics: {prefix + key}: layer {name!r} has {layer.num_features} channels and statistics "
+                f"of shape {tuple(like.shape)}, got {shapes[0]}"
+            )
         return torch.stack(found)
 
-    means, variances = stack("running_mean"), stack("running_var")
-    assert layer.running_mean is not None
-    if means.shape[1:] != layer.running_mean.shape:
-        raise InputError(
-            f"average_statistics: layer {name!r} has {layer.num_features} channels and statistics of shape "
-            f"{tuple(layer.running_mean.shape)}, got {tuple(means.shape[1:])}"
-        )
-    counts = stack("num_batches_tracked") if weights is None else means.new_tensor(weights)
+    assert layer.running_var is not None
+    means, variances = stack("running_mean", layer.running_mean), stack("running_var", layer.running_var)
+    tracked = layer.num_batches_tracked
+    if weights is not None:
+        counts = means.new_tensor(weights)
+    elif tracked is None:
+        raise InputError(f"average_statistics: layer {name!r} does not count its batches; give weights=")
+    else:
+        counts = stack("num_batches_tracked", tracked)
     if counts.sum() <= 0:
         raise InputError(f"average_statistics: layer {name!r} has tracked no batch in any model; give weights=")
     total = counts.sum(0)  # a domain or time step that none has tracked is the same in all

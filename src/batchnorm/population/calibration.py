@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -12,6 +12,11 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from batchnorm import data
+from batchnorm.data.measuring import checked_columns
+from batchnorm.data.reading import check_batch_size
+from batchnorm.data.sources import Local, is_dataset, source_of
+from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import InputError
 from batchnorm.population.feeding import eager, feed, progress_bar, read_batches
 from batchnorm.population.measuring import (
@@ -23,19 +28,23 @@ from batchnorm.population.measuring import (
     is_by_step,
     keeps_biased,
 )
+from batchnorm.population.partitions import float_dtype, measure_partitions
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
 def calibrate(
     net: Net,
-    batches: Iterable[Any],
+    batches: Any,
     *,
     method: Method = "pooled",
     forward: Callable[[Net, Any], Any] | None = None,
     samples: int | None = None,
     progress: bool = False,
     process_group: dist.ProcessGroup | Literal["world"] | None = None,
+    batch_size: int | None = None,
+    columns: Sequence[str] | None = None,
+    timeout: float = TIMEOUT,
 ) -> Net:
     """Replace the running statistics of every batch-norm layer by exact ones, measured on data.
 
@@ -63,7 +72,10 @@ def calibrate(
     Arguments:
         net: any network with batch-norm layers (torch's, SyncBatchNorm included, or ours).
         batches: an iterable of what the network takes; a tensor is one batch. `"sequential"` needs
-            one that can be read again, such as a list or a DataLoader.
+            one that can be read again, such as a list or a DataLoader. Or a data set: files (.npy, Parquet,
+            Arrow), arrays and tables, which are read in bounded memory; or one of Ray, Spark or Dask, which its
+            workers measure where it lies. The batches are then the next `batch_size` rows of the data set in its
+            order, so the result is that of one process up to rounding, however the data are cut.
         forward: called as `forward(net, batch)` to run the network on a batch. By default a tuple
             or list feeds its first element, a dict the entries that `net.forward` has names for
             (so labels are ignored), and tensors are moved to the network's device.
@@ -74,6 +86,10 @@ def calibrate(
         process_group: `"world"` or a group of torch.distributed, every rank of which calls this
             with its part of the data: all parts are merged, and every rank gets the same bits. A
             rank may have no data, and an error on one is an error on all. None: this process.
+        batch_size: rows of a batch of a data set; needed for one, and for nothing else.
+        columns: of a data set, by default all. Columns of numbers are the features (N, C); a single column of arrays
+            is (N, ...); columns of arrays beside others are a dict.
+        timeout: seconds to wait for Ray, Spark or Dask.
 
     Returns:
         The network, its statistics replaced and all else (modes, hooks, momentum) as it was.
@@ -100,6 +116,27 @@ def calibrate(
     layers = _layers_with_statistics(net)
     if isinstance(batches, Tensor):
         batches = [batches]
+    if is_dataset(batches):
+        check_batch_size("calibrate", batch_size)
+        assert batch_size is not None
+        source = source_of(batches, "calibrate")
+        if not isinstance(source, Local):
+            if samples is not None or process_group is not None:
+                raise InputError("calibrate: got samples= or process_group= for a data set that an engine reads whole")
+            estimates = measure_partitions(
+                net,
+                layers,
+                source,
+                method=method,
+                forward=forward,
+                batch_size=batch_size,
+                columns=checked_columns("calibrate", columns),
+                timeout=check_timeout("calibrate", timeout),
+            )
+            return _replace(net, layers, estimates, method)
+        batches = data.batches(batches, batch_size=batch_size, columns=columns, dtype=float_dtype(net))
+    elif batch_size is not None or columns is not None:
+        raise InputError("calibrate: got batch_size= or columns= for batches, which are cut already")
     if isinstance(batches, Mapping):
         raise InputError("calibrate: got one dict for batches; expected an iterable, such as [dict]")
     if method == "sequential" and len(layers) > 1 and iter(batches) is batches:
@@ -126,7 +163,12 @@ def calibrate(
             )
 
         estimates = _one_by_one(measurement, measure) if method == "sequential" else measure()
-        new = {name: e.statistics(name, method, keeps_biased(layers[name])) for name, e in estimates.items()}
+    return _replace(net, layers, estimates, method)
+
+
+def _replace(net: Net, layers: dict[str, _BatchNorm], estimates: dict[str, Estimate], method: Method) -> Net:
+    """Give the layers the statistics that were measured."""
+    new = {name: e.statistics(name, method, keeps_biased(layers[name])) for name, e in estimates.items()}
     if not new:
         raise InputError("calibrate: the batches reached no batch-norm layer of the network")
     _warn("were not reached by the batches", [name for name in layers if name not in new])
@@ -158,7 +200,7 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
 
 def _warn(what: str, names: list[str]) -> None:
     if names:
-        warnings.warn(f"calibrate: layers {names} {what} and are left alone", stacklevel=3)
+        warnings.warn(f"calibrate: layers {names} {what} and are left alone", stacklevel=4)
 
 
 def _over_ranks(

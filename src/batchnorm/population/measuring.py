@@ -237,6 +237,12 @@ class Measurement:
             self._tracked[name] = layer.num_batches_tracked
             layer.num_batches_tracked = torch.as_tensor(self._estimates[name].uses).flatten()
 
+    def finish_all(self, measured: dict[str, Estimate]) -> None:
+        """`finish` with what earlier passes have measured, for a pass in another process."""
+        self._estimates = dict(measured)
+        for name, estimate in measured.items():
+            self.finish(name, *estimate.statistics(name, "sequential", self.keeps_biased(name)))
+
     def keeps_biased(self, name: str) -> bool:
         return keeps_biased(self._layers[name])
 

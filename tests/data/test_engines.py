@@ -1,0 +1,55 @@
+"""Moments and calibration by Ray, Spark and Dask, each in one local session; what is checked is in engine_checks.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+EVERY = ("moments", "standardize", "many_partitions", "refusals", "strings", "calibrate", "limit")
+
+
+def run(engine, *checks):
+    for package in (engine, "pyarrow", "pandas"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), *sys.path])),
+        "PYTHONWARNINGS": "ignore",
+        "PYSPARK_PYTHON": sys.executable,
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    script = "ENGINE".replace("ENGINE", {"pyspark": "spark"}.get(engine, engine))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine_checks.py"), script, *checks],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_ray():
+    run("ray", *EVERY, "retries", "aggregation", "blocks_that_differ")
+
+
+@pytest.mark.slow
+def test_spark():
+    if shutil.which("java") is None and not os.environ.get("JAVA_HOME"):
+        pytest.skip("Spark needs a Java runtime, and there is none (Debian: default-jre-headless)")
+    run("pyspark", *EVERY, "retries")
+
+
+def test_dask():
+    run("dask", *EVERY)
