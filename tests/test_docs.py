@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 VERBS = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-RUN = [ROOT / "README.md", ROOT / "docs" / "pools.md", *VERBS]
+RUN = [ROOT / "README.md", ROOT / "docs" / "federated.md", ROOT / "docs" / "pools.md", *VERBS]
 
 
 def blocks(page: Path) -> list[str]:
