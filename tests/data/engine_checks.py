@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -245,6 +246,23 @@ def check_blocks_that_differ(engine):
         moments(ray.data.from_blocks([pa.Table.from_pandas(first), pa.Table.from_pandas(other)]))
     with pytest.raises(DataError, match="'b'"):
         moments(ray.data.from_blocks([pa.Table.from_pandas(first), pa.Table.from_pandas(first.drop(columns="b"))]))
+
+
+def check_page(engine):
+    """The blocks of docs/machines.md for this engine."""
+    page = (Path(__file__).parents[2] / "docs" / "machines.md").read_text(encoding="utf-8")
+    sections = {part.partition("\n")[0]: part for part in page.split("\n## ")}
+    title = type(engine).__name__
+    space = {"spark": getattr(engine, "session", None)}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for section in ("Files larger than memory", title, "Any other engine"):
+            for block in re.findall(r"^```python\n(.*?)^```$", sections[section], re.MULTILINE | re.DOTALL):
+                exec(compile(block, section, "exec"), space)
+        os.chdir("/")
+    x = space["x"]
+    assert space["layer"].mean.tolist() == pytest.approx(x.mean(0).tolist(), rel=1e-12)
+    assert space["net"][1].num_batches_tracked == 40
 
 
 if __name__ == "__main__":

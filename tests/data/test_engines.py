@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-EVERY = ("moments", "standardize", "many_partitions", "refusals", "strings", "calibrate", "limit")
+EVERY = ("moments", "standardize", "many_partitions", "refusals", "strings", "calibrate", "page", "limit")
 
 
 def run(engine, *checks):
@@ -28,9 +28,9 @@ def run(engine, *checks):
         "RAY_DISABLE_IMPORT_WARNING": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    script = "ENGINE".replace("ENGINE", {"pyspark": "spark"}.get(engine, engine))
+    name = engine.removeprefix("py")
     done = subprocess.run(
-        [sys.executable, str(HERE / "engine_checks.py"), script, *checks],
+        [sys.executable, str(HERE / "engine_checks.py"), name, *checks],
         env=environment,
         capture_output=True,
         text=True,
