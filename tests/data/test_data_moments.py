@@ -21,6 +21,7 @@ from batchnorm.moments import Moments
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+feather = pytest.importorskip("pyarrow.feather", reason="pyarrow is not installed")
 
 
 def draw(rows, features, seed=0):
@@ -274,7 +275,7 @@ class TestFiles:
             writer.write_table(table(x), max_chunksize=777)
         with pa.OSFile(str(folder / "s.arrows"), "wb") as file, pa.ipc.new_stream(file, table(x).schema) as writer:
             writer.write_table(table(x))
-        pa.feather.write_feather(table(x), str(folder / "t.feather"))
+        feather.write_feather(table(x), str(folder / "t.feather"))
         return ["c.npy", "f.npy", "t.parquet", "t.arrow", "s.arrows", "t.feather"]
 
     def test_every_kind(self, tmp_path):
