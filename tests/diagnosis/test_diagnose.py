@@ -118,6 +118,47 @@ def test_an_average_of_all_batches_is_not_called_a_moving_one():
     assert "an average over the batches so far" in finding.text
 
 
+def at_two_places(shift, momentum=0.1):
+    torch.manual_seed(0)
+    shared, linear = bn.BatchNorm1d(8, momentum=momentum), nn.Linear
+    net = nn.Sequential(linear(8, 8), shared, nn.ReLU(), linear(8, 8), shared, nn.ReLU(), linear(8, 2))
+    nn.init.constant_(net[3].bias, shift)
+    return net, [torch.randn(64, 8) for _ in range(8)]
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_one_layer_at_places_whose_inputs_differ(momentum):
+    net, data = at_two_places(5.0, momentum)
+    for _ in range(6):
+        for x in data:
+            net(x)
+    found = bn.diagnose(net, data)
+    assert kinds(found)[0] == "several_places"
+    assert not {"unlike_batches", "small_batches", "stale"} & set(kinds(found))
+    assert "`1` is used at 2 places whose inputs differ" in found.findings[0].text
+    assert (found.layers[0].places, found.layers[0].cause) == (2, "several_places")
+    again = bn.diagnose(bn.calibrate(net, data), data)
+    assert kinds(again) == ["several_places"]  # one set of statistics fits neither place, exact or not
+    assert again.layers[0].cause is None
+
+
+def test_one_layer_at_places_whose_inputs_are_alike():
+    net, data = nn.Sequential(*[bn.BatchNorm1d(8)] * 2), [torch.randn(64, 8) for _ in range(8)]
+    for x in data * 6:
+        net(x)
+    found = bn.diagnose(net, data)
+    assert "several_places" not in kinds(found)
+    assert found.layers[0].places == 2
+
+
+def test_sorted_batches_at_several_places_are_both_found():
+    net, data = at_two_places(5.0)
+    data = [x + i for i, x in enumerate(data)]
+    for x in data * 6:
+        net(x)
+    assert {"several_places", "unlike_batches"} <= set(kinds(bn.diagnose(net, data)))
+
+
 @pytest.mark.parametrize("shape", [(), (5, 5)])
 def test_sorted_batches(shape):
     def spread(data):

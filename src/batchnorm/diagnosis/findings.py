@@ -1,8 +1,9 @@
 """Why a network's evaluation differs from its training: what each layer keeps, beside what the data say.
 
 Each cause predicts what the running statistics should be: 0 and 1 if they were never updated, the initial values mixed
-with the data's if seldom, those within batches if batches are not alike, those of training if dropout widens them. The
-cause whose prediction is nearest to what is kept explains it, unless the noise of a moving average would.
+with the data's if seldom, those within batches if batches are not alike (or the inputs of a layer's places in the
+network), those of training if dropout widens them. The cause whose prediction is nearest to what is kept explains it,
+unless the noise of a moving average would.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ class LayerGap:
         effect: how far this layer's running statistics alone move the outputs, in standard deviations of the outputs.
         frozen: whether its running statistics normalize in training, too (`freeze`): then there is no gap.
         cause: the kind of the finding that explains its running statistics, or None where they are right.
+        places: how many times the network uses it on one batch.
+        places_off: how far what arrives at one of these places is from what arrives at all of them, at most: in means
+            or standard deviations, as above; None for one place.
     """
 
     name: str
@@ -103,6 +107,8 @@ class LayerGap:
     effect: float | None
     frozen: bool
     cause: str | None
+    places: int = 1
+    places_off: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ KINDS: dict[str, str] = {
     "young": "too few updates",
     "stale": "statistics of other data, or of earlier weights",
     "noisy_average": "the moving average remembers too few values",
+    "several_places": "one layer at several places whose inputs differ",
     "unlike_batches": "batches that are not alike",
     "dropout": "dropout before batch norm",
     "small_batches": "few values share statistics",
@@ -155,6 +162,7 @@ def compare(
     training = received.training
     assert training is not None
     seen, eps = Statistics.of(training), layer.eps
+    places_off = _places_off(received, eps)
     off: tuple[float | None, float | None] = (None, None)
     arrives = off
     cause = "by_batch" if kept is None or uses_batch_statistics(layer) else None
@@ -167,7 +175,7 @@ def compare(
         if frozen:
             cause = "broken" if kept.are_broken else None
         elif cause is None:
-            cause = _cause(layer, kept, exact, received)
+            cause = _cause(layer, kept, exact, received, (places_off or 0.0) > NOTICEABLE)
     data = exact or seen
     return LayerGap(
         name=name,
@@ -179,16 +187,18 @@ def compare(
         arrives_std_off=arrives[1],
         noise=_noise(received, eps)[0],
         frozen=frozen,
-        unlike=None if received.samples is None else _unlike(received.samples),
+        unlike=_unlike(received),
         wider_in_training=None if exact is None else _wider(seen, exact, eps),
         dead=int((data.var < DEAD * eps).reshape(-1, layer.num_features).all(0).sum()),
         effect=effect,
         cause=cause,
+        places=len(received.places),
+        places_off=places_off,
     )
 
 
-def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Received) -> str | None:
-    """Which of `KINDS` explains what is kept."""
+def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Received, differ: bool) -> str | None:
+    """Which of `KINDS` explains what is kept; ``differ``: whether what arrives at the layer's places does."""
     assert received.training is not None
     if kept.are_broken:
         return "broken"
@@ -198,7 +208,7 @@ def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Rec
     within, seen = Statistics.of(received.training, within=True), Statistics.of(received.training)
     predictions = {
         "untrained": Statistics(torch.zeros_like(within.mean), torch.ones_like(within.var)),
-        "unlike_batches": within,
+        "several_places" if differ else "unlike_batches": _averaged(layer, received) if differ else within,
         "dropout": seen,
     }
     left = _left(layer)
@@ -209,8 +219,21 @@ def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Rec
     if max(errors[nearest]) <= EXPLAINS * error:
         return nearest
     chance = [max(NOTICEABLE, SIGMAS * _remembered(layer) * noise) for noise in _noise(received, layer.eps)]
-    by_chance = (all(map(operator.le, errors[cause], chance)) for cause in ("unlike_batches", "dropout"))
+    chances = {cause: errors[cause] for cause in ("several_places", "unlike_batches", "dropout") if cause in errors}
+    by_chance = (all(map(operator.le, error, chance)) for error in chances.values())
     return "noisy_average" if any(by_chance) else "stale"
+
+
+def _averaged(layer: _BatchNorm, received: Received) -> Statistics:
+    """What a moving average over calls at several places keeps: those after a call count for more by momentum."""
+    momentum = _momentum(layer) or 0.0
+    weights = [(1 - momentum) ** i for i in range(len(received.places))][::-1]
+    each = [Statistics.of(p.training, within=True) for p in received.places if p.training is not None]
+    mean, var = torch.zeros_like(each[0].mean), torch.zeros_like(each[0].var)
+    for weight, statistics in zip(weights, each, strict=True):
+        mean += weight / sum(weights) * statistics.mean
+        var += weight / sum(weights) * statistics.var
+    return Statistics(mean, var, each[0].known)
 
 
 def _remembered(layer: _BatchNorm) -> float:
@@ -237,18 +260,35 @@ def _left(layer: _BatchNorm) -> float | None:
 
 def _noise(received: Received, eps: float) -> tuple[float, float]:
     """Standard deviation over the batches of their means, in those of the values, and of the logarithm of their
-    standard deviations."""
-    means, variances = received.means, received.variances
-    assert means is not None
-    assert variances is not None
-    size = variances.mean + eps
-    of_means = means.variance(unbiased=True).nan_to_num() / size
-    of_logs = variances.variance(unbiased=True).nan_to_num() / (2 * size).square()
-    return math.sqrt(float(of_means.mean())), math.sqrt(float(of_logs.mean()))
+    standard deviations: within each place, the root mean square of all."""
+    of_means, of_logs = [], []
+    for place in received.places:
+        means, variances = place.means, place.variances
+        assert means is not None
+        assert variances is not None
+        size = variances.mean + eps
+        of_means.append(float((means.variance(unbiased=True).nan_to_num() / size).mean()))
+        of_logs.append(float((variances.variance(unbiased=True).nan_to_num() / (2 * size).square()).mean()))
+    return math.sqrt(sum(of_means) / len(of_means)), math.sqrt(sum(of_logs) / len(of_logs))
 
 
-def _unlike(samples: Estimate) -> float | None:
-    """F = (variance between batches) / (variance within) of the means of samples, mean over the channels."""
+def _places_off(received: Received, eps: float) -> float | None:
+    """The largest difference between what arrives at one place and at all; None where there is one place."""
+    if len(received.places) < 2 or received.training is None:
+        return None
+    whole = Statistics.of(received.training)
+    each = [Statistics.of(place.training).error(whole, eps) for place in received.places if place.training is not None]
+    return max(max(error) for error in each)
+
+
+def _unlike(received: Received) -> float | None:
+    """F = (variance between batches) / (variance within) of the means of samples, mean over channels and places."""
+    found = [_unlike_at(place.samples) for place in received.places if place.samples is not None]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _unlike_at(samples: Estimate) -> float | None:
     batches = int(samples.uses)
     if batches < FEWEST_BATCHES or not bool((samples.degrees_within > 0).any()):
         return None
@@ -273,6 +313,8 @@ def findings(layers: list[LayerGap], batches: int, net: nn.Module) -> tuple[Find
             about[layer.cause].append(layer)
         if layer.frozen:
             continue
+        if (layer.places_off or 0.0) > NOTICEABLE and layer.cause != "several_places":
+            about["several_places"].append(layer)
         if _is_unlike(layer, batches) and layer.cause != "unlike_batches":
             about["unlike_batches"].append(layer)
         elif not _is_unlike(layer, batches) and layer.noise > NOISY:
@@ -341,6 +383,14 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
         return (
             f"The running statistics of {of} are as far off as chance makes an average over {remembered}. {off}",
             CALIBRATE + "; in training, a smaller momentum or larger batches",
+        )
+    if kind == "several_places":
+        widest = max(members, key=lambda member: member.places_off or 0.0)
+        return (
+            f"`{widest.name}` is used at {widest.places} places whose inputs differ, by up to {widest.places_off:.2f} "
+            "standard deviations from what arrives at all of them. In training each place is normalized by its own "
+            "statistics, in evaluation all places by one set, which fits none of them.",
+            "give each place a layer of its own; then train on, or " + CALIBRATE,
         )
     if kind == "unlike_batches":
         times = math.sqrt(max(member.unlike or 1.0 for member in members))

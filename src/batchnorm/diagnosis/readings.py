@@ -53,22 +53,44 @@ class Outcome:
 
 
 @dataclass
+class Place:
+    """What one layer received in training at one of the places where the network uses it, by channel.
+
+    Attributes:
+        training: all its values, and within batches.
+        means, variances: of each batch, the variances unbiased; one value a batch.
+        samples: the means of each sample.
+    """
+
+    training: Estimate | None = None
+    means: Moments | None = None
+    variances: Moments | None = None
+    samples: Estimate | None = None
+
+
+@dataclass
 class Received:
     """What one layer received, by channel.
 
     Attributes:
         training, evaluation: all its values in that mode, and within batches.
-        means, variances: of each batch in training, the variances unbiased; one value a batch.
-        samples: the means of each sample in training.
+        places: what it received in training by the order of its calls on one batch.
         values: how many a channel of each batch has in training.
+        calls: on the present batch so far.
     """
 
     training: Estimate | None = None
     evaluation: Estimate | None = None
-    means: Moments | None = None
-    variances: Moments | None = None
-    samples: Estimate | None = None
+    places: list[Place] = field(default_factory=list)
     values: list[int] = field(default_factory=list)
+    calls: int = 0
+
+    def next_place(self) -> Place:
+        """That of the next call on the present batch."""
+        self.calls += 1
+        if self.calls > len(self.places):
+            self.places.append(Place())
+        return self.places[self.calls - 1]
 
 
 @contextlib.contextmanager
@@ -131,6 +153,8 @@ class Readings:
         reference = self.by_batch(batch, self._batchwise)
         self._states["evaluation"].load()
         self._net.train()
+        for received in self.received.values():
+            received.calls = 0
         with self._watched(self._in_training):
             training = self._run(batch, "training")
         outputs = {"training": training, REFERENCE: reference}
@@ -193,14 +217,16 @@ class Readings:
     @staticmethod
     def _in_training(received: Received, layer: _BatchNorm, args: Any, kwargs: Any) -> None:
         batch = _moments(layer, args, kwargs)
-        received.training = _merged(received.training, Estimate.of(batch))
-        received.means = _one_more(received.means, batch.mean, batch.count > 0)
-        received.variances = _one_more(received.variances, batch.variance(unbiased=True), batch.count > 1)
+        place, estimate = received.next_place(), Estimate.of(batch)
+        received.training = _merged(received.training, estimate)
+        place.training = _merged(place.training, estimate)
+        place.means = _one_more(place.means, batch.mean, batch.count > 0)
+        place.variances = _one_more(place.variances, batch.variance(unbiased=True), batch.count > 1)
         received.values.append(int(batch.count.max()))
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, Tensor) and not x.is_nested and x.ndim > 1 and getattr(layer, "pool", None) is None:
             means = functional.measure(x, Pool(1), None, None).mean if x.ndim > 2 else x
-            received.samples = _merged(received.samples, Estimate.of(Moments.of(means)))
+            place.samples = _merged(place.samples, Estimate.of(Moments.of(means)))
 
     @staticmethod
     def _in_evaluation(received: Received, layer: _BatchNorm, args: Any, kwargs: Any) -> None:
