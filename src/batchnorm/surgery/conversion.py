@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn import batch_norm as ours
+from batchnorm.surgery import sample_fit
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.freezing import is_frozen
 from batchnorm.surgery.graph import is_plain, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 
-TARGETS = ("batchnorm", "torch", "sync", "group_norm", "layer_norm")
-SOURCES: dict[str, type[nn.Module]] = {"batch_norm": _BatchNorm, "group_norm": nn.GroupNorm, "layer_norm": nn.LayerNorm}
+TARGETS = ("batchnorm", "torch", "sync", *sample_fit.KINDS)
+SOURCES: dict[str, type[nn.Module]] = {
+    "batch_norm": _BatchNorm,
+    "group_norm": nn.GroupNorm,
+    "layer_norm": nn.LayerNorm,
+    "instance_norm": _InstanceNorm,
+}
 _MEMORY = "_before_conversion"
 _ABSORBED = "_absorbed"
 _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
@@ -29,17 +37,23 @@ _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
 _BY_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
 _ROWS = ("pool", "max_steps", "domains")
 _RENAMED = {"running_var": "running_var_kind"}
-_BY_SAMPLE = {"group_norm": "GroupNorm", "layer_norm": "LayerNorm"}
+_BY_SAMPLE = {"group_norm": "GroupNorm", "layer_norm": "LayerNorm", "instance_norm": "InstanceNorm"}
+_INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+_AGREES = 1e-4
 
 
 @dataclass(frozen=True)
 class Original:
-    """A layer's class, own attributes, names of buffers and shapes of parameters before it was converted."""
+    """A layer's class, own attributes, names of buffers and shapes of parameters before it was converted.
+
+    ``values`` holds what the conversion took away or replaced: buffers, and gamma and beta of a fit.
+    """
 
     kind: type[nn.Module]
     attributes: dict[str, Any]
     buffers: frozenset[str]
     shapes: dict[str, torch.Size]
+    values: dict[str, Tensor | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
         return self  # never changed, and a process group in it is a handle
@@ -58,7 +72,14 @@ class Absorbed(nn.Identity):
 
 
 def convert(
-    net: nn.Module, example: Any = None, *, to: str = "batchnorm", of: str = "batch_norm", **options: Any
+    net: nn.Module,
+    example: Any = None,
+    *,
+    to: str = "batchnorm",
+    of: str = "batch_norm",
+    fit: Iterable[Any] | None = None,
+    groups: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Give every batch normalization layer of ``net`` the same options, or another class, in place.
 
@@ -73,17 +94,26 @@ def convert(
     ``source="batch"`` and no running statistics, for every size of batch, in training and in evaluation; so is
     ``torch.nn.LayerNorm`` over all axes but the first, of one group, if its gamma and beta are one number a channel.
     ``of="group_norm"`` and ``of="layer_norm"`` convert to that form, ``to="group_norm"`` and ``to="layer_norm"`` from
-    it. Batch normalization that pools over the batch has no such form and is refused.
+    it. So is ``torch.nn.InstanceNorm*d`` (``"instance_norm"``), of one group a channel. Batch normalization that pools
+    over the batch has no such form, and is refused without ``fit``.
+
+    With ``fit``, batches as for `calibrate`, such layers get the normalization of samples whose gamma and beta make
+    their outputs agree best (least squares, layer by layer) with the batch normalization's in evaluation. That is
+    another function: the difference of the network's outputs on these batches is measured and told in a warning.
+    ``revert`` gives the old gamma, beta and statistics back.
 
     Args:
         net: the network; it is changed and returned.
         example: an input; needed to know the axes of ``SyncBatchNorm``'s, ``GroupNorm``'s and ``LayerNorm``'s inputs.
             Where it is given and no option is, the network's output on it in evaluation mode has to stay the same.
         to: ``"batchnorm"`` (this package's layers), ``"torch"`` (``torch.nn.BatchNorm*d``; an option of ours that
-            torch lacks is refused), ``"sync"`` (``torch.nn.SyncBatchNorm``), ``"group_norm"`` or ``"layer_norm"``
-            (of layers that normalize each sample by itself).
-        of: which layers are converted: ``"batch_norm"``, or ``"group_norm"`` or ``"layer_norm"`` (to ``"batchnorm"``
-            alone, without options). A ``LayerNorm`` over (C, *space) gets new parameters of shape (C,).
+            torch lacks is refused), ``"sync"`` (``torch.nn.SyncBatchNorm``), ``"group_norm"``, ``"layer_norm"`` or
+            ``"instance_norm"`` (of layers that normalize each sample by itself, or with ``fit``).
+        of: which layers are converted: ``"batch_norm"``, or ``"group_norm"``, ``"layer_norm"`` or ``"instance_norm"``
+            (to ``"batchnorm"`` alone, without options). A ``LayerNorm`` over (C, *space) gets new parameters of shape
+            (C,).
+        fit: batches to fit on; two passes over them for each layer.
+        groups: of GroupNorm, with ``fit``; by default 32, or the largest number that divides 32 and the channels.
         options: for ``"batchnorm"``: eps, momentum, decay, and what our layers take beyond torch's, as
             ``nonfinite="skip"``.
 
@@ -104,6 +134,10 @@ def convert(
             raise InputError(f"convert: {name} is {value!r}, expected one of {', '.join(known)}")
     if of != "batch_norm" and (to != "batchnorm" or options):
         raise InputError(f"convert: of={of!r} goes with to='batchnorm' and no options; give those in a second call")
+    if (fit is not None or groups is not None) and (to not in _BY_SAMPLE or of != "batch_norm"):
+        raise InputError(
+            f"convert: fit and groups go with to={', '.join(map(repr, _BY_SAMPLE))} of batch normalization"
+        )
     values = _checked_options(to, options)
     layers = {n: m for n, m in root.named_modules() if isinstance(m, SOURCES[of])}
     if not layers:
@@ -113,20 +147,23 @@ def convert(
     given = None if example is None else Example.of(example)
     seen = {} if given is None else _shapes(root, given, SOURCES[of])
     targets = {name: _target(layer, to, seen.get(id(layer), set()), values) for name, layer in layers.items()}
+    fitted = None if fit is None else _fitted(root, layers, targets, to, fit, groups)
     reasons = [f"'{name}' {target}" for name, target in targets.items() if isinstance(target, str)]
     if reasons:
         raise SurgeryError(f"convert: {'; '.join(reasons)}. Nothing was changed.")
     steps = []
     for name, target in targets.items():
         assert not isinstance(target, str)
-        if of != "batch_norm":
+        if fitted is not None and name in fitted.affine:
+            do = _to_sample(layers[name], target, fitted.kinds[name][1], fitted.affine[name])
+        elif of != "batch_norm":
             do = _from_sample(layers[name], target)
         elif to in _BY_SAMPLE:
             do = _to_sample(layers[name], target)
         else:
             do = becoming(layers[name], target, _with_group(name, layers[name], target, values))
         steps.append(Step(f"{name}: {target.__name__}", do))
-    before = copy_of(root).eval() if given is not None and not values else None
+    before = copy_of(root).eval() if given is not None and not values and fitted is None else None
 
     def verify() -> None:
         if before is not None and given is not None:
@@ -135,7 +172,51 @@ def convert(
                     raise SurgeryError(f"convert: {d.output} differs by {d.relative:.1e}; nothing was changed")
 
     Plan(root, steps, verify).apply()
+    if fitted is not None and not fitted.difference <= _AGREES:
+        warnings.warn(
+            "convert: normalization of samples is another function: on the batches of fit the network's outputs differ "
+            f"from those of batch normalization in evaluation by {fitted.difference:.2g} of their standard deviation. "
+            "Train on; revert gives batch normalization back",
+            stacklevel=2,
+        )
     return net
+
+
+def _fitted(
+    net: nn.Module,
+    layers: dict[str, Any],
+    targets: dict[str, type[nn.Module] | str],
+    to: str,
+    fit: Iterable[Any],
+    groups: int | None,
+) -> sample_fit.SampleFit | None:
+    """Fits for the layers that have no equal; puts the classes, or why there is none, into ``targets``."""
+    chosen = {}
+    for name, target in targets.items():
+        if isinstance(target, str):
+            reason = refusal(layers[name]) or _unlike_evaluation(layers[name])
+            targets[name] = reason or target
+            if reason is None:
+                chosen[name] = layers[name]
+    if not chosen or any(isinstance(target, str) for name, target in targets.items() if name not in chosen):
+        return None
+    found = sample_fit.fit_samples(net, chosen, to, fit, groups)
+    targets.update({name: kind for name, (kind, _) in found.kinds.items()})
+    return found
+
+
+def _unlike_evaluation(layer: _BatchNorm) -> str | None:
+    """Why there are no running statistics to fit to, or more than normalization by them; None where it can be done."""
+    if layer.running_mean is None:
+        return "keeps no running statistics whose output a fit could aim at"
+    if not isinstance(layer, ours._BatchNorm):
+        return None
+    if layer.source == "batch":
+        return "normalizes by the batch in evaluation, too; a fit aims at running statistics"
+    for option in ("activation", "domains", "max_steps", "pool", "example_weight"):
+        if getattr(layer, option, None):
+            return f"has {option}={getattr(layer, option)!r}, which torch.nn's layers lack"
+    return None
 
 
 def revert(net: nn.Module) -> nn.Module:
@@ -218,12 +299,27 @@ def _from_sample(layer: Any, kind: type[nn.Module]) -> Callable[[], None]:
     return do
 
 
-def _to_sample(layer: Any, kind: type[nn.Module]) -> Callable[[], None]:
-    """The way back from `_from_sample`."""
-    groups, channels = layer.channel_groups or layer.num_features, layer.num_features
+def _to_sample(
+    layer: Any, kind: type[nn.Module], groups: int | None = None, affine_to: tuple[Tensor, Tensor] | None = None
+) -> Callable[[], None]:
+    """The way back from `_from_sample`; with the groups, gamma and beta of a fit."""
+    channels = layer.num_features
+    groups = groups or getattr(layer, "channel_groups", 0) or channels
 
     def do() -> None:
         _remember(layer)
+        values = layer.__dict__[_MEMORY].values
+        values.update({name: value for name, value in layer._buffers.items() if value is not None})
+        if affine_to is not None:
+            like = layer.running_mean
+            for name, value in zip(("weight", "bias"), affine_to, strict=True):
+                parameter = layer._parameters.get(name)
+                values[name] = None if parameter is None else parameter.detach().clone()
+                if parameter is None:
+                    layer._parameters[name] = nn.Parameter(value.to(like.device, like.dtype))
+                else:
+                    with torch.no_grad():
+                        parameter.copy_(value)
         eps, affine = layer.eps, layer.weight is not None
         for name in (*_own(layer), "_accumulator"):
             layer.__dict__.pop(name, None)
@@ -232,6 +328,9 @@ def _to_sample(layer: Any, kind: type[nn.Module]) -> Callable[[], None]:
         layer.__dict__["eps"] = eps
         if kind is nn.GroupNorm:
             layer.__dict__.update(num_groups=groups, num_channels=channels, affine=affine)
+        elif issubclass(kind, _InstanceNorm):
+            layer.__dict__.update(num_features=channels, momentum=0.1, affine=affine, track_running_stats=False)
+            layer._buffers.update(dict.fromkeys(("running_mean", "running_var", "num_batches_tracked")))
         else:
             layer.__dict__.update(normalized_shape=(channels,), elementwise_affine=affine)
 
@@ -242,13 +341,15 @@ def _groups(layer: Any) -> tuple[int, int]:
     """Groups of channels that share statistics, and channels."""
     if isinstance(layer, nn.GroupNorm):
         return layer.num_groups, layer.num_channels
+    if isinstance(layer, _InstanceNorm):
+        return layer.num_features, layer.num_features
     return 1, layer.normalized_shape[0]
 
 
 def _of_sample(layer: Any, shapes: set[tuple[int, ...]]) -> type[nn.Module] | str:
     """Our class for a GroupNorm or LayerNorm on inputs of these shapes, or why there is none."""
     kind = type(layer)
-    if kind not in (nn.GroupNorm, nn.LayerNorm) or not is_plain(layer):
+    if kind not in (nn.GroupNorm, nn.LayerNorm, *_INSTANCE_NORMS.values()) or not is_plain(layer):
         return f"is a {kind.__qualname__}, which may do more than torch.nn's"
     ranks = {len(shape) for shape in shapes}
     if len(ranks) != 1:
@@ -256,6 +357,11 @@ def _of_sample(layer: Any, shapes: set[tuple[int, ...]]) -> type[nn.Module] | st
     (axes,) = ranks
     if axes not in _BY_AXES:
         return f"normalizes inputs with {axes} axes, which no layer for (N, C, *space) takes"
+    if isinstance(layer, _InstanceNorm):
+        if layer.track_running_stats:
+            return "keeps running statistics of samples, which no layer here does"
+        if type(layer) is not _INSTANCE_NORMS.get(axes):
+            return f"normalizes an input with {axes} axes, one sample without its batch; give a batch"
     if kind is nn.LayerNorm:
         if axes != len(layer.normalized_shape) + 1:
             return (
@@ -273,9 +379,16 @@ def _by_sample(layer: _BatchNorm, to: str, shapes: set[tuple[int, ...]]) -> type
     """GroupNorm or LayerNorm for a layer that normalizes each sample by itself; for others, why there is none."""
     name = _BY_SAMPLE[to]
     if not isinstance(layer, ours._BatchNorm) or layer.ghost_size != 1:
-        return f"stays: {name} pools over a sample, batch normalization over the batch: no {name} computes the same"
-    if layer.running_mean is not None or layer.running_var is not None:
-        return f"keeps running statistics, which {name} lacks; construct it with track_running_stats=False"
+        return (
+            f"stays: {name} pools over a sample, batch normalization over the batch: no {name} computes the same; "
+            "fit=batches gives the one that agrees best"
+        )
+    unused = layer.source == "batch" and layer.update == "never"
+    if not unused and (layer.running_mean is not None or layer.running_var is not None):
+        return (
+            f"keeps running statistics, which {name} lacks; convert it to source='batch', update='never' first, or "
+            "construct it with track_running_stats=False"
+        )
     if type(layer) not in ours.BY_RANK.values():
         return f"is a {type(layer).__qualname__}, which takes other inputs than {name}"
     allowed = {"ghost_size", "ghost_update", "channel_groups", "source", "update", "negative_slope"}
@@ -285,6 +398,13 @@ def _by_sample(layer: _BatchNorm, to: str, shapes: set[tuple[int, ...]]) -> type
     if to == "group_norm":
         return nn.GroupNorm
     groups = layer.channel_groups or layer.num_features
+    if to == "instance_norm":
+        (axes,) = {len(shape) for shape in shapes} if len({len(shape) for shape in shapes}) == 1 else (0,)
+        if groups != layer.num_features:
+            return f"normalizes {groups} groups of channels, InstanceNorm each channel; to='group_norm' has them"
+        if axes not in _INSTANCE_NORMS:
+            return "is InstanceNorm for inputs (N, C, *space) alone, which an example has to show"
+        return _INSTANCE_NORMS[axes]
     if groups > 1:
         return f"normalizes {groups} groups of channels, LayerNorm one; to='group_norm' has them"
     if {len(shape) for shape in shapes} != {2}:
@@ -440,8 +560,17 @@ def _restoring(layer: nn.Module) -> Callable[[], None]:
         for name in layer._buffers.keys() - original.buffers:
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        for name in original.buffers - layer._buffers.keys():
-            layer.register_buffer(name, None)
+        for name in original.buffers:
+            if layer._buffers.get(name) is None:
+                value = original.values.get(name)
+                layer.register_buffer(name, None if value is None else value.clone())
+        for name in original.values.keys() & {"weight", "bias"}:
+            value, parameter = original.values[name], layer._parameters[name]
+            if value is None:
+                layer._parameters[name] = None
+            elif parameter is not None:
+                with torch.no_grad():
+                    parameter.copy_(value)
 
     return do
 
