@@ -48,6 +48,7 @@ _PUBLIC = {
     "restore": "batchnorm.population.adaptation",
     "revert": "batchnorm.surgery.conversion",
     "save_keras": "batchnorm.population.checkpoints",
+    "save_statistics": "batchnorm.population.checkpoints",
     "set_mode": "batchnorm.nn.modes",
     "show_config": "batchnorm.ops.configuration",
     "standardize": "batchnorm.nn.standardization",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from batchnorm.population.checkpoints import load_statistics as load_statistics
     from batchnorm.population.checkpoints import read_statistics as read_statistics
     from batchnorm.population.checkpoints import save_keras as save_keras
+    from batchnorm.population.checkpoints import save_statistics as save_statistics
     from batchnorm.population.checkpoints import to_flax as to_flax
     from batchnorm.population.checkpoints import to_keras as to_keras
     from batchnorm.population.weighing import tune_example_weight as tune_example_weight

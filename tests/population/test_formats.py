@@ -403,3 +403,89 @@ def test_bfloat16_of_flax(tmp_path: Path):
     bn.load_flax(net, unpacked("flax.bfloat16.msgpack", tmp_path))
     assert all(torch.equal(v.bfloat16().float(), v) for v in (net[0].weight, net[2].bias))
     assert (net[0].bias != 0).all()
+
+
+# Writing
+
+
+WRITTEN = {
+    "keras3.sequential.weights.h5": "keras3",
+    "keras2.by_name.h5": "keras2",
+    "flax.linen.msgpack": "flax",
+    "flax.nnx.msgpack": "nnx",
+    "paddle.images.pdparams": "paddle",
+    "mindspore.images.ckpt": "mindspore",
+    "mindspore.flat.safetensors": "mindspore",
+    "mlx.safetensors": "mlx",
+    "mlx.npz": "mlx",
+    "tinygrad.safetensors": "tinygrad",
+    "chainer.npz": "chainer",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_is_what_the_framework_wrote(name: str, tmp_path: Path):
+    """The same layers under the same names, with the same vectors: in each file of ours and of theirs."""
+    real, framework = unpacked(name, tmp_path), WRITTEN[name]
+    first, second = (f.name for f in bn.read_statistics(real, framework).layers)
+    net = network(expected(name)["target"].ndim)
+    layers = {"0": first, "2": second}
+    bn.load_statistics(net, real, framework, layers)
+    ours = tmp_path / f"ours.{name.partition('.')[2]}"
+    bn.save_statistics(net, ours, framework, layers)
+    theirs, written = bn.read_statistics(real, framework), bn.read_statistics(ours, framework)
+    assert [f.name for f in written.layers] == [f.name for f in theirs.layers]
+    for a, b in zip(written.layers, theirs.layers, strict=True):
+        for key in ("gamma", "beta", "mean", "var"):
+            np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
+    assert bn.read_statistics(ours).framework in (framework, "keras3" if framework == "keras2" else "torch")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, ours.name])
+
+
+def test_files_that_cannot_be_written(tmp_path: Path):
+    net = network(2)
+    for name, framework, reason in (
+        ("a.safetensors", None, "does not tell whose file"),
+        ("a.pt", "mlx", "end in .safetensors"),
+        ("a.npz", "haiku", "has no file that is written"),
+        ("a.npz", "cntk", "expected one of"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            bn.save_statistics(net, tmp_path / name, framework)
+    with pytest.raises(InputError, match="one name there"):
+        bn.save_statistics(net, tmp_path / "a.npz", "chainer", {"0": "bn", "2": "bn"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_converts_and_summarizes(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    from batchnorm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "foreign_nets.py").write_text(
+        "from torch import nn\nnet = lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))\n"
+    )
+    unpacked("keras3.legacy.h5", tmp_path)
+    assert main(["convert", "--from", "keras3.legacy.h5", "--network", "foreign_nets:net", "--to", "n.pdparams"]) == 0
+    assert "Keras 3 (.h5 model of Keras 3.15.1): 2 batch normalizations" in capsys.readouterr().out
+    assert main(["summary", "n.pdparams"]) == 0
+    shown = capsys.readouterr().out
+    assert "n.pdparams: PaddlePaddle, pickle of arrays" in shown
+    assert "goes on alike" in shown
+    assert main(["convert", "--from", "n.pdparams", "--network", "foreign_nets:net", "--to", "n.safetensors"]) == 0
+    assert main(["summary", "n.safetensors", "--json"]) == 0
+    assert '"framework": "torch"' in capsys.readouterr().out
+    for options in (["--to", "n.safetensors"], ["--network", "foreign_nets:net"]):
+        assert main(["convert", "--from", "n.pdparams", *options]) == 2
+
+
+def test_the_page_is_the_table_that_the_code_uses():
+    import importlib.util
+
+    script = DATA.parent.parent.parent / "docs" / "scripts" / "frameworks.py"
+    spec = importlib.util.spec_from_file_location("frameworks", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.render()

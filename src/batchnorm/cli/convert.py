@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build_with_example, save
+from batchnorm.cli.networks import build, build_with_example, save
+from batchnorm.errors import InputError
 
 EXAMPLES = """**Examples**
 
 `batchnorm convert --network mymodels:resnet --shape 2,3,32,32 --set nonfinite=skip --out net.safetensors`
 
 `batchnorm convert model.pt2 --set example_weight=0.02 --out weighed.pt2`
+
+`batchnorm convert --from model.keras --network mymodels:resnet --to resnet.safetensors`
+
+`batchnorm convert --from model.pdparams --network mymodels:resnet --to resnet.weights.h5`
 """
+
+OptionalOut = Annotated[
+    Path | None,
+    typer.Option(help="The file to write: weights (.safetensors) or the network (.pt2, .onnx); a file's own kind."),
+]
 
 
 def convert(
-    out: options.NetworkOut,
+    out: OptionalOut = None,
     file: options.Archive = None,
     network: options.FactoryOrFile = None,
     shape: options.Shape = None,
     weights: options.Weights = None,
     to: Annotated[
         str,
-        typer.Option(help="batchnorm, torch, sync, or, of layers that normalize each sample, group_norm, layer_norm."),
+        typer.Option(
+            help="batchnorm, torch, sync, or, of layers that normalize each sample, group_norm, layer_norm; "
+            "with --from the file to write."
+        ),
     ] = "batchnorm",
     of: Annotated[str, typer.Option(help="Which layers: batch_norm, group_norm or layer_norm.")] = "batch_norm",
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="An option of every layer, NAME=VALUE; may be repeated.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="A file that another framework wrote, to load into the network; --to then names"
+            " the file to write: the network's weights (.safetensors), or another framework's file.",
+        ),
+    ] = None,
+    framework: Annotated[
+        str | None, typer.Option(help="With --from: whose file --to is, where its name does not tell, as in mlx.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layer", help="With --from: OURS=THEIRS, names of one layer; may be repeated."),
     ] = None,
 ) -> None:
     """Give every batch norm layer the same options or class, check the network, and write its weights.
@@ -37,6 +66,11 @@ def convert(
     Without --set the network's output has to stay the same. Of an archive the options count that matter in evaluation.
     """
     values = dict(options.assignment(text) for text in assignments or ())
+    if source is not None:
+        _foreign(source, network, shape, weights, out or Path(to), framework, layers)
+        return
+    if out is None:
+        raise InputError("convert: --out, the file to write, is missing.")
     if options.is_file("convert", file, (".pt2",), network, shape, weights, out):
         from batchnorm.surgery.files import convert_archive, save_archive
 
@@ -50,6 +84,35 @@ def convert(
     convert_all(net, example, to=to, of=of, **values)
     save(net, out, example)
     typer.echo(str(net))
+
+
+def _foreign(
+    source: Path,
+    network: str | None,
+    shape: str | None,
+    weights: Path | None,
+    out: Path,
+    framework: str | None,
+    layers: list[str] | None,
+) -> None:
+    """Another framework's file into the network, and its weights, or a third framework's file, out."""
+    from batchnorm import load_statistics, save_statistics
+
+    if network is None:
+        raise InputError("convert: --from needs --network, whose batch normalizations the file is loaded into.")
+    if out.suffix == "":
+        raise InputError(f"convert: --to {out}: with --from it names a file, as in net.safetensors or net.weights.h5.")
+    sizes = () if shape is None else tuple(options.sizes_of("--shape", shape)[1:])
+    net = build(network, sizes, None, weights)
+    pairs = [text.partition("=") for text in layers or ()]
+    if bad := [text for text, (_, equals, _) in zip(layers or (), pairs, strict=True) if not equals]:
+        raise InputError(f"convert: --layer {bad[0]}: expected OURS=THEIRS.")
+    typer.echo(str(load_statistics(net, source, layers={a: b for a, _, b in pairs} or None)))
+    if framework is None and out.suffix == ".safetensors":
+        save(net, out)
+    else:
+        save_statistics(net, out, framework)
+        typer.echo(f"Written: {out}")
 
 
 def register(app: typer.Typer) -> None:

@@ -11,17 +11,22 @@ import typer
 
 from batchnorm.cli import options
 from batchnorm.cli.networks import build_with_example, write
+from batchnorm.errors import InputError
 
 EXAMPLES = """**Examples**
 
 `batchnorm summary --network mymodels:resnet --shape 2,3,32,32 --html layers.html`
 
 `batchnorm summary model.pt2 --json`
+
+`batchnorm summary model.keras`
 """
 
 
 def summary(
-    file: options.Archive = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="A torch.export archive (.pt2), or a file that another framework wrote.")
+    ] = None,
     network: options.FactoryOrFile = None,
     shape: options.Shape = None,
     weights: options.Weights = None,
@@ -35,6 +40,9 @@ def summary(
     """
     from batchnorm import summary as summarize
 
+    if file is not None and file.suffix not in (".pt2", ".onnx") and network is None:
+        _foreign(file, html, as_json)
+        return
     if options.is_file("summary", file, (".pt2",), network, shape, weights):
         from batchnorm.surgery.archives import open_archive, quiet
 
@@ -54,6 +62,22 @@ def summary(
         Console().print(found)
     else:
         typer.echo(str(found))
+
+
+def _foreign(file: Path, html: Path | None, as_json: bool) -> None:
+    """The batch normalizations of another framework's file, which needs no network."""
+    from batchnorm import read_statistics
+    from batchnorm.diagnosis.tables import text_table
+    from batchnorm.population.formats.conventions import CONVENTIONS
+
+    if html is not None:
+        raise InputError(f"summary: --html goes with a network or an archive; {file} has a table alone.")
+    found = read_statistics(file)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    typer.echo(f"{file}: {CONVENTIONS[found.framework].title}, {found.kind}")
+    typer.echo("\n".join([*text_table(found.rows()), *found.notes]))
 
 
 def register(app: typer.Typer) -> None:

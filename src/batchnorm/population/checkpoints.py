@@ -6,7 +6,6 @@ executed.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import tempfile
@@ -22,10 +21,8 @@ from torch import nn
 from batchnorm.errors import DataError, InputError
 from batchnorm.nn import modes
 from batchnorm.nn.batch_norm import _BatchNorm
-from batchnorm.population.formats import recognition
+from batchnorm.population.formats import recognition, writing
 from batchnorm.population.formats.conventions import CONVENTIONS
-from batchnorm.population.formats.keras import NAMES as _KERAS_NAMES
-from batchnorm.population.formats.keras import h5py as _h5py
 from batchnorm.population.formats.records import Checkpoint, ForeignBatchNorm
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -382,6 +379,44 @@ def _copy(layer: nn.Module, foreign: ForeignBatchNorm, keeps: bool, decay: float
 # Writing
 
 
+def save_statistics(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    framework: str | None = None,
+    layers: Mapping[str, str] | None = None,
+) -> None:
+    """Write the batch normalizations of ``net`` as a file of another framework.
+
+    The variance is of the kind that the layer keeps (``running_var_kind``); momentum and epsilon are not in such files:
+    pass ``layer.decay`` and ``layer.eps`` to the framework's constructor.
+
+    Args:
+        net: the network.
+        path: of the file; it is written beside and moved.
+        framework: whose file, such as "mlx"; by default the name's end tells it: ``.weights.h5`` (Keras 3), ``.h5``
+            (Keras 2), ``.msgpack`` (Flax linen), ``.pdparams`` (Paddle), ``.ckpt`` (MindSpore). ``.safetensors`` and
+            ``.npz`` need it.
+        layers: our names to theirs; by default ours, and for Keras 3 the paths of a Sequential model.
+
+    Raises:
+        InputError: no batch normalization, names that ``net`` does not have, or a kind of file that is not written.
+        MissingDependencyError: the package that writes such files is not installed.
+    """
+    _save(net, Path(path), framework, layers, "save_statistics")
+
+
+def _save(net: nn.Module, path: Path, framework: str | None, layers: Mapping[str, str] | None, verb: str) -> None:
+    found, names = _ours(net, verb), dict(layers or {})
+    if unknown := names.keys() - {name for name, _ in found}:
+        raise InputError(f"{verb}: the network has no batch normalization {sorted(unknown)}")
+    key = writing.framework_of(path, framework, verb)
+    theirs = writing.default_names([name for name, _ in found], key, names)
+    if len(set(theirs)) < len(theirs):
+        raise InputError(f"{verb}: two layers have one name there: {theirs}")
+    named = [(name, f) for name, (_, f) in zip(theirs, found, strict=True)]
+    _write(path, writing.content(named, key, path, verb))
+
+
 def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
     """The batch normalizations of ``net``, each as the list that Keras' ``layer.set_weights`` takes.
 
@@ -389,11 +424,11 @@ def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
     so (``running_var_kind``), else it is what torch keeps, *unbiased*. Pass ``momentum=layer.decay, epsilon=layer.eps``
     to Keras' constructor.
     """
-    return {name: [a for a in (f.gamma, f.beta, f.mean, f.var) if a is not None] for name, f in _ours(net, "to_keras")}
+    return {name: list(writing.vectors(f).values()) for name, f in _ours(net, "to_keras")}
 
 
 def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[str, str] | None = None) -> None:
-    """Write the batch normalizations of ``net`` as a file of Keras weights.
+    """Write the batch normalizations of ``net`` as a file of Keras weights: `save_statistics` for Keras.
 
     A name that ends in ``.weights.h5`` makes a file for Keras 3, ``model.load_weights(path, skip_mismatch=True)``; any
     other an ``.h5`` for Keras 2, ``load_weights(path, by_name=True)``.
@@ -409,43 +444,7 @@ def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[
         InputError: no batch normalization, or names that ``net`` does not have.
         MissingDependencyError: h5py is not installed.
     """
-    h5py = _h5py("save_keras")
-    names = dict(layers or {})
-    found = _ours(net, "save_keras")
-    if unknown := names.keys() - {name for name, _ in found}:
-        raise InputError(f"save_keras: the network has no batch normalization {sorted(unknown)}")
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
-        if str(path).endswith(".weights.h5"):
-            _write_keras3(file, found, names)
-        else:
-            _write_keras2(file, found, names)
-    _write(Path(path), buffer.getvalue())
-
-
-def _vectors(f: ForeignBatchNorm) -> dict[str, np.ndarray[Any, Any]]:
-    pairs = zip(_KERAS_NAMES, (f.gamma, f.beta, f.mean, f.var), strict=True)
-    return {key: array for key, array in pairs if array is not None}
-
-
-def _write_keras3(file: Any, found: list[tuple[str, ForeignBatchNorm]], names: Mapping[str, str]) -> None:
-    file.create_group("vars")
-    for i, (name, f) in enumerate(found):
-        label = f"batch_normalization_{i}" if i else "batch_normalization"
-        group = file.create_group(names.get(name, f"layers/{label}")).create_group("vars")
-        group.attrs["name"] = label
-        for j, array in enumerate(_vectors(f).values()):
-            group.create_dataset(str(j), data=array)
-
-
-def _write_keras2(file: Any, found: list[tuple[str, ForeignBatchNorm]], names: Mapping[str, str]) -> None:
-    named = [(names.get(name, name) or "batch_normalization", f) for name, f in found]
-    file.attrs["layer_names"] = [name.encode() for name, _ in named]
-    for name, f in named:
-        group = file.create_group(name.replace("/", "_"))
-        group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in _vectors(f)]
-        for key, array in _vectors(f).items():
-            group.create_dataset(f"{name}/{key}:0", data=array)
+    _save(net, Path(path), "keras3" if str(path).endswith(".weights.h5") else "keras2", layers, "save_keras")
 
 
 def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -455,35 +454,27 @@ def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[
     *biased* where the layer keeps it so, else what torch keeps. Flax takes ``momentum=layer.decay,
     epsilon=layer.eps`` in its constructor.
     """
-    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, f in _ours(net, "to_flax"):
-        path = (layers or {}).get(name, name.replace(".", "/") or "BatchNorm_0").split("/")
-        for kind, entries in (
-            ("params", {"scale": f.gamma, "bias": f.beta}),
-            ("batch_stats", {"mean": f.mean, "var": f.var}),
-        ):
-            node = variables[kind]
-            for key in path:
-                node = node.setdefault(key, {})
-            node.update({key: value for key, value in entries.items() if value is not None})
-    return variables
+    found = _ours(net, "to_flax")
+    names = writing.default_names([name for name, _ in found], "flax", layers or {})
+    return writing.tree([(name, f) for name, (_, f) in zip(names, found, strict=True)])
 
 
 def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
     def array(value: Any) -> Any:
         return None if value is None else value.detach().cpu().float().numpy().copy()
 
-    for name, layer in net.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and getattr(layer.running_mean, "ndim", 1) > 1:
+    found = []
+    for name, m in net.named_modules():
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None:
+            continue
+        if m.running_mean.ndim > 1:
             raise InputError(
-                f"{verb}: layer {name!r} keeps {tuple(layer.running_mean.shape)} statistics, those of domains or time "  # type: ignore[union-attr]
+                f"{verb}: layer {name!r} keeps {tuple(m.running_mean.shape)} statistics, those of domains or time "
                 "steps, and other frameworks one set; bn.convert(net, domains=0) keeps those of the domain in use"
             )
-    found = [
-        (name, ForeignBatchNorm(name, array(m.running_mean), array(m.running_var), array(m.weight), array(m.bias)))
-        for name, m in net.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
+        batches = None if m.num_batches_tracked is None else int(m.num_batches_tracked)
+        mean, var, gamma, beta = (array(v) for v in (m.running_mean, m.running_var, m.weight, m.bias))
+        found.append((name, ForeignBatchNorm(name, mean, var, gamma, beta, batches=batches)))
     if not found:
         raise InputError(f"{verb}: the network has no batch normalization with running statistics")
     return found

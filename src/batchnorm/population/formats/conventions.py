@@ -161,7 +161,7 @@ CONVENTIONS: dict[str, Convention] = {
         0.9,
         1e-5,
         "unbiased",
-        "beta",
+        "not seen",
         ".ckpt, .safetensors",
     ),
     "mlx": Convention(
@@ -172,7 +172,7 @@ CONVENTIONS: dict[str, Convention] = {
         0.9,
         1e-5,
         "unbiased",
-        "beta",
+        "an error",
         ".safetensors, .npz",
         keeps_settings=True,
     ),
@@ -197,7 +197,7 @@ CONVENTIONS: dict[str, Convention] = {
         0.9,
         1e-5,
         "unbiased",
-        "NaN in the running variance",
+        "ZeroDivisionError",
         ".safetensors",
         counter="num_batches_tracked",
         keeps_settings=True,
@@ -227,6 +227,48 @@ CONVENTIONS: dict[str, Convention] = {
         keeps_settings=True,
     ),
 }
+
+# Frameworks whose files are not read here; the documentation has them.
+ELSEWHERE: tuple[Convention, ...] = (
+    Convention(
+        "Caffe",
+        "1.0 (BVLC), 2026-11-28",
+        Names("scale layer", "scale layer", "blob 0", "blob 1"),
+        ("moving_average_fraction", "old"),
+        0.999,
+        1e-5,
+        "unbiased",
+        "variance 0, kept",
+        "none; blob 2 divides both (0 means 0)",
+        running="debiased",
+        evidence="source",
+    ),
+    Convention(
+        "Darknet",
+        "61c9d02, 2026-11-28",
+        Names("scales", "biases", "rolling_mean", "rolling_variance"),
+        ("0.99, fixed", "old"),
+        0.99,
+        1e-6,
+        "unbiased",
+        "division by 0",
+        "none; beta, gamma, mean, variance of each layer",
+        eps_place="sqrt(var) + eps",
+        evidence="source",
+    ),
+    Convention(
+        "ONNX",
+        "opset 15, onnx 1.23.2, 2026-11-28",
+        Names("scale", "B", "input_mean", "input_var"),
+        ("momentum", "old"),
+        0.9,
+        1e-5,
+        "biased",
+        "B",
+        "`fold_onnx`, not loaded",
+        evidence="source",
+    ),
+)
 
 _OTHER_NAMES = {
     "pytorch": "torch",

@@ -64,3 +64,52 @@ class Checkpoint:
     layers: tuple[ForeignBatchNorm, ...]
     ordered: bool = True
     notes: tuple[str, ...] = field(default=())
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row of text a layer: what a table shows."""
+        return [
+            {
+                "layer": f.name,
+                "channels": str(f.mean.size),
+                "trained": " ".join(_trained(f)) or "none",
+                "decay": f"{f.decay:g}",
+                "eps": f"{f.eps:g}",
+                "variance": f.variance + (", debiased" if f.running == "debiased" else ""),
+                "mean": _range(f.mean),
+                "var": _range(f.var),
+                "training here": f.obstacle or ("frozen" if f.frozen else "goes on alike"),
+            }
+            for f in self.layers
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the vectors, as JSON takes it."""
+        layers = [
+            {
+                "name": f.name,
+                "channels": int(f.mean.size),
+                "trained": _trained(f),
+                "decay": None if f.decay != f.decay else f.decay,
+                "eps": f.eps,
+                "variance": f.variance,
+                "running": f.running,
+                "batches": f.batches,
+                "frozen": f.frozen,
+                "obstacle": f.obstacle,
+                "mean": [float(f.mean.min()), float(f.mean.max())] if f.mean.size else [],
+                "var": [float(f.var.min()), float(f.var.max())] if f.var.size else [],
+            }
+            for f in self.layers
+        ]
+        told = {"framework": self.framework, "kind": self.kind, "ordered": self.ordered, "notes": list(self.notes)}
+        return {**told, "layers": layers}
+
+
+def _trained(f: ForeignBatchNorm) -> list[str]:
+    if f.loose:
+        return ["gamma or beta"]
+    return [name for name, vector in (("gamma", f.gamma), ("beta", f.beta)) if vector is not None]
+
+
+def _range(vector: Array) -> str:
+    return f"{vector.min():.3g} to {vector.max():.3g}" if vector.size else ""

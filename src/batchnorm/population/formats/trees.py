@@ -77,7 +77,7 @@ def read_msgpack(path: Path) -> Any:
     Extension 1 is an array, packed as (shape, dtype, bytes), 2 a complex number, 3 a number of NumPy, packed as 1.
     """
     try:
-        import msgpack  # type: ignore[import-untyped]
+        import msgpack
     except ImportError as error:
         raise MissingDependencyError("load_flax: files need msgpack; pip install msgpack, or pass a dict") from error
 

@@ -1,0 +1,80 @@
+"""Renders docs/frameworks.md out of the table of conventions that reader and writer use.
+
+python docs/scripts/frameworks.py            # write the page
+python docs/scripts/frameworks.py --check    # complain if it differs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from batchnorm.population.formats.conventions import CONVENTIONS, ELSEWHERE
+
+PAGE = Path(__file__).parent.parent / "frameworks.md"
+
+HEAD = """# Batch norm in fifteen frameworks
+
+The formula is one; these are not. The variance that *normalizes a batch* is the biased one in every row but Darknet's.
+"Kept" is the variance that training keeps for inference: the batch's, of m values, times m/(m - 1) where it is unbiased.
+"Share" says what the framework's own number is a share of. `load_statistics` translates all of it, so that inference and
+further training are the framework's; the table is the one that the code uses. Rows marked "files" are tested with files
+that the framework wrote: evaluation, and five more steps of training, to 1e-6. Rows marked "source" follow its source.
+
+"""
+TAIL = """
+What else to know:
+
+- **Keras 2** decides by the number of axes of the input: the fused layer (four or five axes) keeps the unbiased
+  variance. Its files do not hold `fused` nor `synchronized`.
+- **Keras 3** in `TimeDistributed` normalizes each time step by its own statistics, and updates once a step. Keras 2
+  pools all steps.
+- **Haiku** and **Equinox** divide their averages by 1 - decay^t. Haiku infers with `average`, not with `hidden`.
+  Equinox keeps the raw averages in its state, of which the variance's starts from 1. Both load as `running="debiased"`.
+- **Equinox** with `mode="ema"` normalizes *training* by the moving average; it is refused, or loads with `frozen=True`.
+- **PyTorch Geometric**: `HeteroBatchNorm` keeps the biased variance for each type and divides by sqrt(max(var, eps));
+  it is refused by name.
+- **tinygrad** is lazy: running statistics that are not realized before the optimizer's step are computed with the new
+  weights. Realize them together with the loss.
+- **MLX** kept the biased variance up to 0.29.4: `running_var="biased"` for files that are trained on there.
+- Files of **MLX** and **tinygrad** have torch's keys. A `.safetensors` without a counter and without torch's mark is
+  taken for MLX; with a counter for torch, which is tinygrad's convention as well. `framework=` says otherwise.
+- Folders of **orbax**, checkpoints and SavedModels of **TensorFlow**, and Keras archives with `.npz` weights are
+  refused; the message says what to write instead.
+"""
+
+
+def render() -> str:
+    """The page."""
+    titles = ("framework", "seen", "gamma, beta, mean, variance", "number (default)", "eps", "kept", "average")
+    rows = [[*titles, "one value a channel in training", "files", "tested by"]]
+    for row in [*CONVENTIONS.values(), *ELSEWHERE]:
+        name, share = row.momentum
+        default = "none" if row.decay is None else f"{row.decay if share == 'old' else round(1 - row.decay, 6):g}"
+        rows.append(
+            [
+                row.title,
+                row.seen,
+                ", ".join(f"`{key}`" for key in dict.fromkeys(row.names)),
+                f"`{name}`, share of the {share} ({default})",
+                f"{row.eps:g}" if row.eps_place == "sqrt(var + eps)" else f"{row.eps:g}, {row.eps_place}",
+                "unbiased over images and volumes, else biased" if row.variance == "fused" else row.variance,
+                "moving" if row.running == "ema" else "moving, debiased",
+                row.single,
+                row.files,
+                row.evidence,
+            ]
+        )
+    head, *body = ("| " + " | ".join(cells) + " |" for cells in rows)
+    return HEAD + "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n" + TAIL
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    if "--check" in sys.argv:
+        sys.exit(None if PAGE.read_text() == render() else f"{PAGE} differs; run {sys.argv[0]}")
+    PAGE.write_text(render())
+
+
+if __name__ == "__main__":
+    main()
