@@ -431,6 +431,49 @@ def test_other_dtypes(kind, accepted, tmp_path):
     assert certificate.relative <= accepted
 
 
+def test_rounding_of_the_files_own_is_accepted_as_in_fold(tmp_path):
+    """Features of 2000 +- 5 lose digits in the file itself: the fold is as near to float64 as the file is."""
+    m = Model("batch", 4, 6, 6)
+    m.node("Conv", f"x {m.constant('w', 6, 4, 3, 3)} {m.constant('b', value=np.full(6, 2000.0))}", "y", "conv")
+    vectors = {"weight": np.ones(6), "bias": np.zeros(6), "mean": np.full(6, 2000.0), "var": np.full(6, 0.02)}
+    parts = [m.constant(f"n.{key}", value=value) for key, value in vectors.items()]
+    m.node("BatchNormalization", " ".join(["y", *parts]), "z", "n")
+    path = m.save(tmp_path / "m.onnx")
+    _, certificate = fold_onnx(path)
+    assert len(certificate.folded) == 1
+    assert certificate.rounding > 1e-6
+    assert certificate.error <= 4 * certificate.rounding
+    assert all(d.passed for d in certificate.differences)
+    with pytest.raises(SurgeryError, match="differs by"):  # a fold that is wrong is none of the file's rounding
+        broken(path)
+
+
+def broken(path):
+    """`fold_onnx` whose result (runs 6 to 8, after two to find sizes and three of the file) is half as large again."""
+    from unittest import mock
+
+    from batchnorm.surgery import files
+
+    def off(self, example):
+        found = call(self, example)
+        runs.append(found)
+        return {k: v * (1.5 if 5 < len(runs) <= 8 else 1) for k, v in found.items()}
+
+    call, runs = files.Runner.__call__, []
+    with mock.patch.object(files.Runner, "__call__", off):
+        return fold_onnx(path, {"x": np.random.default_rng(0).normal(size=(2, 4, 6, 6)).astype(np.float32)})
+
+
+def test_float64_without_an_evaluator_runs_in_float32(tmp_path):
+    m = Model("batch", 4, 5, 5, kind=DOUBLE, opset=22, ir=10)
+    m.node("ConvTranspose", f"x {m.constant('w', 4, 3, 3, 3)}", "y", "conv", group=2, pads=[1, 1, 1, 1])
+    m.norm("y", "z", 6)
+    model, certificate = fold_onnx(m.save(tmp_path / "m.onnx"))
+    assert len(certificate.folded) == 1
+    assert certificate.captured_by in ("onnxruntime in float32", "onnx.reference")
+    assert {t.data_type for t in model.graph.initializer} == {DOUBLE}
+
+
 def test_external_data(tmp_path):
     m = Model("batch", 4, 5, 5)
     m.node("Conv", f"x {m.constant('w', 64, 4, 3, 3)}", "y", "conv")

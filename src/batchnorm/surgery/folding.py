@@ -457,11 +457,11 @@ def _verify(
             continue
         wide = given.to(torch.float64)
         truth, actual = _attempt(exact[0], wide), _run_folded(candidate, given)
-        own, error = _errors(truth, expected), _errors(truth, actual)
+        own, error = errors_against(truth, expected), errors_against(truth, actual)
         own_dtype = [
             Difference(name, dtype, d.output, d.absolute, d.relative, own.get(d.output), limit, error.get(d.output))
             for d in distances(expected, actual)
-            for limit in [_limit(tolerance, own.get(d.output))]
+            for limit in [widened(tolerance, own.get(d.output))]
         ]
         if truth is not None:
             narrow = narrow or (name == "example" and narrows(exact[0], wide))
@@ -477,7 +477,7 @@ def _verify(
     return differences
 
 
-def _limit(tolerance: float, rounding: float | None) -> float:
+def widened(tolerance: float, rounding: float | None) -> float:
     """Four times the unfolded network's own rounding error is accepted, unless nothing of its output is certain."""
     return max(tolerance, 4 * rounding) if rounding is not None and rounding < 0.1 else tolerance
 
@@ -498,7 +498,7 @@ def _in_bfloat16(net: nn.Module, folded: nn.Module, example: Example, truth: Any
     outputs = [_attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
     if any(output is None for output in outputs):
         return []
-    own = _errors(truth, outputs[0])
+    own = errors_against(truth, outputs[0])
     return [
         Difference("example", _text(narrow), d.output, d.absolute, d.relative, own[d.output], limit, d.relative)
         for d in distances(truth, outputs[1], dtype=torch.float64)
@@ -526,7 +526,7 @@ def _attempt(net: nn.Module, example: Example) -> Any:
         return None
 
 
-def _errors(exact: Any, rounded: Any) -> dict[str, float]:
+def errors_against(exact: Any, rounded: Any) -> dict[str, float]:
     """The relative error of each output against float64."""
     try:
         return {} if exact is None else {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}

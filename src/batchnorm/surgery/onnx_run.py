@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.surgery.comparison import Example
 from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed
+from batchnorm.surgery.onnx_precision import retyped
 
 _BATCH = 2  # what a free first dimension is, and
 _FREE = (8, 32, 64, 224, 2, 1)  # what other free dimensions are, the first that the model takes
@@ -38,12 +39,15 @@ class Runner:
         known = {value.name for value in declared}
         model.graph.output.extend(self.onnx.ValueInfoProto(name=name) for name in self.names if name not in known)
         self.session: Any = None
+        self.narrowed = False  # whether a model of float64 runs in float32, for want of an evaluator
+        self._narrow: Callable[[], Any] | None = None
         try:
             self.session = _session(self.onnx, runtime, model, options)
         except Exception as error:  # onnxruntime's errors have no common public base
             self.reason = str(error)
             reference = importlib.import_module("onnx.reference")
             copy = self.onnx.ModelProto.FromString(model.SerializeToString())
+            self._narrow = lambda: _session(self.onnx, runtime, retyped(copy, "DOUBLE", "FLOAT"), options)
             try:
                 self.session = reference.ReferenceEvaluator(copy)
             except Exception as second:
@@ -56,12 +60,32 @@ class Runner:
 
     @property
     def method(self) -> str:
+        if self.narrowed:
+            return "onnxruntime in float32"
         return "onnxruntime" if type(self.session).__module__.startswith("onnxruntime") else "onnx.reference"
 
     def __call__(self, example: Example) -> dict[str, Any]:
+        try:
+            return self._run(example)
+        except Exception as error:  # of the evaluator: some operators are wrong or missing there in float64
+            doubles = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in example.kwargs.values())
+            if self._narrow is None or self.narrowed or not doubles:
+                raise
+            try:
+                self.session = self._narrow()
+            except Exception as second:
+                raise SurgeryError(
+                    f"onnxruntime does not take the model ({self.reason}), and {self.method} fails on it: {error}"
+                ) from second
+            self.narrowed = True
+            return self._run(example)
+
+    def _run(self, example: Example) -> dict[str, Any]:
         feed = {name: _array(self.onnx, value) for name, value in example.kwargs.items()}
-        found = self.session.run(self.names, feed)
-        return {name: _tensors(value) for name, value in zip(self.names, found, strict=True)}
+        if self.narrowed:
+            feed = {name: v.astype(np.float32) if v.dtype == np.float64 else v for name, v in feed.items()}
+        found = dict(zip(self.names, map(_tensors, self.session.run(self.names, feed)), strict=True))
+        return {name: _widened(value) for name, value in found.items()} if self.narrowed else found
 
 
 def examples(model: Any, runner: Runner, given: dict[str, Any] | None) -> dict[str, Example]:
@@ -147,6 +171,13 @@ def _array(onnx: Any, value: Tensor) -> Any:
         narrow = onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16)
         return value.float().numpy().astype(narrow)
     return value.numpy()
+
+
+def _widened(value: Any) -> Any:
+    """Results of float32 in the model's own float64."""
+    if isinstance(value, list):
+        return [_widened(each) for each in value]
+    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 def _tensors(value: Any) -> Any:
