@@ -16,10 +16,11 @@ PAGE = Path(__file__).parent.parent / "frameworks.md"
 HEAD = """# Batch norm in fifteen frameworks
 
 The formula is one; these are not. The variance that *normalizes a batch* is the biased one in every row but Darknet's.
-"Kept" is the variance that training keeps for inference: the batch's, of m values, times m/(m - 1) where it is unbiased.
-"Share" says what the framework's own number is a share of. `load_statistics` translates all of it, so that inference and
-further training are the framework's; the table is the one that the code uses. Rows marked "files" are tested with files
-that the framework wrote: evaluation, and five more steps of training, to 1e-6. Rows marked "source" follow its source.
+"Kept" is the variance that training keeps for inference: the batch's, of m values, times m/(m - 1) where it is
+unbiased. "Share" says what the framework's own number is a share of. `load_statistics` translates all of it, so that
+inference and further training are the framework's; the table is the one that the code uses. Rows marked "files" are
+tested with files that the framework wrote: evaluation, and five more steps of training, to 1e-6. Rows marked "source"
+follow its source.
 
 """
 TAIL = """
