@@ -21,7 +21,7 @@ from batchnorm.population.calibration import calibrate
 from batchnorm.population.feeding import eager, feed, progress_bar
 from batchnorm.population.measuring import buffers_of
 from batchnorm.surgery.folding import uses_batch_statistics
-from batchnorm.surgery.graph import unwrap
+from batchnorm.surgery.modules import unwrap
 
 CLOSE = 0.05  # in standard deviations of the outputs
 _AWAY = "standard deviations from those with the batches' own statistics"

@@ -12,9 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import SurgeryError
+from batchnorm.surgery.capture import capture
+from batchnorm.surgery.flow import DataFlow, data_inputs, rank, value_of
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.freezing import is_frozen
-from batchnorm.surgery.graph import DataFlow, capture, data_inputs, rank, unwrap, value_of
+from batchnorm.surgery.modules import unwrap
 from batchnorm.surgery.roles import (
     is_activation,
     is_layer,

@@ -20,8 +20,9 @@ from batchnorm.surgery.affine import (
     tensor_inputs,
     wide,
 )
-from batchnorm.surgery.graph import DataFlow, data_inputs, is_plain, obstacle, operation, rank, value_of
+from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank, value_of
 from batchnorm.surgery.layers import CHANNEL_PADDED
+from batchnorm.surgery.modules import is_plain, obstacle
 from batchnorm.surgery.weights import per_input, scale_outputs
 
 _WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding)

@@ -16,11 +16,13 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.surgery import activations
 from batchnorm.surgery.activations import Activation
+from batchnorm.surgery.capture import capture
 from batchnorm.surgery.comparison import Example, copy_of, distances, narrows, random_state_kept, run_example
 from batchnorm.surgery.conversion import Absorbed, becoming, our_class, refusal, replacing
-from batchnorm.surgery.folding import TOLERANCE
-from batchnorm.surgery.graph import DataFlow, capture, has_hooks, is_leaf, obstacle, operation, unwrap
+from batchnorm.surgery.flow import DataFlow, operation
+from batchnorm.surgery.modules import has_hooks, is_leaf, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step
+from batchnorm.surgery.verification import TOLERANCE
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"}
 _EXACT = 1e-7  # of the largest value, in float64

@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm.surgery.affine import argument, data_users
-from batchnorm.surgery.graph import DataFlow, obstacle, operation
+from batchnorm.surgery.flow import DataFlow, operation
+from batchnorm.surgery.modules import obstacle
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.padding import _CircularPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.utils import _pytree as pytree
 
-from batchnorm.surgery.graph import (
-    SHAPE_ATTRIBUTES,
-    SHAPE_READERS,
-    DataFlow,
-    data_inputs,
-    is_frozen_affine,
-    operation,
-    rank,
-    value_of,
-)
+from batchnorm.surgery.flow import SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, data_inputs, operation, rank, value_of
+from batchnorm.surgery.modules import is_frozen_affine
 
 _IDENTITIES = {"alias", "clone", "contiguous", "detach"}
 _CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "type_as"}

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.surgery.archive_check import load_archive
 from batchnorm.surgery.comparison import Example
-from batchnorm.surgery.graph import operation
+from batchnorm.surgery.flow import operation
 
 _CONVOLUTIONS = {f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3)}
 _TENSORS = {"batch_norm": ("weight", "bias", "running_mean", "running_var"), "linear": ("weight", "bias")}

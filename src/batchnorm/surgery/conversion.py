@@ -17,7 +17,7 @@ from batchnorm.nn import batch_norm as ours
 from batchnorm.surgery import sample_fit
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.freezing import is_frozen
-from batchnorm.surgery.graph import is_plain, unwrap
+from batchnorm.surgery.modules import is_plain, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 
 TARGETS = ("batchnorm", "torch", "sync", *sample_fit.KINDS)

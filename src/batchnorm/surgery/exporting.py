@@ -15,8 +15,8 @@ from batchnorm.nn import batch_norm as ours
 from batchnorm.surgery.archives import quiet
 from batchnorm.surgery.comparison import Example, copy_of, run_example
 from batchnorm.surgery.folding import fold, uses_batch_statistics
-from batchnorm.surgery.graph import unwrap
 from batchnorm.surgery.layers import ScaleShift
+from batchnorm.surgery.modules import unwrap
 from batchnorm.surgery.recurrent import normalizations
 
 _BY_BATCH = "the output for one sample will depend on the others in its batch; call net.eval() or bn.freeze(net)"

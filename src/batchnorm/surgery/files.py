@@ -18,11 +18,12 @@ from batchnorm.surgery.archives import Archive, open_archive, quiet
 from batchnorm.surgery.certificate import Certificate, Difference, Kept
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.conversion import convert
-from batchnorm.surgery.folding import TOLERANCE, Folding, errors_against, fold, widened
+from batchnorm.surgery.folding import Folding, fold
 from batchnorm.surgery.onnx_flow import OnnxFlow
 from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed, nested
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
+from batchnorm.surgery.verification import TOLERANCE, errors_against, widened
 
 
 def fold_onnx(

@@ -12,40 +12,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import BatchNormError, SurgeryError
+from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.surgery import activations, recurrent, subclasses
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
+from batchnorm.surgery.capture import capture
 from batchnorm.surgery.certificate import Certificate as Certificate
 from batchnorm.surgery.certificate import Difference as Difference
 from batchnorm.surgery.certificate import Folded as Folded
 from batchnorm.surgery.certificate import Kept as Kept
-from batchnorm.surgery.comparison import Example, copy_of, distances, narrows, run_example
-from batchnorm.surgery.graph import (
-    EXPORTED,
-    DataFlow,
-    capture,
-    data_inputs,
-    has_hooks,
-    is_plain,
-    obstacle,
-    operation,
-    unwrap,
-)
+from batchnorm.surgery.comparison import Example, copy_of, run_example
+from batchnorm.surgery.flow import EXPORTED, DataFlow, data_inputs, operation
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
+from batchnorm.surgery.modules import has_hooks, is_plain, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
+from batchnorm.surgery.verification import TOLERANCE, coarsest_dtype, dtype_text, verify
 
-TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
-"""Largest accepted difference relative to an output's largest value, by the network's dtype."""
-
-_STRUCTURE_TOLERANCE = 1e-6
-_RANDOM_INPUTS = 2
 _UNDERSTOOD = {  # options of our layers that are read here, or that change nothing in evaluation
     *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias"),
     *("activation", "negative_slope", "source", "update"),
@@ -105,44 +88,55 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
         >>> folded.certificate.folded
         (Folded(layer='1', into='0'),)
     """
-    net = unwrap(net, "fold")
-    given = Example.of(example)
-    _refuse_training_mode(net)
-    inner = subclasses.opened(net, given)
-    original, net = copy_of(net).eval(), subclasses.with_opened(net, inner)
-    evaluated = copy_of(net).eval()
-    overwritten = _overwritten(evaluated, given)
-    folding = Folding(capture(evaluated, given), overwritten)
+    network = unwrap(net, "fold")
+    inputs = Example.of(example)
+    _refuse_training_mode(network)
+    inner = subclasses.opened(network, inputs)
+    reference = copy_of(network).eval()
+    folded = subclasses.with_opened(network, inner)
+    unfolded = copy_of(folded).eval()
+    folding = _planned(folded, unfolded, inputs)
+    dtype = coarsest_dtype(folded)
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    differences: list[Difference] = []
+
+    def exact_steps(copy: nn.Module) -> list[Step]:
+        return folding.steps(copy, torch.float64)
+
+    def compare() -> None:
+        differences.extend(verify(reference, unfolded, folded, exact_steps, folding.folded, inputs, limit))
+
+    Plan(folded, folding.steps(folded), compare, skipped={item.layer: item.reason for item in folding.kept}).apply()
+    names = {f"{name}.{subclasses.NORM}": name for name in inner}
+    certificate = Certificate(
+        tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.folded),
+        tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.kept),
+        tuple(differences),
+        folding.flow.method,
+        limit,
+        dtype_text(dtype),
+    )
+    return FoldResult(folded, certificate)
+
+
+def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example) -> Folding:
+    """The folds of a network in evaluation mode that are also those of its own modes.
+
+    Args:
+        net: the network, in the modes that it has.
+        evaluated: a copy in evaluation mode.
+        inputs: the example.
+    """
+    overwritten = _overwritten(evaluated, inputs)
+    folding = Folding(capture(evaluated, inputs), overwritten)
     folding.run()
     if any(module.training for module in net.modules()):
-        trained = Folding(capture(net, given), overwritten)
+        trained = Folding(capture(net, inputs), overwritten)
         trained.run()
         allowed = {item.layer: item.into for item in trained.folded}
-        folding = Folding(capture(evaluated, given), overwritten, allowed)
+        folding = Folding(capture(evaluated, inputs), overwritten, allowed)
         folding.run()
-    folded = net
-    differences: list[Difference] = []
-    dtype = _dtype(net)
-    limit = TOLERANCE[dtype] if tolerance is None else tolerance
-    plan = Plan(
-        folded,
-        folding.steps(folded),
-        lambda: differences.extend(_verify(original, evaluated, folded, folding, given, limit)),
-        skipped={item.layer: item.reason for item in folding.kept},
-    )
-    plan.apply()
-    names = {f"{name}.{subclasses.NORM}": name for name in inner}
-    return FoldResult(
-        folded,
-        Certificate(
-            tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.folded),
-            tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.kept),
-            tuple(differences),
-            folding.flow.method,
-            limit,
-            _text(dtype),
-        ),
-    )
+    return folding
 
 
 @dataclass(frozen=True)
@@ -430,109 +424,3 @@ def _refuse_training_mode(net: nn.Module) -> None:
             f"fold: {', '.join(repr(name) for name in training)} in training mode; "
             "call net.eval() or bn.freeze(net) first"
         )
-
-
-def _dtype(net: nn.Module) -> torch.dtype:
-    """The widest tolerance counts: the coarsest floating-point dtype among the parameters."""
-    dtypes = {p.dtype for p in net.parameters() if p.is_floating_point()} & set(TOLERANCE)
-    return max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
-
-
-def _verify(
-    net: nn.Module, opened: nn.Module, folded: nn.Module, folding: Folding, example: Example, tolerance: float
-) -> list[Difference]:
-    """Compare on several inputs and in several dtypes; raises on the first that is too far apart."""
-    exact = copy_of(net).double(), copy_of(opened).double()
-    for step in folding.steps(exact[1], torch.float64):
-        step.do()
-    candidate = copy_of(folded).eval()
-    inputs = {"example": example}
-    inputs |= {f"random {i}": example.randomized(i) for i in range(1, _RANDOM_INPUTS + 1)}
-    inputs["doubled batch"] = example.doubled()
-    differences: list[Difference] = []
-    dtype, narrow = _text(_dtype(net)), False
-    for name, given in inputs.items():
-        expected = run_example(net, given) if name == "example" else _attempt(net, given)
-        if expected is None:
-            continue
-        wide = given.to(torch.float64)
-        truth, actual = _attempt(exact[0], wide), _run_folded(candidate, given)
-        own, error = errors_against(truth, expected), errors_against(truth, actual)
-        own_dtype = [
-            Difference(name, dtype, d.output, d.absolute, d.relative, own.get(d.output), limit, error.get(d.output))
-            for d in distances(expected, actual)
-            for limit in [widened(tolerance, own.get(d.output))]
-        ]
-        if truth is not None:
-            narrow = narrow or (name == "example" and narrows(exact[0], wide))
-            limits = {d.output: d.tolerance if narrow else _STRUCTURE_TOLERANCE for d in own_dtype}
-            differences += [
-                Difference(name, "float64 unrounded", d.output, d.absolute, d.relative, None, limits[d.output])
-                for d in distances(truth, _run_folded(exact[1], wide))
-            ]
-        differences += own_dtype
-        if name == "example" and truth is not None and _dtype(net) in (torch.float32, torch.float64):
-            differences += _in_bfloat16(net, candidate, given, truth)
-    _raise_if_failed(differences, folding)
-    return differences
-
-
-def widened(tolerance: float, rounding: float | None) -> float:
-    """Four times the unfolded network's own rounding error is accepted, unless nothing of its output is certain."""
-    return max(tolerance, 4 * rounding) if rounding is not None and rounding < 0.1 else tolerance
-
-
-def _run_folded(net: nn.Module, example: Example) -> Any:
-    try:
-        return example.run(net)
-    except Exception as error:
-        raise SurgeryError(
-            f"fold: the folded network fails where the unfolded one does not ({type(error).__name__}: {error}): its "
-            "forward looks at its layers from outside; nothing was changed"
-        ) from error
-
-
-def _in_bfloat16(net: nn.Module, folded: nn.Module, example: Example, truth: Any) -> list[Difference]:
-    """Both networks rounded to bfloat16, against float64: folding may not make the error much larger."""
-    narrow = torch.bfloat16
-    outputs = [_attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
-    if any(output is None for output in outputs):
-        return []
-    own = errors_against(truth, outputs[0])
-    return [
-        Difference("example", _text(narrow), d.output, d.absolute, d.relative, own[d.output], limit, d.relative)
-        for d in distances(truth, outputs[1], dtype=torch.float64)
-        if d.output in own
-        for limit in [max(TOLERANCE[narrow], 4 * own[d.output])]
-    ]
-
-
-def _raise_if_failed(differences: list[Difference], folding: Folding) -> None:
-    failed = [d for d in differences if not d.passed]
-    if failed:
-        worst = failed[0]
-        raise SurgeryError(
-            f"fold: {worst.output} of the folded network differs by {worst.relative:.2e} of its "
-            f"largest value on the {worst.inputs} input in {worst.dtype} (accepted "
-            f"{worst.tolerance:.0e}); nothing was changed. Folded were "
-            + ", ".join(f"{item.layer} into {item.into}" for item in folding.folded)
-        )
-
-
-def _attempt(net: nn.Module, example: Example) -> Any:
-    try:
-        return example.run(net)
-    except Exception:
-        return None
-
-
-def errors_against(exact: Any, rounded: Any) -> dict[str, float]:
-    """The relative error of each output against float64."""
-    try:
-        return {} if exact is None else {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}
-    except BatchNormError:
-        return {}
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

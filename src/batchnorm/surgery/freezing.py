@@ -11,7 +11,7 @@ from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import modes
 from batchnorm.nn.saved_modes import FROZEN, flags, train_affine
-from batchnorm.surgery.graph import is_plain, unwrap
+from batchnorm.surgery.modules import is_plain, unwrap
 from batchnorm.surgery.plan import Plan, Step
 
 

@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from batchnorm.errors import BatchNormError, InputError, SurgeryError
 from batchnorm.nn.batch_norm import BY_RANK
+from batchnorm.surgery.capture import capture
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
+from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank
 from batchnorm.surgery.folding import uses_batch_statistics
-from batchnorm.surgery.graph import DataFlow, capture, data_inputs, obstacle, operation, rank, unwrap
 from batchnorm.surgery.layers import LastAxisBatchNorm
+from batchnorm.surgery.modules import obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.roles import (
     is_activation,

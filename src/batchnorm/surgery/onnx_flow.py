@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm.surgery.absorption import Weights
-from batchnorm.surgery.graph import DataFlow
+from batchnorm.surgery.flow import DataFlow
 from batchnorm.surgery.onnx_graph import OnnxGraph, used
 
 # No class that folding knows how to give a padding value: an ONNX Conv pads with zeros.

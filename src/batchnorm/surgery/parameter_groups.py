@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from batchnorm.errors import InputError
-from batchnorm.surgery.graph import unwrap
 from batchnorm.surgery.layers import ScaleShift
+from batchnorm.surgery.modules import unwrap
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, ScaleShift)
 _TOWARD_ONE = "decay_toward_one"

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm.surgery.graph import DataFlow, data_inputs, operation
+from batchnorm.surgery.flow import DataFlow, data_inputs, operation
 
 _NORM_MODULES = (
     _NormBase,

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.surgery.capture import ExampleTracer
 from batchnorm.surgery.comparison import Example, copy_of, random_state_kept, run_example
-from batchnorm.surgery.graph import ExampleTracer, has_hooks, is_plain, operation
+from batchnorm.surgery.flow import operation
+from batchnorm.surgery.modules import has_hooks, is_plain
 from batchnorm.surgery.plan import replace_module
 
 _TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}

@@ -1,4 +1,4 @@
-"""Data flow of a network: which module's output goes into which, captured without changing it.
+"""The data flow of a network, captured without changing it.
 
 ``torch.fx`` traces the network symbolically; where Python asks for a shape, once more with the shapes of the example
 at hand; where that stops too, ``torch.export`` does, and its operators are gathered back into the modules that they
@@ -12,15 +12,14 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from batchnorm.errors import InputError, SurgeryError
+from batchnorm.errors import SurgeryError
 from batchnorm.surgery.comparison import (
     Example,
     copy_of,
@@ -30,252 +29,10 @@ from batchnorm.surgery.comparison import (
     run_example,
     tensors_of,
 )
-from batchnorm.surgery.plan import references
-from batchnorm.surgery.weights import applies_weights_once
+from batchnorm.surgery.flow import EXPORTED, ROOT, SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, observed, operation
+from batchnorm.surgery.modules import has_hooks, is_compiled, is_leaf, is_plain, original
 
-_ROOT = "net"
-_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.nn.", "batchnorm.surgery.")
-_FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-SHAPE_READERS = {"dim", "ndimension", "numel", "size", "sym_size"}
-SHAPE_ATTRIBUTES = {"device", "dtype", "is_cuda", "ndim", "requires_grad", "shape"}
 _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
-EXPORTED = "torch.export"
-
-
-class DataFlow:
-    """The captured graph of ``net`` and its modules.
-
-    Attributes:
-        graph: the ``fx.Graph``; editing it does not change the network.
-        net: the network that was captured (not the copy that was traced).
-        modules: each module by its first qualified name, shared modules once.
-        method: ``"torch.fx"``; or ``"torch.fx on the example's shapes"`` or ``"torch.export"``: then the flow holds for
-            these alone.
-    """
-
-    def __init__(self, graph: fx.Graph, net: nn.Module, method: str) -> None:
-        self.graph = graph
-        self.net = net
-        self.method = method
-        self.modules: dict[str, nn.Module] = dict(net.named_modules())
-        self._first: dict[int, str] = {id(module): name for name, module in self.modules.items()}
-        self._calls: dict[str, list[fx.Node]] = {}
-        self._names: dict[fx.Node, str] = {}
-        for node in graph.nodes:
-            if node.op == "call_module":
-                self._calls.setdefault(self.name(node), []).append(node)
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return list(self.graph.nodes)
-
-    def name(self, node: fx.Node) -> str:
-        """The qualified name of the module or tensor behind a node."""
-        if node not in self._names:
-            path = str(node.target).removeprefix(_ROOT).removeprefix(".")
-            called = node.op == "call_module"
-            self._names[node] = self._first[id(self.net.get_submodule(path))] if called else path
-        return self._names[node]
-
-    def module(self, node: Any) -> nn.Module | None:
-        """The layer that a node calls."""
-        if isinstance(node, fx.Node) and node.op == "call_module":
-            return self.modules[self.name(node)]
-        return None
-
-    def calls(self, name: str) -> list[fx.Node]:
-        """The nodes that call the module ``name``."""
-        return [node for node in self._calls.get(name, []) if not node._erased]
-
-    def readers(self, name: str) -> list[fx.Node]:
-        """What reads the module's own parameters or buffers beside the module itself."""
-        own = {
-            id(t)
-            for t in (
-                *self.modules[name].parameters(recurse=False),
-                *self.modules[name].buffers(recurse=False),
-            )
-        }
-        return [
-            user
-            for node in self.nodes
-            if node.op == "get_attr" and id(attribute(self.net, self.name(node))) in own
-            for user in node.users
-        ]
-
-    def describe(self, node: fx.Node) -> str:
-        """A node in words."""
-        if node.op == "call_module":
-            return self.name(node)
-        if node.op == "output":
-            return "the network's output"
-        if node.op == "placeholder" or is_input(node):
-            return "the network's input"
-        if node.op == "get_attr":
-            return f"the tensor {self.name(node)}"
-        if node.target is observed:
-            return f"the hooks of '{str(node.args[1]).removeprefix(_ROOT).removeprefix('.')}'"
-        return f"a call of {operation(node)}"
-
-
-def attribute(net: nn.Module, path: str) -> Any:
-    """The attribute of a module or submodule at a qualified path, None where there is none."""
-    value: Any = net
-    for key in path.split("."):
-        value = getattr(value, key, None)
-    return value
-
-
-def value_of(node: fx.Node) -> Any:
-    """The node's value on the example as tensors without data."""
-    return node.meta.get("val")
-
-
-def rank(node: fx.Node) -> int | None:
-    """The number of axes of a node's tensor on the example, None for anything but a tensor."""
-    value = value_of(node)
-    return value.dim() if isinstance(value, Tensor) else None
-
-
-def data_inputs(node: fx.Node) -> list[fx.Node]:
-    """The values that flow into a node, without the network's own parameters and buffers."""
-    return [n for n in node.all_input_nodes if n.op != "get_attr"]
-
-
-def is_input(node: fx.Node) -> bool:
-    return node.op == "call_function" and operation(node) == "getitem" and node.all_input_nodes[0].op == "placeholder"
-
-
-def operation(node: fx.Node) -> str:
-    """The plain name of a function or method node: ``add`` for ``+``, ``+=``, ``torch.add`` and
-    ``Tensor.add_`` alike."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = str(target.overloadpacket.__name__)
-    elif isinstance(target, str):
-        name = target
-    else:
-        name = str(getattr(target, "__name__", target))
-    name = name.rstrip("_") if not name.startswith("__") else name.strip("_")
-    in_place = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
-    return in_place.get(name, name)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the module computes what its class in torch.nn, or in this package, computes."""
-    kind = type(module)
-    methods = ("forward", "_conv_forward", "__call__")
-    return (
-        str(kind.forward.__module__).startswith(_LEAF_PACKAGES)
-        and str(getattr(kind, "_conv_forward", kind.forward).__module__).startswith(_LEAF_PACKAGES)
-        and kind.__call__ is nn.Module.__call__
-        and not any(method in module.__dict__ for method in methods)
-    )
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether the graph keeps the module as one node."""
-    if isinstance(module, _CONTAINERS):
-        return False
-    return is_plain(module) or isinstance(module, _BatchNorm) or is_known(module)
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether a class of its own computes what surgery understands, as seen from its outputs."""
-    return is_frozen_affine(module) or (not has_hooks(module) and applies_weights_once(module))
-
-
-def is_frozen_affine(module: nn.Module) -> bool:
-    """Whether a module of any class is batch normalization as four buffers, like ``FrozenBatchNorm2d``.
-
-    It is known by the names of its buffers, and by giving ``(x - mean) / sqrt(var + eps) * weight + bias`` on
-    random numbers.
-    """
-    if isinstance(module, _BatchNorm) or set(module._buffers) - {"num_batches_tracked"} != set(_FROZEN_BUFFERS):
-        return False
-    if module._parameters or module._modules or has_hooks(module):
-        return False
-    weight, bias, mean, var = (module._buffers[key] for key in _FROZEN_BUFFERS)
-    if not all(isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point() for t in (weight, bias, mean, var)):
-        return False
-    assert mean is not None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(mean), 3, 3, generator=generator).to(mean)
-    y = nn.functional.batch_norm(x, mean, var, weight, bias, eps=float(getattr(module, "eps", 0.0)))
-    try:
-        with torch.no_grad():
-            return bool(torch.allclose(module(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()), equal_nan=True))
-    except Exception:  # whatever a class of the same attributes raises
-        return False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody sees or may change what goes into or out of the module."""
-    registries = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(registries)
-
-
-def obstacle(flow: DataFlow, name: str) -> str | None:
-    """Why the layer cannot be edited by itself, in words, or None."""
-    module = flow.modules[name]
-    calls = flow.calls(name)
-    if not is_plain(module) and not is_known(module):
-        return f"its class {type(module).__qualname__} has a forward of its own"
-    if not calls:
-        return "it is not called on the example's path (or only inside another layer)"
-    if len(calls) > 1:
-        return f"it is used {len(calls)} times"
-    if parametrize.is_parametrized(module):
-        return (
-            "its parameters are computed by a parametrization; make it permanent with "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
-    if any(is_compiled(parent) for parent, _ in references(flow.net, module)):
-        return "it is compiled by itself; compile the network instead"
-    if has_hooks(module):
-        return "it has hooks, which see or change its input or output; remove them first"
-    readers = flow.readers(name)
-    if readers:
-        return f"its parameters or buffers are also read by {flow.describe(readers[0])}"
-    return None
-
-
-def unwrap(net: Any, verb: str) -> nn.Module:
-    """The network behind ``torch.compile``; refuses what cannot be edited from outside.
-
-    Raises:
-        InputError: for anything but a ``torch.nn.Module``.
-        SurgeryError: for scripted, lazy and parallel networks.
-    """
-    if not isinstance(net, nn.Module):
-        raise InputError(f"{verb}: expected a torch.nn.Module, got {type(net).__name__}")
-    while is_compiled(net):
-        net = _original(net)
-    for name, module in net.named_modules():
-        where = f"'{name}'" if name else "the network"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise SurgeryError(f"{verb}: {where} is TorchScript; give the Python module instead")
-        if hasattr(module, "module") and type(module).__module__.startswith("torch.nn.parallel"):
-            raise SurgeryError(f"{verb}: {where} is a {type(module).__name__}; give its .module instead")
-        lazy = [k for k, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]
-        if lazy:
-            raise SurgeryError(f"{verb}: {where} is lazy, without shapes yet; call the network once first")
-    return cast(nn.Module, net)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is the wrapper that ``torch.compile`` returns."""
-    return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
-
-
-def _original(module: nn.Module) -> nn.Module:
-    return cast(nn.Module, module._orig_mod)
 
 
 def capture(net: nn.Module, example: Any) -> DataFlow:
@@ -339,7 +96,7 @@ class _Call(nn.Module):
 
     def __init__(self, net: nn.Module, example: Example) -> None:
         super().__init__()
-        self.add_module(_ROOT, net)
+        self.add_module(ROOT, net)
         self.example = example
 
     def forward(self, inputs: Any) -> Any:
@@ -351,7 +108,7 @@ class _Call(nn.Module):
                 count += 1
             leaves.append(leaf)
         call = self.example.with_leaves(leaves)
-        net = self._modules[_ROOT]
+        net = self._modules[ROOT]
         assert net is not None
         output = net(*call.args, **call.kwargs)
         return [x for _, x in leaves_of(output) if isinstance(x, (Tensor, fx.Proxy))]
@@ -366,11 +123,6 @@ class _Recorder(fx.Interpreter):
             lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, value
         )
         return value
-
-
-def observed(value: Any, name: str) -> Any:
-    """Stands in the graph where the hooks of module ``name`` see, and may change, a value."""
-    return value
 
 
 class _Tracer(fx.Tracer):
@@ -392,7 +144,7 @@ class _Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         if is_compiled(m):
-            return _original(m)(*args, **kwargs)
+            return original(m)(*args, **kwargs)
         if id(m) not in self.hooked:
             return super().call_module(m, forward, args, kwargs)
         name = self.path_of_module(m)
@@ -490,7 +242,7 @@ def _trace_on_example(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
 
 
 def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, Any]:
-    call.add_module(_ROOT, _traceable(net)[0])
+    call.add_module(ROOT, _traceable(net)[0])
     with random_state_kept(net), torch.no_grad():
         return graph, _Recorder(call, graph=graph).run(_inputs(call.example))
 
@@ -550,8 +302,8 @@ class _Gathering:
         """The outermost layer that a node was computed in: (unique key of the call, name)."""
         for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
             name = re.sub(r"@\d+", "", path)
-            if name == _ROOT or name.startswith(f"{_ROOT}."):
-                inner = name.removeprefix(_ROOT).removeprefix(".")
+            if name == ROOT or name.startswith(f"{ROOT}."):
+                inner = name.removeprefix(ROOT).removeprefix(".")
                 if is_leaf(self.traced.get_submodule(inner)):
                     return key, name
         return None

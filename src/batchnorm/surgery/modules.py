@@ -1,0 +1,135 @@
+"""Questions about modules: what their classes compute, who sees them, and whether they can be edited."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from batchnorm.errors import InputError, SurgeryError
+from batchnorm.surgery.flow import DataFlow
+from batchnorm.surgery.plan import references
+from batchnorm.surgery.weights import applies_weights_once
+
+_LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.nn.", "batchnorm.surgery.")
+_FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module computes what its class in torch.nn, or in this package, computes."""
+    kind = type(module)
+    methods = ("forward", "_conv_forward", "__call__")
+    return (
+        str(kind.forward.__module__).startswith(_LEAF_PACKAGES)
+        and str(getattr(kind, "_conv_forward", kind.forward).__module__).startswith(_LEAF_PACKAGES)
+        and kind.__call__ is nn.Module.__call__
+        and not any(method in module.__dict__ for method in methods)
+    )
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the graph keeps the module as one node."""
+    if isinstance(module, _CONTAINERS):
+        return False
+    return is_plain(module) or isinstance(module, _BatchNorm) or is_known(module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a class of its own computes what surgery understands, as seen from its outputs."""
+    return is_frozen_affine(module) or (not has_hooks(module) and applies_weights_once(module))
+
+
+def is_frozen_affine(module: nn.Module) -> bool:
+    """Whether a module of any class is batch normalization as four buffers, like ``FrozenBatchNorm2d``.
+
+    It is known by the names of its buffers, and by giving ``(x - mean) / sqrt(var + eps) * weight + bias`` on
+    random numbers.
+    """
+    if isinstance(module, _BatchNorm) or set(module._buffers) - {"num_batches_tracked"} != set(_FROZEN_BUFFERS):
+        return False
+    if module._parameters or module._modules or has_hooks(module):
+        return False
+    weight, bias, mean, var = (module._buffers[key] for key in _FROZEN_BUFFERS)
+    if not all(isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point() for t in (weight, bias, mean, var)):
+        return False
+    assert mean is not None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, len(mean), 3, 3, generator=generator).to(mean)
+    y = nn.functional.batch_norm(x, mean, var, weight, bias, eps=float(getattr(module, "eps", 0.0)))
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(module(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()), equal_nan=True))
+    except Exception:  # whatever a class of the same attributes raises
+        return False
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody sees or may change what goes into or out of the module."""
+    registries = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(registries)
+
+
+def obstacle(flow: DataFlow, name: str) -> str | None:
+    """Why the layer cannot be edited by itself, in words, or None."""
+    module = flow.modules[name]
+    calls = flow.calls(name)
+    if not is_plain(module) and not is_known(module):
+        return f"its class {type(module).__qualname__} has a forward of its own"
+    if not calls:
+        return "it is not called on the example's path (or only inside another layer)"
+    if len(calls) > 1:
+        return f"it is used {len(calls)} times"
+    if parametrize.is_parametrized(module):
+        return (
+            "its parameters are computed by a parametrization; make it permanent with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    if any(is_compiled(parent) for parent, _ in references(flow.net, module)):
+        return "it is compiled by itself; compile the network instead"
+    if has_hooks(module):
+        return "it has hooks, which see or change its input or output; remove them first"
+    readers = flow.readers(name)
+    if readers:
+        return f"its parameters or buffers are also read by {flow.describe(readers[0])}"
+    return None
+
+
+def unwrap(net: Any, verb: str) -> nn.Module:
+    """The network behind ``torch.compile``; refuses what cannot be edited from outside.
+
+    Raises:
+        InputError: for anything but a ``torch.nn.Module``.
+        SurgeryError: for scripted, lazy and parallel networks.
+    """
+    if not isinstance(net, nn.Module):
+        raise InputError(f"{verb}: expected a torch.nn.Module, got {type(net).__name__}")
+    while is_compiled(net):
+        net = original(net)
+    for name, module in net.named_modules():
+        where = f"'{name}'" if name else "the network"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SurgeryError(f"{verb}: {where} is TorchScript; give the Python module instead")
+        if hasattr(module, "module") and type(module).__module__.startswith("torch.nn.parallel"):
+            raise SurgeryError(f"{verb}: {where} is a {type(module).__name__}; give its .module instead")
+        lazy = [k for k, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]
+        if lazy:
+            raise SurgeryError(f"{verb}: {where} is lazy, without shapes yet; call the network once first")
+    return cast(nn.Module, net)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is the wrapper that ``torch.compile`` returns."""
+    return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+
+
+def original(module: nn.Module) -> nn.Module:
+    return cast(nn.Module, module._orig_mod)

@@ -1,0 +1,150 @@
+"""The proof of a fold: the folded network beside the given one, on several inputs and in several dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.errors import BatchNormError, SurgeryError
+from batchnorm.surgery.certificate import Difference, Folded
+from batchnorm.surgery.comparison import Example, copy_of, distances, narrows, run_example
+from batchnorm.surgery.plan import Step
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest accepted difference relative to an output's largest value, by the network's dtype."""
+
+_STRUCTURE_TOLERANCE = 1e-6
+_RANDOM_INPUTS = 2
+
+
+def coarsest_dtype(net: nn.Module) -> torch.dtype:
+    """The widest tolerance counts: the coarsest floating-point dtype among the parameters."""
+    dtypes = {p.dtype for p in net.parameters() if p.is_floating_point()} & set(TOLERANCE)
+    return max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+
+
+def verify(
+    reference: nn.Module,
+    unfolded: nn.Module,
+    folded: nn.Module,
+    steps: Callable[[nn.Module], list[Step]],
+    folds: Sequence[Folded],
+    example: Example,
+    tolerance: float,
+) -> list[Difference]:
+    """Compare the folded network with the given one on several inputs and in several dtypes.
+
+    Args:
+        reference: the network that was given, in evaluation mode.
+        unfolded: the same, with its subclasses opened: what the folds are made in.
+        folded: the network after the folds.
+        steps: the folds in a copy of ``unfolded`` whose weights are float64 and not rounded.
+        folds: what was folded, for the error.
+        example: the input; random ones and a doubled batch are made of it.
+        tolerance: largest accepted difference in the network's dtype.
+
+    Raises:
+        SurgeryError: a difference that is too large, or a folded network that fails.
+    """
+    exact, exact_folded = copy_of(reference).double(), copy_of(unfolded).double()
+    for step in steps(exact_folded):
+        step.do()
+    candidate = copy_of(folded).eval()
+    inputs = {"example": example}
+    inputs |= {f"random {i}": example.randomized(i) for i in range(1, _RANDOM_INPUTS + 1)}
+    inputs["doubled batch"] = example.doubled()
+    differences: list[Difference] = []
+    dtype, narrow = dtype_text(coarsest_dtype(reference)), False
+    for name, given in inputs.items():
+        expected = run_example(reference, given) if name == "example" else _attempt(reference, given)
+        if expected is None:
+            continue
+        wide = given.to(torch.float64)
+        truth, actual = _attempt(exact, wide), _run_folded(candidate, given)
+        own, error = errors_against(truth, expected), errors_against(truth, actual)
+        own_dtype = [
+            Difference(name, dtype, d.output, d.absolute, d.relative, own.get(d.output), limit, error.get(d.output))
+            for d in distances(expected, actual)
+            for limit in [widened(tolerance, own.get(d.output))]
+        ]
+        if truth is not None:
+            narrow = narrow or (name == "example" and narrows(exact, wide))
+            limits = {d.output: d.tolerance if narrow else _STRUCTURE_TOLERANCE for d in own_dtype}
+            differences += [
+                Difference(name, "float64 unrounded", d.output, d.absolute, d.relative, None, limits[d.output])
+                for d in distances(truth, _run_folded(exact_folded, wide))
+            ]
+        differences += own_dtype
+        if name == "example" and truth is not None and coarsest_dtype(reference) in (torch.float32, torch.float64):
+            differences += _in_bfloat16(reference, candidate, given, truth)
+    _raise_if_failed(differences, folds)
+    return differences
+
+
+def widened(tolerance: float, rounding: float | None) -> float:
+    """Four times the unfolded network's own rounding error is accepted, unless nothing of its output is certain."""
+    return max(tolerance, 4 * rounding) if rounding is not None and rounding < 0.1 else tolerance
+
+
+def _run_folded(net: nn.Module, example: Example) -> Any:
+    try:
+        return example.run(net)
+    except Exception as error:
+        raise SurgeryError(
+            f"fold: the folded network fails where the unfolded one does not ({type(error).__name__}: {error}): its "
+            "forward looks at its layers from outside; nothing was changed"
+        ) from error
+
+
+def _in_bfloat16(net: nn.Module, folded: nn.Module, example: Example, truth: Any) -> list[Difference]:
+    """Both networks rounded to bfloat16, against float64: folding may not make the error much larger."""
+    narrow = torch.bfloat16
+    outputs = [_attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
+    if any(output is None for output in outputs):
+        return []
+    own = errors_against(truth, outputs[0])
+    return [
+        Difference("example", dtype_text(narrow), d.output, d.absolute, d.relative, own[d.output], limit, d.relative)
+        for d in distances(truth, outputs[1], dtype=torch.float64)
+        if d.output in own
+        for limit in [max(TOLERANCE[narrow], 4 * own[d.output])]
+    ]
+
+
+def _raise_if_failed(differences: list[Difference], folds: Sequence[Folded]) -> None:
+    failed = [d for d in differences if not d.passed]
+    if failed:
+        worst = failed[0]
+        raise SurgeryError(
+            f"fold: {worst.output} of the folded network differs by {worst.relative:.2e} of its "
+            f"largest value on the {worst.inputs} input in {worst.dtype} (accepted "
+            f"{worst.tolerance:.0e}); nothing was changed. Folded were "
+            + ", ".join(f"{item.layer} into {item.into}" for item in folds)
+        )
+
+
+def _attempt(net: nn.Module, example: Example) -> Any:
+    try:
+        return example.run(net)
+    except Exception:
+        return None
+
+
+def errors_against(exact: Any, rounded: Any) -> dict[str, float]:
+    """The relative error of each output against float64."""
+    try:
+        return {} if exact is None else {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}
+    except BatchNormError:
+        return {}
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
