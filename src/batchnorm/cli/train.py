@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,8 @@ EXAMPLES = """**Examples**
 `batchnorm train --network mymodels:resnet --data mydata:load --baseline`
 
 `batchnorm train --resume runs/figure1-mnist5k-1` - go on after Ctrl-C, to the same bits
+
+`torchrun --nproc-per-node 2 -m batchnorm train --batch-size 64` - on two ranks, which share each batch
 """
 
 
@@ -51,7 +55,7 @@ def train(
         _refuse_beside_resume(context)
     from batchnorm.report import write_report
 
-    with training_bar() as progress:
+    with contextlib.nullcontext() if _is_other_rank() else training_bar() as progress:
         if resume is not None:
             from batchnorm.training import resume as go_on
 
@@ -60,11 +64,18 @@ def train(
             from batchnorm.training import train as run
 
             result = run(TrainConfig(**settings), progress=progress)
+        if progress is None:  # the first rank reports
+            return
         progress.stage("writing the report")
         report = write_report(result, result.folder)
     _print_result(result, report)
     if not result.ok:
         raise typer.Exit(1)
+
+
+def _is_other_rank() -> bool:
+    """Whether torchrun has started this process beside a first one."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _refuse_beside_resume(context: typer.Context) -> None:

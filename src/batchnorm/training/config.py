@@ -25,6 +25,8 @@ Placement = Literal["before_activation", "after_activation"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 Method = Literal["pooled", "ioffe", "sequential"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Statistics = Literal["synchronized", "rank"]
+STATISTICS: tuple[Statistics, ...] = get_args(Statistics)
 
 
 class Rule(NamedTuple):
@@ -56,6 +58,7 @@ _SEED = _whole(0, "a whole number from 0 to 2^63 - 1", 2**63)
 _BATCH = _whole(2, "2 or more: one sample has no variance over the batch")
 _INTERVAL = _whole(1, "a whole number of steps from 1 up")
 _OPTIMIZER, _PLACEMENT, _METHOD = _choice(OPTIMIZERS), _choice(PLACEMENTS), _choice(METHODS)
+_STATISTICS = _choice(STATISTICS)
 
 
 def _setting(default: Any, rule: Rule) -> Any:
@@ -94,6 +97,11 @@ class TrainConfig:
             mean of the batches' variances) or sequential (pooled, each layer under the final statistics of those
             before it); all are unbiased.
         eval_every: Steps between two measurements. Default: a hundredth of steps.
+        statistics: Where torchrun has started several ranks, which share each batch of batch_size samples:
+            synchronized (every layer normalizes by the whole batch; the curve is that of one process up to rounding)
+            or rank (each by its own part, which exchanges less; the curve is another one).
+        timeout: Seconds that one rank may wait for the others.
+        checkpoint_every: Steps between two checkpoints. Default: those of half a minute.
     """
 
     network: str = _setting("figure1", _TEXT)
@@ -115,6 +123,9 @@ class TrainConfig:
     placement: Placement = _setting("before_activation", _PLACEMENT)  # noqa: RUF009, a field
     method: Method = _setting("pooled", _METHOD)  # noqa: RUF009, a field
     eval_every: int | None = _setting(None, _INTERVAL)
+    statistics: Statistics = _setting("synchronized", _STATISTICS)  # noqa: RUF009, a field
+    timeout: float = _setting(300.0, _RATE)
+    checkpoint_every: int | None = _setting(None, _INTERVAL)
 
     def check(self) -> None:
         """Raise InputError for the first value that is out of its range; None stands for a default."""

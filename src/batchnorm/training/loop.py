@@ -22,6 +22,7 @@ from batchnorm.errors import BatchNormError, DataError
 from batchnorm.training.config import ResolvedConfig
 from batchnorm.training.datasets import Dataset
 from batchnorm.training.files import write_atomically
+from batchnorm.training.ranks import Ranks
 from batchnorm.training.results import PERCENTILES, Curve
 
 CHECKPOINT_SECONDS = 30.0
@@ -50,6 +51,7 @@ class Contender:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     probe: Probe
+    parallel: nn.Module | None = None  # what is called in training, where it is not the network itself
     curve: Curve = field(default_factory=Curve)
     losses: list[float] = field(default_factory=list)  # since the last measurement
 
@@ -107,16 +109,20 @@ def train_steps(
     *,
     start: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Do the updates `start` .. `config.steps` of every contender on the same batches.
 
     A contender whose loss is not finite is stopped there (`Curve.diverged_at`) with its parameters
-    as they were before that update; the others go on. A checkpoint is written every half minute,
-    at the end and on SIGINT or SIGTERM.
+    as they were before that update; the others go on. A checkpoint is written every half minute or
+    `config.checkpoint_every` steps, at the end and on SIGINT or SIGTERM. Of several ranks each takes
+    its share of every batch, and what one of them is told to do all of them do after the same step.
 
     Raises:
         Interrupted: after a signal, between two steps, with the checkpoint written.
+        SynchronizationError: another rank is dead or stuck.
     """
+    ranks = ranks or Ranks()
     device = torch.device(config.device)
     x, y = data.x_train.to(device), data.y_train.to(device)
     if start == 0:
@@ -125,37 +131,56 @@ def train_steps(
     saved_at = time.monotonic()
     with _signals() as stopped_by:
         for step in range(start, config.steps):
-            batch = batch_indices(len(x), config.batch_size, config.seed, step).to(device)
+            ranks.begin(step + 1)
+            batch = ranks.share(batch_indices(len(x), config.batch_size, config.seed, step)).to(device)
             running = [c for c in contenders.values() if c.curve.diverged_at is None]
             if not running:
                 break
             for contender in running:
-                _update(contender, x[batch], y[batch], step + 1)
+                _update(contender, x[batch], y[batch], step + 1, config.batch_size, ranks)
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 for contender in running:
+                    ranks.merge_statistics(contender.network)
                     measure(contender, data, step + 1)
             if progress is not None:
                 progress.step(step + 1, config.steps, {n: c.curve for n, c in contenders.items()})
-            if stopped_by or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                save_checkpoint(checkpoint, step + 1, contenders, data)
+            due = ranks.is_first and _is_due(config, step + 1, saved_at)
+            stop, save = ranks.total(bool(stopped_by), due)
+            if stop or save:
+                save_checkpoint(checkpoint, step + 1, contenders, data, ranks)
                 saved_at = time.monotonic()
-            if stopped_by:
+            if stop:
+                cause = stopped_by[0] if stopped_by else "a signal to another rank"
                 raise Interrupted(
-                    f"stopped by {stopped_by[0]} after step {step + 1} of {config.steps}; "
+                    f"stopped by {cause} after step {step + 1} of {config.steps}; "
                     f"{checkpoint} holds all of it. Go on with: "
                     f"batchnorm train --resume {checkpoint.parent}"
                 )
     if start < config.steps:
-        save_checkpoint(checkpoint, config.steps, contenders, data)
+        save_checkpoint(checkpoint, config.steps, contenders, data, ranks)
 
 
-def _update(contender: Contender, x: Tensor, y: Tensor, step: int) -> None:
+def _is_due(config: ResolvedConfig, step: int, saved_at: float) -> bool:
+    if config.checkpoint_every is not None:
+        return step % config.checkpoint_every == 0
+    return time.monotonic() - saved_at > CHECKPOINT_SECONDS
+
+
+def _update(contender: Contender, x: Tensor, y: Tensor, step: int, batch_size: int, ranks: Ranks) -> None:
+    """One step on a batch of which x is this rank's part."""
     began = time.perf_counter()
     contender.optimizer.zero_grad()
-    loss = cross_entropy(contender.network(x), y)
-    value = float(loss.detach())
+    with ranks.watched("statistics"):
+        logits = (contender.parallel or contender.network)(x)
+    if ranks.is_alone:
+        loss = cross_entropy(logits, y)
+        value = float(loss.detach())
+    else:  # the gradients are averaged over ranks, whose parts may be of unequal sizes
+        loss = cross_entropy(logits, y, reduction="sum") * (ranks.size / batch_size)
+        value = ranks.total(float(loss.detach()))[0] / ranks.size
     if math.isfinite(value):
-        loss.backward()
+        with ranks.watched("gradients"):
+            loss.backward()
         contender.optimizer.step()
         contender.losses.append(value)
     else:
@@ -243,12 +268,24 @@ def _signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def save_checkpoint(path: Path, step: int, contenders: dict[str, Contender], data: Dataset) -> None:
-    """Write everything that the next step depends on; `torch.load(weights_only=True)` reads it."""
+def save_checkpoint(
+    path: Path, step: int, contenders: dict[str, Contender], data: Dataset, ranks: Ranks | None = None
+) -> None:
+    """Write everything that the next step depends on; `torch.load(weights_only=True)` reads it.
+
+    Of several ranks the first one writes, with the states of all generators.
+    """
+    ranks = ranks or Ranks()
+    for contender in contenders.values():
+        ranks.merge_statistics(contender.network)
+    generators = ranks.gather(random_state())
+    if not ranks.is_first:
+        return
     state = {
         "step": step,
         "data": data.fingerprint(),
-        "random": random_state(),
+        "random": generators[0],
+        "random_of_ranks": generators,
         "contenders": {
             name: {
                 "network": contender.network.state_dict(),
@@ -262,7 +299,7 @@ def save_checkpoint(path: Path, step: int, contenders: dict[str, Contender], dat
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset) -> int:
+def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset, ranks: Ranks | None = None) -> int:
     """Put the state of a checkpoint into the contenders; returns the number of steps done.
 
     Raises:
@@ -293,6 +330,9 @@ def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset)
             ) from error
         contender.curve = Curve(**saved[name]["curve"])
         contender.losses = list(saved[name]["losses"])
+    generators = state.get("random_of_ranks", [random])
+    if ranks is not None and len(generators) == ranks.size:  # on another number of ranks all begin as the first
+        random = generators[ranks.rank]
     set_random_state(random)
     return step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import platform
 import statistics
 import time
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm.training.files as files
-from batchnorm import Standardize, __version__, calibrate, fold, freeze
+from batchnorm import Standardize, __version__, calibrate, convert, fold, freeze
 from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError
 from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
@@ -37,6 +38,7 @@ from batchnorm.training.loop import (
     train_steps,
 )
 from batchnorm.training.networks import SequenceClassifier, build_network
+from batchnorm.training.ranks import Ranks, check_parts, joined, restarts
 from batchnorm.training.results import (
     Calibration,
     InferenceTime,
@@ -77,10 +79,15 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
         Interrupted: on Ctrl-C or SIGTERM in training, with the checkpoint written.
     """
     resolved = config.resolve()
-    with _settings(resolved):
-        run = _Run.build(resolved, progress)
-        run.folder = _make_folder(config)
-        files.write_json(run.folder / CONFIG, {"config": resolved.to_dict(), "data": run.data.to_dict()})
+    if restarts() and config.out is not None and (Path(config.out) / CONFIG).exists():
+        return resume(config.out, progress=progress)  # torchrun has started the ranks anew
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0") and config.out is None:
+        raise InputError("train: got out=None under --max-restarts; give --out, so that a restart finds the run again.")
+    with _settings(resolved), joined(resolved.device, resolved.statistics == "synchronized", resolved.timeout) as ranks:
+        run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
+        run.folder = Path(ranks.from_first(lambda: str(_make_folder(config))))
+        if ranks.is_first:
+            files.write_json(run.folder / CONFIG, {"config": resolved.to_dict(), "data": run.data.to_dict()})
         return run.complete(start=0)
 
 
@@ -102,18 +109,18 @@ def resume(folder: str | Path, *, steps: int | None = None, progress: Progress |
     if steps is not None:
         resolved = dataclasses.replace(resolved, steps=steps)
         resolved.check()
-    with _settings(resolved):
-        run = _Run.build(resolved, progress)
+    with _settings(resolved), joined(resolved.device, resolved.statistics == "synchronized", resolved.timeout) as ranks:
+        run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
         run.folder = folder
-        if not (folder / CHECKPOINT).exists():  # stopped before the first checkpoint
+        if not ranks.from_first((folder / CHECKPOINT).exists):  # stopped before the first checkpoint
             return run.complete(start=0)
-        start = load_checkpoint(folder / CHECKPOINT, run.contenders, run.data)
+        start = load_checkpoint(folder / CHECKPOINT, run.contenders, run.data, ranks)
         if start > resolved.steps:
             raise InputError(
                 f"resume {folder}: {start} steps are done, steps={resolved.steps} asks for fewer. "
                 f"Give steps={start} or more."
             )
-        if steps is not None:
+        if steps is not None and ranks.is_first:
             files.write_json(folder / CONFIG, {"config": resolved.to_dict(), "data": run.data.to_dict()})
         return run.complete(start=start)
 
@@ -130,10 +137,11 @@ class _Run:
     parameters: dict[str, int]
     probe: str
     progress: Progress | None
+    ranks: Ranks
     folder: Path = Path()
 
     @classmethod
-    def build(cls, config: ResolvedConfig, progress: Progress | None) -> _Run:
+    def build(cls, config: ResolvedConfig, progress: Progress | None, ranks: Ranks) -> _Run:
         """Load the data, build the networks, and check that they fit; writes nothing."""
         _stage(progress, f"loading {config.data}")
         data = load_data(config.data, seed=config.seed, labels=config.labels)
@@ -142,6 +150,7 @@ class _Run:
                 f"data {config.data}: {len(data.x_train)} training samples do not make one batch "
                 f"of {config.batch_size}. Give a smaller --batch-size."
             )
+        check_parts(ranks, config.batch_size, len(data.x_train))
         torch.manual_seed(config.seed)
         plain: nn.Module = build_network(config.network, data.input_shape, data.num_classes)
         if data.standardize:
@@ -167,11 +176,13 @@ class _Run:
         rates = {"batch norm": config.lr, "baseline": config.baseline_lr}
         contenders = {}
         for name, network in networks.items():
-            network.to(config.device).train()
+            network = ranks.prepare(network).to(config.device).train()
             optimizer = make_optimizer(network, config, rates[name])
-            contenders[name] = Contender(network, optimizer, probes[name])
+            contenders[name] = Contender(network, optimizer, probes[name], ranks.parallel(network))
+        if ranks.rank:  # dropout of the ranks' own; that of rank 0 is that of one process
+            torch.manual_seed((config.seed + ranks.rank * 1_000_003) % 2**63)
         parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-        return cls(config, data, contenders, insertions, skipped, parameters, words, progress)
+        return cls(config, data, contenders, insertions, skipped, parameters, words, progress, ranks)
 
     def complete(self, start: int) -> TrainResult:
         """Train from step `start` on, then calibrate, freeze, fold, verify and export."""
@@ -184,6 +195,7 @@ class _Run:
             checkpoint,
             start=start,
             progress=self.progress,
+            ranks=self.ranks,
         )
         try:
             return self._conclude()
@@ -199,7 +211,7 @@ class _Run:
         result = TrainResult(
             folder=self.folder,
             config=self.config,
-            environment=environment(self.config),
+            environment=environment(self.config, self.ranks),
             data=self.data.to_dict(),
             insertions=self.insertions,
             skipped=self.skipped,
@@ -209,18 +221,28 @@ class _Run:
             network=normalized,
             example=self.data.x_test[:EXAMPLE_BATCH],
         )
+        if not self.ranks.is_alone:
+            speeds = self.ranks.gather(result.curves["batch norm"].seconds)
+            result.environment["seconds of training by rank"] = ", ".join(f"{seconds:.1f}" for seconds in speeds)
         if not result.diverged:
             try:
                 self._finish(result, normalized)
             except BatchNormError as error:  # the measurements of the training shall not be lost
                 result.failure = str(error)
-        files.write_json(self.folder / METRICS, result.to_dict())
+        if self.ranks.is_first:
+            files.write_json(self.folder / METRICS, result.to_dict())
         return result
 
     def _finish(self, result: TrainResult, network: nn.Module) -> None:
         """Procedure 2 from line 8 on: population statistics, then the network for inference."""
         _stage(self.progress, "calibrating: exact population statistics")
-        result.calibration = _calibrate(network, self.data, self.config)
+        result.calibration = _calibrate(network, self.data, self.config, self.ranks)
+        self.ranks.check_equal(network, "the calibrated network")
+        if not self.ranks.is_first:  # one rank folds, exports and writes
+            return
+        if not self.ranks.is_alone:
+            network = convert(network, process_group=None)
+            result.network = network
         freeze(network)
         network.cpu().eval()
         _stage(self.progress, "folding and verifying")
@@ -239,12 +261,17 @@ class _Run:
             result.inference_time = _time_inference(network, result.folded, result.example)
 
 
-def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig) -> Calibration:
+def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig, ranks: Ranks) -> Calibration:
     """Replace the moving averages by population statistics over the training part."""
     loss_moving, accuracy_moving, _ = evaluate(network, data)
     moving = {name: _statistics(layer) for name, layer in _norms(network)}
     batches = _calibration_batches(data.x_train, config)
-    calibrate(network, batches, method=config.method)
+    if ranks.is_alone:
+        calibrate(network, batches, method=config.method)
+    else:
+        mine = batches[ranks.rank :: ranks.size]
+        with ranks.watched("the statistics of the population"):
+            calibrate(network, mine, method=config.method, process_group="world")
     loss_exact, accuracy_exact, _ = evaluate(network, data)
     layers = [_compare(name, moving[name], _statistics(layer), layer.eps) for name, layer in _norms(network)]
     return Calibration(
@@ -445,7 +472,7 @@ def _time_inference(unfolded: nn.Module, folded: nn.Module, example: Tensor) -> 
     )
 
 
-def environment(config: ResolvedConfig) -> dict[str, str]:
+def environment(config: ResolvedConfig, ranks: Ranks | None = None) -> dict[str, str]:
     """Versions and machine, for the report."""
     device = torch.device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
@@ -456,6 +483,11 @@ def environment(config: ResolvedConfig) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": f"{device} ({name})",
         "CPU threads": str(torch.get_num_threads()),
+        **(
+            {"ranks": f"{ranks.size}, statistics {config.statistics}"}
+            if ranks is not None and not ranks.is_alone
+            else {}
+        ),
     }
 
 
