@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names of the public face, and the module that each comes from. Loaded on first use, so that
 # `import batchnorm` costs little more than `import torch`.
@@ -70,12 +70,31 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        value = getattr(_module(_PUBLIC[name]), name)
         globals()[name] = value
         return value
     if name in _MODULES:
-        return importlib.import_module(f"batchnorm.{name}")
+        return _module(f"batchnorm.{name}")
     raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as failure:
+        from batchnorm.errors import InstallationError
+
+        missing = failure.name or ""
+        if missing == "torch":
+            raise InstallationError(
+                "batchnorm needs torch, and this Python has none: pip install 'torch>=2.10'"
+            ) from None
+        if missing.partition(".")[0] != "batchnorm":
+            raise
+        raise InstallationError(
+            f"{missing} is missing from {__path__[0]}: this installation is damaged; "
+            "pip install --force-reinstall --no-deps batchnorm"
+        ) from None
 
 
 def __dir__() -> list[str]:

@@ -31,3 +31,7 @@ class MissingDependencyError(BatchNormError, ImportError):
 
 class SynchronizationError(BatchNormError, RuntimeError):
     """Ranks that did not exchange what they must."""
+
+
+class InstallationError(BatchNormError, ImportError):
+    """torch is missing or too old, or a part of this installation is missing."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+
 import typer
+
+from batchnorm.errors import InstallationError
 
 
 def info() -> None:
     """Show versions, kernels and optional parts: what is there, and why something is not."""
-    from batchnorm import show_config
+    import batchnorm
 
-    show_config()
+    try:
+        batchnorm.show_config()
+    except InstallationError:  # without torch nothing else runs: say at least what is here
+        print(f"batchnorm         {batchnorm.__version__} in {batchnorm.__path__[0]}")
+        print(f"python            {platform.python_version()} ({sys.executable})")
+        raise
 
 
 def register(app: typer.Typer) -> None:

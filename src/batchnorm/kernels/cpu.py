@@ -46,7 +46,10 @@ def _load() -> None:
     global path, error, _library
     spec = importlib.util.find_spec("batchnorm._C")
     if spec is None or spec.origin is None:
-        error = "the native library was not built (no C++ compiler at installation)"
+        error = (
+            f"the native library is not in {Path(__file__).parent.parent}: there was no C++ compiler at installation, "
+            "or it was deleted; pip install --force-reinstall --no-deps batchnorm"
+        )
         return
     try:
         torch.ops.load_library(spec.origin)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from batchnorm import __version__
 from batchnorm import ops as _ops  # noqa: F401  (loads the implementations)
 from batchnorm.kernels import cpu
 from batchnorm.ops import cuda
@@ -31,13 +33,13 @@ def configuration() -> dict[str, Any]:
         device = torch.device("cuda", torch.cuda.current_device())
         gpu = f"{torch.cuda.get_device_name()}: {cuda.describe(device)}"
     return {
-        "batchnorm": importlib.metadata.version("batchnorm"),
+        "batchnorm": _described(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu kernels": f"C++, {cpu.instruction_set()}" if cpu.available() else f"ATen operations, because {cpu.error}",
-        "eager calls": "C++" if cpu.call else f"Python, because {cpu.call_error or cpu.error}",
+        "eager calls": _calls(),
         "native library": str(cpu.path) if cpu.path else None,
         "caches": ", ".join(f"{k} {v // 1024} KB" for k, v in cpu.cache_sizes().items()) or None,
         "gpu": gpu,
@@ -48,6 +50,24 @@ def configuration() -> dict[str, Any]:
             for name, extra in _OPTIONAL.items()
         },
     }
+
+
+def _described() -> str:
+    """Version and folder; and what pip knows of other versions on the path, whose files may lie among these."""
+    folder = Path(__file__).parent.parent
+    found = importlib.metadata.distributions(name="batchnorm")
+    others = {f"{each.version} in {each.locate_file('')}" for each in found if each.version != __version__}
+    note = f"; on the path, too: {', '.join(sorted(others))}: pip uninstall the one not meant" if others else ""
+    return f"{__version__} in {folder}{note}"
+
+
+def _calls() -> str:
+    """What serves plain eager calls on the CPU, and why no better does."""
+    if cpu.call:
+        return "C++"
+    if not cpu.available():
+        return f"torch's own operator, because {cpu.error}"
+    return f"torch's own operator below {cpu.SMALL} elements, else Python, because C++ serves none: {cpu.call_error}"
 
 
 def show_config() -> None:

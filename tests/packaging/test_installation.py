@@ -1,0 +1,159 @@
+"""The package installed from a wheel, off the source tree: what runs, what does not, and what it says about it.
+
+The wheel is one without the native library, which takes seconds to make; `BATCHNORM_WHEEL` names another, as
+`make release-check` does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import batchnorm
+
+ROOT = Path(__file__).parent.parent.parent
+LIBRARIES = [path for path in sys.path if Path(path).name == "site-packages"]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "BATCHNORM_WHEEL" in os.environ:
+        return Path(os.environ["BATCHNORM_WHEEL"])
+    pytest.importorskip("scikit_build_core")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
+    settings = {"cmake.define.BATCHNORM_NATIVE": "OFF", "build-dir": str(folder / "build")}
+    options = [f"--config-settings={key}={value}" for key, value in settings.items()]
+    done = subprocess.run([*command, *options, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("batchnorm-*.whl"))
+
+
+@pytest.fixture
+def site(wheel: Path, tmp_path: Path) -> Path:
+    """A folder with nothing but the contents of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    return tmp_path / "site"
+
+
+def run(site: Path, *arguments: str, beside: list[str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Python with the folder and the libraries of this environment, without what `site` would add to them."""
+    path = os.pathsep.join([str(site), *(LIBRARIES if beside is None else beside)])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", "-W", "error::ImportWarning", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=site.parent, env=environment)
+
+
+LAYERS = """
+import torch, batchnorm as bn
+assert bn.__path__[0].startswith({site!r}), bn.__path__
+torch.manual_seed(0)
+x, dy = torch.randn(64, 32), torch.randn(64, 32)
+results = []
+for layers in (bn, torch.nn):
+    net = torch.nn.Sequential(layers.BatchNorm1d(32), torch.nn.ReLU())
+    y = net(x.requires_grad_())
+    dx, = torch.autograd.grad(y, x, dy)
+    net.eval()
+    results.append([y, dx, *net.buffers(), net(x)])
+torch.testing.assert_close(*results)
+image = torch.randn(4, 8, 5, 5)
+y = bn.BatchNorm2d(8, activation="gelu")(image, image, mask=torch.ones(4, 5, 5, dtype=torch.bool))
+assert y.isfinite().all()
+print("ran")
+"""
+
+
+def test_layers_run_and_nothing_is_written(site: Path):
+    before = sorted(site.rglob("*"))
+    done = run(site, "-c", LAYERS.format(site=str(site)))
+    assert done.stdout == "ran\n", done.stderr
+    assert sorted(site.rglob("*")) == before  # a read-only folder is enough
+
+
+@pytest.mark.slow
+def test_the_demo_runs(site: Path, tmp_path: Path):
+    pytest.importorskip("sklearn")
+    options = ["--data", "digits", "--steps", "20", "--no-baseline", "--out", str(tmp_path / "run")]
+    done = run(site, "-m", "batchnorm", "train", *options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_info_says_what_runs_and_why(site: Path):
+    done = run(site, "-m", "batchnorm", "info")
+    assert done.returncode == 0, done.stderr
+    assert f"{batchnorm.__version__} in {site / 'batchnorm'}" in done.stdout
+    if not list(site.rglob("_C.*")):
+        assert f"ATen operations, because the native library is not in {site / 'batchnorm'}" in done.stdout
+        assert "torch's own operator, because" in done.stdout
+
+
+def test_another_version_on_the_path_is_told(site: Path, tmp_path: Path):
+    other = tmp_path / "other" / "batchnorm-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: batchnorm\nVersion: 0.0.1\n")
+    done = run(site, "-m", "batchnorm", "info", beside=[str(other.parent), *LIBRARIES])
+    assert f"0.0.1 in {other.parent}" in done.stdout, done.stderr
+    assert "pip uninstall" in done.stdout
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_a_damaged_installation_says_what_to_do(site: Path):
+    shutil.rmtree(site / "batchnorm" / "kernels")
+    message = last_line(run(site, "-c", "import batchnorm; batchnorm.BatchNorm1d"))
+    assert "batchnorm.kernels is missing" in message
+    assert "pip install --force-reinstall" in message
+
+
+def test_a_library_that_does_not_load_is_left_out(site: Path):
+    for path in site.rglob("*.so"):
+        path.unlink()
+    (site / "batchnorm" / "_C.abi3.so").write_bytes(b"")
+    done = run(site, "-c", LAYERS.format(site=str(site)))
+    assert done.stdout == "ran\n", done.stderr
+    assert "the native library does not load" in run(site, "-m", "batchnorm", "info").stdout
+
+
+def test_without_torch_one_line_says_so(site: Path):
+    message = last_line(run(site, "-c", "import batchnorm; batchnorm.BatchNorm1d", beside=[]))
+    assert message.endswith("batchnorm needs torch, and this Python has none: pip install 'torch>=2.10'")
+
+
+OLD = "import torch; torch.__version__ = '2.9.1'; import sys; sys.argv = ['batchnorm', 'info']; "
+
+
+def test_an_old_torch_one_line_says_so(site: Path):
+    for use in ("import batchnorm; batchnorm.BatchNorm1d", "import batchnorm.nn"):
+        message = last_line(run(site, "-c", OLD + use))
+        assert "batchnorm needs torch 2.10 or later, this is torch 2.9.1" in message
+    done = run(site, "-c", OLD + "import batchnorm.cli; sys.exit(batchnorm.cli.main())")
+    assert f"{batchnorm.__version__} in {site / 'batchnorm'}" in done.stdout
+    assert "needs torch 2.10 or later" in last_line(done)
+
+
+def test_it_is_typed_and_its_version_is_one(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        assert f"\nVersion: {batchnorm.__version__}\n" in archive.read(metadata).decode()
+    assert "batchnorm/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "scripts/", "csrc/"))]
+
+
+def test_the_typed_user_names_the_whole_public_face():
+    source = (Path(__file__).parent / "user_code.py").read_text()
+    assert not [name for name in batchnorm.__all__ if f"bn.{name}" not in source]
