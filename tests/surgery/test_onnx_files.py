@@ -431,6 +431,74 @@ def test_other_dtypes(kind, accepted, tmp_path):
     assert certificate.relative <= accepted
 
 
+SPELLED = {
+    "mul, add": [("Mul", (1, 6, 1, 1)), ("Add", (1, 6, 1, 1))],
+    "sub, mul, mul, add": [("Sub", (6, 1, 1)), ("Mul", (1, 6, 1, 1)), ("Mul", (6, 1, 1)), ("Add", (1, 6, 1, 1))],
+    "add, div": [("Add", (1, 6, 1, 1)), ("Div", (6, 1, 1))],
+    "a scalar": [("Mul", ()), ("Add", (1, 6, 1, 1))],
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+@pytest.mark.parametrize("first", [False, True])
+def test_batch_norm_that_is_spelled_as_mul_and_add(name, first, tmp_path):
+    m = Model("batch", 4, 6, 6)
+    m.node("Conv", f"x {m.constant('w', 6, 4, 3, 3)} {m.constant('b', 6)}", "y0", "conv")
+    for i, (kind, shape) in enumerate(SPELLED[name]):
+        pair = [f"y{i}", m.constant(f"c{i}", *shape, positive=True)]
+        m.node(kind, " ".join(reversed(pair) if first and kind != "Div" else pair), f"y{i + 1}")
+    m.node("Relu", f"y{len(SPELLED[name])}", "z")
+    path = m.save(tmp_path / "m.onnx")
+    model, certificate = fold_onnx(path)
+    assert kinds(model) == ["Conv", "Relu"]
+    assert [item.into for item in certificate.folded] == ["conv"]
+    assert exact(path, model)
+
+
+def test_a_bias_that_is_an_add_of_four_axes(tmp_path):
+    """As Paddle writes it: Conv, Add of (1, C, 1, 1), BatchNormalization."""
+    m = Model("batch", 4, 6, 6)
+    m.node("Conv", f"x {m.constant('w', 6, 4, 3, 3)}", "y", "conv")
+    m.node("Add", f"y {m.constant('b', 1, 6, 1, 1)}", "a", "bias")
+    m.norm("a", "z", 6)
+    path = m.save(tmp_path / "m.onnx")
+    model, certificate = fold_onnx(path)
+    assert kinds(model) == ["Conv"]
+    assert {item.layer for item in certificate.folded} == {"bias", "z"}
+    assert exact(path, model)
+
+
+def test_what_is_spelled_and_stays_is_as_it_was(tmp_path):
+    """Behind an activation no layer takes it; by position it is no batch norm; what others read stays."""
+    m = Model("batch", 4, 6, 6)
+    m.node("Conv", f"x {m.constant('w', 6, 4, 3, 3)}", "y", "conv")
+    m.node("Relu", "y", "r")
+    m.node("Mul", f"r {m.constant('s', 1, 6, 1, 1)}", "m")
+    m.node("Add", f"m {m.constant('t', 1, 6, 1, 1)}", "z")
+    with pytest.raises(SurgeryError, match="no BatchNormalization, and z, which compute one, fold into no layer"):
+        fold_onnx(m.save(tmp_path / "m.onnx"))
+    m.norm("y", "n", 6)  # folds into nothing, since Relu reads y as well
+    m.node("Conv", f"x {m.constant('v', 6, 4, 3, 3)}", "q", "other")
+    m.node("Mul", f"q {m.constant('p', 1, 6, 1, 4)}", "by_place")
+    m.norm("q2", "o", 6)
+    m.nodes[-1].input[0] = "by_place"
+    path = m.save(tmp_path / "m.onnx", "z n o")
+    model, _ = fold_onnx(path)
+    assert [n.op_type for n in model.graph.node if n.output[0] in ("m", "z", "by_place")] == ["Mul", "Add", "Mul"]
+    assert {t.name for t in model.graph.initializer} >= {"s", "t", "p"}
+    assert exact(path, model)
+
+
+def test_a_quantized_weight_says_what_to_do_first(tmp_path):
+    m = Model("batch", 4, 5, 5)
+    m.tensors.append(numpy_helper.from_array(np.ones((6, 4, 3, 3), np.int8), "q"))
+    m.node("DequantizeLinear", f"q {m.constant('scale', value=np.float32(0.1))}", "w")
+    m.node("Conv", "x w", "y", "conv")
+    m.norm("y", "z", 6)
+    _, certificate = fold_onnx(m.save(tmp_path / "m.onnx"))
+    assert "quantized: fold before you quantize" in certificate.kept[0].reason
+
+
 def test_rounding_of_the_files_own_is_accepted_as_in_fold(tmp_path):
     """Features of 2000 +- 5 lose digits in the file itself: the fold is as near to float64 as the file is."""
     m = Model("batch", 4, 6, 6)

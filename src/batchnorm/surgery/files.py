@@ -21,6 +21,7 @@ from batchnorm.surgery.conversion import convert
 from batchnorm.surgery.folding import Folding, fold
 from batchnorm.surgery.onnx_flow import OnnxFlow
 from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed, nested
+from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
 from batchnorm.surgery.verification import TOLERANCE, errors_against, widened
@@ -34,7 +35,9 @@ def fold_onnx(
     The rules are those of `fold`: Conv, ConvTranspose, Gemm and MatMul (with the Add of its bias) take a scale and
     shift in, also through Identity, Dropout in inference, pooling, reshaping, transposing, Concat and Split, and one
     BatchNormalization takes in another, wherever that is exact. A layer whose padding would need a value is refused,
-    since an ONNX Conv pads with zeros. What is not folded stays as it was. Weights are computed in float64 and rounded
+    since an ONNX Conv pads with zeros. Mul, Add, Sub and Div by constants per channel are folded as well, where they
+    scale and shift together, or stand beside a BatchNormalization: Keras 3 and tf2onnx spell batch normalization so,
+    and Paddle the bias of a convolution. What is not folded stays as it was. Weights are computed in float64 and rounded
     once; constants that other nodes read too are copied. Names, opset and metadata stay.
 
     Args:
@@ -65,13 +68,15 @@ def fold_onnx(
     values |= {name: x.to("meta") for name, x in next(iter(given.values())).kwargs.items()}
     original = Runner(model)
     before = {name: original(example) for name, example in given.items()}
-    flow = OnnxFlow(graph, values)
     inside = [n.name or n.output[0] for n, _ in nested(graph.graph) if graph.is_own(n, "BatchNormalization")]
-    if not flow.labels and not inside:
-        raise SurgeryError(f"{path}: the model has no BatchNormalization")
-    folding = _OnnxFolding(flow)
-    if any(is_norm(module) for module in flow.modules.values()):
-        folding.run()
+    spelled = chains(graph, values)
+    model, folding = _with_chains(onnx, path, model, spelled, values)
+    flow = folding.flow
+    if not flow.labels and not inside and not folding.folded:
+        raise SurgeryError(
+            f"{path}: the model has no BatchNormalization"
+            + (f", and {', '.join(c.label for c in spelled)}, which compute one, fold into no layer" if spelled else "")
+        )
     kept = [*folding.kept, *(Kept(label, reason) for label, reason in flow.reasons.items())]
     kept += [Kept(name, "it is inside a branch or a loop") for name in inside]
     dtype = _coarsest(flow)
@@ -95,6 +100,28 @@ def fold_onnx(
         differences = _beside_float64(_read(onnx, path), given, results, limit) or differences
     _check(differences, str(path))
     return model, Certificate(tuple(folding.folded), tuple(kept), tuple(differences), original.method, limit, text)
+
+
+def _with_chains(
+    onnx: Any, path: str | Path, model: Any, spelled: list[Chain], values: dict[str, Tensor]
+) -> tuple[Any, _OnnxFolding]:
+    """The model to edit, and its folding, where chains of Mul and Add that fold are BatchNormalization; others stay.
+
+    A chain folds or stays whole, and one that stays may have been what another one needed, so this is tried again
+    with those that folded until all do.
+    """
+    labels = {chain.label for chain in spelled}
+    while True:
+        if labels:
+            with_norms(model, spelled, labels, values)
+        folding = _OnnxFolding(OnnxFlow(OnnxGraph(model), values))
+        if any(is_norm(module) for module in folding.flow.modules.values()):
+            folding.run()
+        stay = labels - {item.layer for item in folding.folded}
+        if not stay:
+            return model, folding
+        labels -= stay
+        model = _read(onnx, path)
 
 
 def _beside_float64(

@@ -85,7 +85,10 @@ class OnnxFlow(DataFlow):
                 self.operators[call] = node.op_type
             return
         computed = self.onnx.is_own(node, *_LAYERS) and not set(node.input[1:]) <= self.onnx.constants.keys()
-        what = f" ('{self._label(node)}', whose weight or bias is computed, or an input that callers may set)"
+        makers = [self.onnx.makers.get(name) for name in node.input[1:]]
+        quantized = any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+        how = "quantized: fold before you quantize" if quantized else "computed, or an input that callers may set"
+        what = f" ('{self._label(node)}', whose weight or bias is {how})"
         self._opaque(node, f"{node.op_type}{what if computed else ''}")
 
     def _set(self, name: str, call: fx.Node) -> None:
