@@ -186,3 +186,25 @@ def test_layers_are_leaves_of_torch_fx(layer):
     for mode in (True, False):
         expected = copy.deepcopy(net).train(mode)(x)
         assert torch.equal(traced.train(mode)(x), expected)
+
+
+def test_verbs_on_networks_that_torch_fx_recorded():
+    torch.manual_seed(0)
+    conv = nn.Conv2d
+    net = nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    shaken(net[1])
+    shaken(net[5])
+    x = torch.randn(4, 3, 9, 9)
+    traced = torch.fx.symbolic_trace(net)
+    result = bn.fold(traced, x)
+    assert [item.layer for item in result.certificate.folded] == ["1"]
+    assert isinstance(result.model.get_submodule("5"), ScaleShift)
+    near(result.model(x), net(x))
+    again = torch.fx.symbolic_trace(result.model)
+    near(again(x), net(x))
+    assert [row["name"] for row in bn.summary(traced, x).to_dict()["layers"]] == ["1", "5"]
+    frozen = bn.freeze(copy.deepcopy(traced)).train()
+    near(frozen(x), net(x))
+    assert int(frozen.get_submodule("1").num_batches_tracked) == 0
+    bn.calibrate(traced, [x])
+    torch.testing.assert_close(traced.get_submodule("1").running_mean, net[0](x).mean((0, 2, 3)))
