@@ -141,8 +141,9 @@ class _Run:
     folder: Path = Path()
 
     @classmethod
-    def build(cls, config: ResolvedConfig, progress: Progress | None, ranks: Ranks) -> _Run:
+    def build(cls, config: ResolvedConfig, progress: Progress | None, ranks: Ranks | None = None) -> _Run:
         """Load the data, build the networks, and check that they fit; writes nothing."""
+        ranks = ranks or Ranks()
         _stage(progress, f"loading {config.data}")
         data = load_data(config.data, seed=config.seed, labels=config.labels)
         if len(data.x_train) < config.batch_size:
@@ -261,8 +262,9 @@ class _Run:
             result.inference_time = _time_inference(network, result.folded, result.example)
 
 
-def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig, ranks: Ranks) -> Calibration:
+def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig, ranks: Ranks | None = None) -> Calibration:
     """Replace the moving averages by population statistics over the training part."""
+    ranks = ranks or Ranks()
     loss_moving, accuracy_moving, _ = evaluate(network, data)
     moving = {name: _statistics(layer) for name, layer in _norms(network)}
     batches = _calibration_batches(data.x_train, config)
