@@ -384,12 +384,29 @@ def by_population(
 ) -> Tensor:
     """Normalizes by given statistics (C,) or (pools, C), which are constants."""
     kind = activation or "identity"
+    if mean.dim() > 1 and mask is None and torch.jit.is_tracing():
+        y = _by_rows(x, mean, var, weight, bias, eps)
+        return finish(y, residual, activation, slope)
     if is_traced(x):
         if mask is not None or pool_size:
             return aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, kind, slope, mask)
         y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         return finish(y, residual, activation, slope)
     return autograd.by_population(x, weight, bias, residual, mean, var, pool_size, eps, kind, slope, mask=mask)
+
+
+def _by_rows(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Pools of equal size, one after the other in x, each by its row of statistics (pools, C).
+
+    For `torch.jit.trace`, where sizes are tensors: batch and number of pools stay free in what is recorded.
+    """
+    shape = (mean.shape[0], 1, -1, *(1,) * (x.dim() - 2))
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    y = (x.reshape(mean.shape[0], -1, *x.shape[1:]) - mean.reshape(shape)) * scale.reshape(shape)
+    y = y.reshape(x.shape)
+    return y if bias is None else y + bias.reshape(-1, *(1,) * (x.dim() - 2))
 
 
 def by_pools(

@@ -659,3 +659,18 @@ def test_the_function_refuses_sequences_it_cannot_take():
         functional.batch_norm(x, mean, mean + 1, training=True, pool="frame")
     with pytest.raises(InputError, match="takes sequences"):
         functional.batch_norm(x[0], None, None, training=True, pool="sequence")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_trace_of_frames_keeps_batch_and_length_free(affine):
+    """Also beyond the steps that training reached; the older ONNX exporter records in the same way."""
+    layer = bn.BatchNorm1d(4, pool="frame", max_steps=6, affine=affine, activation="relu").eval()
+    with torch.no_grad():
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        layer.num_batches_tracked.copy_(torch.tensor([3, 3, 3, 3, 0, 0]))
+    traced = torch.jit.trace(layer, torch.randn(2, 5, 4))
+    for batch, steps in ((2, 5), (3, 5), (1, 3), (4, 9)):
+        x = torch.randn(batch, steps, 4)
+        torch.testing.assert_close(traced(x), layer(x))

@@ -37,8 +37,8 @@ def fold_onnx(
     BatchNormalization takes in another, wherever that is exact. A layer whose padding would need a value is refused,
     since an ONNX Conv pads with zeros. Mul, Add, Sub and Div by constants per channel are folded as well, where they
     scale and shift together, or stand beside a BatchNormalization: Keras 3 and tf2onnx spell batch normalization so,
-    and Paddle the bias of a convolution. What is not folded stays as it was. Weights are computed in float64 and rounded
-    once; constants that other nodes read too are copied. Names, opset and metadata stay.
+    and Paddle the bias of a convolution. What is not folded stays as it was. Weights are computed in float64 and
+    rounded once; constants that other nodes read too are copied. Names, opset and metadata stay.
 
     Args:
         path: the file, which is not changed; external data is read from beside it.
