@@ -46,6 +46,7 @@ FILES = {
     "keras3.no_scale.weights.h5": File(
         "keras3", without=("weight",), layers={"0": "layers/batch_normalization", "2": "blocks/batch_normalization"}
     ),
+    "keras3.weights.sharded": File("keras3"),
     "keras3.attributes.weights.h5": File("keras3", layers={"0": "layers/batch_normalization", "2": "blocks/own_norm"}),
     "keras2.flat.h5": File("keras2"),
     "keras2.fused.h5": File("keras2"),
@@ -86,7 +87,7 @@ def unpacked(name: str, folder: Path) -> Path:
     else:
         with tarfile.open(fileobj=io.BytesIO((DATA / f"{name}.tar.gz").read_bytes())) as archive:
             archive.extractall(folder, filter="data")
-    return folder / name
+    return folder / name / "model.weights.json" if name.endswith(".sharded") else folder / name
 
 
 def expected(name: str) -> dict[str, np.ndarray]:
@@ -489,3 +490,10 @@ def test_the_page_is_the_table_that_the_code_uses():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PAGE.read_text() == module.render()
+
+
+def test_a_shard_in_another_folder_is_refused(tmp_path: Path):
+    index = unpacked("keras3.weights.sharded", tmp_path)
+    index.write_text(index.read_text().replace("model_00001", "../model_00001"))
+    with pytest.raises(DataError, match="lies in another folder"):
+        bn.load_keras(network(4), index)

@@ -75,7 +75,11 @@ def run(name: str, model, rank: int = 1, time: bool = False, freeze: bool = Fals
     model.compile(keras.optimizers.SGD(0.1), "mse")
     path = HERE / name
     model.compiled = False  # so that no optimizer is written
-    (model.save_weights if ".weights." in name else model.save)(path, **saving)
+    if name.endswith(".sharded"):  # a folder of an index and its shards
+        path.mkdir()
+        model.save_weights(path / "model.weights.json", **saving)
+    else:
+        (model.save_weights if ".weights." in name else model.save)(path, **saving)
     model.compile(keras.optimizers.SGD(0.1), "mse")
     before = model.predict_on_batch(x[BEFORE])
     for i in range(STEPS):
@@ -95,6 +99,7 @@ def main() -> None:
     run("keras3.frozen.keras", sequential(2), 2, freeze=True)
     run("keras3.renorm.keras", sequential(renorm=True, renorm_clipping={"rmax": 3.0, "dmax": 5.0}))
     run("keras3.time_distributed.keras", wrapped(), time=True)
+    run("keras3.weights.sharded", sequential(2), 2, max_shard_size=6e-8)
     run("keras3.bfloat16.weights.h5", sequential(dtype="bfloat16"))
 
 
