@@ -269,6 +269,12 @@ PREPARED = {
     "models/model.json, Node.target is 'torch.ops.aten.from": edit(
         **{f"{GRAPH}nodes__0__target": "torch.ops.aten.from_file.default"}
     ),
+    "models/model.json, Node.target is 'torch.ops.aten.set_": edit(
+        **{f"{GRAPH}nodes__0__target": "torch.ops.aten.set_.source_Tensor"}
+    ),
+    "models/model.json, Node.target is 'torch.ops.aten.sparse": edit(
+        **{f"{GRAPH}nodes__0__target": "torch.ops.aten.sparse_resize_.default"}
+    ),
     "models/model.json, Node.target is 'torch.ops.nowhere": edit(
         **{f"{GRAPH}nodes__0__target": "torch.ops.nowhere.relu.default"}
     ),
@@ -375,6 +381,13 @@ def test_the_command_line_refuses_with_code_2(command, honest, tmp_path, capsys)
     assert "Traceback" not in error
     assert not marker.exists()
     assert not (tmp_path / "out.pt2").exists()
+
+
+def test_plain_parts_that_do_not_fit_together(honest, tmp_path):
+    members = dict(honest)
+    edit(graph_module__module_call_graph__0__signature__forward_arg_names=["self"])(members, "")
+    with pytest.raises(InputError, match=r"cannot be read|fails on the example"):
+        fold_archive(written(tmp_path / "net.pt2", members))
 
 
 def test_descriptions_are_left_out(honest, tmp_path):

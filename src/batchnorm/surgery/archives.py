@@ -72,18 +72,20 @@ def open_archive(path: str | Path) -> Archive:
     """
     with quiet():
         program = load_archive(path)
+        try:
+            lifted = program.module(check_guards=False)  # guards are code made of the program's texts
+        except Exception as error:  # the parts are plain, but do not fit together
+            raise InputError(f"{path}: it cannot be read as a torch.export archive ({error})") from error
     if program.example_inputs is None:
         raise InputError(f"{path}: the archive holds no example input to compare on; export it again with one")
     norms = [n for n in program.graph.nodes if n.op == "call_function" and operation(n) == "batch_norm"]
     if any(_arguments(n)["training"] and _arguments(n)["running_mean"] is not None for n in norms):
         raise InputError(f"{path}: it was exported in training mode; call net.eval() and export it again")
     args, kwargs = program.example_inputs
-    return Archive(program, _network(program), Example(tuple(args), dict(kwargs)))
+    return Archive(program, _network(lifted), Example(tuple(args), dict(kwargs)))
 
 
-def _network(program: ExportedProgram) -> fx.GraphModule:
-    lifted = program.module(check_guards=False)  # guards are code made of the program's texts
-    assert isinstance(lifted, fx.GraphModule)
+def _network(lifted: fx.GraphModule) -> fx.GraphModule:
     graph = lifted.graph
     made: dict[str, list[Any]] = {}
     for node in [n for n in graph.nodes if n.op == "call_function" and operation(n) in _TENSORS]:

@@ -57,8 +57,10 @@ _SYMBOLIC = {
 _TYPES = re.compile(
     r"(Optional\[|List\[)*(Tensor|int|float|bool|number|str|Device|Generator|SymInt|SymFloat|SymBool)\]*"
 )
-_FILES = {"from_file"}
-"""Operators that read or write files."""
+_REFUSED_OPERATORS = re.compile(
+    r"from_file|set_?|to_(sparse|mkldnn)\w*|(sparse|fbgemm|mkldnn|miopen|quantized|nested)_\w*", re.ASCII
+)
+"""Operators that read or write files, or that take a tensor for memory of another layout without a look at it."""
 _TEXTS = _words(
     "UPLO approximate assert_msg driver equation indexing interpolation mode norm ord p pad_mode padding "
     "padding_side reduce rounding_mode side"
@@ -271,7 +273,7 @@ def _operator(text: str) -> str | None:
     space, name, overload = found.groups()
     if space == "higher_order":
         return text if overload is None and name in _HIGHER_ORDER else None
-    if space == "aten" and ((name.startswith("_") and name not in _PRIVATE) or name in _FILES):
+    if space == "aten" and ((name.startswith("_") and name not in _PRIVATE) or _REFUSED_OPERATORS.fullmatch(name)):
         return None
     packet = getattr(getattr(torch.ops, space), name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket) or overload not in packet.overloads():
