@@ -24,10 +24,10 @@ INLINE T* at(const Operand& o, i64 sample, i64 channel) {
 
 // An operand whose address and strides the compiler can keep in registers, whatever is written through it.
 template <class T>
-struct Rows {
+struct RowAccess {
   T* data;
   i64 stride;
-  explicit INLINE Rows(const Operand& o) : data(static_cast<T*>(o.data)), stride(o.sample_stride) {}
+  explicit INLINE RowAccess(const Operand& o) : data(static_cast<T*>(o.data)), stride(o.sample_stride) {}
   INLINE T* operator()(i64 n, i64 c) const { return data + n * stride + c; }
 };
 
@@ -42,19 +42,19 @@ struct Backward {
   INLINE i64 operator()(i64 k) const { return backward ? samples - 1 - k : k; }
 };
 
-// Brings what will be read a few planes after (k, c) into the cache: no prefetcher follows short runs.
+// Brings what will be read a few planes after (k, c) into the cache: no prefetcher follows short spans.
 template <class T>
 INLINE void prefetch(const Slab& slab, const Operand& o, i64 k, i64 c) {
   constexpr i64 ahead = 4, line = 64, most = 8 * line;
-  if (!slab.runs || !o || slab.channels <= ahead) return;
+  if (!slab.spans || !o || slab.channels <= ahead) return;
   c += ahead;
   if (c >= slab.channels) {
     c -= slab.channels;
     if (++k == slab.samples) return;
   }
-  const Run run = slab.run(k);
-  const char* p = reinterpret_cast<const char*>(at<const T>(o, run.sample, c) + run.first);
-  const i64 bytes = run.inner * i64(sizeof(T));
+  const Span span = slab.span(k);
+  const char* p = reinterpret_cast<const char*>(at<const T>(o, span.sample, c) + span.first);
+  const i64 bytes = span.inner * i64(sizeof(T));
   for (i64 i = 0; i < bytes && i < most; i += line) __builtin_prefetch(p + i);
 }
 
@@ -336,7 +336,7 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
                        Some some) {
   using L = Lane<T>;
   constexpr i64 W = L::width, tile = 4;
-  const Rows<T> out(to);
+  const RowAccess<T> out(to);
   const bool aligned =
       around_cache && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
   const auto write = [&](auto height, auto width, auto streamed, i64 n, i64 c) {
@@ -384,20 +384,20 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
   constexpr i64 W = L::width;
   LaneSums lanes(slab.channels);
   for (i64 k = 0; k < slab.samples; ++k) {
-    const Run run = slab.run(k);
+    const Span span = slab.span(k);
     for (i64 c = 0; c < slab.channels; ++c) {
       prefetch<T>(slab, x, k, c);
-      const T* p = at<const T>(x, run.sample, c) + run.first;
+      const T* p = at<const T>(x, span.sample, c) + span.first;
       const auto s = everywhere<P>(shift[c]);
       sum_plane<P>(
-          run.inner, lanes.first + c, lanes.second + c,
+          span.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<P>& a) {
             const auto d = minus(load<P>(p + i), s);
             a.add(d, d);
           },
           [&](i64 i, i64 count, Sums<P>& a) {
-            const auto d = run.inner >= W ? only(minus(P::of(Lane<T>::load(p + i + count - W)), s), W - count, W)
-                                          : only(minus(P::of(load_some(p + i, count)), s), 0, count);
+            const auto d = span.inner >= W ? only(minus(P::of(Lane<T>::load(p + i + count - W)), s), W - count, W)
+                                           : only(minus(P::of(load_some(p + i, count)), s), 0, count);
             a.add(d, d);
           });
     }
@@ -407,7 +407,7 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
 
 template <class T, class P>
 void interleaved_moments_in(const Slab& slab, const Operand& x, const double* shift, double* sums) {
-  const Rows<const T> xs(x);
+  const RowAccess<const T> xs(x);
   const i64 C = slab.channels;
   const P few = columns_of<P>(shift, C < P::width ? C : P::width);
   sum_rows<P, 8>(
@@ -531,16 +531,16 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
   using V = typename L::V;
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
-    const Run run = slab.run(order(step));
-    const i64 n = run.sample;
+    const Span span = slab.span(order(step));
+    const i64 n = span.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       prefetch<T>(slab, x, step, c);
       const auto normal = Normal<T, P>::broadcast(k, c);
-      const T* p = at<const T>(x, n, c) + run.first;
-      const T* r = residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
+      const T* p = at<const T>(x, n, c) + span.first;
+      const T* r = residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       uint8_t* bits = signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       write_plane<!signs>(
-          at<T>(y, n, c) + run.first, run.inner, f.stream,
+          at<T>(y, n, c) + span.first, span.inner, f.stream,
           [&](i64 i) {
             const V rv = residual ? L::load(r + i) : V{};
             return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits, i, L::width, f);
@@ -556,9 +556,9 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
 template <class T, class P, Form form, bool residual, bool signs>
 void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients k,
                            const KernelFusion& f) {
-  const Rows<const T> xs(x);
-  const Rows<const T> rs(f.residual);
-  const Rows<T> ys(y);
+  const RowAccess<const T> xs(x);
+  const RowAccess<const T> rs(f.residual);
+  const RowAccess<T> ys(y);
   uint8_t* const all_signs = f.signs;
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
@@ -617,18 +617,18 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
   using V = typename L::V;
   LaneSums lanes(slab.channels);
   for (i64 step = 0; step < slab.samples; ++step) {
-    const Run run = slab.run(step);
-    const i64 n = run.sample;
+    const Span span = slab.span(step);
+    const i64 n = span.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       prefetch<T>(slab, x, step, c);
       prefetch<T>(slab, dy, step, c);
       const auto normal = Normal<T, P>::broadcast(k, c);
       const auto m = everywhere<S>(mean[c]);
-      const T *p = at<const T>(x, n, c) + run.first, *g = at<const T>(dy, n, c) + run.first;
-      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
+      const T *p = at<const T>(x, n, c) + span.first, *g = at<const T>(dy, n, c) + span.first;
+      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       sum_plane<S>(
-          run.inner, lanes.first + c, lanes.second + c,
+          span.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
             const auto d = minus(load<S>(p + i), m);
@@ -651,9 +651,9 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
 template <class T, class P, class S, Form form, Gate gate>
 void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
                         const NormalizeCoefficients k, const KernelFusion& f, double* sums) {
-  const Rows<const T> xs(x);
-  const Rows<const T> dys(dy);
-  const Rows<const T> rs(f.residual);
+  const RowAccess<const T> xs(x);
+  const RowAccess<const T> dys(dy);
+  const RowAccess<const T> rs(f.residual);
   uint8_t* const all_signs = f.signs;
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
@@ -719,18 +719,18 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
   using V = typename L::V;
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
-    const Run run = slab.run(order(step));
-    const i64 n = run.sample;
+    const Span span = slab.span(order(step));
+    const i64 n = span.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       prefetch<T>(slab, x, step, c);
       prefetch<T>(slab, dy, step, c);
       const auto apply = Apply<T, P>::broadcast(k, a, c);
-      const T *p = at<const T>(x, n, c) + run.first, *g = at<const T>(dy, n, c) + run.first;
-      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + run.first : nullptr;
+      const T *p = at<const T>(x, n, c) + span.first, *g = at<const T>(dy, n, c) + span.first;
+      const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
-      T* out = d_residual ? at<T>(d_residual, n, c) + run.first : nullptr;
+      T* out = d_residual ? at<T>(d_residual, n, c) + span.first : nullptr;
       write_plane<gate != Gate::signs>(
-          at<T>(dx, n, c) + run.first, run.inner, f.stream,
+          at<T>(dx, n, c) + span.first, span.inner, f.stream,
           [&](i64 i) {
             const V v = L::load(p + i);
             const V rv = gate == Gate::residual ? L::load(r + i) : V{};
@@ -753,11 +753,11 @@ template <class T, class P, Form form, Gate gate>
 void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx,
                        const Operand& d_residual, const NormalizeCoefficients k, const ApplyCoefficients a,
                        const KernelFusion& f) {
-  const Rows<const T> xs(x);
-  const Rows<const T> dys(dy);
-  const Rows<const T> rs(f.residual);
-  const Rows<T> drs(d_residual);
-  const Rows<T> dxs(dx);
+  const RowAccess<const T> xs(x);
+  const RowAccess<const T> dys(dy);
+  const RowAccess<const T> rs(f.residual);
+  const RowAccess<T> drs(d_residual);
+  const RowAccess<T> dxs(dx);
   uint8_t* const all_signs = f.signs;
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
@@ -786,13 +786,13 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
 }
 
 // ------------------------------------------------------------------------------------------------ the table
-// Calls run(few) with the slab's `few` as a constant.
-template <class Run>
-void choose_few(const Slab& slab, Run run) {
+// Calls kernel(few) with the slab's `few` as a constant.
+template <class Kernel>
+void choose_few(const Slab& slab, Kernel kernel) {
   if (slab.few)
-    run(std::true_type{});
+    kernel(std::true_type{});
   else
-    run(std::false_type{});
+    kernel(std::false_type{});
 }
 
 template <class T, class P, Order order, Form form, bool residual, bool signs>
@@ -821,19 +821,19 @@ void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const 
   return normalize_form<T, P, order, Form::any>(slab, x, y, k, f);
 }
 
-// Calls run<form, gate>() for the case at hand.
-template <class Run>
-void choose_gate(const KernelFusion& f, Gate gate, Run run) {
+// Calls kernel(form, gate) for the case at hand.
+template <class Kernel>
+void choose_gate(const KernelFusion& f, Gate gate, Kernel kernel) {
   using std::integral_constant;
   constexpr integral_constant<Form, Form::relu> relu{};
   constexpr integral_constant<Form, Form::any> any{};
   switch (gate) {
-    case Gate::none: return run(any, integral_constant<Gate, Gate::none>{});
-    case Gate::signs: return run(any, integral_constant<Gate, Gate::signs>{});
-    case Gate::residual: return run(any, integral_constant<Gate, Gate::residual>{});
+    case Gate::none: return kernel(any, integral_constant<Gate, Gate::none>{});
+    case Gate::signs: return kernel(any, integral_constant<Gate, Gate::signs>{});
+    case Gate::residual: return kernel(any, integral_constant<Gate, Gate::residual>{});
     case Gate::recompute:
-      return f.activation == Activation::relu ? run(relu, integral_constant<Gate, Gate::recompute>{})
-                                              : run(any, integral_constant<Gate, Gate::recompute>{});
+      return f.activation == Activation::relu ? kernel(relu, integral_constant<Gate, Gate::recompute>{})
+                                              : kernel(any, integral_constant<Gate, Gate::recompute>{});
   }
 }
 

@@ -1,4 +1,4 @@
-// The table that one instruction set fills: what the scheduler calls on a slab of one pool.
+// The table that one instruction set fills: what the verbs call on a slab of one pool.
 #pragma once
 
 #include "batchnorm.h"
@@ -6,16 +6,16 @@
 namespace batchnorm {
 
 // Neighbouring places of one sample, counted from a slab's first.
-struct Run {
+struct Span {
   int64_t sample, first, inner;
 };
 
 // A slab: `samples` x `channels` x `inner` of one pool, pointers already at its first element.
 struct Slab {
   int64_t samples, channels, inner;
-  bool few;                   // the pool has so few values that roundings do not average out: see kernels.cpp
-  const Run* runs = nullptr;  // planar: where given, so many runs in place of the samples
-  Run run(int64_t n) const { return runs ? runs[n] : Run{n, 0, inner}; }
+  bool few;                     // the pool has so few values that roundings do not average out: see kernels.cpp
+  const Span* spans = nullptr;  // planar: where given, so many spans in place of the samples
+  Span span(int64_t n) const { return spans ? spans[n] : Span{n, 0, inner}; }
 };
 
 constexpr int64_t kMaxPlanarChannels = 64;  // of one planar slab

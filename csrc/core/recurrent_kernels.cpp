@@ -130,8 +130,8 @@ struct Call {
   bool normalized() const { return call.normalize_hh || call.normalize_c; }
 
   // By rows through all steps where those are enough work, and each on its own.
-  template <class Step, class Rows>
-  void run(Parallel parallel, bool backward, const Step& step, const Rows& rows) const {
+  template <class Step, class RowBlock>
+  void for_steps(Parallel parallel, bool backward, const Step& step, const RowBlock& rows) const {
     constexpr int64_t kRows = 8;
     const bool large = N * G * H * H >= 1 << 16;
     if (!normalized() && (N >= 2 * kRows || !large)) {
@@ -217,7 +217,7 @@ struct Call {
 
   void forward(Parallel parallel) const {
     pack_gates();
-    run(
+    for_steps(
         parallel, false,
         [&](int64_t t, bool threads) {
           each(parallel, threads, blocks, [&](int64_t begin, int64_t end) {
@@ -320,7 +320,7 @@ struct Call {
 
   void backward(const RecurrentGradients& d, Parallel parallel) const {
     pack_states();
-    run(
+    for_steps(
         parallel, true,
         [&](int64_t t, bool threads) {
           each(parallel, threads, blocks, [&](int64_t begin, int64_t end) {
@@ -480,15 +480,15 @@ struct Call {
   }
 };
 
-template <class Run>
-void choose(const Recurrence& r, Run run) {
+template <class Kernel>
+void choose(const Recurrence& r, Kernel kernel) {
   const auto cell = [&](auto type) {
     using std::integral_constant;
     switch (r.cell) {
-      case Cell::rnn_tanh: return run(type, integral_constant<Cell, Cell::rnn_tanh>{});
-      case Cell::rnn_relu: return run(type, integral_constant<Cell, Cell::rnn_relu>{});
-      case Cell::lstm: return run(type, integral_constant<Cell, Cell::lstm>{});
-      case Cell::gru: return run(type, integral_constant<Cell, Cell::gru>{});
+      case Cell::rnn_tanh: return kernel(type, integral_constant<Cell, Cell::rnn_tanh>{});
+      case Cell::rnn_relu: return kernel(type, integral_constant<Cell, Cell::rnn_relu>{});
+      case Cell::lstm: return kernel(type, integral_constant<Cell, Cell::lstm>{});
+      case Cell::gru: return kernel(type, integral_constant<Cell, Cell::gru>{});
     }
   };
   if (r.dtype == Dtype::float64)

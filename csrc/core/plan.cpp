@@ -1,0 +1,106 @@
+#include "plan.h"
+
+#include "ranges.h"
+
+namespace batchnorm {
+namespace {
+
+constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
+constexpr int64_t kPieceBytes = 128 << 10;
+constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
+constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
+constexpr int64_t kMaxSegments = 128;
+constexpr int64_t kColumns = 64;  // whole lines of the cache in any type
+
+int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
+
+}  // namespace
+
+bool is_small(const Shape& s) { return s.samples * s.channels * s.inner <= serial_elements(s.dtype); }
+
+int64_t flat_channels(int64_t inner) {
+  int64_t most = kFlatColumns / inner, whole = 32;
+  while (whole > most) whole /= 2;
+  return most / whole * whole;
+}
+
+Plan::Plan(const Shape& s, bool one_phase) : shape(s), one_phase(one_phase), fewest(fewest_values(s)) {
+  const int64_t pool = std::min(s.pool_size, s.samples);
+  block = pool;
+  inner_block = s.inner;
+  s.order == Order::planar ? cut_planar(pool) : cut_interleaved(pool);
+  if (whole) segment = std::max<int64_t>(1, ceil_div(s.pools(), kMaxSegments));
+}
+
+void Plan::cut_planar(int64_t pool) {
+  const Shape& s = shape;
+  const Caches& cache = caches();
+  const int64_t bytes = element_size(s.dtype), pools = s.pools();
+  flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= kFlatSamples;
+  const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
+  // Of a plane, what is read.
+  const int64_t plane = std::max<int64_t>(1, int64_t(double(s.inner * bytes) * valid_share(s)));
+  group = std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
+  while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
+  groups = ceil_div(s.channels, group);
+  whole = plane * pool <= budget && (pools * groups >= 8 || is_small(s));
+  // Not in strips too short for prefetchers.
+  if (flat && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
+  // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
+  const bool sparse = s.valid && !is_small(s) && s.samples * s.channels * plane <= cache.l3 / 2;
+  if (whole && !one_phase && !sparse) return;
+  whole = false;
+  int64_t together = flat || sparse ? kMaxPlanarChannels : 1;
+  if (one_phase) together = flat ? flat_channels(s.inner) : kPieceBytes / plane;
+  group = std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1));
+  groups = ceil_div(s.channels, group);
+  const int64_t least = !flat ? 1 : one_phase ? 2 * kFlatSamples : 4 * kFlatSamples;
+  block = std::clamp<int64_t>(std::max(least, kPieceBytes / (plane * group)), 1, std::max<int64_t>(pool, 1));
+  blocks = ceil_div(pool, block);
+  inner_block = std::clamp<int64_t>(s.inner, 1, kPieceBytes / bytes);
+  inner_blocks = ceil_div(s.inner, inner_block);
+}
+
+void Plan::cut_interleaved(int64_t pool) {
+  const Shape& s = shape;
+  const Caches& cache = caches();
+  const int64_t bytes = element_size(s.dtype), row = std::max<int64_t>(1, s.channels * bytes);
+  group = s.channels;
+  groups = std::min<int64_t>(s.channels, 1);  // no channels, no pieces
+  whole = pool * s.channels <= serial_elements(s.dtype) || (s.pools() >= 8 && pool * row <= cache.l3 / 8);
+  if (whole) return;
+  // Long enough for a block's sums to be little beside its rows.
+  const int64_t least = std::clamp<int64_t>(pool / 16, 32, 128);
+  block = std::min(pool, std::max({kPieceBytes / row, ceil_div(pool, kMaxBlocks), least}));
+  block = ceil_div(block, 32) * 32;
+  blocks = ceil_div(pool, block);
+  if (blocks > 1 || s.channels <= kColumns) return;
+  // So few and long rows that their columns are shared out instead.
+  whole = true;
+  block = pool;
+  const int64_t share = std::min(ceil_div(s.channels, 8), cache.l2 / 2 / (pool * bytes));
+  group = std::max<int64_t>(1, ceil_div(share, kColumns)) * kColumns;
+  groups = ceil_div(s.channels, group);
+}
+
+Piece Plan::piece(int64_t i) const {
+  Piece p;
+  p.pool = i / pieces_a_pool();
+  int64_t rest = i % pieces_a_pool();
+  const int64_t apart = rest / inner_blocks;
+  p.channel = (in_memory_order() ? apart % groups : apart / blocks) * group;
+  p.channels = std::min(group, shape.channels - p.channel);
+  const int64_t begin = p.pool * shape.pool_size, end = std::min(begin + shape.pool_size, shape.samples);
+  p.sample = std::min(begin + (in_memory_order() ? apart / groups : apart % blocks) * block, end);
+  p.samples = std::min(block, end - p.sample);
+  p.first = rest % inner_blocks * inner_block;
+  p.inner = std::min(inner_block, shape.inner - p.first);
+  return p;
+}
+
+bool Plan::few(int64_t pool) const {
+  if (shape.dtype == Dtype::float32) return fewest < kFewFloat32;
+  return count(pool) < kFewValues;
+}
+
+}  // namespace batchnorm

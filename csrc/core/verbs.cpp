@@ -1,0 +1,476 @@
+// The verbs of batchnorm.h: which steps they take, and in which order these go over the pieces of a plan.
+#include "columns.h"
+#include "ranges.h"
+
+namespace batchnorm {
+namespace {
+
+Gate gate_of(const Fusion& f) {
+  if (f.activation == Activation::identity) return Gate::none;
+  if (f.signs) return Gate::signs;
+  return f.residual ? Gate::residual : Gate::recompute;
+}
+
+enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
+
+// ---------------------------------------------------------------------------------------------- steps
+// What is done to one work, by the kernels of an instruction set.
+struct Steps {
+  Plan plan;
+  Scratch scratch;
+  const Kernels &kernels, &row_kernels;
+  const CoefficientKernels& coefficients;
+  Fusion fusion;
+  double eps = 0;
+  bool large, stream;  // around the cache go zeros; elements
+
+  Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
+      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply),
+        scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
+        kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
+        row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
+        coefficients(kernel_table().coefficients[scratch.wide]),
+        fusion(f),
+        large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
+        // Not where runs of valid values share lines with zeros.
+        stream(large && (!shape.valid || shape.order == Order::interleaved)) {
+    if (!shape.valid) return;
+    count_values(plan, scratch.counts);
+    plan.counts = scratch.counts;
+  }
+
+  Steps(Verb verb, const Shape& shape, Vector gamma, Vector beta, double eps, const Fusion& f, double* workspace)
+      : Steps(verb, shape, f, workspace) {
+    this->eps = eps;
+    const auto read = [&](const Vector& v, double absent, double* to) {
+      v.data ? convert(v.dtype, v.data, shape.channels, to) : void(std::fill_n(to, shape.channels, absent));
+    };
+    read(gamma, 1, scratch.gamma);
+    read(beta, 0, scratch.beta);
+  }
+
+  Gate gate() const { return gate_of(fusion); }
+  double values(const Work& w) const { return double(std::max<int64_t>(plan.count(w.piece.pool), 1)); }
+  bool is_padded() const { return plan.shape.valid && plan.shape.order == Order::planar; }
+
+  // The fusion from a piece's first element on.
+  KernelFusion fused(const Piece& p) const {
+    KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream};
+    if (fusion.signs) {
+      const bool planar = plan.shape.order == Order::planar;
+      const int64_t signs_run = ceil_div(planar ? plan.shape.inner : plan.shape.channels, 8);
+      f.signs_sample = planar ? signs_run * plan.shape.channels : signs_run;
+      f.signs_channel = planar ? signs_run : 0;
+      f.signs = fusion.signs + p.sample * f.signs_sample + (planar ? p.channel * signs_run + p.first / 8 : p.channel / 8);
+    }
+    return f;
+  }
+  KernelFusion fused(const LongRows& r) const {
+    KernelFusion f = fused(r.piece);
+    f.residual.sample_stride *= r.times;
+    return f;
+  }
+
+  // A value of each channel, from which all others are taken: the first, or where sums are of type float32 the median
+  // of three, lest an outlier is taken from all.
+  void set_shifts(const Work& w, const Operand& x) const {
+    double* const shift = w.shift();
+    if (!plan.count(w.piece.pool)) return void(std::fill_n(shift, w.piece.channels, 0.0));
+    read_values(w, x, 0, shift);
+    if (element_size(plan.shape.dtype) > 2 || plan.few(w.piece.pool)) return;
+    double *const middle = w.first, *const last = w.second;  // which have no sums yet
+    read_values(w, x, 1, middle);
+    read_values(w, x, 2, last);
+    for (int64_t c = 0; c < w.piece.channels; ++c) {
+      const double low = std::min(shift[c], middle[c]), high = std::max(shift[c], middle[c]);
+      shift[c] = std::clamp(last[c], low, high);
+    }
+  }
+
+  void read_values(const Work& w, const Operand& x, int half, double* to) const {
+    Piece p = w.piece;
+    const Place found = find_valid(plan, p.pool, half);
+    p.sample = found.sample;
+    p.first = found.place;
+    const char* const first = static_cast<const char*>(plan.operand(x, p).data);
+    const Dtype dtype = plan.shape.dtype;
+    if (plan.shape.order == Order::interleaved)
+      convert(dtype, first, p.channels, to);
+    else
+      for (int64_t c = 0; c < p.channels; ++c)
+        convert(dtype, first + c * x.channel_stride * element_size(dtype), 1, to + c);
+    coefficients.finite(p.channels, to);
+  }
+
+  void set_normalize(const Work& w, const double* mean, const double* var) const {
+    const Coefficients& k = w.k();
+    coefficients.normalize(w.piece.channels, mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
+                           scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
+  }
+
+  // The coefficients that a backward needs for the gate; all where set_gradient takes the scale from there
+  // (`population`).
+  void set_gated(const Work& w, const double* mean, const double* var, bool population = false) const {
+    if (!population && gate() != Gate::recompute && gate() != Gate::residual)
+      return coefficients.means(w.piece.channels, mean + w.statistic, w.k().at(0, w.slot));
+    set_normalize(w, mean, var);
+    if (gate() != Gate::recompute || fusion.activation != Activation::relu) return;
+    const Coefficients& k = w.k();
+    coefficients.relu_gates(w.piece.channels, k.gate_size, mean + w.statistic, var + w.statistic,
+                            scratch.gamma + w.piece.channel, scratch.beta + w.piece.channel, eps, k.gate(0, w.slot),
+                            k.gate(1, w.slot));
+  }
+
+  void add_moments(const Work& w, const Operand& x) const {
+    std::fill_n(w.first, 2 * w.piece.channels, 0.0);
+    for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
+      in_long_rows(
+          plan, v, slab, {x}, nullptr,
+          [&](const LongRows& r) {
+            Columns columns(coefficients, w.k(), r);
+            fold_columns(coefficients, r, w, [&](double* sums) {
+              row_kernels.moments(r.slab, r.operand(plan, x), columns.of(w.shift()), sums);
+            });
+          },
+          [&](const Piece& p, const Slab& s) { kernels.moments(s, plan.operand(x, p), w.shift(), w.first); });
+    });
+  }
+
+  void add_reductions(const Work& w, const Operand& dy, const Operand& x, const double* mean) const {
+    std::fill_n(w.first, 2 * w.piece.channels, 0.0);
+    mean += w.statistic;
+    const NormalizeCoefficients k = w.k().normalize(w.slot);
+    for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
+      in_long_rows(
+          plan, v, slab, {dy, x, fusion.residual}, fusion.signs,
+          [&](const LongRows& r) {
+            Columns columns(coefficients, w.k(), r);
+            fold_columns(coefficients, r, w, [&](double* sums) {
+              row_kernels.reduce(r.slab, r.operand(plan, dy), r.operand(plan, x), columns.of(mean),
+                                 columns.gated(k, gate(), fusion.activation), fused(r), gate(), sums);
+            });
+          },
+          [&](const Piece& p, const Slab& s) {
+            kernels.reduce(s, plan.operand(dy, p), plan.operand(x, p), mean, k, fused(p), gate(), w.first);
+          });
+    });
+    if (!plan.few(w.piece.pool) && element_size(plan.shape.dtype) == 2)
+      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (double(float(mean[c])) - mean[c]) * w.first[c];
+  }
+
+  void finish_moments(const Work& w, double divisor, double* mean, double* spread) const {
+    coefficients.statistics(w.piece.channels, values(w), divisor, w.shift(), w.first, w.second, mean + w.statistic,
+                            spread + w.statistic);
+  }
+
+  void finish_reductions(const Work& w, double* sum_dz, double* sum_dz_centered) const {
+    if (!sum_dz) return;
+    std::copy_n(w.first, w.piece.channels, sum_dz + w.statistic);
+    std::copy_n(w.second, w.piece.channels, sum_dz_centered + w.statistic);
+  }
+
+  // The row of gradients of gamma and beta that a pool adds to: zeros before its segment's first.
+  double* gradient_row(const Work& w) const {
+    const int64_t channels = plan.shape.channels, pool = w.piece.pool;
+    double* const row = scratch.gradients + 2 * (pool / plan.segment) * channels + w.piece.channel;
+    if (pool % plan.segment == 0)
+      for (double* to : {row, row + channels}) std::fill_n(to, w.piece.channels, 0.0);
+    return row;
+  }
+
+  // The coefficients of dx where the statistics are the batch's, or constants; adds to the gradients of gamma and beta.
+  void set_gradient(const Work& w, const double* mean, const double* var, bool population) const {
+    const Coefficients& k = w.k();
+    const int64_t n = w.piece.channels;
+    if (!population) {
+      double* const row = gradient_row(w);
+      return coefficients.gradient(n, values(w), mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
+                                   eps, w.first, w.second, k.at(3, w.slot), k.at(4, w.slot), k.at(5, w.slot), row,
+                                   row + plan.shape.channels);
+    }
+    add_parameters(w, var);
+    std::copy_n(k.at(1, w.slot), n * k.size(), k.at(3, w.slot));
+    for (int array = 4; array < 6; ++array) std::fill_n(k.at(array, w.slot), n * k.size(), char(0));
+  }
+
+  // The gradients of gamma and beta alone.
+  void add_parameters(const Work& w, const double* var) const {
+    double* const row = gradient_row(w);
+    coefficients.parameters(w.piece.channels, var + w.statistic, eps, w.first, w.second, row,
+                            row + plan.shape.channels);
+  }
+
+  // The rows of all segments added up in their order.
+  void finish_parameters(double* d_gamma, double* d_beta) const {
+    const int64_t channels = plan.shape.channels;
+    std::fill_n(d_gamma, channels, 0.0);
+    std::fill_n(d_beta, channels, 0.0);
+    for (int64_t row = 0; row < plan.gradient_rows(); ++row) {
+      const double* const gradients = scratch.gradients + 2 * row * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        d_gamma[c] += gradients[c];
+        d_beta[c] += gradients[channels + c];
+      }
+    }
+  }
+
+  void set_apply(const Work& w, const double* mean, const double* k1, const double* k2, const double* k3) const {
+    const Coefficients& k = w.k();
+    const int64_t at = w.statistic;
+    coefficients.apply(w.piece.channels, mean + at, k1 + at, k2 + at, k3 + at, k.at(3, w.slot), k.at(4, w.slot),
+                       k.at(5, w.slot));
+  }
+
+  void normalize(const Work& w, const Operand& x, const Operand& y) const {
+    if (is_padded())
+      return for_padded_planes(
+          plan, w.piece, y, {}, large,
+          [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand&) {
+            kernels.normalize(slab, plan.operand(x, v), to, w.k().normalize(w.slot + channel), fused(v));
+          });
+    const NormalizeCoefficients k = w.k().normalize(w.slot);
+    for_slabs(
+        plan, w.piece,
+        [&](const Piece& v, const Slab& slab) {
+          in_long_rows(
+              plan, v, slab, {x, y, fusion.residual}, fusion.signs,
+              [&](const LongRows& r) {
+                Columns columns(coefficients, w.k(), r);
+                row_kernels.normalize(r.slab, r.operand(plan, x), r.operand(plan, y), columns.normalize(k, true, false),
+                                      fused(r));
+              },
+              [&](const Piece& p, const Slab& s) {
+                kernels.normalize(s, plan.operand(x, p), plan.operand(y, p), k, fused(p));
+              });
+        },
+        [&](const Piece& gap) { clear(plan, gap, y, large); });
+  }
+
+  void apply(const Work& w, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
+    if (is_padded())
+      return for_padded_planes(
+          plan, w.piece, dx, d_residual, large,
+          [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand& also) {
+            const int64_t slot = w.slot + channel;
+            kernels.apply(slab, plan.operand(dy, v), plan.operand(x, v), to, also, w.k().normalize(slot),
+                          w.k().apply(slot), fused(v), gate());
+          });
+    const NormalizeCoefficients k = w.k().normalize(w.slot);
+    const ApplyCoefficients a = w.k().apply(w.slot);
+    for_slabs(
+        plan, w.piece,
+        [&](const Piece& v, const Slab& slab) {
+          in_long_rows(
+              plan, v, slab, {dy, x, dx, d_residual, fusion.residual}, fusion.signs,
+              [&](const LongRows& r) {
+                Columns columns(coefficients, w.k(), r);
+                row_kernels.apply(r.slab, r.operand(plan, dy), r.operand(plan, x), r.operand(plan, dx),
+                                  r.operand(plan, d_residual), columns.gated(k, gate(), fusion.activation),
+                                  columns.apply(a), fused(r), gate());
+              },
+              [&](const Piece& p, const Slab& s) {
+                kernels.apply(s, plan.operand(dy, p), plan.operand(x, p), plan.operand(dx, p),
+                              plan.operand(d_residual, p), k, a, fused(p), gate());
+              });
+        },
+        [&](const Piece& gap) {
+          clear(plan, gap, dx, large);
+          clear(plan, gap, d_residual, large);
+        });
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- phases
+// Steps over all pieces of a plan, on all threads.
+struct Phases {
+  const Plan& plan;
+  const Scratch& scratch;
+  const Parallel parallel;
+  const Slots all;  // where pieces are not whole
+
+  Phases(const Steps& steps, Parallel parallel)
+      : plan(steps.plan), scratch(steps.scratch), parallel(parallel), all(scratch.of(plan, 0)) {}
+
+  // step on all pieces of a plan of whole ones, each thread with slots of its own.
+  template <class Step>
+  void for_whole_pieces(const Step& step) const {
+    for_each(plan, plan.tasks(), parallel, [&](int64_t begin, int64_t end) {
+      const Slots slots = scratch.of(plan, begin);
+      double* const sums = slots.sums;
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t size = plan.pieces_a_task(), first = plan.in_turn(k) * size;
+        const int64_t last = std::min(first + size, plan.pieces());
+        for (int64_t i = first; i < last; ++i) {
+          const Piece p = plan.piece(i);
+          step(Work{p, plan.statistic(p), 0, slots, sums, sums + p.channels});
+        }
+      }
+    });
+  }
+
+  // step on piece i of a plan of parts, whose coefficients stand ready.
+  template <class Step>
+  void on_part(int64_t i, const Step& step) const {
+    const Piece p = plan.piece(plan.in_turn(i));
+    const int64_t at = plan.statistic(p);
+    double* const sums = all.sums + plan.sums_offset(plan.in_turn(i));
+    step(Work{p, at, at, all, sums, sums + p.channels});
+  }
+
+  template <class Step>
+  void for_parts(const Step& step) const {
+    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) on_part(i, step);
+    });
+  }
+
+  // Each thread's last first: what it read last is in its cache.
+  template <class Step>
+  void for_parts_in_reverse(const Step& step) const {
+    for_each(plan, plan.pieces(), parallel, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) on_part(i, step);
+    });
+  }
+
+  // step on all channels of all pools of a plan of parts, runs of channels at once; their sums are those of a group's
+  // first part.
+  template <class Step>
+  void for_channels(const Step& step) const {
+    const int64_t channels = plan.shape.channels;
+    const auto visit = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end;) {
+        const int64_t pool = i / channels, channel = i % channels, group = channel / plan.group;
+        const int64_t first = plan.first_piece(pool, group);
+        Piece p = plan.piece(first);
+        const int64_t stride = p.channels;
+        double* const sums = all.sums + plan.sums_offset(first) + (channel - p.channel);
+        p.channels = std::min(end - i, p.channel + p.channels - channel);
+        p.channel = channel;
+        step(Work{p, i, i, all, sums, sums + stride});
+        i += p.channels;
+      }
+    };
+    // Not worth the threads where there is little to add.
+    plan.statistics() * (plan.parts() + 8) < kSerialElements ? visit(0, plan.statistics())
+                                                             : for_each(plan, plan.statistics(), parallel, visit);
+  }
+
+  // Adds the sums of all parts to those of the first, in their order.
+  void merge(const Work& w) const {
+    const int64_t parts = plan.parts(), stride = w.second - w.first;
+    for (int64_t k = 1; k < parts; ++k)
+      for (double* sums : {w.first, w.second})
+        for (int64_t c = 0; c < w.piece.channels; ++c) sums[c] += sums[2 * stride * k + c];
+  }
+
+  // prepare, reduce, finish, apply: on each piece where pieces are whole; else prepare and finish on all channels,
+  // and apply on the pieces in reverse order within each thread.
+  template <class Prepare, class Reduce, class Finish, class Apply>
+  void two(Prepare prepare, Reduce reduce, Finish finish, Apply apply) const {
+    if (plan.whole)
+      return for_whole_pieces([&](const Work& w) {
+        prepare(w);
+        reduce(w);
+        finish(w);
+        apply(w);
+      });
+    for_channels(prepare);
+    for_parts(reduce);
+    for_channels([&](const Work& w) {
+      merge(w);
+      finish(w);
+    });
+    for_parts_in_reverse(apply);
+  }
+
+  template <class Prepare, class Apply>
+  void one(Prepare prepare, Apply apply) const {
+    if (!plan.pieces()) return;
+    if (plan.whole)
+      return for_whole_pieces([&](const Work& w) {
+        prepare(w);
+        apply(w);
+      });
+    for_channels(prepare);
+    for_parts(apply);
+  }
+};
+
+void nothing(const Work&) {}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------- verbs
+size_t workspace_size(const Shape& shape) {
+  return size_t(std::max(Scratch::size(Plan(shape)), Scratch::size(Plan(shape, true))));
+}
+
+void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {
+  const Steps steps(Verb::moments, shape, {}, workspace);
+  Phases(steps, parallel)
+      .two([&](const Work& w) { steps.set_shifts(w, x); }, [&](const Work& w) { steps.add_moments(w, x); },
+           [&](const Work& w) { steps.finish_moments(w, 1, mean, m2); }, nothing);
+}
+
+void normalize(const Shape& shape, const Operand& x, const Operand& y, const double* mean, const double* var,
+               Vector gamma, Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
+  const Steps steps(Verb::normalize, shape, gamma, beta, eps, fusion, workspace);
+  Phases(steps, parallel)
+      .one([&](const Work& w) { steps.set_normalize(w, mean, var); }, [&](const Work& w) { steps.normalize(w, x, y); });
+}
+
+void forward(const Shape& shape, const Operand& x, const Operand& y, double* mean, double* var, Vector gamma,
+             Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
+  const Steps steps(Verb::forward, shape, gamma, beta, eps, fusion, workspace);
+  Phases(steps, parallel)
+      .two([&](const Work& w) { steps.set_shifts(w, x); }, [&](const Work& w) { steps.add_moments(w, x); },
+           [&](const Work& w) {
+             steps.finish_moments(w, steps.values(w), mean, var);
+             steps.set_normalize(w, mean, var);
+           },
+           [&](const Work& w) { steps.normalize(w, x, y); });
+}
+
+void backward_reduce(const Shape& shape, const Operand& dy, const Operand& x, const double* mean, const double* var,
+                     Vector gamma, Vector beta, double eps, const Fusion& fusion, double* sum_dz,
+                     double* sum_dz_centered, double* workspace, Parallel parallel) {
+  const Steps steps(Verb::backward_reduce, shape, gamma, beta, eps, fusion, workspace);
+  Phases(steps, parallel)
+      .two([&](const Work& w) { steps.set_gated(w, mean, var); },
+           [&](const Work& w) { steps.add_reductions(w, dy, x, mean); },
+           [&](const Work& w) { steps.finish_reductions(w, sum_dz, sum_dz_centered); }, nothing);
+}
+
+void backward_apply(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx,
+                    const Operand& d_residual, const double* mean, const double* var, Vector gamma, Vector beta,
+                    double eps, const Fusion& fusion, const double* k1, const double* k2, const double* k3,
+                    double* workspace, Parallel parallel) {
+  const Steps steps(Verb::backward_apply, shape, gamma, beta, eps, fusion, workspace);
+  Phases(steps, parallel)
+      .one(
+          [&](const Work& w) {
+            steps.set_gated(w, mean, var);
+            steps.set_apply(w, mean, k1, k2, k3);
+          },
+          [&](const Work& w) { steps.apply(w, dy, x, dx, d_residual); });
+}
+
+void backward(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
+              const double* mean, const double* var, Vector gamma, Vector beta, double eps, const Fusion& fusion,
+              bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
+              double* workspace, Parallel parallel) {
+  const Steps steps(Verb::backward, shape, gamma, beta, eps, fusion, workspace);
+  Phases(steps, parallel)
+      .two([&](const Work& w) { steps.set_gated(w, mean, var, population); },
+           [&](const Work& w) { steps.add_reductions(w, dy, x, mean); },
+           [&](const Work& w) {
+             steps.finish_reductions(w, sum_dz, sum_dz_centered);
+             dx ? steps.set_gradient(w, mean, var, population) : steps.add_parameters(w, var);
+           },
+           [&](const Work& w) {
+             if (dx) steps.apply(w, dy, x, dx, d_residual);
+           });
+  if (d_gamma) steps.finish_parameters(d_gamma, d_beta);
+}
+
+}  // namespace batchnorm
