@@ -99,10 +99,22 @@ variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& se
     if (want_residual) results[3] = stack[3].toTensor();
     return results;
   }
-  const auto [dx, d_residual, d_weight, d_bias] = operators->backward(
-      lend(dy), lend(s.x), lend_if(s.weight), lend_if(s.bias), lend_if(s.residual), lend_if(s.signs), lend(s.mean),
-      lend(s.var), settings.pool_size, settings.eps, settings.activation, settings.slope, settings.population,
-      wanted[0], want_residual, std::nullopt);
+  const auto [dx, d_residual, d_weight, d_bias] = operators->backward({.dy = lend(dy),
+                                                                       .x = lend(s.x),
+                                                                       .weight = lend_if(s.weight),
+                                                                       .bias = lend_if(s.bias),
+                                                                       .residual = lend_if(s.residual),
+                                                                       .signs = lend_if(s.signs),
+                                                                       .mean = lend(s.mean),
+                                                                       .var = lend(s.var),
+                                                                       .pool_size = settings.pool_size,
+                                                                       .eps = settings.eps,
+                                                                       .activation = settings.activation,
+                                                                       .slope = settings.slope,
+                                                                       .population = settings.population,
+                                                                       .want_x = wanted[0],
+                                                                       .want_residual = want_residual,
+                                                                       .mask = std::nullopt});
   if (wanted[0]) results[0] = take(dx);
   if (wanted[1]) results[1] = take(d_weight);
   if (wanted[2]) results[2] = take(d_bias);
@@ -239,19 +251,34 @@ at::Tensor forward(const Arguments& a) {
   at::Tensor y, mean, var, signs;
   {
     at::NoGradGuard no_grad;
-    const auto affine = std::make_tuple(lend_if(a.weight), lend_if(a.bias), lend_if(a.residual));
-    const auto& [weight, bias, residual] = affine;
     if (a.use_batch) {
-      const auto result = operators->forward(lend(a.x), weight, bias, residual, settings.pool_size, settings.eps,
-                                             settings.activation, settings.slope, saves_signs, std::nullopt);
+      const auto result = operators->forward({.x = lend(a.x),
+                                              .weight = lend_if(a.weight),
+                                              .bias = lend_if(a.bias),
+                                              .residual = lend_if(a.residual),
+                                              .pool_size = settings.pool_size,
+                                              .eps = settings.eps,
+                                              .activation = settings.activation,
+                                              .slope = settings.slope,
+                                              .save_signs = saves_signs,
+                                              .mask = std::nullopt});
       y = take(std::get<0>(result));
       mean = take(std::get<1>(result));
       var = take(std::get<2>(result));
       if (saves_signs) signs = take(std::get<3>(result));
     } else {
-      const auto result =
-          operators->normalize(lend(a.x), lend(a.running_mean), lend(a.running_var), weight, bias, residual, 0,
-                               settings.eps, settings.activation, settings.slope, saves_signs, std::nullopt);
+      const auto result = operators->normalize({.x = lend(a.x),
+                                                .mean = lend(a.running_mean),
+                                                .var = lend(a.running_var),
+                                                .weight = lend_if(a.weight),
+                                                .bias = lend_if(a.bias),
+                                                .residual = lend_if(a.residual),
+                                                .pool_size = 0,
+                                                .eps = settings.eps,
+                                                .activation = settings.activation,
+                                                .slope = settings.slope,
+                                                .save_signs = saves_signs,
+                                                .mask = std::nullopt});
       y = take(std::get<0>(result));
       if (saves_signs) signs = take(std::get<1>(result));
       if (needs_graph) {  // running statistics may move on before the backward
@@ -277,8 +304,15 @@ at::Tensor forward(const Arguments& a) {
   }
   if (a.update) {
     const int64_t pool = settings.pool_size * (a.values() / a.x.size(0));
-    operators->update_statistics(lend_if(a.running_mean), lend_if(a.running_var), lend_if(a.batches), lend(mean),
-                                 lend(var), a.values(), pool ? pool : a.values(), a.momentum, true);
+    operators->update_statistics({.running_mean = lend_if(a.running_mean),
+                                  .running_var = lend_if(a.running_var),
+                                  .num_batches_tracked = lend_if(a.batches),
+                                  .mean = lend(mean),
+                                  .var = lend(var),
+                                  .count = a.values(),
+                                  .pool_count = pool ? pool : a.values(),
+                                  .momentum = a.momentum,
+                                  .unbiased = true});
   }
   return y;
 }
@@ -306,24 +340,45 @@ bool read(PyObject* given, int64_t& value) {
   return false;
 }
 
+// The arguments of `call`, in the order in which ops/autograd.py gives them.
+enum Given {
+  kX,
+  kResidual,
+  kWeight,
+  kBias,
+  kRunningMean,
+  kRunningVar,
+  kNumBatchesTracked,
+  kMomentum,
+  kEps,
+  kActivation,
+  kSlope,
+  kUseBatch,
+  kUpdate,
+  kPoolSize,
+  kCount
+};
+
 PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   Arguments a;
   double momentum = 0;
-  TORCH_CHECK(count == 14, "batchnorm: expected 14 arguments, got ", count);
+  TORCH_CHECK(count == kCount, "batchnorm: expected ", int(kCount), " arguments, got ", count);
   if (is_watched()) Py_RETURN_NONE;
-  at::Tensor* const tensors[] = {&a.x, &a.residual, &a.weight, &a.bias, &a.running_mean, &a.running_var, &a.batches};
-  for (size_t i = 0; i < 7; ++i)
-    if (!read(given[i], *tensors[i])) Py_RETURN_NONE;
-  if (given[7] != Py_None) {
-    if (!read(given[7], momentum)) Py_RETURN_NONE;
+  if (!read(given[kX], a.x) || !read(given[kResidual], a.residual) || !read(given[kWeight], a.weight) ||
+      !read(given[kBias], a.bias) || !read(given[kRunningMean], a.running_mean) ||
+      !read(given[kRunningVar], a.running_var) || !read(given[kNumBatchesTracked], a.batches))
+    Py_RETURN_NONE;
+  if (given[kMomentum] != Py_None) {
+    if (!read(given[kMomentum], momentum)) Py_RETURN_NONE;
     a.momentum = momentum;
   }
-  if (!read(given[8], a.settings.eps) || !read(given[9], a.settings.activation) || !read(given[10], a.settings.slope))
+  if (!read(given[kEps], a.settings.eps) || !read(given[kActivation], a.settings.activation) ||
+      !read(given[kSlope], a.settings.slope))
     Py_RETURN_NONE;
-  a.use_batch = given[11] == Py_True;
-  a.update = given[12] == Py_True;
+  a.use_batch = given[kUseBatch] == Py_True;
+  a.update = given[kUpdate] == Py_True;
   a.settings.population = !a.use_batch;
-  if (a.use_batch && !read(given[13], a.settings.pool_size)) Py_RETURN_NONE;
+  if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
   if (!a.fit()) Py_RETURN_NONE;
   at::Tensor y;
   {
@@ -333,8 +388,7 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   return THPVariable_Wrap(std::move(y));
 }
 
-// call(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-//      use_batch, update, pool_size): y, or None, having done nothing, where this is no plain eager call.
+// y, or None, having done nothing, where this is no plain eager call.
 PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   try {
     return call_plain(given, count);

@@ -5,18 +5,13 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
 constexpr int64_t kMaxSegments = 128;
 constexpr int64_t kColumns = 64;  // whole lines of the cache in any type
 
-int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
-
 }  // namespace
-
-bool is_small(const Shape& s) { return s.samples * s.channels * s.inner <= serial_elements(s.dtype); }
 
 int64_t flat_channels(int64_t inner) {
   int64_t most = kFlatColumns / inner, whole = 32;
@@ -81,26 +76,6 @@ void Plan::cut_interleaved(int64_t pool) {
   const int64_t share = std::min(ceil_div(s.channels, 8), cache.l2 / 2 / (pool * bytes));
   group = std::max<int64_t>(1, ceil_div(share, kColumns)) * kColumns;
   groups = ceil_div(s.channels, group);
-}
-
-Piece Plan::piece(int64_t i) const {
-  Piece p;
-  p.pool = i / pieces_a_pool();
-  int64_t rest = i % pieces_a_pool();
-  const int64_t apart = rest / inner_blocks;
-  p.channel = (in_memory_order() ? apart % groups : apart / blocks) * group;
-  p.channels = std::min(group, shape.channels - p.channel);
-  const int64_t begin = p.pool * shape.pool_size, end = std::min(begin + shape.pool_size, shape.samples);
-  p.sample = std::min(begin + (in_memory_order() ? apart / groups : apart % blocks) * block, end);
-  p.samples = std::min(block, end - p.sample);
-  p.first = rest % inner_blocks * inner_block;
-  p.inner = std::min(inner_block, shape.inner - p.first);
-  return p;
-}
-
-bool Plan::few(int64_t pool) const {
-  if (shape.dtype == Dtype::float32) return fewest < kFewFloat32;
-  return count(pool) < kFewValues;
 }
 
 }  // namespace batchnorm

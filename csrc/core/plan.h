@@ -23,6 +23,7 @@
 namespace batchnorm {
 
 constexpr int64_t kSerialElements = 32768;  // of four bytes and more; twice as many of two
+constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.
 constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
@@ -30,7 +31,8 @@ constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatC
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether a tensor is not worth a second thread.
-bool is_small(const Shape&);
+inline int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
+inline bool is_small(const Shape& s) { return s.samples * s.channels * s.inner <= serial_elements(s.dtype); }
 
 // Channels whose short planes are walked as one row: of whole lines of the cache, where that can be.
 int64_t flat_channels(int64_t inner);
@@ -76,7 +78,20 @@ struct Plan {
   int64_t first_piece(int64_t pool, int64_t group) const {
     return pool * pieces_a_pool() + group * inner_blocks * (in_memory_order() ? 1 : blocks);
   }
-  Piece piece(int64_t i) const;
+  Piece piece(int64_t i) const {
+    Piece p;
+    p.pool = i / pieces_a_pool();
+    int64_t rest = i % pieces_a_pool();
+    const int64_t apart = rest / inner_blocks;
+    p.channel = (in_memory_order() ? apart % groups : apart / blocks) * group;
+    p.channels = std::min(group, shape.channels - p.channel);
+    const int64_t begin = p.pool * shape.pool_size, end = std::min(begin + shape.pool_size, shape.samples);
+    p.sample = std::min(begin + (in_memory_order() ? apart / groups : apart % blocks) * block, end);
+    p.samples = std::min(block, end - p.sample);
+    p.first = rest % inner_blocks * inner_block;
+    p.inner = std::min(inner_block, shape.inner - p.first);
+    return p;
+  }
   // Where piece i keeps its sums: [2][channels].
   int64_t sums_offset(int64_t i) const {
     const Piece p = piece(i);
@@ -97,7 +112,9 @@ struct Plan {
   // The first position of a pool.
   int64_t pool_begin(int64_t pool) const { return std::min(pool * shape.pool_size, shape.samples) * shape.inner; }
   // Whether a pool counts as one of few values; where the coefficients' type hangs on it, as the smallest of all pools.
-  bool few(int64_t pool) const;
+  bool few(int64_t pool) const {
+    return shape.dtype == Dtype::float32 ? fewest < kFewFloat32 : count(pool) < kFewValues;
+  }
   // Whether gradients are computed in float64.
   bool wide() const { return shape.dtype == Dtype::float64 || (shape.dtype == Dtype::float32 && few(0)); }
 

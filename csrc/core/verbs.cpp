@@ -61,7 +61,8 @@ struct Steps {
       const int64_t signs_run = ceil_div(planar ? plan.shape.inner : plan.shape.channels, 8);
       f.signs_sample = planar ? signs_run * plan.shape.channels : signs_run;
       f.signs_channel = planar ? signs_run : 0;
-      f.signs = fusion.signs + p.sample * f.signs_sample + (planar ? p.channel * signs_run + p.first / 8 : p.channel / 8);
+      f.signs =
+          fusion.signs + p.sample * f.signs_sample + (planar ? p.channel * signs_run + p.first / 8 : p.channel / 8);
     }
     return f;
   }

@@ -1,6 +1,5 @@
 // The CPU implementations of the operators whose schemas are in src/batchnorm/ops/schemas.py, through LibTorch's
 // stable ABI: tensors become operands, memory is allocated, torch's own threads run the core.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -8,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -18,7 +16,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "batchnorm.h"
+#include "boxed.h"
+#include "dtypes.h"
 #include "operators.h"
 
 namespace {
@@ -210,13 +209,6 @@ struct Threads {
   static batchnorm::Parallel parallel() { return {&Threads::run, nullptr}; }
 };
 
-// f(begin, end) on runs of columns, by all threads where there is much to do.
-template <class F>
-void for_columns(int64_t rows, int64_t columns, const F& f) {
-  if (rows * columns < 16384) return f(0, columns);
-  torch::stable::parallel_for(0, columns, 64, f);
-}
-
 // The input of a call, and the order that it is walked in: that of the results. Other operands are brought into it.
 class Call {
  public:
@@ -323,36 +315,6 @@ Tensor make_signs(const Tensor& x, bool save) {
   return signs;
 }
 
-// The values of a contiguous tensor of any floating dtype, as float64.
-class Values {
- public:
-  explicit Values(const Tensor& t) : data_(t.data_ptr()), dtype_(t.scalar_type()) {}
-  double operator[](int64_t i) const {
-    switch (dtype_) {
-      case ScalarType::Double: return static_cast<const double*>(data_)[i];
-      case ScalarType::Float: return static_cast<const float*>(data_)[i];
-      case ScalarType::BFloat16: return float(static_cast<const torch::headeronly::BFloat16*>(data_)[i]);
-      case ScalarType::Half: return float(static_cast<const torch::headeronly::Half*>(data_)[i]);
-      default: throw std::runtime_error("batchnorm: expected floating-point values");
-    }
-  }
-  void set(int64_t i, double v) {
-    switch (dtype_) {
-      case ScalarType::Double: static_cast<double*>(data_)[i] = v; break;
-      case ScalarType::Float: static_cast<float*>(data_)[i] = float(v); break;
-      case ScalarType::BFloat16:
-        static_cast<torch::headeronly::BFloat16*>(data_)[i] = torch::headeronly::BFloat16(float(v));
-        break;
-      case ScalarType::Half: static_cast<torch::headeronly::Half*>(data_)[i] = torch::headeronly::Half(float(v)); break;
-      default: throw std::runtime_error("batchnorm: expected floating-point values");
-    }
-  }
-
- private:
-  void* data_;
-  ScalarType dtype_;
-};
-
 // Statistics in any dtype, (C) or (pools, C), as float64 (pools, C).
 class Statistics {
  public:
@@ -363,9 +325,9 @@ class Statistics {
       return;
     }
     const Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
-    const Values values(dense);
     copy_.resize(count);
-    for (int64_t i = 0; i < count; ++i) copy_[i] = values[i % given];
+    batchnorm::convert(dtype_of(dense), dense.const_data_ptr(), given, copy_.data());
+    for (int64_t i = given; i < count; ++i) copy_[i] = copy_[i - given];
     data_ = copy_.data();
   }
   const double* data() const { return data_; }
@@ -375,190 +337,157 @@ class Statistics {
   std::vector<double> copy_;
 };
 
+double* doubles_of(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
+
+// What an operator that normalizes has in common with the others: gamma, beta, and what is fused.
+struct Affine {
+  OptionalTensor weight, bias;
+  batchnorm::Fusion fusion;
+  template <class Arguments>
+  Affine(Call& call, const Arguments& a, const OptionalTensor& residual, const OptionalTensor& signs)
+      : weight(contiguous(a.weight)),
+        bias(contiguous(a.bias)),
+        fusion(fusion_of(call, residual, a.activation, a.slope, signs)) {}
+  batchnorm::Vector gamma() const { return vector_of(weight); }
+  batchnorm::Vector beta() const { return vector_of(bias); }
+};
+
 // ---------------------------------------------------------------------------------------------- the operators
-std::tuple<Tensor, Tensor> moments(Tensor x, int64_t pool_size, OptionalTensor mask) {
-  Call call(x, pool_size, mask);
+std::tuple<Tensor, Tensor> moments(const batchnorm::MomentsArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
   Tensor mean = call.statistics(), m2 = call.statistics();
-  batchnorm::moments(call.shape, call.input(), static_cast<double*>(mean.data_ptr()),
-                     static_cast<double*>(m2.data_ptr()), call.workspace(), Threads::parallel());
+  batchnorm::moments(call.shape, call.input(), doubles_of(mean), doubles_of(m2), call.workspace(), Threads::parallel());
   return {mean, m2};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor weight, OptionalTensor bias,
-                                                   OptionalTensor residual, int64_t pool_size, double eps,
-                                                   int64_t activation, double slope, bool save_signs,
-                                                   OptionalTensor mask) {
-  Call call(x, pool_size, mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const batchnorm::ForwardArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
   Tensor y = call.empty();
-  Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(x, save_signs);
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  const auto fusion = fusion_of(call, residual, activation, slope, signs);
-  batchnorm::forward(call.shape, call.input(), call.write(y), static_cast<double*>(mean.data_ptr()),
-                     static_cast<double*>(var.data_ptr()), vector_of(weight), vector_of(bias), eps, fusion,
-                     call.workspace(), Threads::parallel());
+  Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(a.x, a.save_signs);
+  const Affine affine(call, a, a.residual, signs);
+  batchnorm::forward(call.shape, call.input(), call.write(y), doubles_of(mean), doubles_of(var), affine.gamma(),
+                     affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
   return {y, mean, var, signs};
 }
 
-std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor bias,
-                                     OptionalTensor residual, int64_t pool_size, double eps, int64_t activation,
-                                     double slope, bool save_signs, OptionalTensor mask) {
-  Call call(x, pool_size, mask);
-  Tensor y = call.empty();
-  Tensor signs = make_signs(x, save_signs);
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  const auto fusion = fusion_of(call, residual, activation, slope, signs);
-  const Statistics means(mean, call.shape), vars(var, call.shape);
-  batchnorm::normalize(call.shape, call.input(), call.write(y), means.data(), vars.data(), vector_of(weight),
-                       vector_of(bias), eps, fusion, call.workspace(), Threads::parallel());
+std::tuple<Tensor, Tensor> normalize(const batchnorm::NormalizeArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  Tensor y = call.empty(), signs = make_signs(a.x, a.save_signs);
+  const Affine affine(call, a, a.residual, signs);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
+  batchnorm::normalize(call.shape, call.input(), call.write(y), mean.data(), var.data(), affine.gamma(), affine.beta(),
+                       a.eps, affine.fusion, call.workspace(), Threads::parallel());
   return {y, signs};
 }
 
-std::tuple<Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
-                                           OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
-                                           int64_t pool_size, double eps, int64_t activation, double slope,
-                                           OptionalTensor mask) {
-  Call call(x, pool_size, mask);
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  const auto fusion = fusion_of(call, residual, activation, slope, signs);
-  const Statistics means(mean, call.shape), vars(var, call.shape);
+std::tuple<Tensor, Tensor> backward_reduce(const batchnorm::BackwardReduceArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  const Affine affine(call, a, a.residual, a.signs);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   Tensor sum = call.statistics(), centered = call.statistics();
-  batchnorm::backward_reduce(call.shape, call.read(dy), call.input(), means.data(), vars.data(), vector_of(weight),
-                             vector_of(bias), eps, fusion, static_cast<double*>(sum.data_ptr()),
-                             static_cast<double*>(centered.data_ptr()), call.workspace(), Threads::parallel());
+  batchnorm::backward_reduce(call.shape, call.read(a.dy), call.input(), mean.data(), var.data(), affine.gamma(),
+                             affine.beta(), a.eps, affine.fusion, doubles_of(sum), doubles_of(centered),
+                             call.workspace(), Threads::parallel());
   return {sum, centered};
 }
 
-std::tuple<Tensor, Tensor> backward_apply(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
-                                          OptionalTensor residual, OptionalTensor signs, Tensor mean, Tensor var,
-                                          Tensor k1, Tensor k2, Tensor k3, int64_t pool_size, double eps,
-                                          int64_t activation, double slope, bool want_residual, OptionalTensor mask) {
-  Call call(x, pool_size, mask);
+std::tuple<Tensor, Tensor> backward_apply(const batchnorm::BackwardApplyArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
   Tensor dx = call.empty();
   OptionalTensor d_residual;
-  if (want_residual) d_residual = call.empty();
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  const auto fusion = fusion_of(call, residual, activation, slope, signs);
-  const Statistics means(mean, call.shape), vars(var, call.shape);
-  const Statistics c1(k1, call.shape), c2(k2, call.shape), c3(k3, call.shape);
-  batchnorm::backward_apply(call.shape, call.read(dy), call.input(), call.write(dx),
-                            d_residual ? call.write(*d_residual) : batchnorm::Operand{}, means.data(), vars.data(),
-                            vector_of(weight), vector_of(bias), eps, fusion, c1.data(), c2.data(), c3.data(),
+  if (a.want_residual) d_residual = call.empty();
+  const Affine affine(call, a, a.residual, a.signs);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
+  const Statistics k1(a.k1, call.shape), k2(a.k2, call.shape), k3(a.k3, call.shape);
+  batchnorm::backward_apply(call.shape, call.read(a.dy), call.input(), call.write(dx),
+                            d_residual ? call.write(*d_residual) : batchnorm::Operand{}, mean.data(), var.data(),
+                            affine.gamma(), affine.beta(), a.eps, affine.fusion, k1.data(), k2.data(), k3.data(),
                             call.workspace(), Threads::parallel());
-  return {dx, d_residual ? *d_residual : empty_of({0}, x.scalar_type())};
+  return {dx, d_residual ? *d_residual : empty_of({0}, a.x.scalar_type())};
+}
+
+// The gradient of a parameter in its own dtype; empty where there is no parameter.
+Tensor parameter_gradient(const OptionalTensor& parameter, const double* gradient, const Tensor& x) {
+  if (!parameter) return empty_of({0}, x.scalar_type());
+  const int64_t channels = x.size(1);
+  Tensor t = empty_of({channels}, parameter->scalar_type());
+  batchnorm::convert(gradient, channels, dtype_of(t), t.data_ptr());
+  return t;
 }
 
 // The gradients with respect to x, residual, weight and bias; those not wanted, and those of absent parameters, are
 // empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias,
-                                                    OptionalTensor residual, OptionalTensor signs, Tensor mean,
-                                                    Tensor var, int64_t pool_size, double eps, int64_t activation,
-                                                    double slope, bool population, bool want_x, bool want_residual,
-                                                    OptionalTensor mask) {
-  Call call(x, pool_size, mask);
-  const auto nothing = [&] { return empty_of({0}, x.scalar_type()); };
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  const auto nothing = [&] { return empty_of({0}, a.x.scalar_type()); };
   OptionalTensor dx, d_residual;
-  if (want_x || want_residual) dx = call.empty();
-  if (want_residual) d_residual = call.empty();
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  const auto fusion = fusion_of(call, residual, activation, slope, signs);
-  const Statistics means(mean, call.shape), vars(var, call.shape);
-  const int64_t channels = call.shape.channels;
-  std::vector<double> gradients(2 * channels);
-  double *d_gamma = gradients.data(), *d_beta = d_gamma + channels;
-  batchnorm::backward(call.shape, call.read(dy), call.input(), dx ? call.write(*dx) : batchnorm::Operand{},
-                      d_residual ? call.write(*d_residual) : batchnorm::Operand{}, means.data(), vars.data(),
-                      vector_of(weight), vector_of(bias), eps, fusion, population, nullptr, nullptr,
-                      weight || bias ? d_gamma : nullptr, d_beta, call.workspace(), Threads::parallel());
-  Tensor d_weight = weight ? empty_of({channels}, weight->scalar_type()) : nothing();
-  Tensor d_bias = bias ? empty_of({channels}, bias->scalar_type()) : nothing();
-  const auto set = [&](Tensor& t, const double* from) {
-    Values values(t);
-    for (int64_t c = 0; c < channels; ++c) values.set(c, from[c]);
-  };
-  if (weight) set(d_weight, d_gamma);
-  if (bias) set(d_bias, d_beta);
-  return {want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), d_weight, d_bias};
+  if (a.want_x || a.want_residual) dx = call.empty();
+  if (a.want_residual) d_residual = call.empty();
+  const Affine affine(call, a, a.residual, a.signs);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
+  std::vector<double> gradients(2 * call.shape.channels);
+  double *d_gamma = gradients.data(), *d_beta = d_gamma + call.shape.channels;
+  batchnorm::backward(call.shape, call.read(a.dy), call.input(), dx ? call.write(*dx) : batchnorm::Operand{},
+                      d_residual ? call.write(*d_residual) : batchnorm::Operand{}, mean.data(), var.data(),
+                      affine.gamma(), affine.beta(), a.eps, affine.fusion, a.population, nullptr, nullptr,
+                      a.weight || a.bias ? d_gamma : nullptr, d_beta, call.workspace(), Threads::parallel());
+  return {a.want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), parameter_gradient(a.weight, d_gamma, a.x),
+          parameter_gradient(a.bias, d_beta, a.x)};
 }
 
-// running = (1 - momentum) * running + momentum * batch, the batch being all pools merged; without a momentum the
-// cumulative average. Counts one batch.
-void update_statistics(OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                       Tensor mean, Tensor var, int64_t count, int64_t pool_count, std::optional<double> momentum,
-                       bool unbiased) {
-  double share = momentum.value_or(1.0);
-  if (num_batches_tracked) {
-    int64_t& batches = *static_cast<int64_t*>(num_batches_tracked->data_ptr());
+// A running statistic, which must be contiguous: it is written in place.
+batchnorm::RunningStatistic running_of(const OptionalTensor& t) {
+  if (!t) return {};
+  return {t->data_ptr(), dtype_of(*t)};
+}
+
+// Counts one batch, whose share is the momentum, or where there is none, one over the number of batches.
+void update_statistics(const batchnorm::UpdateStatisticsArguments& a) {
+  double share = a.momentum.value_or(1.0);
+  if (a.num_batches_tracked) {
+    int64_t& batches = *static_cast<int64_t*>(a.num_batches_tracked->data_ptr());
     ++batches;
-    if (!momentum) share = 1.0 / double(batches);
+    if (!a.momentum) share = 1.0 / double(batches);
   }
-  const int64_t pools = mean.dim() == 2 ? mean.size(0) : 1, channels = mean.size(-1);
-  const double *means = static_cast<const double*>(mean.const_data_ptr()),
-               *vars = static_cast<const double*>(var.const_data_ptr());
-  std::optional<Values> means_kept, vars_kept;
-  if (running_mean) means_kept.emplace(*running_mean);
-  if (running_var) vars_kept.emplace(*running_var);
-  const double correction = unbiased && count > 1 ? double(count) / double(count - 1) : 1.0;
-  for_columns(pools, channels, [&](int64_t begin, int64_t end) {
-    constexpr int64_t most = 512;
-    for (int64_t c = begin; c < end; c += most) {
-      const int64_t width = std::min(most, end - c);
-      double n = 0, m[most] = {}, m2[most] = {};  // Chan's merge over the pools
-      for (int64_t p = 0; p < pools; ++p) {
-        const double part = double(std::min(pool_count, count - p * pool_count)), share_of_part = part / (n + part);
-        for (int64_t k = 0; k < width; ++k) {
-          const double delta = means[p * channels + c + k] - m[k];
-          m2[k] += vars[p * channels + c + k] * part + delta * delta * n * share_of_part;
-          m[k] += delta * share_of_part;
-        }
-        n += part;
-      }
-      for (int64_t k = 0; k < width; ++k) {
-        if (running_mean) means_kept->set(c + k, (1 - share) * (*means_kept)[c + k] + share * m[k]);
-        if (running_var) vars_kept->set(c + k, (1 - share) * (*vars_kept)[c + k] + share * (m2[k] / n) * correction);
-      }
-    }
-  });
+  const batchnorm::BatchStatistics batch{a.mean.dim() == 2 ? a.mean.size(0) : 1,
+                                         a.mean.size(-1),
+                                         a.count,
+                                         a.pool_count,
+                                         static_cast<const double*>(a.mean.const_data_ptr()),
+                                         static_cast<const double*>(a.var.const_data_ptr())};
+  batchnorm::update_statistics(batch, share, a.unbiased, running_of(a.running_mean), running_of(a.running_var),
+                               Threads::parallel());
 }
 
 // The same into tensors of the caller's, of the shape and memory format of x: what a kernel costs without its memory.
-void forward_out(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, Tensor mean,
-                 Tensor var, int64_t pool_size, double eps, int64_t activation, double slope) {
-  Call call(x, pool_size);
-  const auto fusion = fusion_of(call, residual, activation, slope, std::nullopt);
-  batchnorm::forward(call.shape, call.input(), call.write(y), static_cast<double*>(mean.data_ptr()),
-                     static_cast<double*>(var.data_ptr()), vector_of(weight), vector_of(bias), eps, fusion,
-                     call.workspace(), Threads::parallel());
+void forward_out(const batchnorm::ForwardOutArguments& a) {
+  Call call(a.x, a.pool_size);
+  const Affine affine(call, a, a.residual, std::nullopt);
+  batchnorm::forward(call.shape, call.input(), call.write(a.y), doubles_of(a.mean), doubles_of(a.var), affine.gamma(),
+                     affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
 }
 
-void backward_out(Tensor dy, Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor var, Tensor dx,
-                  Tensor sum_dz, Tensor sum_dz_centered, int64_t pool_size, double eps, int64_t activation,
-                  double slope) {
-  Call call(x, pool_size);
-  const auto fusion = fusion_of(call, std::nullopt, activation, slope, std::nullopt);
-  batchnorm::backward(call.shape, call.read(dy), call.input(), call.write(dx), {},
-                      static_cast<double*>(mean.data_ptr()), static_cast<double*>(var.data_ptr()), vector_of(weight),
-                      vector_of(bias), eps, fusion, false, static_cast<double*>(sum_dz.data_ptr()),
-                      static_cast<double*>(sum_dz_centered.data_ptr()), nullptr, nullptr, call.workspace(),
+void backward_out(const batchnorm::BackwardOutArguments& a) {
+  Call call(a.x, a.pool_size);
+  const Affine affine(call, a, std::nullopt, std::nullopt);
+  batchnorm::backward(call.shape, call.read(a.dy), call.input(), call.write(a.dx), {}, doubles_of(a.mean),
+                      doubles_of(a.var), affine.gamma(), affine.beta(), a.eps, affine.fusion, false,
+                      doubles_of(a.sum_dz), doubles_of(a.sum_dz_centered), nullptr, nullptr, call.workspace(),
                       Threads::parallel());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
-  m.impl("moments", TORCH_BOX(&moments));
-  m.impl("normalize", TORCH_BOX(&normalize));
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("backward_reduce", TORCH_BOX(&backward_reduce));
-  m.impl("backward_apply", TORCH_BOX(&backward_apply));
-  m.impl("backward", TORCH_BOX(&backward));
-  m.impl("forward_out", TORCH_BOX(&forward_out));
-  m.impl("backward_out", TORCH_BOX(&backward_out));
-  m.impl("update_statistics", TORCH_BOX(&update_statistics));
+  m.impl("moments", &batchnorm::Boxed<&moments>::call);
+  m.impl("normalize", &batchnorm::Boxed<&normalize>::call);
+  m.impl("forward", &batchnorm::Boxed<&forward>::call);
+  m.impl("backward_reduce", &batchnorm::Boxed<&backward_reduce>::call);
+  m.impl("backward_apply", &batchnorm::Boxed<&backward_apply>::call);
+  m.impl("backward", &batchnorm::Boxed<&backward>::call);
+  m.impl("forward_out", &batchnorm::Boxed<&forward_out>::call);
+  m.impl("backward_out", &batchnorm::Boxed<&backward_out>::call);
+  m.impl("update_statistics", &batchnorm::Boxed<&update_statistics>::call);
 }
 
 // For kernels/cpu.py, by ctypes.

@@ -156,13 +156,12 @@ def gradients(
     )
 
 
-def gradients_operator(*arguments: Any) -> tuple[Tensor, ...]:
+def gradients_operator(a: Any) -> tuple[Tensor, ...]:
     """`gradients` as the operator that C++ calls where its own backward will not do."""
-    *tensors, mean, var, pool_size, eps, activation, slope, population, wanted = arguments
-    dy, x, weight, bias, residual, signs = tensors
-    settings = Settings(pool_size, eps, ACTIVATIONS[activation], slope)
-    found = gradients(dy, x, weight, bias, residual, None, signs, mean, var, settings, population, wanted)
-    return tuple(x.new_empty(0) if each is None else each for each in found)
+    settings = Settings(a.pool_size, a.eps, ACTIVATIONS[a.activation], a.slope)
+    saved = (a.x, a.weight, a.bias, a.residual, None, a.signs, a.mean, a.var)
+    found = gradients(a.dy, *saved, settings, a.population, a.wanted)
+    return tuple(a.x.new_empty(0) if each is None else each for each in found)
 
 
 def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:

@@ -78,11 +78,6 @@ def serving(x: Tensor, pool_size: int) -> Any:
     return _kernels if reason(x.device) is None and _kernels.supports(x, pool_size) else None
 
 
-def _mask(args: tuple[Any, ...], at: int) -> Tensor | None:
-    """The last argument, which is left out where it is None."""
-    return args[at] if len(args) > at else None
-
-
 def _nothing(t: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if t is None else t
 
@@ -91,73 +86,68 @@ def _signs(x: Tensor, save: bool) -> Tensor:
     return x.new_empty(signs_size(x) if save else 0, dtype=torch.uint8)
 
 
-def moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Any:
-    kernels = serving(x, pool_size)
-    return NotImplemented if kernels is None else kernels.moments(x, pool_size, mask)
+def _moments(name: str) -> Callable[[Any], Any]:
+    """An operator that measures x."""
+
+    def operator(a: Any) -> Any:
+        kernels = serving(a.x, a.pool_size)
+        return NotImplemented if kernels is None else getattr(kernels, name)(a.x, a.pool_size, a.mask)
+
+    return operator
 
 
-def count_moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Any:
-    kernels = serving(x, pool_size)
-    return NotImplemented if kernels is None else kernels.count_moments(x, pool_size, mask)
+def _transform(name: str) -> Callable[[Any], Any]:
+    """A forward operator: the kernel is given signs to fill in, where they are to be saved."""
 
-
-def _transform(name: str, tensors: int, extra: int = 0) -> Callable[..., Any]:
-    """A forward operator of so many tensors, and with so many settings between slope and save_signs."""
-    end = tensors + 4 + extra
-
-    def operator(*args: Any) -> Any:
-        (pool_size, eps, activation, slope, *rest), save, mask = args[tensors:end], args[end], _mask(args, end + 1)
-        x = args[0]
-        kernels = serving(x, pool_size)
+    def operator(a: Any) -> Any:
+        kernels = serving(a.x, a.pool_size)
         if kernels is None:
             return NotImplemented
-        signs = _signs(x, save)
-        settings = (pool_size, eps, ACTIVATIONS[activation], slope, *rest, signs if save else None)
-        results = getattr(kernels, name)(*args[:tensors], *settings, mask)
+        signs = _signs(a.x, a.save_signs)
+        settings = a._asdict()
+        save = settings.pop("save_signs")
+        settings.update(activation=ACTIVATIONS[a.activation], signs=signs if save else None)
+        results = getattr(kernels, name)(**settings)
         return *(results if isinstance(results, tuple) else (results,)), signs
 
     return operator
 
 
-def _gradient(name: str, tensors: int, wanted: int = 0) -> Callable[..., Any]:
-    """A backward operator of so many tensors, and with so many settings after slope; what is not wanted is empty."""
-    end = tensors + 4 + wanted
+def _gradient(name: str) -> Callable[[Any], Any]:
+    """A backward operator: gradients that are not wanted are empty."""
 
-    def operator(*args: Any) -> Any:
-        (pool_size, eps, activation, slope, *rest), mask = args[tensors:end], _mask(args, end)
-        x = args[1]
-        kernels = serving(x, pool_size)
+    def operator(a: Any) -> Any:
+        kernels = serving(a.x, a.pool_size)
         if kernels is None:
             return NotImplemented
-        results = getattr(kernels, name)(*args[:tensors], pool_size, eps, ACTIVATIONS[activation], slope, *rest, mask)
-        return tuple(_nothing(t, x) for t in results)
+        results = getattr(kernels, name)(**a._replace(activation=ACTIVATIONS[a.activation])._asdict())
+        return tuple(_nothing(t, a.x) for t in results)
 
     return operator
 
 
-normalize = _transform("normalize", 6)
-normalize_merged = _transform("normalize_merged", 5, 1)
-forward = _transform("forward", 4)
-backward_reduce = _gradient("backward_reduce", 8)
-backward_apply = _gradient("backward_apply", 11, 1)
-backward_merged = _gradient("backward_merged", 10, 1)
-backward = _gradient("backward", 8, 3)
-
-
-def update_statistics(*args: Any) -> Any:
-    running_mean, running_var, batches, mean = args[:4]
-    if reason(mean.device) is not None or not _kernels.updates(running_mean, running_var, batches, mean):
+def _update_statistics(a: Any) -> Any:
+    updated = (a.running_mean, a.running_var, a.num_batches_tracked)
+    if reason(a.mean.device) is not None or not _kernels.updates(*updated, a.mean):
         return NotImplemented
-    _kernels.update_statistics(*args)
+    _kernels.update_statistics(**a._asdict())
     return None
 
 
-def implementation(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+_operators: dict[str, Callable[[Any], Any]] = {
+    **{name: _moments(name) for name in ("moments", "count_moments")},
+    **{name: _transform(name) for name in ("normalize", "normalize_merged", "forward")},
+    **{name: _gradient(name) for name in ("backward_reduce", "backward_apply", "backward_merged", "backward")},
+    "update_statistics": _update_statistics,
+}
+
+
+def implementation(name: str, otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The operator of that name: ours, and where it does not take the arguments, the other."""
-    ours = globals()[name]
+    ours = _operators[name]
 
-    def call(*args: Any) -> Any:
-        result = ours(*args)
-        return otherwise(*args) if result is NotImplemented else result
+    def operator(a: Any) -> Any:
+        result = ours(a)
+        return otherwise(a) if result is NotImplemented else result
 
-    return call
+    return operator

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm.kernels import aten, cpu
 from batchnorm.moments import merge_axis
 from batchnorm.ops import autograd, cuda
-from batchnorm.ops.schemas import ACTIVATIONS, LIBRARY, empty_like, signs_size
+from batchnorm.ops.schemas import ACTIVATIONS, ARGUMENTS, LIBRARY, by_name, empty_like, signs_size
 from batchnorm.pools import Pool, Pools, merge_moments
 
 
@@ -19,26 +19,27 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
-def _mask(args: tuple[Any, ...], at: int) -> Tensor | None:
-    """The last argument, which is left out where it is None."""
-    return args[at] if len(args) > at else None
-
-
 def _no_signs(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.uint8)
 
 
-def _normalize(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    (weight, bias, residual, pool_size, eps, activation, slope, save_signs), mask = args[:8], _mask(args, 8)
-    y = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope, mask)
-    return _like(y, x), _pack(x, mean, var, *args) if save_signs else _no_signs(x)
+def _in_names(a: Any) -> dict[str, Any]:
+    """The arguments as keywords, the activation by its name."""
+    return {**a._asdict(), "activation": ACTIVATIONS[a.activation]}
 
 
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (weight, bias, residual, pool_size, eps, activation, slope, save_signs), mask = args[:8], _mask(args, 8)
-    y, mean, var = aten.forward(x, weight, bias, residual, pool_size, eps, ACTIVATIONS[activation], slope, mask)
-    signs = _pack(x, mean, var, *args) if save_signs else _no_signs(x)
-    return _like(y, x), mean, var, signs
+def _normalize(a: Any) -> tuple[Tensor, Tensor]:
+    settings = _in_names(a)
+    save_signs = settings.pop("save_signs")
+    y = aten.normalize(**settings)
+    return _like(y, a.x), _pack(a, a.mean, a.var) if save_signs else _no_signs(a.x)
+
+
+def _forward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = _in_names(a)
+    save_signs = settings.pop("save_signs")
+    y, mean, var = aten.forward(**settings)
+    return _like(y, a.x), mean, var, _pack(a, mean, var) if save_signs else _no_signs(a.x)
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
@@ -47,89 +48,88 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     return y if out.stride() == y.stride() else out.copy_(y)
 
 
-def _pack(x: Tensor, mean: Tensor, var: Tensor, *args: Any) -> Tensor:
+def _pack(a: Any, mean: Tensor, var: Tensor) -> Tensor:
     """One bit an element, in the order of the tensor's elements."""
-    weight, bias, residual, pool_size, eps, activation, slope = args[:7]
-    z = aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, "identity", slope)
-    on = aten.derivative(z, ACTIVATIONS[activation], 0.0).ne(0).flatten()
-    weights = 2 ** torch.arange(8, device=x.device, dtype=torch.uint8)
+    affine = (a.weight, a.bias, a.residual)
+    z = aten.normalize(a.x, mean, var, *affine, a.pool_size, a.eps, "identity", a.slope)
+    on = aten.derivative(z, ACTIVATIONS[a.activation], 0.0).ne(0).flatten()
+    weights = 2 ** torch.arange(8, device=z.device, dtype=torch.uint8)
     bits = torch.nn.functional.pad(on.to(torch.uint8), (0, -on.numel() % 8)).reshape(-1, 8)
     packed = (bits * weights).sum(1, dtype=torch.uint8)
-    return torch.nn.functional.pad(packed, (0, signs_size(x) - packed.numel()))
+    return torch.nn.functional.pad(packed, (0, signs_size(a.x) - packed.numel()))
 
 
-def _gate(dy: Tensor, x: Tensor, signs: Tensor | None, activation: int, slope: float) -> Any:
-    """dy and the activation that is left, after the bits have been applied where there are some."""
+def _gated(a: Any, *settled: str) -> dict[str, Any]:
+    """The arguments of a backward as keywords, without those settled here, after the signs have been applied to dy.
+
+    Where there are signs, no activation is left.
+    """
+    settings = _in_names(a)
+    signs = settings.pop("signs")
+    for name in settled:
+        settings.pop(name)
     if signs is None or not signs.numel():
-        return dy, ACTIVATIONS[activation]
-    shifts = torch.arange(8, device=x.device, dtype=torch.uint8)
-    on = (signs[:, None] >> shifts & 1).flatten()[: x.numel()].reshape(x.shape).bool()
-    off = slope if ACTIVATIONS[activation] == "leaky_relu" else 0.0
-    return torch.where(on, dy, dy * off), "identity"
+        return settings
+    shifts = torch.arange(8, device=a.x.device, dtype=torch.uint8)
+    on = (signs[:, None] >> shifts & 1).flatten()[: a.x.numel()].reshape(a.x.shape).bool()
+    off = a.slope if settings["activation"] == "leaky_relu" else 0.0
+    return {**settings, "dy": torch.where(on, a.dy, a.dy * off), "activation": "identity"}
 
 
-def _backward_reduce(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    (weight, bias, residual, signs, mean, var, pool_size, eps, activation, slope), mask = args[:10], _mask(args, 10)
-    dy, left = _gate(dy, x, signs, activation, slope)
-    return aten.backward_reduce(dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope, mask)
+def _backward_reduce(a: Any) -> tuple[Tensor, Tensor]:
+    return aten.backward_reduce(**_gated(a))
 
 
-def _backward_apply(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, residual, signs, mean, var, k1, k2, k3 = args[:9]
-    (pool_size, eps, activation, slope, want_residual), mask = args[9:14], _mask(args, 14)
-    dy, left = _gate(dy, x, signs, activation, slope)
-    dx, dz = aten.backward_apply(
-        dy, x, weight, bias, residual, mean, var, k1, k2, k3, pool_size, eps, left, slope, mask
-    )
-    return _like(dx, x), _like(dz, x) if want_residual else _nothing(x)
+def _backward_apply(a: Any) -> tuple[Tensor, Tensor]:
+    dx, dz = aten.backward_apply(**_gated(a, "want_residual"))
+    return _like(dx, a.x), _like(dz, a.x) if a.want_residual else _nothing(a.x)
 
 
-def _count_moments(x: Tensor, pool_size: int, mask: Tensor | None = None) -> Tensor:
-    moments = torch.ops.batchnorm.moments.default(x, pool_size, mask)
-    return torch.stack((Pools(x, pool_size, mask).counts(), *moments))
+def _count_moments(a: Any) -> Tensor:
+    moments = torch.ops.batchnorm.moments.default(a.x, a.pool_size, a.mask)
+    return torch.stack((Pools(a.x, a.pool_size, a.mask).counts(), *moments))
 
 
-def _normalize_merged(x: Tensor, parts: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    (*settings, groups, save_signs), mask = args[:9], _mask(args, 9)
-    counts, means, m2s = parts.unbind(1)
-    counts, means, m2s = merge_moments(counts, means, m2s, Pool(groups=groups))
-    one = len(parts) == 1  # rank
+def _normalize_merged(a: Any) -> tuple[Tensor, ...]:
+    counts, means, m2s = a.parts.unbind(1)
+    counts, means, m2s = merge_moments(counts, means, m2s, Pool(groups=a.groups))
+    one = len(a.parts) == 1  # rank
     count, mean, m2 = (counts[0], means[0], m2s[0]) if one else merge_axis(counts, means, m2s, 0)
     var = m2 / torch.where(count > 0, count, 1.0)
-    y, signs = torch.ops.batchnorm.normalize.default(x, mean, var, *settings, save_signs, mask)
+    same = {name: value for name, value in a._asdict().items() if name in ARGUMENTS["normalize"]._fields}
+    y, signs = torch.ops.batchnorm.normalize.default(mean=mean, var=var, **same)
     return y, count, mean, var, signs
 
 
-def _backward_merged(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, residual, signs, mean, var, sums, count = args[:8]
-    inv_std = torch.rsqrt(var + args[9])
-    k1 = inv_std if weight is None else weight.to(var.dtype) * inv_std
-    count = torch.where(count > 0, count, 1.0)
-    coefficients = (k1.expand_as(mean), -(inv_std**3) * sums[1] / count, -inv_std * sums[0] / count)
-    saved = (weight, bias, residual, signs, mean, var)
-    results: tuple[Tensor, Tensor] = torch.ops.batchnorm.backward_apply.default(dy, x, *saved, *coefficients, *args[8:])
+def _backward_merged(a: Any) -> tuple[Tensor, Tensor]:
+    inv_std = torch.rsqrt(a.var + a.eps)
+    k1 = inv_std if a.weight is None else a.weight.to(a.var.dtype) * inv_std
+    count = torch.where(a.count > 0, a.count, 1.0)
+    coefficients = {
+        "k1": k1.expand_as(a.mean),
+        "k2": -(inv_std**3) * a.sums[1] / count,
+        "k3": -inv_std * a.sums[0] / count,
+    }
+    same = {name: value for name, value in a._asdict().items() if name in ARGUMENTS["backward_apply"]._fields}
+    results: tuple[Tensor, Tensor] = torch.ops.batchnorm.backward_apply.default(**coefficients, **same)
     return results
 
 
-def _backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, bias, residual, signs, mean, var = args[:6]
-    (pool_size, eps, activation, slope, population, want_x, want_residual), mask = args[6:13], _mask(args, 13)
-    dy, left = _gate(dy, x, signs, activation, slope)
-    dx, dz, d_weight, d_bias = aten.gradients(
-        dy, x, weight, bias, residual, mean, var, pool_size, eps, left, slope, population, mask
-    )
-    if dz is dy:
+def _backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = _gated(a, "want_x", "want_residual")
+    dx, dz, d_weight, d_bias = aten.gradients(pool=settings.pop("pool_size"), **settings)
+    if dz is settings["dy"]:
         dz = dz.clone()
     return (
-        _like(dx, x) if want_x else _nothing(x),
-        _like(dz, x) if want_residual else _nothing(x),
-        _nothing(x) if weight is None else d_weight.to(weight.dtype),
-        _nothing(x) if bias is None else d_bias.to(bias.dtype),
+        _like(dx, a.x) if a.want_x else _nothing(a.x),
+        _like(dz, a.x) if a.want_residual else _nothing(a.x),
+        _nothing(a.x) if a.weight is None else d_weight.to(a.weight.dtype),
+        _nothing(a.x) if a.bias is None else d_bias.to(a.bias.dtype),
     )
 
 
-_operators: dict[str, Callable[..., Any]] = {
-    "moments": aten.moments,
+_operators: dict[str, Callable[[Any], Any]] = {
+    "moments": lambda a: aten.moments(a.x, a.pool_size, a.mask),
     "normalize": _normalize,
     "forward": _forward,
     "backward_reduce": _backward_reduce,
@@ -138,13 +138,13 @@ _operators: dict[str, Callable[..., Any]] = {
     "count_moments": _count_moments,
     "normalize_merged": _normalize_merged,
     "backward_merged": _backward_merged,
-    "update_statistics": aten.update_statistics,
+    "update_statistics": lambda a: aten.update_statistics(**a._asdict()),
 }
 for _name, _function in _operators.items():
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, by_name(_name, _function), "CompositeExplicitAutograd")
     # Gradients are the autograd functions' affair: nothing to do here, and no time to lose.
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    LIBRARY.impl(_name, cuda.implementation(_name, _function), "CUDA")
-LIBRARY.impl("gradients", autograd.gradients_operator, "CompositeImplicitAutograd")
+    LIBRARY.impl(_name, by_name(_name, cuda.implementation(_name, _function)), "CUDA")
+LIBRARY.impl("gradients", by_name("gradients", autograd.gradients_operator), "CompositeImplicitAutograd")
 
 cpu.load()

@@ -11,6 +11,10 @@ pools, C), and ``groups`` the number of groups of adjacent channels that share s
 
 from __future__ import annotations
 
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -37,53 +41,88 @@ _FUSION = "int pool_size, float eps, int activation, float slope"
 _SAVED = "Tensor? signs, Tensor mean, Tensor var"
 _MASK = "Tensor? mask=None"
 
-LIBRARY.define(f"moments(Tensor x, int pool_size, {_MASK}) -> (Tensor mean, Tensor m2)")
-LIBRARY.define(
-    f"normalize(Tensor x, Tensor mean, Tensor var, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK})"
-    " -> (Tensor y, Tensor signs)"
+ARGUMENTS: dict[str, Any] = {}  # of each operator, as a named tuple: the one place that names them, in order
+
+
+def _define(name: str, arguments: str, results: str) -> None:
+    """Defines an operator, and how its implementations get its arguments."""
+    schema = f"{name}({arguments}) -> {results}"
+    LIBRARY.define(schema)
+    given = torch._C.parse_schema(f"batchnorm::{schema}").arguments
+    optional = [None for each in given if each.has_default_value()]  # the last ones: None stands for nothing given
+    ARGUMENTS[name] = namedtuple(name, [each.name for each in given], defaults=optional)
+
+
+def by_name(name: str, implementation: Callable[[Any], Any]) -> Callable[..., Any]:
+    """An implementation that takes the arguments as attributes, as the dispatcher calls it."""
+    arguments = ARGUMENTS[name]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return implementation(arguments(*args, **kwargs))
+
+    return call
+
+
+_define("moments", f"Tensor x, int pool_size, {_MASK}", "(Tensor mean, Tensor m2)")
+_define(
+    "normalize",
+    f"Tensor x, Tensor mean, Tensor var, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK}",
+    "(Tensor y, Tensor signs)",
 )
-LIBRARY.define(
-    f"forward(Tensor x, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK})"
-    " -> (Tensor y, Tensor mean, Tensor var, Tensor signs)"
+_define(
+    "forward",
+    f"Tensor x, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK}",
+    "(Tensor y, Tensor mean, Tensor var, Tensor signs)",
 )
-LIBRARY.define(
-    f"backward_reduce(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, {_MASK})"
-    " -> (Tensor sum_dz, Tensor sum_dz_centered)"
+_define(
+    "backward_reduce",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, {_MASK}",
+    "(Tensor sum_dz, Tensor sum_dz_centered)",
 )
-LIBRARY.define(
-    f"backward_apply(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, Tensor k1, Tensor k2, Tensor k3, {_FUSION},"
-    f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual)"
+_define(
+    "backward_apply",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, Tensor k1, Tensor k2, Tensor k3, {_FUSION}, bool want_residual,"
+    f" {_MASK}",
+    "(Tensor dx, Tensor d_residual)",
 )
-LIBRARY.define(
-    f"backward(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool want_x,"
-    f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)"
+_define(
+    "backward",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool want_x, bool want_residual, {_MASK}",
+    "(Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)",
 )
 # Where pools reach over channel groups or ranks: count, mean and m2 are gathered, merged where they normalize, and the
 # sums of gamma dz and gamma dz (x - mean) where they make dx.
-LIBRARY.define(f"count_moments(Tensor x, int pool_size, {_MASK}) -> Tensor")
-LIBRARY.define(
-    f"normalize_merged(Tensor x, Tensor parts, {_AFFINE}, {_FUSION}, int groups, bool save_signs, {_MASK})"
-    " -> (Tensor y, Tensor count, Tensor mean, Tensor var, Tensor signs)"
+_define("count_moments", f"Tensor x, int pool_size, {_MASK}", "Tensor")
+_define(
+    "normalize_merged",
+    f"Tensor x, Tensor parts, {_AFFINE}, {_FUSION}, int groups, bool save_signs, {_MASK}",
+    "(Tensor y, Tensor count, Tensor mean, Tensor var, Tensor signs)",
 )
-LIBRARY.define(
-    f"backward_merged(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, Tensor sums, Tensor count, {_FUSION},"
-    f" bool want_residual, {_MASK}) -> (Tensor dx, Tensor d_residual)"
+_define(
+    "backward_merged",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, Tensor sums, Tensor count, {_FUSION}, bool want_residual, {_MASK}",
+    "(Tensor dx, Tensor d_residual)",
 )
-# The same gradients, of any order: what the C++ backward calls where it cannot do without Python.
-LIBRARY.define(
-    f"gradients(Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool[] wanted)"
-    " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)"
+# The same gradients, of any order: the C++ backward calls this where it cannot do without Python.
+_define(
+    "gradients",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool[] wanted",
+    "(Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)",
 )
-LIBRARY.define(
-    "update_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-    " Tensor mean, Tensor var, SymInt count, SymInt pool_count, float? momentum, bool unbiased) -> ()"
+_define(
+    "update_statistics",
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+    " Tensor mean, Tensor var, SymInt count, SymInt pool_count, float? momentum, bool unbiased",
+    "()",
 )
 
-# Into preallocated tensors: what benchmarks measure where the cost of fresh memory is to be left out.
-LIBRARY.define(f"forward_out(Tensor x, {_AFFINE}, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var, {_FUSION}) -> ()")
-LIBRARY.define(
-    "backward_out(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor(a!) dx,"
-    f" Tensor(b!) sum_dz, Tensor(c!) sum_dz_centered, {_FUSION}) -> ()"
+# Into preallocated tensors: benchmarks measure them, where the cost of fresh memory is to be left out.
+_define("forward_out", f"Tensor x, {_AFFINE}, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var, {_FUSION}", "()")
+_define(
+    "backward_out",
+    "Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor(a!) dx, Tensor(b!) sum_dz,"
+    f" Tensor(c!) sum_dz_centered, {_FUSION}",
+    "()",
 )
 
 
@@ -120,84 +159,45 @@ def _signs(x: Tensor, save: bool) -> Tensor:
     return x.new_empty((signs_size(x) if save else 0,), dtype=torch.uint8)
 
 
-def _fake(name: str):  # type: ignore[no-untyped-def]
-    return torch.library.register_fake(f"batchnorm::{name}", lib=LIBRARY)
+def _fake(name: str, fake: Callable[[Any], Any]) -> None:
+    torch.library.register_fake(f"batchnorm::{name}", by_name(name, fake), lib=LIBRARY)
 
 
-@_fake("moments")
-def _(x, pool_size, mask=None):  # type: ignore[no-untyped-def]
-    return _statistics(x, pool_size), _statistics(x, pool_size)
+def _two_statistics(a: Any) -> tuple[Tensor, Tensor]:
+    return _statistics(a.x, a.pool_size), _statistics(a.x, a.pool_size)
 
 
-@_fake("normalize")
-def _(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope, save_signs, mask=None):  # type: ignore[no-untyped-def]
-    return empty_like(x), _signs(x, save_signs)
+def _or_empty(like: Tensor, x: Tensor, wanted: bool) -> Tensor:
+    """A result like ``like``; empty where it is not wanted."""
+    if not wanted:
+        return x.new_empty(0)
+    return empty_like(x) if like is x else torch.empty_like(like)
 
 
-@_fake("forward")
-def _(x, weight, bias, residual, pool_size, eps, activation, slope, save_signs, mask=None):  # type: ignore[no-untyped-def]
-    return empty_like(x), _statistics(x, pool_size), _statistics(x, pool_size), _signs(x, save_signs)
+def _input_gradients(a: Any) -> tuple[Tensor, Tensor]:
+    return empty_like(a.x), _or_empty(a.x, a.x, a.want_residual)
 
 
-@_fake("count_moments")
-def _(x, pool_size, mask=None):  # type: ignore[no-untyped-def]
-    return x.new_empty((3, *_statistics(x, pool_size).shape), dtype=statistics_dtype(x.device))
+def _all_gradients(a: Any) -> tuple[Tensor, ...]:
+    of_input = _or_empty(a.x, a.x, a.want_x), _or_empty(a.x, a.x, a.want_residual)
+    return *of_input, *(_or_empty(each, a.x, each is not None) for each in (a.weight, a.bias))
 
 
-@_fake("normalize_merged")
-def _(x, parts, weight, bias, residual, pool_size, eps, activation, slope, groups, save_signs, mask=None):  # type: ignore[no-untyped-def]
-    return empty_like(x), *(_statistics(x, pool_size) for _ in range(3)), _signs(x, save_signs)
-
-
-@_fake("backward_merged")
-def _(  # type: ignore[no-untyped-def]
-    dy, x, weight, bias, residual, signs, mean, var, sums, count, pool_size, eps, activation, slope, want, mask=None
-):  # fmt: skip
-    return empty_like(x), empty_like(x) if want else x.new_empty(0)
-
-
-@_fake("backward_reduce")
-def _(dy, x, weight, bias, residual, signs, mean, var, pool_size, *rest):  # type: ignore[no-untyped-def]
-    return _statistics(x, pool_size), _statistics(x, pool_size)
-
-
-@_fake("backward_apply")
-def _(dy, x, weight, bias, residual, signs, mean, var, k1, k2, k3, pool_size, eps, activation, slope, want, mask=None):  # type: ignore[no-untyped-def]
-    return empty_like(x), empty_like(x) if want else x.new_empty(0)
-
-
-@_fake("backward")
-def _(  # type: ignore[no-untyped-def]
-    dy,
-    x,
-    weight,
-    bias,
-    residual,
-    signs,
-    mean,
-    var,
-    pool_size,
-    eps,
-    activation,
-    slope,
-    frozen,
-    want_x,
-    want_residual,
-    mask=None,
-):
-    return tuple(
-        (empty_like(x) if like is x else torch.empty_like(like)) if wanted else x.new_empty(0)
-        for like, wanted in (
-            (x, want_x),
-            (x, want_residual),
-            (weight, weight is not None),
-            (bias, bias is not None),
-        )
-    )
-
-
-@_fake("backward_out")
-@_fake("forward_out")
-@_fake("update_statistics")
-def _(*args):  # type: ignore[no-untyped-def]
+def _nothing(a: Any) -> None:
     return None
+
+
+_fake("moments", _two_statistics)
+_fake("normalize", lambda a: (empty_like(a.x), _signs(a.x, a.save_signs)))
+_fake("forward", lambda a: (empty_like(a.x), *_two_statistics(a), _signs(a.x, a.save_signs)))
+_fake("count_moments", lambda a: torch.stack((_statistics(a.x, a.pool_size),) * 3))
+_fake(
+    "normalize_merged",
+    lambda a: (empty_like(a.x), _statistics(a.x, a.pool_size), *_two_statistics(a), _signs(a.x, a.save_signs)),
+)
+_fake("backward_reduce", _two_statistics)
+_fake("backward_apply", _input_gradients)
+_fake("backward_merged", _input_gradients)
+_fake("backward", _all_gradients)
+for _name in ("update_statistics", "forward_out", "backward_out"):
+    _fake(_name, _nothing)

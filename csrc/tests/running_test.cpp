@@ -1,0 +1,184 @@
+// Running statistics against the formula in long double: dtype x pools and what is left of the last x momentum x biased
+// and unbiased x either statistic absent; the same bits for every partition; memory beside the channels left alone. And
+// the conversions of dtypes.h: every 16-bit value there and back, and the nearest of all values between two of them.
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "dtypes.h"
+#include "elements.h"
+
+namespace test {
+namespace {
+
+constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
+int64_t passed = 0, failed = 0;
+
+void check(bool condition, const std::string& what) {
+  if (condition)
+    ++passed;
+  else if (++failed <= 20)
+    std::printf("FAILED %s\n", what.c_str());
+}
+
+// ---------------------------------------------------------------------------------------------- partitions
+// Runs the body over `ranges` parts of the count, from the last to the first.
+struct Partition {
+  int64_t ranges;
+  batchnorm::Parallel parallel() { return {&run, this}; }
+  static void run(void* self, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+    const int64_t ranges = std::min(static_cast<Partition*>(self)->ranges, count);
+    for (int64_t k = ranges - 1; k >= 0; --k) body(context, k * count / ranges, (k + 1) * count / ranges);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- one update
+struct Case {
+  Dtype dtype;
+  int64_t pools, channels, pool_count, last;  // values of a channel in each pool, and in the last
+  double momentum;
+  bool unbiased, has_mean, has_var;
+  int64_t count() const { return (pools - 1) * pool_count + last; }
+  std::string text() const {
+    return std::string(format_of(dtype).name) + " pools " + std::to_string(pools) + " channels " +
+           std::to_string(channels) + " count " + std::to_string(count()) + " momentum " + std::to_string(momentum) +
+           (unbiased ? " unbiased" : " biased") + (has_mean ? " mean" : "") + (has_var ? " var" : "");
+  }
+};
+
+// A running statistic with memory beside it that is not its own.
+struct Buffer {
+  Dtype dtype;
+  int64_t channels;
+  std::vector<char> bytes;
+  Buffer(Dtype dtype, int64_t channels, Random& random, double low, double high)
+      : dtype(dtype), channels(channels), bytes((channels + 2) * format_of(dtype).size, char(0x5a)) {
+    for (int64_t c = 0; c < channels; ++c) encode(dtype, random.uniform(low, high), at(c));
+  }
+  char* at(int64_t c) { return bytes.data() + (c + 1) * format_of(dtype).size; }
+  double operator[](int64_t c) { return decode(dtype, at(c)); }
+  batchnorm::RunningStatistic running(bool there) {
+    return there ? batchnorm::RunningStatistic{at(0), dtype} : batchnorm::RunningStatistic{};
+  }
+  bool guards_intact() const {
+    const int64_t size = format_of(dtype).size;
+    for (int64_t i = 0; i < size; ++i)
+      if (bytes[i] != 0x5a || bytes[bytes.size() - 1 - i] != 0x5a) return false;
+    return true;
+  }
+};
+
+struct Expected {
+  Real mean, var;
+};
+
+// All pools of a channel as one set of values: its mean and its variance.
+Expected merged(const Case& c, const std::vector<double>& mean, const std::vector<double>& var, int64_t channel) {
+  Real sum = 0, squares = 0;
+  const auto part = [&](int64_t p) { return Real(p + 1 == c.pools ? c.last : c.pool_count); };
+  for (int64_t p = 0; p < c.pools; ++p) sum += part(p) * mean[p * c.channels + channel];
+  const Real all = sum / c.count();
+  for (int64_t p = 0; p < c.pools; ++p) {
+    const Real away = mean[p * c.channels + channel] - all;
+    squares += part(p) * (var[p * c.channels + channel] + away * away);
+  }
+  return {all, squares / (c.unbiased && c.count() > 1 ? c.count() - 1 : c.count())};
+}
+
+void examine(const Case& c, uint64_t seed) {
+  Random random(seed);
+  std::vector<double> mean(c.pools * c.channels), var(mean.size());
+  for (double& m : mean) m = random.uniform(-3, 5);
+  for (double& v : var) v = random.uniform(0, 4);
+  const Buffer mean_before(c.dtype, c.channels, random, -2, 2), var_before(c.dtype, c.channels, random, 0.1, 9);
+  const batchnorm::BatchStatistics batch{c.pools, c.channels, c.count(), c.pool_count, mean.data(), var.data()};
+  std::vector<char> first;
+  for (int64_t ranges : {1, 2, 5, 1 << 20}) {
+    Buffer running_mean = mean_before, running_var = var_before;
+    Partition partition{ranges};
+    batchnorm::update_statistics(batch, c.momentum, c.unbiased, running_mean.running(c.has_mean),
+                                 running_var.running(c.has_var), partition.parallel());
+    check(running_mean.guards_intact() && running_var.guards_intact(), c.text() + ": memory beside was written");
+    std::vector<char> bytes = running_mean.bytes;
+    bytes.insert(bytes.end(), running_var.bytes.begin(), running_var.bytes.end());
+    if (first.empty()) first = bytes;
+    check(bytes == first, c.text() + ": other bits with " + std::to_string(ranges) + " ranges");
+    if (ranges > 1) continue;
+    Buffer old_mean = mean_before, old_var = var_before;
+    for (int64_t k = 0; k < c.channels; ++k) {
+      const Expected e = merged(c, mean, var, k);
+      const auto judge = [&](double got, double old, Real batch_value, bool there, const char* name) {
+        const Real right = there ? (1 - Real(c.momentum)) * old + Real(c.momentum) * batch_value : Real(old);
+        const Format& f = format_of(c.dtype);
+        const Real rounding = f.unit_roundoff * std::fabs(right) + f.smallest / 2;
+        check(std::fabs(got - right) <= (there ? 1.001L * rounding + 64 * 0x1p-53L * 9 : 0),
+              c.text() + ": " + name + " of channel " + std::to_string(k) + " is " + std::to_string(got) + ", not " +
+                  std::to_string(double(right)));
+      };
+      judge(running_mean[k], old_mean[k], e.mean, c.has_mean, "mean");
+      judge(running_var[k], old_var[k], e.var, c.has_var, "variance");
+    }
+  }
+}
+
+void updates() {
+  uint64_t seed = 0;
+  for (Dtype dtype : kDtypes)
+    for (int64_t pools : {1, 2, 7})
+      for (int64_t channels : {1, 3, 64, 513})
+        for (int64_t last : {1, 4})
+          for (double momentum : {0.0, 0.1, 1.0 / 3, 1.0})
+            for (int form = 0; form < 8; ++form)
+              examine({dtype, pools, channels, 4, last, momentum, bool(form & 1), bool(form & 2), bool(form & 4)},
+                      ++seed);
+  // Enough for threads.
+  for (Dtype dtype : kDtypes) examine({dtype, 40, 700, 9, 2, 0.1, true, true, true}, ++seed);
+}
+
+// ---------------------------------------------------------------------------------------------- conversions
+uint16_t stored(Dtype dtype, double v) {
+  uint16_t bits = 0;
+  batchnorm::convert(&v, 1, dtype, &bits);
+  return bits;
+}
+
+void conversions() {
+  for (Dtype dtype : {Dtype::bfloat16, Dtype::float16}) {
+    const Format& f = format_of(dtype);
+    const int64_t infinity = int64_t((1 << f.exponent_bits) - 1) << f.fraction_bits;
+    for (int64_t bits = 0; bits < 1 << 16; ++bits) {
+      const uint16_t given = uint16_t(bits);
+      double v = 0;
+      batchnorm::convert(dtype, &given, 1, &v);
+      const double right = decode16(f, given);
+      const bool nan = std::isnan(right);
+      check(nan ? std::isnan(v) : v == right && std::signbit(v) == std::signbit(right),
+            std::string(f.name) + " is read wrongly: " + std::to_string(bits));
+      if (nan) {
+        check((stored(dtype, v) & 0x7fff) > infinity, std::string(f.name) + " loses a NaN");
+        continue;
+      }
+      check(stored(dtype, v) == given, std::string(f.name) + " there and back: " + std::to_string(bits));
+      if ((bits & 0x7fff) >= infinity) continue;
+      // Towards the next: a quarter, the middle (to even), and just beside the middle.
+      const uint16_t next = uint16_t(bits + 1);
+      const bool last = (next & 0x7fff) == infinity;
+      const double step = last ? v - decode16(f, uint16_t(bits - 1)) : decode16(f, next) - v;
+      for (double share : {0.25, 0.4999, 0.5, 0.5001, 0.75}) {
+        const double between = v + share * step;
+        check(stored(dtype, between) == encode16(f, double(float(between))),
+              std::string(f.name) + " between " + std::to_string(bits) + " and the next: " + std::to_string(share));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace test
+
+int main() {
+  test::updates();
+  test::conversions();
+  std::printf("%lld passed, %lld failed\n", (long long)test::passed, (long long)test::failed);
+  return test::failed ? 1 : 0;
+}
