@@ -214,7 +214,7 @@ auto make_node() {
 
 // ---------------------------------------------------------------------------------------------- forward
 struct Arguments {
-  at::Tensor x, residual, weight, bias, running_mean, running_var, batches;
+  at::Tensor x, residual, weight, bias, running_mean, running_var, batches, carry;
   std::optional<double> momentum;
   Settings settings{};
   bool use_batch = false, update = false;
@@ -231,9 +231,17 @@ struct Arguments {
     if (residual.defined() && (residual.sizes() != x.sizes() || residual.scalar_type() != dtype)) return false;
     if (batches.defined() && (batches.scalar_type() != at::kLong || batches.numel() != 1)) return false;
     if (running_mean.defined() != running_var.defined() || !std::isfinite(settings.eps)) return false;
+    if (update && carry.defined() && !fits_carry()) return false;
     if (!use_batch) return !update && settings.eps >= 0 && running_mean.defined();
     const bool has_share = momentum ? std::isfinite(*momentum) : batches.defined();
     return settings.eps > 0 && values() > 1 && (!update || has_share);
+  }
+
+  // One that does not fit is made anew, in Python.
+  bool fits_carry() const {
+    const auto beside = running_mean.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    return carry.scalar_type() == beside && carry.dim() == 2 && carry.size(0) == 2 && carry.numel() == 2 * x.size(1) &&
+           carry.is_contiguous();
   }
 
   bool fits(const at::Tensor& vector) const {
@@ -312,7 +320,8 @@ at::Tensor forward(const Arguments& a) {
                                   .count = a.values(),
                                   .pool_count = pool ? pool : a.values(),
                                   .momentum = a.momentum,
-                                  .unbiased = true});
+                                  .unbiased = true,
+                                  .carry = lend_if(a.carry)});
   }
   return y;
 }
@@ -349,6 +358,7 @@ enum Given {
   kRunningMean,
   kRunningVar,
   kNumBatchesTracked,
+  kCarry,
   kMomentum,
   kEps,
   kActivation,
@@ -366,7 +376,8 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   if (is_watched()) Py_RETURN_NONE;
   if (!read(given[kX], a.x) || !read(given[kResidual], a.residual) || !read(given[kWeight], a.weight) ||
       !read(given[kBias], a.bias) || !read(given[kRunningMean], a.running_mean) ||
-      !read(given[kRunningVar], a.running_var) || !read(given[kNumBatchesTracked], a.batches))
+      !read(given[kRunningVar], a.running_var) || !read(given[kNumBatchesTracked], a.batches) ||
+      !read(given[kCarry], a.carry))
     Py_RETURN_NONE;
   if (given[kMomentum] != Py_None) {
     if (!read(given[kMomentum], momentum)) Py_RETURN_NONE;

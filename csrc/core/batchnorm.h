@@ -91,24 +91,6 @@ void backward(const Shape&, const Operand& dy, const Operand& x, const Operand& 
               bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
               double* workspace, Parallel);
 
-// Of one batch: mean and biased variance of each pool, (pools, channels), and the number of values of a channel, in all
-// pools and in each but the last, which has the rest.
-struct BatchStatistics {
-  int64_t pools, channels, count, pool_count;
-  const double *mean, *var;
-};
-
-// A running statistic, (channels); none where there is no data.
-struct RunningStatistic {
-  void* data = nullptr;
-  Dtype dtype = Dtype::float32;
-};
-
-// running = (1 - momentum) * running + momentum * batch, the batch being all its pools merged; the variance biased, or
-// unbiased. Rounded once, to the running statistic's type.
-void update_statistics(const BatchStatistics&, double momentum, bool unbiased, const RunningStatistic& running_mean,
-                       const RunningStatistic& running_var, Parallel);
-
 // The instruction set in use, and the choice of another (for tests): returns whether the machine has it.
 const char* instruction_set();
 bool select_instruction_set(const char* name);

@@ -1,5 +1,8 @@
-// Running statistics: what a batch makes of the estimate of the population.
+#include "running.h"
+
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include "dtypes.h"
 
@@ -30,15 +33,62 @@ struct Merged {
   }
 };
 
+template <class Value>
+using CarryOf = std::conditional_t<std::is_same_v<Value, double>, double, float>;
+
+// v as a value of that type, as float64.
+template <class Value>
+double rounded(double v) {
+  Value value;
+  store(v, &value);
+  return value_of(value);
+}
+
+template <class Value>
+void mix(Value* value, double momentum, double batch) {
+  store((1 - momentum) * value_of(*value) + momentum * batch, value);
+}
+
+// The same of value + carry. It starts from the one of the two that has the larger share, so that little is lost where
+// they cancel, and adds the change to it as a sum in two parts (Knuth's two-sum).
+template <class Value>
+void mix(Value* value, CarryOf<Value>* carry, double momentum, double batch) {
+  const double old = value_of(*value);
+  const double rest = rounded<Value>(old + *carry) == old ? double(*carry) : 0;
+  const bool is_small = momentum <= 0.5;
+  const double base = is_small ? old : batch;
+  const double change = is_small ? rest + momentum * ((batch - old) - rest) : (1 - momentum) * ((old - batch) + rest);
+  const double sum = base + change, added = sum - base;
+  const double lost = (base - (sum - added)) + (change - added);
+  store(sum, value);
+  const double kept = value_of(*value), left = (sum - kept) + lost;
+  auto next = CarryOf<Value>(left - left == 0 ? left : 0);
+  // Rounding the carry may have brought the sum to the middle between two values, and so to the other one.
+  if (rounded<Value>(kept + next) != kept) next *= CarryOf<Value>(1) - 2 * std::numeric_limits<float>::epsilon();
+  *carry = next;
+}
+
+// f(values, carries) on arrays of the statistic's type; carries are null where there are none.
+template <class F>
+void with_carry(const RunningStatistic& running, const F& f) {
+  if (!running.data) return;
+  with_type(running.dtype, running.data, [&](auto* values) {
+    using Carry = CarryOf<std::remove_pointer_t<decltype(values)>>;
+    f(values, static_cast<Carry*>(running.carry));
+  });
+}
+
 // batch(k) is the batch's statistic of the channel k after the first.
 template <class Batch>
 void mix(const RunningStatistic& running, int64_t channel, int64_t channels, double momentum, const Batch& batch) {
-  if (!running.data) return;
-  with_type(running.dtype, running.data, [&](auto* values) {
-    for (int64_t k = 0; k < channels; ++k) {
-      auto* const value = values + channel + k;
-      store((1 - momentum) * value_of(*value) + momentum * batch(k), value);
+  with_carry(running, [&](auto* values, auto* carries) {
+    values += channel;
+    if (!carries) {
+      for (int64_t k = 0; k < channels; ++k) mix(values + k, momentum, batch(k));
+      return;
     }
+    carries += channel;
+    for (int64_t k = 0; k < channels; ++k) mix(values + k, carries + k, momentum, batch(k));
   });
 }
 
@@ -64,6 +114,18 @@ void update_statistics(const BatchStatistics& batch, double momentum, bool unbia
       parallel.self, (batch.channels + kBlock - 1) / kBlock,
       [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+void mix_statistics(const Mixture& m, const RunningStatistic& running) {
+  with_carry(running, [&](auto* values, auto* carries) {
+    for (int64_t row = 0; row < m.rows; ++row)
+      for (int64_t c = 0; c < m.channels; ++c) {
+        if (!m.accepted[row * m.accepted_steps.row + c * m.accepted_steps.channel]) continue;
+        const double momentum = m.momentum[row * m.momentum_steps.row + c * m.momentum_steps.channel];
+        const int64_t i = row * m.channels + c;
+        carries ? mix(values + i, carries + i, momentum, m.batch[i]) : mix(values + i, momentum, m.batch[i]);
+      }
+  });
 }
 
 }  // namespace batchnorm

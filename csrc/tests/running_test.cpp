@@ -1,6 +1,9 @@
 // Running statistics against the formula in long double: dtype x pools and what is left of the last x momentum x biased
-// and unbiased x either statistic absent; the same bits for every partition; memory beside the channels left alone. And
-// the conversions of dtypes.h: every 16-bit value there and back, and the nearest of all values between two of them.
+// and unbiased x either statistic absent; what the carry keeps; the same bits for every partition; memory beside the
+// channels left alone. And the conversions of dtypes.h: every 16-bit value there and back, and the nearest of all
+// values between two of them.
+#include "running.h"
+
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -135,6 +138,117 @@ void updates() {
   for (Dtype dtype : kDtypes) examine({dtype, 40, 700, 9, 2, 0.1, true, true, true}, ++seed);
 }
 
+// ---------------------------------------------------------------------------------------------- the carry
+// One statistic that takes in batches of one pool; its value and its carry.
+struct Average {
+  Dtype dtype;
+  alignas(8) char value[8] = {}, carry[8] = {};
+  explicit Average(Dtype dtype, double start = 0) : dtype(dtype) { set(start); }
+  Dtype carry_dtype() const { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
+  void set(double v) { encode(dtype, v, value); }
+  void set_carry(double v) { encode(carry_dtype(), v, carry); }
+  double get() const { return decode(dtype, value); }
+  double rest() const { return decode(carry_dtype(), carry); }
+  void take(double batch, double momentum, bool carried = true) {
+    const batchnorm::BatchStatistics statistics{1, 1, 5, 5, &batch, &batch};
+    Partition one{1};
+    batchnorm::update_statistics(statistics, momentum, false, {value, dtype, carried ? carry : nullptr}, {},
+                                 one.parallel());
+  }
+  double nearest(double v) const {
+    char bytes[8];
+    encode(dtype, v, bytes);
+    return decode(dtype, bytes);
+  }
+};
+
+void carries() {
+  for (Dtype dtype : kDtypes) {
+    const Format& f = format_of(dtype);
+    const std::string name = f.name;
+    // Equal batches: to the value itself, whatever the step is beside a unit of it.
+    for (double batch : {2026.0, 100.3, 0.1, -3e4, 1e-3})
+      for (double momentum : {0.3, 0.1, 0.01}) {
+        Average average(dtype, 1);
+        for (int k = 0; k < 60 / momentum; ++k) average.take(batch, momentum);
+        check(average.get() == average.nearest(batch),
+              name + " does not reach " + std::to_string(batch) + ": " + std::to_string(average.get()));
+      }
+    // Against the average in long double: the carry has 24 digits more, or 53.
+    Random random(7);
+    for (double momentum : {0.001, 0.1, 0.5, 0.75, 1.0}) {
+      Average average(dtype, 3);
+      Real exact = 3, largest = 0;
+      for (int k = 0; k < 3000; ++k) {
+        const double batch = random.uniform(-40, 60);
+        average.take(batch, momentum);
+        exact += Real(momentum) * (batch - exact);
+        const Real away = std::fabs(Real(average.get()) + average.rest() - exact);
+        largest = std::max(largest, away);
+        check(std::fabs(average.rest()) <= f.unit_roundoff * 64, name + " carries more than half a unit");
+      }
+      const Real unit = dtype == Dtype::float64 ? 0x1p-100L : f.unit_roundoff * 0x1p-24L;
+      check(largest <= 64 * (unit + 0x1p-53L * (dtype == Dtype::float64 ? 4 : 1)) / momentum,
+            name + " drifts by " + std::to_string(double(largest)) + " with momentum " + std::to_string(momentum));
+    }
+    // A value that somebody else has written has no carry; nor has one that is not finite.
+    Average written(dtype, 8), fresh(dtype, 8);
+    written.set_carry(3);
+    written.take(9, 0.25);
+    fresh.take(9, 0.25);
+    check(written.get() == fresh.get() && written.rest() == fresh.rest(), name + " believes a carry of others");
+    written.set_carry(NAN);
+    written.take(9, 0.25);
+    check(std::isfinite(written.rest()) && std::isfinite(written.get()), name + " takes in a carry that is NaN");
+    for (double spoilt : {double(INFINITY), double(NAN)}) {
+      Average average(dtype, 2);
+      average.take(spoilt, 0.1);
+      check(!std::isfinite(average.get()) && average.rest() == 0, name + " carries what is not finite");
+    }
+    // Momentum 1 is the batch, whatever there was; momentum 0 changes nothing.
+    Average replaced(dtype, f.largest < 1e30L ? 6e4 : 1e30);
+    replaced.take(0.1, 1);
+    check(replaced.get() == replaced.nearest(0.1), name + " with momentum 1 keeps something of the old value");
+    Average still(dtype, 5);
+    still.set_carry(double(f.unit_roundoff));
+    const double before = still.rest();
+    still.take(7, 0);
+    check(still.get() == 5 && still.rest() == before, name + " moves with momentum 0");
+    // Without a carry: the plain formula.
+    Average plain(dtype, 1);
+    for (int k = 0; k < 100; ++k) plain.take(1.7, 0.3, false);
+    check(plain.rest() == 0, name + " writes a carry that is not there");
+  }
+}
+
+// Rows that are given as they are, some of them refused, with momenta of rows and of values.
+void mixtures() {
+  for (Dtype dtype : kDtypes)
+    for (bool by_value : {false, true})
+      for (bool carried : {false, true}) {
+        constexpr int64_t rows = 3, channels = 5;
+        Random random(11);
+        std::vector<double> batch(rows * channels), momentum(by_value ? rows * channels : rows);
+        for (double& b : batch) b = random.uniform(-2, 2);
+        for (double& m : momentum) m = random.uniform(0, 1);
+        const bool accepted[rows] = {true, false, true};
+        std::vector<Average> averages(rows * channels, Average(dtype, 1.5));
+        Buffer values(dtype, rows * channels, random, 1.5, 1.5);
+        std::vector<char> carry(rows * channels * 8);
+        const batchnorm::RowSteps steps{by_value ? channels : 1, by_value ? 1 : 0};
+        for (int k = 0; k < 3; ++k)
+          batchnorm::mix_statistics({rows, channels, batch.data(), momentum.data(), steps, accepted, {1, 0}},
+                                    {values.at(0), dtype, carried ? carry.data() : nullptr});
+        for (int64_t i = 0; i < rows * channels; ++i) {
+          const int64_t row = i / channels;
+          for (int k = 0; k < 3 && accepted[row]; ++k)
+            averages[i].take(batch[i], momentum[by_value ? i : row], carried);
+          check(values[i] == averages[i].get(), std::string(format_of(dtype).name) + ": a row is mixed otherwise");
+        }
+        check(values.guards_intact(), "memory beside was written");
+      }
+}
+
 // ---------------------------------------------------------------------------------------------- conversions
 uint16_t stored(Dtype dtype, double v) {
   uint16_t bits = 0;
@@ -178,6 +292,8 @@ void conversions() {
 
 int main() {
   test::updates();
+  test::carries();
+  test::mixtures();
   test::conversions();
   std::printf("%lld passed, %lld failed\n", (long long)test::passed, (long long)test::failed);
   return test::failed ? 1 : 0;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstddef>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -12,7 +13,8 @@
 
 namespace batchnorm {
 
-// One argument on the stack, which becomes whatever member it initializes; once, since tensors change hands.
+// One argument on the stack, which becomes whatever member it initializes; once, since tensors change hands. One that
+// may be absent becomes a std::optional and nothing else: that would take any other kind for what is inside it.
 struct Argument {
   StableIValue value;
   template <class T>
@@ -20,17 +22,30 @@ struct Argument {
     return torch::stable::detail::to<T>(value);
   }
 };
+struct OptionalArgument {
+  StableIValue value;
+  template <class T>
+  operator std::optional<T>() const {
+    return torch::stable::detail::to<std::optional<T>>(value);
+  }
+};
 
-template <class Arguments, class Places, class = void>
-struct HasMembers : std::false_type {};
-template <class Arguments, size_t... place>
-struct HasMembers<Arguments, std::index_sequence<place...>,
-                  std::void_t<decltype(Arguments{(void(place), Argument{})...})>> : std::true_type {};
+template <class Arguments, class Kinds, class = void>
+struct CanHold : std::false_type {};
+template <class Arguments, class... Kinds>
+struct CanHold<Arguments, std::tuple<Kinds...>, std::void_t<decltype(Arguments{std::declval<Kinds>()...})>>
+    : std::true_type {};
+
+// The kinds of the first `count` members, where the one at `optional` is one that may be absent.
+template <size_t optional, size_t... place>
+std::tuple<std::conditional_t<place == optional, OptionalArgument, Argument>...> kinds(std::index_sequence<place...>);
+template <class Arguments, size_t count, size_t optional = count>
+constexpr bool can_hold = CanHold<Arguments, decltype(kinds<optional>(std::make_index_sequence<count>()))>::value;
 
 // The number of members of a struct: the most that can be initialized.
 template <class Arguments, size_t most = 24>
 constexpr size_t members_of() {
-  if constexpr (HasMembers<Arguments, std::make_index_sequence<most>>::value)
+  if constexpr (can_hold<Arguments, most>)
     return most;
   else
     return members_of<Arguments, most - 1>();
@@ -38,7 +53,8 @@ constexpr size_t members_of() {
 
 template <class Arguments, size_t... place>
 Arguments unboxed(const StableIValue* stack, std::index_sequence<place...>) {
-  return Arguments{Argument{stack[place]}...};
+  constexpr size_t count = sizeof...(place);
+  return Arguments{std::conditional_t<can_hold<Arguments, count, place>, OptionalArgument, Argument>{stack[place]}...};
 }
 
 template <class... Results>

@@ -19,6 +19,7 @@
 #include "boxed.h"
 #include "dtypes.h"
 #include "operators.h"
+#include "running.h"
 
 namespace {
 
@@ -435,11 +436,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArg
           parameter_gradient(a.bias, d_beta, a.x)};
 }
 
-// A running statistic, which must be contiguous: it is written in place.
-batchnorm::RunningStatistic running_of(const OptionalTensor& t) {
-  if (!t) return {};
-  return {t->data_ptr(), dtype_of(*t)};
-}
+// The running mean (0) or variance (1) of `size` channels, and what rounding left of it: written in place, or where
+// they are not dense, in a copy that goes back.
+class Running {
+ public:
+  Running(const OptionalTensor& t, const OptionalTensor& carry, int64_t which, int64_t size) {
+    if (!t) return;
+    if (t->numel() != size)
+      throw std::runtime_error("batchnorm: expected running statistics with one value for each channel");
+    values_ = dense(*t);
+    statistic_ = {values_->data_ptr(), dtype_of(*t)};
+    if (!carry) return;
+    const ScalarType beside = t->scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    if (carry->scalar_type() != beside || carry->numel() != 2 * size || carry->size(0) != 2)
+      throw std::runtime_error(
+          "batchnorm: expected a carry of shape (2, *running_mean.shape), float64 beside float64 statistics, else "
+          "float32");
+    if (carry->is_contiguous()) {
+      statistic_.carry = static_cast<char*>(carry->data_ptr()) + which * size * int64_t(carry->element_size());
+      return;
+    }
+    carry_ = dense(torch::stable::select(*carry, 0, which));
+    statistic_.carry = carry_->data_ptr();
+  }
+  ~Running() {
+    for (auto& [copy, original] : copies_) torch::stable::copy_(original, copy);
+  }
+  Running(const Running&) = delete;
+  const batchnorm::RunningStatistic& statistic() const { return statistic_; }
+
+ private:
+  Tensor dense(const Tensor& t) {
+    if (t.is_contiguous()) return t;
+    const Tensor copy = torch::stable::contiguous(t);
+    copies_.emplace_back(copy, t);
+    return copy;
+  }
+  batchnorm::RunningStatistic statistic_;
+  OptionalTensor values_, carry_;
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+};
 
 // Counts one batch, whose share is the momentum, or where there is none, one over the number of batches.
 void update_statistics(const batchnorm::UpdateStatisticsArguments& a) {
@@ -455,8 +491,32 @@ void update_statistics(const batchnorm::UpdateStatisticsArguments& a) {
                                          a.pool_count,
                                          static_cast<const double*>(a.mean.const_data_ptr()),
                                          static_cast<const double*>(a.var.const_data_ptr())};
-  batchnorm::update_statistics(batch, share, a.unbiased, running_of(a.running_mean), running_of(a.running_var),
-                               Threads::parallel());
+  const Running mean(a.running_mean, a.carry, 0, batch.channels), var(a.running_var, a.carry, 1, batch.channels);
+  batchnorm::update_statistics(batch, share, a.unbiased, mean.statistic(), var.statistic(), Threads::parallel());
+}
+
+// Where the values for each row and channel lie in a tensor that expands to (rows, channels).
+batchnorm::RowSteps steps_of(const Tensor& t) {
+  if (t.dim() > 2) throw std::runtime_error("batchnorm: expected a value, one for each row, or one for each statistic");
+  const auto step = [&](int64_t axis) { return axis < 0 || t.size(axis) == 1 ? 0 : t.stride(axis); };
+  return {step(t.dim() - 2), step(t.dim() - 1)};
+}
+
+void mix_statistics(const batchnorm::MixStatisticsArguments& a) {
+  const int64_t channels = a.mean.size(-1), rows = a.mean.numel() / std::max<int64_t>(channels, 1);
+  const Tensor mean = torch::stable::contiguous(a.mean), var = torch::stable::contiguous(a.var);
+  for (const Tensor* each : {&mean, &var, &a.momentum})
+    if (each->scalar_type() != ScalarType::Double) throw std::runtime_error("batchnorm: expected float64 statistics");
+  if (a.accepted.scalar_type() != ScalarType::Bool)
+    throw std::runtime_error("batchnorm: expected accepted as booleans");
+  const auto mix = [&](const Tensor& batch, const Tensor& running, int64_t which) {
+    batchnorm::mix_statistics({rows, channels, static_cast<const double*>(batch.const_data_ptr()),
+                               static_cast<const double*>(a.momentum.const_data_ptr()), steps_of(a.momentum),
+                               static_cast<const bool*>(a.accepted.const_data_ptr()), steps_of(a.accepted)},
+                              Running(running, a.carry, which, rows * channels).statistic());
+  };
+  mix(mean, a.running_mean, 0);
+  mix(var, a.running_var, 1);
 }
 
 // The same into tensors of the caller's, of the shape and memory format of x: what a kernel costs without its memory.
@@ -488,6 +548,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("forward_out", &batchnorm::Boxed<&forward_out>::call);
   m.impl("backward_out", &batchnorm::Boxed<&backward_out>::call);
   m.impl("update_statistics", &batchnorm::Boxed<&update_statistics>::call);
+  m.impl("mix_statistics", &batchnorm::Boxed<&mix_statistics>::call);
 }
 
 // For kernels/cpu.py, by ctypes.

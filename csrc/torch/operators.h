@@ -81,6 +81,12 @@ struct UpdateStatisticsArguments {
   int64_t count, pool_count;
   std::optional<double> momentum;
   bool unbiased;
+  OptionalTensor carry;
+};
+
+struct MixStatisticsArguments {
+  Tensor running_mean, running_var, mean, var, momentum, accepted;
+  OptionalTensor carry;
 };
 
 struct ForwardOutArguments {

@@ -275,6 +275,59 @@ def backward_apply(
     return pools.clean(q1 * dz + q2 * centered + q3).to(x.dtype), dz.to(x.dtype)
 
 
+def mixed(
+    running: Tensor, batch: Tensor, momentum: float | Tensor, carry: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(1 - momentum) * running + momentum * batch, of running + carry where there is a carry: the value and the carry.
+
+    The value is not rounded to the running statistic's dtype yet where there is no carry. The sum is one in two parts
+    (Knuth's two-sum), and starts from the one of the two that has the larger share.
+    """
+    old = running.to(batch.dtype)
+    if carry is None:
+        return (1 - momentum) * old + momentum * batch, None
+    rest = carry.to(batch.dtype)
+    rest = torch.where((old + rest).to(running.dtype) == running, rest, 0.0)
+    is_small = torch.as_tensor(momentum <= 0.5, device=old.device)
+    base = torch.where(is_small, old, batch)
+    change = torch.where(is_small, rest + momentum * ((batch - old) - rest), (1 - momentum) * ((old - batch) + rest))
+    total = base + change
+    added = total - base
+    lost = (base - (total - added)) + (change - added)
+    value = total.to(running.dtype)
+    kept = value.to(batch.dtype)
+    left = ((total - kept) + lost).to(carry.dtype)
+    left = torch.where(torch.isfinite(left), left, 0.0)
+    # Rounding the carry may have brought the sum to the middle between two values, and so to the other one.
+    moved = (kept + left.to(batch.dtype)).to(running.dtype) != value
+    return value, torch.where(moved, left * (1 - 2.0**-22), left)
+
+
+def _mix(
+    running: Tensor, batch: Tensor, momentum: float | Tensor, carry: Tensor | None, accepted: Tensor | None = None
+) -> None:
+    """`mixed` in place, where accepted."""
+    value, left = mixed(running, batch, momentum, carry)
+    running.copy_(value if accepted is None else torch.where(accepted, value, running.to(value.dtype)))
+    if carry is not None and left is not None:
+        carry.copy_(left if accepted is None else torch.where(accepted, left, carry))
+
+
+def mix_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: Tensor,
+    accepted: Tensor,
+    carry: Tensor | None = None,
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch where accepted; of rows (rows, C), no value is read back."""
+    carries = (None, None) if carry is None else carry.unbind()
+    _mix(running_mean, mean, momentum, carries[0], accepted)
+    _mix(running_var, var, momentum, carries[1], accepted)
+
+
 def update_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -285,6 +338,7 @@ def update_statistics(
     pool_count: int,
     momentum: float | None,
     unbiased: bool,
+    carry: Tensor | None = None,
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch; no value is read back to Python."""
     share: float | Tensor = 1.0 if momentum is None else momentum
@@ -299,6 +353,7 @@ def update_statistics(
     merged = (counts * means).sum(0) / count
     m2 = (counts * (vars_ + (means - merged).square())).sum(0)
     merged_var = m2 / (count - 1 if unbiased and count > 1 else count)
-    for running, batch in ((running_mean, merged), (running_var, merged_var)):
+    carries = (None, None) if carry is None else carry.unbind()
+    for running, batch, rest in ((running_mean, merged, carries[0]), (running_var, merged_var, carries[1])):
         if running is not None:
-            running.copy_((1 - share) * running.to(batch.dtype) + share * batch)
+            _mix(running, batch, share, rest)

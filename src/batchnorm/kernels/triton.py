@@ -561,9 +561,15 @@ def _batch_gradients(
     return None if one else partial
 
 
-def updates(running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, mean: Tensor) -> bool:
+def updates(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    mean: Tensor,
+    carry: Tensor | None = None,
+) -> bool:
     """Whether `update_statistics` takes these buffers."""
-    given = [t for t in (running_mean, running_var, batches) if t is not None]
+    given = [t for t in (running_mean, running_var, batches, carry) if t is not None]
     return mean.dtype == torch.float64 and all(t.is_contiguous() and t.device == mean.device for t in given)
 
 
@@ -577,6 +583,7 @@ def update_statistics(
     pool_count: int,
     momentum: float | None,
     unbiased: bool,
+    carry: Tensor | None = None,
 ) -> None:
     """running = (1 - momentum) running + momentum batch; without a momentum, the cumulative average."""
     with _guard(mean):
@@ -584,7 +591,7 @@ def update_statistics(
         channels = mean.shape[-1]
         cumulative = momentum is None and num_batches_tracked is not None
         kernels.update_statistics[(-(-channels // 128),)](
-            running_mean, running_var, num_batches_tracked, mean.contiguous(), var.contiguous(),
+            running_mean, running_var, num_batches_tracked, carry, mean.contiguous(), var.contiguous(),
             1.0 if momentum is None else momentum, count, count if pools == 1 else pool_count, pools, channels,
             CUMULATIVE=cumulative, UNBIASED=unbiased, W=128, num_warps=4,
         )  # fmt: skip

@@ -788,9 +788,44 @@ def merge_groups(
 # ---------------------------------------------------------------------------------------------- running statistics
 
 
+@triton.jit
+def _rounded(value, like):
+    """float64 values as those of the element type of a pointer, in float64."""
+    if like.dtype.element_ty == tl.float64:
+        return value
+    return value.to(tl.float32).to(like.dtype.element_ty).to(tl.float64)
+
+
+@triton.jit
+def _mix(running, carry, channel, present, share, batch):
+    """running = (1 - share) running + share batch, of running + carry where there is a carry.
+
+    The sum is one in two parts (Knuth), and starts from the one of the two that has the larger share.
+    """
+    old = tl.load(running + channel, present, 0.0).to(tl.float64)
+    if carry is None:
+        _store(running + channel, (1 - share) * old + share * batch, present)
+    else:
+        rest = tl.load(carry + channel, present, 0.0).to(tl.float64)
+        rest = tl.where(_rounded(old + rest, running) == old, rest, 0.0)
+        small = share <= 0.5
+        base = tl.where(small, old, batch)
+        change = tl.where(small, rest + share * ((batch - old) - rest), (1 - share) * ((old - batch) + rest))
+        total = base + change
+        added = total - base
+        lost = (base - (total - added)) + (change - added)
+        kept = _rounded(total, running)
+        left = _rounded((total - kept) + lost, carry)
+        left = tl.where(left - left == 0, left, 0.0)
+        # Rounding the carry may have brought the sum to the middle between two values, and so to the other one.
+        left = tl.where(_rounded(kept + left, running) == kept, left, left * (1 - 2.0**-22))
+        _store(running + channel, total, present)
+        _store(carry + channel, left, present)
+
+
 @triton.jit(do_not_specialize=VARIES)
 def update_statistics(
-    running_mean, running_var, batches, mean, var, momentum: tl.float64, count, pool_count, pools, channels,
+    running_mean, running_var, batches, carry, mean, var, momentum: tl.float64, count, pool_count, pools, channels,
     CUMULATIVE: tl.constexpr, UNBIASED: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """running = (1 - momentum) running + momentum batch, the batch being all pools merged (Chan).
@@ -818,8 +853,9 @@ def update_statistics(
     if UNBIASED:
         divisor = tl.where(n > 1, n - 1, n)
     if running_mean is not None:
-        old = tl.load(running_mean + channel, present, 0.0).to(tl.float64)
-        _store(running_mean + channel, (1 - share) * old + share * mu, present)
+        _mix(running_mean, carry, channel, present, share, mu)
     if running_var is not None:
-        old = tl.load(running_var + channel, present, 0.0).to(tl.float64)
-        _store(running_var + channel, (1 - share) * old + share * (m2 / divisor), present)
+        if carry is None:
+            _mix(running_var, None, channel, present, share, m2 / divisor)
+        else:
+            _mix(running_var, carry + channels, channel, present, share, m2 / divisor)

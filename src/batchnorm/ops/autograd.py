@@ -412,6 +412,7 @@ def at_once(
     use_batch: bool,
     update: bool,
     pool_size: int = 0,
+    carry: Tensor | None = None,
 ) -> Tensor | None:
     """All of a plain eager call on the CPU in one of C++: y, or None, with nothing done, where this is no such call.
 
@@ -425,13 +426,13 @@ def at_once(
             return None
         return by_torch(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-            use_batch, update,
+            use_batch, update, carry,
         )  # fmt: skip
     kind = _KINDS.get(activation)
     if kind is None:
         return None
     y: Tensor | None = cpu.call(
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, kind, slope,
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, carry, momentum, eps, kind, slope,
         use_batch, update, pool_size,
     )  # fmt: skip
     return y

@@ -128,10 +128,15 @@ def _gradient(name: str) -> Callable[[Any], Any]:
 
 def _update_statistics(a: Any) -> Any:
     updated = (a.running_mean, a.running_var, a.num_batches_tracked)
-    if reason(a.mean.device) is not None or not _kernels.updates(*updated, a.mean):
+    if reason(a.mean.device) is not None or not _kernels.updates(*updated, a.mean, a.carry):
         return NotImplemented
     _kernels.update_statistics(**a._asdict())
     return None
+
+
+def _not_here(a: Any) -> Any:
+    """An operator that has no kernel of its own."""
+    return NotImplemented
 
 
 _operators: dict[str, Callable[[Any], Any]] = {
@@ -139,6 +144,7 @@ _operators: dict[str, Callable[[Any], Any]] = {
     **{name: _transform(name) for name in ("normalize", "normalize_merged", "forward")},
     **{name: _gradient(name) for name in ("backward_reduce", "backward_apply", "backward_merged", "backward")},
     "update_statistics": _update_statistics,
+    "mix_statistics": _not_here,
 }
 
 

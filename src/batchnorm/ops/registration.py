@@ -139,6 +139,7 @@ _operators: dict[str, Callable[[Any], Any]] = {
     "normalize_merged": _normalize_merged,
     "backward_merged": _backward_merged,
     "update_statistics": lambda a: aten.update_statistics(**a._asdict()),
+    "mix_statistics": lambda a: aten.mix_statistics(**a._asdict()),
 }
 for _name, _function in _operators.items():
     LIBRARY.impl(_name, by_name(_name, _function), "CompositeExplicitAutograd")

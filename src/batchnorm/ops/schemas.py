@@ -7,6 +7,9 @@ derivative is that of its linear part, and is empty where not asked for; ``mask`
 which positions are in the pools: nothing is read at the others, and zeros are written there (not together with signs).
 Moments to be merged are one tensor (3, pools, C) of count, mean and m2; ``parts`` are those of all ranks, (ranks, 3,
 pools, C), and ``groups`` the number of groups of adjacent channels that share statistics as well (0: none do).
+``carry``, of shape (2, *running_mean.shape), holds what rounding left of the running mean and variance: each statistic
+is value + carry. It is float64 beside float64, else float32, and counts as 0 where value + carry does not round to the
+value, because somebody else has then written the value.
 """
 
 from __future__ import annotations
@@ -112,7 +115,16 @@ _define(
 _define(
     "update_statistics",
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-    " Tensor mean, Tensor var, SymInt count, SymInt pool_count, float? momentum, bool unbiased",
+    " Tensor mean, Tensor var, SymInt count, SymInt pool_count, float? momentum, bool unbiased,"
+    " Tensor(d!)? carry=None",
+    "()",
+)
+# The same of rows of statistics that are given as they are: mean and var of (rows, C), momentum and accepted of shapes
+# that expand to it. What is not accepted stays as it is.
+_define(
+    "mix_statistics",
+    "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor momentum, Tensor accepted,"
+    " Tensor(c!)? carry=None",
     "()",
 )
 
@@ -129,6 +141,11 @@ _define(
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """float64, but float32 on devices that lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def carry_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the carry beside running statistics of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pool_count(samples: int, pool_size: int) -> int:
@@ -199,5 +216,5 @@ _fake("backward_reduce", _two_statistics)
 _fake("backward_apply", _input_gradients)
 _fake("backward_merged", _input_gradients)
 _fake("backward", _all_gradients)
-for _name in ("update_statistics", "forward_out", "backward_out"):
+for _name in ("update_statistics", "mix_statistics", "forward_out", "backward_out"):
     _fake(_name, _nothing)
