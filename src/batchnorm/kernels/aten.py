@@ -322,7 +322,7 @@ def mix_statistics(
     accepted: Tensor,
     carry: Tensor | None = None,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch where accepted; of rows (rows, C), no value is read back."""
+    """running = (1 - momentum) * running + momentum * batch where accepted, of rows (rows, C)."""
     carries = (None, None) if carry is None else carry.unbind()
     _mix(running_mean, mean, momentum, carries[0], accepted)
     _mix(running_var, var, momentum, carries[1], accepted)

@@ -24,8 +24,10 @@ def _no_signs(x: Tensor) -> Tensor:
 
 
 def _in_names(a: Any) -> dict[str, Any]:
-    """The arguments as keywords, the activation by its name."""
-    return {**a._asdict(), "activation": ACTIVATIONS[a.activation]}
+    """The arguments as the keywords of `aten`: the activation by its name, and the size of a pool as the pool."""
+    settings = {**a._asdict(), "activation": ACTIVATIONS[a.activation]}
+    settings["pool"] = settings.pop("pool_size")
+    return settings
 
 
 def _normalize(a: Any) -> tuple[Tensor, Tensor]:
@@ -117,7 +119,7 @@ def _backward_merged(a: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     settings = _gated(a, "want_x", "want_residual")
-    dx, dz, d_weight, d_bias = aten.gradients(pool=settings.pop("pool_size"), **settings)
+    dx, dz, d_weight, d_bias = aten.gradients(**settings)
     if dz is settings["dy"]:
         dz = dz.clone()
     return (
