@@ -44,9 +44,10 @@ double rounded(double v) {
   return value_of(value);
 }
 
+// What the batch's statistic is multiplied by comes last.
 template <class Value>
-void mix(Value* value, double momentum, double batch) {
-  store((1 - momentum) * value_of(*value) + momentum * batch, value);
+void mix(Value* value, double momentum, double batch, double factor = 1) {
+  store((1 - momentum) * value_of(*value) + momentum * batch * factor, value);
 }
 
 // The same of value + carry. It starts from the one of the two that has the larger share, so that little is lost where
@@ -78,17 +79,18 @@ void with_carry(const RunningStatistic& running, const F& f) {
   });
 }
 
-// batch(k) is the batch's statistic of the channel k after the first.
+// batch(k), times the factor, is the batch's statistic of the channel k after the first.
 template <class Batch>
-void mix(const RunningStatistic& running, int64_t channel, int64_t channels, double momentum, const Batch& batch) {
+void mix(const RunningStatistic& running, int64_t channel, int64_t channels, double momentum, double factor,
+         const Batch& batch) {
   with_carry(running, [&](auto* values, auto* carries) {
     values += channel;
     if (!carries) {
-      for (int64_t k = 0; k < channels; ++k) mix(values + k, momentum, batch(k));
+      for (int64_t k = 0; k < channels; ++k) mix(values + k, momentum, batch(k), factor);
       return;
     }
     carries += channel;
-    for (int64_t k = 0; k < channels; ++k) mix(values + k, carries + k, momentum, batch(k));
+    for (int64_t k = 0; k < channels; ++k) mix(values + k, carries + k, momentum, batch(k) * factor);
   });
 }
 
@@ -101,8 +103,8 @@ void update_statistics(const BatchStatistics& batch, double momentum, bool unbia
     for (int64_t c = begin; c < end; c += Merged::kMost) {
       const int64_t width = std::min(Merged::kMost, end - c);
       const Merged merged(batch, c, width);
-      mix(running_mean, c, width, momentum, [&](int64_t k) { return merged.mean[k]; });
-      mix(running_var, c, width, momentum, [&](int64_t k) { return merged.m2[k] / merged.count * correction; });
+      mix(running_mean, c, width, momentum, 1, [&](int64_t k) { return merged.mean[k]; });
+      mix(running_var, c, width, momentum, correction, [&](int64_t k) { return merged.m2[k] / merged.count; });
     }
   };
   if (batch.pools * batch.channels < kSerialValues) return mix_channels(0, batch.channels);

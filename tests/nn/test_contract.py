@@ -466,6 +466,11 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         count = pool_size * 4 or 16
         for momentum in (0.1, None):
             yield "update_statistics", (*running, mean, var, 16, count, momentum, True)
+        carry = torch.tensor([[1e-9] * 3, [0.0] * 3])
+        yield "update_statistics", (*running, mean, var, 16, count, 0.1, False, carry)
+        rows = (torch.zeros(pools, 3), torch.ones(pools, 3), mean, var, normal(pools, 1, seed=5).sigmoid(), mean > 0)
+        yield "mix_statistics", rows
+        yield "mix_statistics", (*rows, torch.full((2, pools, 3), 1e-9))
 
 
 class Recorder(TorchDispatchMode):
