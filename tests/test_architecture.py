@@ -26,6 +26,7 @@ BASE = {
     "pools": {"errors", "moments"},
     "progress": set(),
     "data": {"errors", "moments"},
+    "writing": {"errors"},
 }  # below everyone, and what they may know
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 HEAVY = {"jinja2", "matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "rich"}

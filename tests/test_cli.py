@@ -91,10 +91,14 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
         "placement": "after_activation",
         "method": "ioffe",
         "eval_every": 3,
+        "task": "regression",
+        "samples": "images",
     }
     options = [str(w) for k, v in given.items() for w in ("--" + k.replace("_", "-"), v)]
+    options += ["--set", "width=3", "--set", "kind=wide"]
     assert main(["train", *options, "--overwrite", "--baseline"]) == 130
-    assert vars(seen[0]) == {**given, "overwrite": True, "baseline": True}
+    arguments = {"width": 3, "kind": "wide"}
+    assert vars(seen[0]) == {**given, "overwrite": True, "baseline": True, "arguments": arguments}
 
 
 @pytest.fixture
@@ -113,7 +117,6 @@ def users(tmp_path, monkeypatch):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:300])
     np.savez(tmp_path / "nan.npz", x=x * np.nan, y=y)
     np.savez(tmp_path / "flat.npz", x=x[:, 0], y=y)
-    np.savez(tmp_path / "negative.npz", x=x, y=y - 1)
     np.savez(tmp_path / "objects.npz", x=np.array([{}] * 40, dtype=object), y=y)
     (tmp_path / "pickle.npy").write_bytes(pickle.dumps(x))
     (tmp_path / "file").touch()
@@ -129,7 +132,6 @@ def users(tmp_path, monkeypatch):
         (["train", "--data", "cut.npz"], "cut.npz: the archive is damaged or cut short"),
         (["train", "--data", "nan.npz"], "nan.npz: 120 values of x are NaN"),
         (["train", "--data", "flat.npz"], "flat.npz: x has shape (40,)"),
-        (["train", "--data", "negative.npz"], "negative.npz: y has the label -1"),
         (["train", "--data", "objects.npz"], "objects.npz: array 'x' holds pickled objects"),
         (["train", "--data", "pickle.npy", "--labels", "good.npz"], "pickle.npy: it is a pickle"),
         (["train", "--data", "missing.npz"], "missing.npz: it cannot be read"),
@@ -312,7 +314,7 @@ def test_onnx_files(tmp_path, capsys):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:100])
     (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:-40])
     for arguments, message in (
-        ([str(path), "--inputs", str(tmp_path / "cut.npz")], "cut.npz: it cannot be read"),
+        ([str(path), "--inputs", str(tmp_path / "cut.npz")], "cut.npz: the archive is damaged or cut short"),
         ([str(tmp_path / "cut.onnx")], "cannot be read as an ONNX model"),
         ([str(tmp_path / "gone.onnx")], "gone.onnx"),
         ([str(path), "--tolerance", "0"], "nothing was written"),

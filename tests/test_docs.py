@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 VERBS = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-RUN = [ROOT / "README.md", ROOT / "docs" / "federated.md", ROOT / "docs" / "pools.md", *VERBS]
+OTHERS = ("federated", "pools", "own-data", "run-files")
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in OTHERS), *VERBS]
 
 
 def blocks(page: Path) -> list[str]:

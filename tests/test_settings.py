@@ -58,7 +58,7 @@ def test_a_resolved_configuration_is_written_and_read_again():
     written = resolved.to_dict()
     assert not {"out", "overwrite"} & set(written)
     again = ResolvedConfig.from_dict(written)
-    assert again == dataclasses.replace(resolved, out=None, overwrite=False)
+    assert again == dataclasses.replace(resolved, out=None, overwrite=False, eval_every_given=True)
     for damaged in ({**written, "other": 1}, {k: v for k, v in written.items() if k != "lr"}):
         with pytest.raises(ValueError, match=r"other|lr"):
             ResolvedConfig.from_dict(damaged)

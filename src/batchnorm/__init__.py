@@ -38,6 +38,7 @@ _PUBLIC = {
     "joinable": "batchnorm.nn.joining",
     "load_flax": "batchnorm.population.checkpoints",
     "load_keras": "batchnorm.population.checkpoints",
+    "load_run": "batchnorm.training.runs",
     "load_statistics": "batchnorm.population.checkpoints",
     "mode": "batchnorm.nn.modes",
     "no_update": "batchnorm.nn.modes",
@@ -153,3 +154,4 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freezing import unfreeze as unfreeze
     from batchnorm.surgery.insertion import insert as insert
     from batchnorm.surgery.parameter_groups import param_groups as param_groups
+    from batchnorm.training.runs import load_run as load_run

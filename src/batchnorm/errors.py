@@ -25,6 +25,10 @@ class DataError(BatchNormError, ValueError):
     """A file or data set that cannot be used."""
 
 
+class WriteError(InputError, OSError):
+    """A file that the system would not write, as on a full disk; the file of before stays, and no half of a new one."""
+
+
 class MissingDependencyError(BatchNormError, ImportError):
     """An optional package that the called function needs is not installed."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -245,7 +244,7 @@ def test_divergence_failures_and_refusals_come_first():
 
 @pytest.mark.parametrize(
     ("statuses", "kind"),
-    [(["verified"], "win"), (["verified", "failed"], "loss"), (["verified", "not checked"], "note")],
+    [(["verified"], "check"), (["verified", "failed"], "loss"), (["verified", "not checked"], "note")],
 )
 def test_exports_are_judged_by_their_worst(statuses, kind):
     exports = [Export("x", f"{s}.bin", s, "", 1, 1e-7, 1e-8) for s in statuses]
@@ -265,7 +264,6 @@ def test_the_command_repeats_the_run():
     found = result()
     words = command(found)
     assert "--data 'da<b>ta & co.npz'" in words
-    for field in dataclasses.fields(found.config):
-        value = getattr(found.config, field.name)
-        option = field.name.replace("_", "-")
+    for name, value in found.config.to_dict().items():
+        option = "set" if name == "arguments" else name.replace("_", "-")
         assert (value is None) == (f"--{option}" not in words and f"--no-{option}" not in words)

@@ -44,6 +44,7 @@ def test_the_run_folder_has_everything(run):
         "model.safetensors",
         "batchnorm.safetensors",
         "model.pt2",
+        "batchnorm.pt2",
         "model.onnx",
     }
     assert run.ok
@@ -382,4 +383,6 @@ def test_a_recurrent_network_on_sequences(tmp_path):
     assert not list(run.folded.recurrent.children())
     assert [insertion.after for insertion in run.insertions] == ["recurrent.weight_ih_l0"]
     assert run.curves["batch norm"].test_accuracy[-1] > 0.8  # 0.11 by chance
-    assert {export.status for export in run.exports} == {"verified"}
+    statuses = {export.file: export.status for export in run.exports}
+    assert statuses.pop("batchnorm.pt2") == "not written"  # the mask of its padding depends on the values
+    assert set(statuses.values()) == {"verified"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from batchnorm.cli import adapt, bench, calibrate, convert, diagnose, fold, info, lab, summary, train
@@ -39,9 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # for package.module:name beside the user
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="batchnorm")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = _run(arguments)
+        sys.stdout.flush()
     except BatchNormError as error:
         interrupted = type(error).__name__ == "Interrupted"
         sys.stderr.write(f"batchnorm: {'' if interrupted else 'error: '}{error}\n")
@@ -50,6 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("batchnorm: interrupted.\n")
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:  # standard output that goes to a full disk, above all
+        sys.stderr.write(f"batchnorm: error: {error}\n")
+        _drop_output()
+        return 2
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="batchnorm")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _drop_output() -> None:
+    """Let the interpreter's last flush of standard output go nowhere."""
+    with suppress(OSError, ValueError):  # a stream without a file, as in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build, save
+from batchnorm.cli.networks import Given, save
 from batchnorm.cli.settings import setting
 from batchnorm.training.config import BATCH_SIZE
 
@@ -20,9 +20,10 @@ EXAMPLES = """**Examples**
 
 
 def adapt(
-    network: options.Factory,
     data: Annotated[str, setting("data", more="Labels are not looked at, and need not be there.")],
     out: options.WeightsOut,
+    network: options.Factory = None,
+    run: options.Run = None,
     weights: options.Weights = None,
     prior: Annotated[float, typer.Option(help="What the old statistics count, in samples; 0: nothing.")] = 16,
     method: Annotated[
@@ -30,19 +31,29 @@ def adapt(
     ] = "statistics",
     lr: Annotated[float, typer.Option(help="Learning rate, of tent.")] = 1e-3,
     batch_size: options.BatchSize = BATCH_SIZE,
+    arguments: options.Arguments = None,
 ) -> None:
     """Adapt a trained network's batch norm to new, shifted data without labels.
 
     Mean and variance become N/(N + n) of the old and n/(N + n) of the new ones, N being --prior and n the number of
     samples (Schneider et al. 2020); tent: Wang et al. 2021. Everything else stays. All samples of the data are used.
     """
+    import torch
+
     from batchnorm import adapt as adapt_to
+    from batchnorm.training import load_run
     from batchnorm.training.datasets import load_samples
+    from batchnorm.training.samples import Parts
 
     options.at_least_one("adapt", "--batch-size", batch_size)
-    samples, classes = load_samples(data)
-    net = build(network, tuple(samples.shape[1:]), classes, weights)
-    batches = list(samples.split(batch_size))
+    given = Given("adapt", network, run, weights, arguments)
+    if run is not None:
+        held = load_run(run)
+        net, samples = held.network, load_samples(data, held.preparation)[0]
+    else:
+        samples, classes = load_samples(data)
+        net = given.build(tuple(samples.shape[1:]), classes)
+    batches = Parts(samples, torch.arange(len(samples)).split(batch_size))
     adapt_to(net, batches, prior=prior, method=method, learning_rate=lr)  # type: ignore[arg-type]  # which checks it
     save(net, out)
 

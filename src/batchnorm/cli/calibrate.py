@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build, save
+from batchnorm.cli.networks import Given, save
 from batchnorm.cli.settings import setting
 from batchnorm.training.config import BATCH_SIZE, SEED
 
@@ -17,24 +17,29 @@ EXAMPLES = (
 
 
 def calibrate(
-    network: options.Factory,
-    data: options.TrainingData,
     out: options.WeightsOut,
+    network: options.Factory = None,
+    data: options.TrainingData = None,
+    run: options.Run = None,
     weights: options.Weights = None,
     labels: options.Labels = None,
     method: Annotated[str, setting("method")] = "pooled",
     batch_size: options.BatchSize = BATCH_SIZE,
     seed: Annotated[int, typer.Option(help="Of the split, where the data has none.")] = SEED,
+    arguments: options.Arguments = None,
 ) -> None:
     """Compute exact population statistics of a network's batch norm layers over data."""
+    import torch
+
     from batchnorm import calibrate as compute
     from batchnorm.training import load_data
+    from batchnorm.training.samples import Parts
 
-    samples = load_data(data, seed=seed, labels=labels)
-    net = build(network, samples.input_shape, samples.num_classes, weights)
-    size = len(samples.x_train)
-    starts = range(0, size - batch_size + 1 if method == "ioffe" else size, max(1, batch_size))
-    batches = [samples.x_train[i : i + batch_size] for i in starts]
+    options.at_least_one("calibrate", "--batch-size", batch_size)
+    given = Given("calibrate", network, run, weights, arguments)
+    net, samples = given.with_samples_of(data, lambda name: load_data(name, seed=seed, labels=labels))
+    parts = torch.arange(len(samples.x_train)).split(batch_size)
+    batches = Parts(samples.x_train, [part for part in parts if len(part) == batch_size or method != "ioffe"])
     compute(net, batches, method=method)  # type: ignore[arg-type]  # which checks it
     save(net, out)
 

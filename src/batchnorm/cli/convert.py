@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build, build_with_example, save
+from batchnorm.cli.networks import Given, names_argument, save
 from batchnorm.errors import InputError
 
 EXAMPLES = """**Examples**
@@ -43,7 +43,10 @@ def convert(
     ] = "batchnorm",
     of: Annotated[str, typer.Option(help="Which layers: batch_norm, group_norm or layer_norm.")] = "batch_norm",
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of every layer, NAME=VALUE; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="An option of every layer, or an argument of the factory, NAME=VALUE; may be repeated."
+        ),
     ] = None,
     source: Annotated[
         Path | None,
@@ -60,6 +63,7 @@ def convert(
         list[str] | None,
         typer.Option("--layer", help="With --from: OURS=THEIRS, names of one layer; may be repeated."),
     ] = None,
+    run: options.Run = None,
 ) -> None:
     """Give every batch norm layer the same options or class, check the network, and write its weights.
 
@@ -67,11 +71,11 @@ def convert(
     """
     values = dict(options.assignment(text) for text in assignments or ())
     if source is not None:
-        _foreign(source, network, shape, weights, out or Path(to), framework, layers)
+        _foreign(source, network, shape, weights, out or Path(to), framework, layers, assignments)
         return
     if out is None:
         raise InputError("convert: --out, the file to write, is missing.")
-    if options.is_file("convert", file, (".pt2",), network, shape, weights, out):
+    if options.is_file("convert", file, (".pt2",), network, shape, weights, out, run):
         from batchnorm.surgery.files import convert_archive, save_archive
 
         assert file is not None
@@ -80,7 +84,10 @@ def convert(
         return
     from batchnorm import convert as convert_all
 
-    net, example = build_with_example(network, shape, weights)
+    of_factory = [name for name in values if network is not None and names_argument(network, name)]
+    arguments = [text for text in assignments or () if text.partition("=")[0] in of_factory]
+    net, example = Given("convert", network, run, weights, arguments).with_example(shape)
+    values = {name: value for name, value in values.items() if name not in of_factory}
     convert_all(net, example, to=to, of=of, **values)
     save(net, out, example)
     typer.echo(str(net))
@@ -94,6 +101,7 @@ def _foreign(
     out: Path,
     framework: str | None,
     layers: list[str] | None,
+    arguments: list[str] | None,
 ) -> None:
     """Another framework's file into the network, and its weights, or a third framework's file, out."""
     from batchnorm import load_statistics, save_statistics
@@ -103,7 +111,7 @@ def _foreign(
     if out.suffix == "":
         raise InputError(f"convert: --to {out}: with --from it names a file, as in net.safetensors or net.weights.h5.")
     sizes = () if shape is None else tuple(options.sizes_of("--shape", shape)[1:])
-    net = build(network, sizes, None, weights)
+    net = Given("convert", network, None, weights, arguments).build(sizes, None)
     pairs = [text.partition("=") for text in layers or ()]
     if bad := [text for text, (_, equals, _) in zip(layers or (), pairs, strict=True) if not equals]:
         raise InputError(f"convert: --layer {bad[0]}: expected OURS=THEIRS.")

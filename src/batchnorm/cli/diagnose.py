@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build
+from batchnorm.cli.networks import Given
 from batchnorm.training.config import BATCH_SIZE, SEED
 
 EXAMPLES = """**Examples**
@@ -21,8 +21,9 @@ EXAMPLES = """**Examples**
 
 
 def diagnose(
-    network: options.Factory,
-    data: options.TrainingData,
+    network: options.Factory = None,
+    data: options.TrainingData = None,
+    run: options.Run = None,
     weights: options.Weights = None,
     labels: options.Labels = None,
     batch_size: Annotated[int, typer.Option(help="Samples a batch, as in training.")] = BATCH_SIZE,
@@ -33,6 +34,7 @@ def diagnose(
     seed: Annotated[int, typer.Option(help="Of the order, and of the split where the data has none.")] = SEED,
     html: Annotated[Path | None, typer.Option(help="Also write a page with a figure.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
+    arguments: options.Arguments = None,
 ) -> None:
     """Say how far a network's evaluation is from its training, which layers and what causes it, and what mends it.
 
@@ -44,19 +46,20 @@ def diagnose(
 
     from batchnorm import diagnose as examine
     from batchnorm.training import load_data
+    from batchnorm.training.samples import Parts
 
     options.at_least_one("diagnose", "--batch-size", batch_size)
     options.at_least_one("diagnose", "--batches", batches)
-    samples = load_data(data, seed=seed, labels=labels)
-    net = build(network, samples.input_shape, samples.num_classes, weights)
+    given = Given("diagnose", network, run, weights, arguments)
+    net, samples = given.with_samples_of(data, lambda name: load_data(name, seed=seed, labels=labels))
     size = len(samples.x_train)
     order = torch.arange(size) if in_order else torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     parts = [part for part in order.split(batch_size) if len(part) == min(batch_size, size)][:batches]
-    found = examine(net, [(samples.x_train[part], samples.y_train[part]) for part in parts], progress=True)
+    found = examine(net, Parts(samples.x_train, parts, labels=samples.y_train), progress=True)
     if html is not None:
         from batchnorm.report import write_diagnosis
 
-        write_diagnosis(html, found, source=f"{network} on {data}, {batch_size} samples a batch.")
+        write_diagnosis(html, found, source=f"{network or run} on {samples.name}, {batch_size} samples a batch.")
         typer.echo(f"Written: {html}", err=as_json)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 

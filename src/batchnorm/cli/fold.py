@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build_with_example, save
+from batchnorm.cli.networks import Given, save
 from batchnorm.errors import InputError
 
 EXAMPLES = """**Examples**
@@ -37,6 +37,8 @@ def fold(
             help="Largest accepted difference, as a share of an output's largest value.", show_default="1e-5 in float32"
         ),
     ] = None,
+    run: options.Run = None,
+    arguments: options.Arguments = None,
 ) -> None:
     """Fold batch norm into the layers around it, prove the result, and write it.
 
@@ -48,13 +50,13 @@ def fold(
         raise InputError(
             "fold: --inputs goes with an .onnx file; an archive holds an example, --network takes --shape."
         )
-    if options.is_file("fold", file, kinds, network, shape, weights, out):
+    if options.is_file("fold", file, kinds, network, shape, weights, out, run):
         assert file is not None
         typer.echo(str(_fold_file(file, out, inputs, tolerance)))
         return
     from batchnorm import fold as fold_into
 
-    net, example = build_with_example(network, shape, weights)
+    net, example = Given("fold", network, run, weights, arguments).with_example(shape)
     folded = fold_into(net.eval(), example, tolerance=tolerance)
     save(folded.model, out, example)
     typer.echo(str(folded.certificate))
@@ -75,15 +77,9 @@ def _fold_file(file: Path, out: Path, inputs: Path | None, tolerance: float | No
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    import zipfile
+    from batchnorm.training.datasets import read_arrays
 
-    import numpy as np
-
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-            return dict(held)
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: it cannot be read as an .npz file of arrays ({error}).") from error
+    return read_arrays(path)
 
 
 def register(app: typer.Typer) -> None:

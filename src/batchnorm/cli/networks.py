@@ -2,39 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from batchnorm.cli.options import sizes_of
+from batchnorm.cli.options import assignments, sizes_of
 from batchnorm.errors import InputError
 from batchnorm.training.config import SEED
+from batchnorm.writing import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def build(network: str, sample_shape: tuple[int, ...], num_classes: int | None, weights: Path | None) -> nn.Module:
-    """The network of a factory, with the weights of a file where one is given."""
-    from batchnorm.training.networks import build_network, load_weights
+@dataclass(frozen=True)
+class Given:
+    """Which network a command is given: a factory with weights and arguments, or a run.
 
-    net = build_network(network, sample_shape, num_classes)
-    if weights is not None:
-        load_weights(net, weights)
-    return net
+    Raises:
+        InputError: neither of them, or both.
+    """
+
+    command: str
+    network: str | None
+    run: Path | None
+    weights: Path | None = None
+    arguments: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.network is None) == (self.run is None):
+            raise InputError(f"{self.command}: give either --network or --run.")
+        if self.run is not None and (self.weights is not None or self.arguments):
+            raise InputError(f"{self.command}: --weights and --set go with --network; a run has its own.")
+
+    def with_samples_of(self, data: str | None, load: Callable[[str], Any]) -> tuple[nn.Module, Any]:
+        """The network, and the samples that `load` reads of the data, or those of the run."""
+        if self.run is None:
+            if data is None:
+                raise InputError(f"{self.command}: --network needs --data.")
+            samples = load(data)
+            return self.build(tuple(samples.input_shape), samples.num_classes), samples
+        from batchnorm.training import load_run
+
+        held = load_run(self.run)
+        samples = held.load_data() if data is None else load(data)
+        if tuple(samples.input_shape) != tuple(held.example.shape[1:]):
+            raise InputError(
+                f"{self.command}: the samples have shape {tuple(samples.input_shape)}, those of the run "
+                f"{tuple(held.example.shape[1:])}."
+            )
+        return held.network, samples
+
+    def build(self, sample_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
+        """The network of the factory, with the weights of a file where one is given."""
+        from batchnorm.training.networks import build_for_weights
+
+        assert self.network is not None
+        chosen = assignments(self.arguments) or {}
+        return build_for_weights(self.network, sample_shape, num_classes, self.weights, chosen)
+
+    def with_example(self, shape: str | None) -> tuple[nn.Module, Tensor]:
+        """The network, and a random example of `shape`, or of the run's samples."""
+        if self.run is not None:
+            from batchnorm.training import load_run
+
+            held = load_run(self.run)
+            return held.network, held.example
+        assert shape is not None
+        sizes = sizes_of("--shape", shape)
+        net = self.build(tuple(sizes[1:]), None)
+
+        import torch
+
+        return net, torch.randn(sizes, generator=torch.Generator().manual_seed(SEED))
 
 
-def build_with_example(network: str | None, shape: str | None, weights: Path | None) -> tuple[nn.Module, Tensor]:
-    """The network, and a random example of `shape`."""
-    assert network is not None
-    assert shape is not None
-    sizes = sizes_of("--shape", shape)
-    net = build(network, tuple(sizes[1:]), None, weights)
+def names_argument(network: str, name: str) -> bool:
+    """Whether a factory has an argument of that name, which is no option of the layers, too."""
+    import inspect
 
-    import torch
+    from batchnorm import BatchNorm2d
+    from batchnorm.training.networks import load_callable
 
-    return net, torch.randn(sizes, generator=torch.Generator().manual_seed(SEED))
+    if name in inspect.signature(BatchNorm2d).parameters:
+        return False
+    factory = load_callable(network, "network", "package.module:factory") if ":" in network else None
+    return factory is not None and name in inspect.signature(factory).parameters
 
 
 def save(net: nn.Module, out: Path, example: Tensor | None = None) -> None:
@@ -50,10 +106,5 @@ def save(net: nn.Module, out: Path, example: Tensor | None = None) -> None:
 
 def write(out: Path, content: bytes) -> None:
     """Write a file under a temporary name first, and say so."""
-    from batchnorm.training.files import write_atomically
-
-    try:
-        write_atomically(out, lambda temporary: temporary.write_bytes(content))
-    except OSError as error:
-        raise InputError(f"{out}: it cannot be written ({error}).") from error
+    write_bytes(out, content)
     typer.echo(f"Written: {out}")

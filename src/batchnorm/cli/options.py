@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,25 @@ Weights = Annotated[
     Path | None,
     typer.Option(help="Weights of the network: .safetensors, or a .pt state dict (weights_only)."),
 ]
-Factory = Annotated[str, typer.Option(help="package.module:factory of the network.")]
-FactoryOrFile = Annotated[str | None, typer.Option(help="package.module:factory of the network, instead of a file.")]
+OFFERED = (
+    "It is called with those of num_features, in_channels, input_shape, num_classes and num_outputs that it names; the "
+    "number of classes comes from the data or the weights."
+)
+Factory = Annotated[str | None, typer.Option(help=f"package.module:factory of the network. {OFFERED}")]
+FactoryOrFile = Annotated[
+    str | None, typer.Option(help=f"package.module:factory of the network, instead of a file. {OFFERED}")
+]
+Run = Annotated[
+    Path | None,
+    typer.Option(help="The folder of a run of `batchnorm train`, instead of --network: its network, weights and data."),
+]
+Arguments = Annotated[
+    list[str] | None, typer.Option("--set", help="An argument of the factory, NAME=VALUE; may be repeated.")
+]
 Shape = Annotated[
     str | None, typer.Option(help="With --network: shape of an example input, the batch first, as in 2,3,32,32.")
 ]
-TrainingData = Annotated[str, setting("data", more="The training part is used.")]
+TrainingData = Annotated[str | None, setting("data", more="The training part is used.", show_default="that of --run")]
 Labels = Annotated[str | None, setting("labels")]
 BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
 WeightsOut = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
@@ -54,6 +68,11 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def assignments(texts: Sequence[str] | None) -> dict[str, Any] | None:
+    """All of "NAME=VALUE"; None without any."""
+    return dict(map(assignment, texts)) if texts else None
+
+
 def at_least_one(command: str, option: str, value: int) -> None:
     """Complain about a count below 1."""
     if value < 1:
@@ -68,13 +87,16 @@ def is_file(
     shape: str | None,
     weights: Path | None,
     out: Path | None = None,
+    run: Path | None = None,
 ) -> bool:
-    """Whether a file was given instead of --network; complains about both, neither, or another kind."""
+    """Whether a file was given instead of --network or --run; complains about several, none, or another kind."""
     known = " or ".join(kinds)
-    if (file is None) == (network is None):
-        raise InputError(f"{verb}: give either a file ({known}) or --network.")
+    if sum(given is not None for given in (file, network, run)) != 1:
+        raise InputError(f"{verb}: give either a file ({known}) or --network, or --run.")
+    if run is not None and (shape is not None or weights is not None):
+        raise InputError(f"{verb}: --shape and --weights go with --network; a run has its own.")
     if file is None:
-        if shape is None:
+        if shape is None and run is None:
             raise InputError(f"{verb}: --network needs --shape, the shape of an example input.")
         return False
     if shape is not None or weights is not None:

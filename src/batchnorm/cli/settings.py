@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -35,10 +35,11 @@ def describe(config: type) -> dict[str, Described]:
     return found
 
 
-def setting(name: str, *flags: str, more: str = "", config: type = TrainConfig) -> Any:
+def setting(name: str, *flags: str, more: str = "", config: type = TrainConfig, show_default: str | None = None) -> Any:
     """The option of a setting; `more` is added to its help."""
     text = describe(config).get(name, Described("", None))  # nothing where docstrings are stripped
-    shown: Any = {} if text.default is None else {"show_default": text.default}
+    default = show_default or text.default
+    shown: Any = {} if default is None else {"show_default": default}
     return typer.Option(*flags, help=f"{text.help} {more}".rstrip(), **shown)
 
 
@@ -63,13 +64,20 @@ def _parameters(config: type) -> list[inspect.Parameter]:
     found = []
     for field in dataclasses.fields(config):
         flags = (f"--{field.name.replace('_', '-')}",) if field.default is False else ()  # without a --no- form
-        annotation: Any = Annotated[_plain(types[field.name]), setting(field.name, *flags, config=config)]
+        kind = _plain(types[field.name])
+        if _is_mapping(kind):
+            kind, flags = list[str] | None, ("--set",)
+        annotation: Any = Annotated[kind, setting(field.name, *flags, config=config)]
         found.append(
             inspect.Parameter(
                 field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default, annotation=annotation
             )
         )
     return found
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return any(get_origin(one) is Mapping for one in (annotation, *get_args(annotation)))
 
 
 def _plain(annotation: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli import options
-from batchnorm.cli.networks import build_with_example, write
+from batchnorm.cli.networks import Given, write
 from batchnorm.errors import InputError
 
 EXAMPLES = """**Examples**
@@ -32,6 +32,8 @@ def summary(
     weights: options.Weights = None,
     html: Annotated[Path | None, typer.Option(help="Also write the table as a page.")] = None,
     as_json: options.Json = False,
+    run: options.Run = None,
+    arguments: options.Arguments = None,
 ) -> None:
     """Show a network's batch norm layers: four vectors a layer, two trained, two not.
 
@@ -40,10 +42,10 @@ def summary(
     """
     from batchnorm import summary as summarize
 
-    if file is not None and file.suffix not in (".pt2", ".onnx") and network is None:
+    if file is not None and file.suffix not in (".pt2", ".onnx") and network is None and run is None:
         _foreign(file, html, as_json)
         return
-    if options.is_file("summary", file, (".pt2",), network, shape, weights):
+    if options.is_file("summary", file, (".pt2",), network, shape, weights, run=run):
         from batchnorm.surgery.archives import open_archive, quiet
 
         assert file is not None
@@ -51,7 +53,7 @@ def summary(
         with quiet():
             found = summarize(archive.net, archive.example)
     else:
-        found = summarize(*build_with_example(network, shape, weights))
+        found = summarize(*Given("summary", network, run, weights, arguments).with_example(shape))
     if html is not None:
         write(html, found.to_html().encode())
     if as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from batchnorm.cli.options import assignments
 from batchnorm.cli.settings import with_settings
 from batchnorm.errors import InputError
 from batchnorm.progress import training_bar
@@ -54,6 +55,7 @@ def train(
     if resume is not None:
         _refuse_beside_resume(context)
     from batchnorm.report import write_report
+    from batchnorm.training.files import CHECKPOINT, going_on_from
 
     with contextlib.nullcontext() if _is_other_rank() else training_bar() as progress:
         if resume is not None:
@@ -63,11 +65,13 @@ def train(
         else:
             from batchnorm.training import train as run
 
+            settings["arguments"] = assignments(settings["arguments"])
             result = run(TrainConfig(**settings), progress=progress)
         if progress is None:  # the first rank reports
             return
         progress.stage("writing the report")
-        report = write_report(result, result.folder)
+        with going_on_from(result.folder, result.folder / CHECKPOINT):
+            report = write_report(result, result.folder)
     _print_result(result, report)
     if not result.ok:
         raise typer.Exit(1)
@@ -98,7 +102,7 @@ def _print_result(result: TrainResult, report: Path) -> None:
 
     console = Console(highlight=False)
     findings = Table.grid(padding=(0, 2))
-    styles = {"win": "bold green", "tie": "bold yellow", "loss": "bold red", "note": "bold"}
+    styles = {"win": "bold green", "tie": "bold yellow", "loss": "bold red", "check": "bold green", "note": "bold"}
     for finding in verdict(result):
         findings.add_row(Text(finding.kind, styles[finding.kind]), Text(finding.text))
     console.print(findings)

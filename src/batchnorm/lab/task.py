@@ -35,6 +35,8 @@ class Task:
     def __init__(self, experiment: str, config: Config, seed: int) -> None:
         self.experiment, self.config, self.seed = experiment, config, seed
         self.data = _data(config.data, seed)
+        if not isinstance(self.data.x_train, Tensor) or self.data.task != "classification":
+            raise DataError(f"lab {experiment}: experiments need classes, and data that fits in memory as a whole.")
         if len(self.data.x_train) < config.batch_size:
             raise DataError(
                 f"lab {experiment}: {len(self.data.x_train)} training samples do not make one batch of "
@@ -44,7 +46,8 @@ class Task:
     @property
     def example(self) -> Tensor:
         """A few training samples."""
-        return self.data.x_train[:8]
+        examples: Tensor = self.data.x_train[:8]
+        return examples
 
     def normalized(self, placement: str = "before_activation", **options: Any) -> nn.Module:
         """The network with batch norm, freshly initialized by the seed; `options` go to every layer of it.

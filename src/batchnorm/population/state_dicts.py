@@ -89,7 +89,7 @@ def matching_state(net: nn.Module, state: Any, source: str) -> OrderedDict[str, 
         DataError: no state dict, several that fit, other names, or values that are no weights of such a network.
     """
     expected = net.state_dict()
-    found = list(_state_dicts(state, ""))
+    found = list(state_dicts(state))
     if not found:
         raise DataError(
             f"{source}: it holds a {type(state).__name__} and no state dict. Expected what net.state_dict() returns."
@@ -112,14 +112,14 @@ def as_tensor(value: Any) -> Any:
     return torch.from_numpy(np.array(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-def _state_dicts(state: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def state_dicts(state: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """All dictionaries inside a checkpoint that have tensors by names, with the path to each."""
     if not isinstance(state, Mapping) or depth > _DEEPEST:
         return
     if any(isinstance(key, str) and isinstance(as_tensor(value), Tensor) for key, value in state.items()):
         yield name, state
     for key, value in state.items():
-        yield from _state_dicts(value, f"{name}.{key}" if name else str(key), depth + 1)
+        yield from state_dicts(value, f"{name}.{key}" if name else str(key), depth + 1)
 
 
 def _same(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:

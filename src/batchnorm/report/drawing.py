@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.training.files import write_atomically
+from batchnorm.writing import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +104,9 @@ def svg(figure: Figure) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """The figure as a PNG file, on white."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=160, facecolor="white"))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+    write_bytes(path, buffer.getvalue())
 
 
 def dark(svg: str) -> str:

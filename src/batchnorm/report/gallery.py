@@ -15,7 +15,7 @@ from batchnorm.lab.experiment import Experiment, Measure
 from batchnorm.lab.results import Finding, Result, Table
 from batchnorm.report import drawing, lab_figures
 from batchnorm.report.pages import render, write_page
-from batchnorm.training.files import write_text
+from batchnorm.writing import write_text
 
 KINDS = {"reproduced": "win", "tie": "tie", "not reproduced": "loss", "note": "note"}
 

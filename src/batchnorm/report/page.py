@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import batchnorm.report.plots as plots
 from batchnorm.diagnosis.summary import summary
 from batchnorm.report.pages import render
-from batchnorm.report.verdict import percent, verdict
+from batchnorm.report.verdict import percent, score_name, scored, verdict
 from batchnorm.training.config import LEARNING_RATE
-from batchnorm.training.files import write_text
 from batchnorm.training.results import TrainResult
+from batchnorm.writing import write_text
 
 REPORT = "report.html"
 
@@ -62,6 +63,11 @@ def write_report(result: TrainResult, folder: str | Path) -> Path:
         config=config,
         data=data,
         layers=summary(result.network, result.example).rows(),
+        score_name=score_name(result.curves["batch norm"].task),
+        scored=scored,
+        task=result.curves["batch norm"].task,
+        percent=percent,
+        certified=_certified(result),
         method_note=_METHODS[config.method],
         certificate=result.certificate,
         input_note="; ".join(str(note) for note in data["notes"][-1:]).rstrip("."),
@@ -73,11 +79,24 @@ def write_report(result: TrainResult, folder: str | Path) -> Path:
     return folder / REPORT
 
 
+def _certified(result: TrainResult) -> str:
+    """The verdict of the certificate, and what it says of 16-bit arithmetic."""
+    if result.certificate is None:
+        return ""
+    found = [d for d in result.certificate.differences if d.tolerance <= 1]
+    useless = sorted({d.dtype for d in result.certificate.differences if d.tolerance > 1})
+    holds = all(d.passed for d in found)
+    text = "Proven: every difference is within what is accepted." if holds else "Not proven: see the differences below."
+    if useless:
+        text += f" In {' and '.join(useless)} this network is unusable: rounding alone changes its outputs by more."
+    return text
+
+
 def _tiles(result: TrainResult) -> list[Tile]:
     tiles = []
     normalized, baseline = result.curves["batch norm"], result.curves.get("baseline")
     if baseline is not None and normalized.diverged_at is None:
-        best = baseline.best_accuracy
+        best = baseline.best
         fast, slow = normalized.first_step_at(best), baseline.first_step_at(best)
         if fast is not None and slow:
             tiles.append(
@@ -90,9 +109,9 @@ def _tiles(result: TrainResult) -> list[Tile]:
             )
     tiles.append(
         Tile(
-            "best test accuracy",
-            percent(normalized.best_accuracy),
-            "with batch norm" + (f"; {percent(baseline.best_accuracy)} without" if baseline is not None else ""),
+            f"best {score_name(normalized.task)}",
+            scored(normalized.best, normalized.task),
+            "with batch norm" + (f"; {scored(baseline.best, normalized.task)} without" if baseline is not None else ""),
             "batch-norm",
         )
     )
@@ -102,7 +121,7 @@ def _tiles(result: TrainResult) -> list[Tile]:
             Tile(
                 "largest error of an export",
                 f"{max(value or 0.0 for value in checked):.0e}",
-                f"of the largest logit, {len(checked)} of {len(result.exports)} forms proven",
+                f"of the largest output, {len(checked)} of {len(result.exports)} forms proven",
             )
         )
     if result.inference_time is not None:
@@ -163,7 +182,10 @@ def command(result: TrainResult) -> str:
     words = ["batchnorm", "train"]
     for name, value in result.config.to_dict().items():
         option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+        if name == "arguments":
+            for argument, given in (result.config.arguments or {}).items():
+                words += ["--set", f"{argument}={given if isinstance(given, str) else json.dumps(given)}"]
+        elif isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-"))
         elif value is not None:
             words += [option, f"{value:g}" if isinstance(value, float) else str(value)]

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from batchnorm.errors import InputError
-from batchnorm.training.files import write_text
+from batchnorm.errors import InputError, WriteError
+from batchnorm.writing import write_text
 
 
 def render(template: str, **values: Any) -> str:
@@ -35,6 +35,8 @@ def write_page(verb: str, path: str | Path, page: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
+    except WriteError:
+        raise
     except OSError as error:
         raise InputError(f"{verb} {path}: it cannot be written ({error.strerror or error}).") from error
     return path

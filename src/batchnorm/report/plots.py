@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from batchnorm.report import drawing
 from batchnorm.report.drawing import COLORS as COLORS
 from batchnorm.report.drawing import VARIABLES as VARIABLES
 from batchnorm.report.drawing import available as available
-from batchnorm.training.files import write_text
 from batchnorm.training.results import Curve, TrainResult
+from batchnorm.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,14 +37,14 @@ def draw(result: TrainResult, folder: Path) -> list[Plot]:
     drawings: list[tuple[str, str, str, Callable[[TrainResult], Figure]]] = [
         (
             "accuracy",
-            "Test accuracy over training",
-            "Test accuracy in percent against training steps, with and without batch norm.",
+            "Test score over training",
+            f"{_score(result)} against training steps, with and without batch norm.",
             _accuracy,
         ),
         (
             "loss",
             "Loss over training",
-            "Cross-entropy in nats against training steps, on training batches and test samples.",
+            f"{_unit(result).capitalize()} against training steps, on training batches and test samples.",
             _loss,
         ),
         (
@@ -53,6 +54,15 @@ def draw(result: TrainResult, folder: Path) -> list[Plot]:
             _percentiles,
         ),
     ]
+    if result.predictions is not None:
+        drawings.append(
+            (
+                "residuals",
+                "What the network says, and by how much it is wrong",
+                "Predictions against targets of the test part, and the differences against the predictions.",
+                _residuals,
+            )
+        )
     folder.mkdir(exist_ok=True)
     plots = []
     for name, title, alternative, draw_one in drawings:
@@ -72,66 +82,139 @@ def _figure(width: float = 7.2, height: float = 3.6, panels: int = 1) -> tuple[F
     return figure, figure.subplots(1, panels, sharey=True, sharex=True, squeeze=False)[0]
 
 
+def _is_regression(result: TrainResult) -> bool:
+    return result.curves["batch norm"].task == "regression"
+
+
+def _score(result: TrainResult) -> str:
+    return "test R²" if _is_regression(result) else "test accuracy (%)"
+
+
+def _unit(result: TrainResult) -> str:
+    return "squared error (variances)" if _is_regression(result) else "cross-entropy (nats)"
+
+
+def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float = 0.075) -> None:
+    """Label lines at their ends instead of in a legend, which covers them; labels that would meet are moved apart.
+
+    Args:
+        axes: with its limits set.
+        ends: x, y, text and colour of each.
+        gap: between two labels, as a share of the height.
+    """
+    to_share = axes.transData + axes.transAxes.inverted()
+    shown = [(float(to_share.transform((x, y))[1]), text, color) for x, y, text, color in ends if math.isfinite(y)]
+    placed = sorted((min(max(share, 0.0), 1.0), text, color) for share, text, color in shown if math.isfinite(share))
+    heights: list[float] = []
+    for share, _, _ in placed:
+        heights.append(max(share, heights[-1] + gap) if heights else share)
+    over = max(0.0, heights[-1] - 1) if heights else 0.0
+    for height, (_, text, color) in zip(heights, placed, strict=True):
+        axes.annotate(
+            text,
+            (1, height - over),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            annotation_clip=False,
+        )
+
+
+def _log_if_wide(axes: Axes, values: list[float]) -> None:
+    """A logarithmic axis where the values span a decade and more: on less it has hardly a number."""
+    positive = [value for value in values if 0 < value < float("inf")]
+    if positive and max(positive) >= 10 * min(positive):
+        axes.set_yscale("log")
+
+
+def _residuals(result: TrainResult) -> Figure:
+    from matplotlib.figure import Figure
+
+    assert result.predictions is not None
+    y, said = result.predictions[:, 0].T.numpy(), result.predictions[:, 1].T.numpy()
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = [COLORS[name] for name in ("batch norm", "green", "purple", "sky", "orange", "gray")]
+    for k, (target, output) in enumerate(zip(y, said, strict=True)):
+        style: dict[str, Any] = {"color": colors[k % len(colors)], "ls": "", "marker": "o", "ms": 3, "alpha": 0.5}
+        left.plot(target, output, label=f"target {k}", **style)
+        right.plot(output, output - target, **style)
+    ends = [float(y.min()), float(y.max())]
+    left.plot(ends, ends, color=COLORS["text"], lw=0.8, ls=":")
+    right.axhline(0, color=COLORS["text"], lw=0.8, ls=":")
+    left.set(xlabel="target", ylabel="prediction")
+    right.set(xlabel="prediction", ylabel="prediction less target")
+    if len(y) > 1:
+        left.legend(loc="upper left")
+    return figure
+
+
 def _accuracy(result: TrainResult) -> Figure:
     figure, (axes,) = _figure()
+    share = 1 if _is_regression(result) else 100
     baseline = result.curves.get("baseline")
     for name, curve in result.curves.items():
-        values = [100 * value for value in curve.test_accuracy]
-        axes.plot(curve.steps, values, color=COLORS[name], ls=DASHES[name], label=_label(name))
+        values = [share * value for value in curve.scores]
+        axes.plot(curve.steps, values, color=COLORS[name], ls=DASHES[name])
         _mark_divergence(axes, curve, values, COLORS[name])
     if baseline is not None:
-        best = baseline.best_accuracy
-        axes.axhline(100 * best, color=COLORS["text"], lw=0.8, ls=":")
+        best = baseline.best
+        axes.axhline(share * best, color=COLORS["text"], lw=0.8, ls=":")
         for name, curve in result.curves.items():
             step = curve.first_step_at(best)
             if step is not None:
-                axes.plot(step, 100 * best, "o", ms=7, color=COLORS[name], clip_on=False, zorder=5)
+                axes.plot(step, share * best, "o", ms=7, color=COLORS[name], clip_on=False, zorder=5)
                 side = "left" if step < 0.8 * max(curve.steps) else "right"
                 axes.annotate(
                     f"step {step:,}",
-                    (step, 100 * best),
-                    xytext=(6 if side == "left" else -6, -14),
+                    (step, share * best),
+                    xytext=(6 if side == "left" else -6, -14 if name == "batch norm" else -28),
                     textcoords="offset points",
                     ha=side,
                     color=COLORS[name],
                 )
-    axes.set(xlabel="training step", ylabel="test accuracy (%)", ylim=(None, 101))
-    axes.legend(loc="lower right")
+    top = 1.01 if _is_regression(result) else 101
+    axes.set(xlabel="training step", ylabel=_score(result), ylim=(None, top))
+    if _is_regression(result):
+        axes.set_ylim(bottom=max(-1.0, axes.get_ylim()[0]))
+    label_ends(axes, [(c.steps[-1], share * c.scores[-1], _label(n), COLORS[n]) for n, c in result.curves.items()])
     return figure
 
 
 def _loss(result: TrainResult) -> Figure:
     figure, axes = _figure(panels=2)
+    everything: list[float] = []
+    ends: dict[str, list[tuple[float, float, str, str]]] = {"train_loss": [], "test_loss": []}
     for panel, (title, field) in zip(
         axes, (("training batches", "train_loss"), ("test samples", "test_loss")), strict=True
     ):
         for name, curve in result.curves.items():
             values = [float("nan") if v is None else v for v in getattr(curve, field)]
-            panel.plot(curve.steps, values, color=COLORS[name], ls=DASHES[name], label=_label(name))
-        panel.set(title=title, xlabel="training step", yscale="log")
-    axes[0].set_ylabel("cross-entropy (nats)")
-    axes[0].legend(loc="lower left")
+            panel.plot(curve.steps, values, color=COLORS[name], ls=DASHES[name])
+            ends[field].append((curve.steps[-1], values[-1], _label(name), COLORS[name]))
+            everything += values
+        panel.set(title=title, xlabel="training step")
+    _log_if_wide(axes[0], everything)
+    axes[0].set_ylabel(_unit(result))
+    label_ends(axes[1], ends["test_loss"])
     return figure
 
 
 def _percentiles(result: TrainResult) -> Figure:
     figure, axes = _figure(panels=len(result.curves))
+    ends: dict[str, list[tuple[float, float, str, str]]] = {name: [] for name in result.curves}
     for panel, (name, curve) in zip(axes, result.curves.items(), strict=True):
         low, middle, high = zip(*curve.percentiles, strict=True)
         color = COLORS[name]
         panel.fill_between(curve.steps, low, high, color=color, alpha=0.18, lw=0)
         for values, style, text in ((high, ":", "85th"), (middle, "-", "50th"), (low, ":", "15th")):
             panel.plot(curve.steps, values, color=color, ls=style, lw=1.4)
-            panel.annotate(
-                text,
-                (curve.steps[-1], values[-1]),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                color=color,
-                annotation_clip=False,
-            )
+            ends[name].append((curve.steps[-1], values[-1], text, color))
         panel.set(title=_label(name), xlabel="training step")
+    for panel, name in zip(axes, result.curves, strict=True):
+        label_ends(panel, ends[name])
     axes[0].set_ylabel("input to the activation")
     return figure
 

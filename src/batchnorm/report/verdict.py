@@ -12,7 +12,7 @@ SPEED_TIE = 0.05  # two inference times this near to one another are called equa
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict; `kind` is "win", "tie", "loss" or "note"."""
+    """One sentence of the verdict; `kind` is "win", "tie" or "loss" of a comparison, "check" of a proof, or "note"."""
 
     kind: str
     text: str
@@ -36,11 +36,12 @@ def verdict(result: TrainResult) -> list[Finding]:
         findings.append(Finding("loss", f"No network for inference: {result.failure}"))
     if result.fold_refusal is not None:
         findings.append(Finding("loss", f"Not folded, exported as it is: {result.fold_refusal}"))
+    findings += [Finding("note", text) for text in result.warnings]
     if baseline is not None:
         samples = result.data["test_samples"]
         findings += _against_baseline(normalized, baseline, samples)
     if result.calibration is not None:
-        findings.append(_calibration(result.calibration, result.data["test_samples"]))
+        findings.append(_calibration(result.calibration, result.data["test_samples"], normalized.task))
     if result.exports:
         findings.append(_exports(result))
     if result.inference_time is not None:
@@ -52,12 +53,13 @@ def _against_baseline(normalized: Curve, baseline: Curve, samples: int) -> list[
     findings = []
     if baseline.diverged_at is not None:
         findings.append(Finding("note", f"The baseline diverged at step {baseline.diverged_at}."))
-    best = baseline.best_accuracy
+    best = baseline.best
     slow, fast = baseline.first_step_at(best), normalized.first_step_at(best)
-    target = f"the baseline's best test accuracy ({percent(best)}, first at step {slow:,})"
+    target = f"the baseline's best {score_name(baseline.task)} ({scored(best, baseline.task)}, first at step {slow:,})"
     if fast is None:
         text = (
-            f"With batch norm the network did not reach {target}: its own best is {percent(normalized.best_accuracy)}."
+            f"With batch norm the network did not reach {target}: its own best is "
+            f"{scored(normalized.best, normalized.task)}."
         )
         findings.append(Finding("loss", text))
     elif slow == 0:
@@ -68,7 +70,11 @@ def _against_baseline(normalized: Curve, baseline: Curve, samples: int) -> list[
         text = f"With batch norm the network reached {target} at step {fast:,}"
         text += f", in {percent(share, 0)} of the steps." if share != 1 else ", no sooner."
         findings.append(Finding(kind, f"{text} {_in_time(normalized, baseline, fast, slow or 0)}"))
-    findings.append(_best(normalized.best_accuracy, best, samples))
+    if normalized.task == "regression":
+        ours, theirs = (scored(value, "regression") for value in (normalized.best, best))
+        findings.append(Finding("note", f"Best {score_name('regression')} {ours} with batch norm, {theirs} without."))
+    else:
+        findings.append(_best(normalized.best, best, samples))
     return findings
 
 
@@ -107,8 +113,15 @@ def _compare(ours: float, other: float, samples: int) -> tuple[str, float]:
     return ("tie" if abs(gap) <= chance else "win" if gap > 0 else "loss"), chance
 
 
-def _calibration(calibration: Calibration, samples: int) -> Finding:
+def _calibration(calibration: Calibration, samples: int, task: str) -> Finding:
     exact, moving = calibration.accuracy_exact, calibration.accuracy_moving
+    if task == "regression":
+        return Finding(
+            "note",
+            f"Exact population statistics in place of moving averages: {score_name(task)} {scored(exact, task)} "
+            f"against {scored(moving, task)}; test loss {calibration.loss_exact:.4f} against "
+            f"{calibration.loss_moving:.4f}.",
+        )
     kind, _ = _compare(exact, moving, samples)
     words = {
         "tie": "a difference within chance",
@@ -130,13 +143,13 @@ def _exports(result: TrainResult) -> Finding:
     largest = max((e.relative_difference or 0.0 for e in checked), default=0.0)
     text = (
         f"{len(checked)} of {len(result.exports)} exported forms were loaded again and give the "
-        f"unfolded network's output within {largest:.1e} of its largest logit."
+        f"unfolded network's output within {largest:.1e} of its largest value."
     )
     if failed:
         text += f" Failed, and not kept: {', '.join(failed)}."
     if unchecked:
         text += f" Not proven: {', '.join(unchecked)}."
-    return Finding("loss" if failed else "note" if unchecked else "win", text)
+    return Finding("loss" if failed else "note" if unchecked else "check", text)
 
 
 def _inference(time: InferenceTime) -> Finding:
@@ -152,6 +165,16 @@ def _inference(time: InferenceTime) -> Finding:
         f"{words}: {time.unfolded_ms:.2f} ms before, {time.folded_ms:.2f} ms after, for a batch of "
         f"{time.batch} (medians of {time.rounds} rounds by turns).",
     )
+
+
+def score_name(task: str) -> str:
+    """How a network is judged."""
+    return "test R²" if task == "regression" else "test accuracy"
+
+
+def scored(score: float, task: str) -> str:
+    """A score as it is read."""
+    return f"{score:.3f}" if task == "regression" else percent(score)
 
 
 def percent(fraction: float, digits: int = 1) -> str:

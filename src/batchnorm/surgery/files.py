@@ -25,6 +25,7 @@ from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
 from batchnorm.surgery.verification import TOLERANCE, errors_against, widened
+from batchnorm.writing import refused, writing
 
 
 def fold_onnx(
@@ -184,7 +185,7 @@ def save_onnx(model: Any, path: str | Path) -> None:
     """Write a model under a temporary name, check it, and move it; above 2 GiB with its weights in ``PATH.data``.
 
     Raises:
-        InputError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     onnx, path = needed("onnx"), Path(path)
     try:
@@ -199,7 +200,7 @@ def save_onnx(model: Any, path: str | Path) -> None:
                 if written.exists():
                     os.replace(written, path.parent / written.name)
     except OSError as error:
-        raise InputError(f"{path}: it cannot be written ({error}).") from error
+        raise refused(path, error, model.ByteSize()) from error
 
 
 def _coarsest(flow: OnnxFlow) -> torch.dtype:
@@ -250,18 +251,10 @@ def save_archive(program: ExportedProgram, path: str | Path) -> None:
     """Write a program under a temporary name, and move it.
 
     Raises:
-        InputError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        with quiet():
-            torch.export.save(program, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer knows no OSError
-        raise InputError(f"{path}: it cannot be written ({error}).") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(Path(path)) as stream, quiet():
+        torch.export.save(program, stream)  # type: ignore[arg-type]  # which is a binary stream
 
 
 def _differences(archive: Archive, program: ExportedProgram, certificate: Certificate) -> list[Difference]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -27,6 +27,8 @@ Method = Literal["pooled", "ioffe", "sequential"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Statistics = Literal["synchronized", "rank"]
 STATISTICS: tuple[Statistics, ...] = get_args(Statistics)
+TASKS = ("classification", "regression")
+SAMPLES = ("table", "images", "sequences")
 
 
 class Rule(NamedTuple):
@@ -59,6 +61,11 @@ _BATCH = _whole(2, "2 or more: one sample has no variance over the batch")
 _INTERVAL = _whole(1, "a whole number of steps from 1 up")
 _OPTIMIZER, _PLACEMENT, _METHOD = _choice(OPTIMIZERS), _choice(PLACEMENTS), _choice(METHODS)
 _STATISTICS = _choice(STATISTICS)
+_TASK, _SAMPLES = _choice(TASKS), _choice(SAMPLES)
+_ARGUMENTS = Rule(
+    lambda v: isinstance(v, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in v),
+    "a mapping from names of arguments to values",
+)
 
 
 def _setting(default: Any, rule: Rule) -> Any:
@@ -73,10 +80,13 @@ class TrainConfig:
 
     Args:
         network: figure1 (784-100-100-100-10 sigmoids), convnet, lstm, or package.module:factory. The factory is called
-            with those of num_features, in_channels, input_shape and num_classes that it names.
+            with those of num_features, in_channels, input_shape, num_classes and num_outputs that it names, and with
+            the arguments given beside it.
         data: mnist5k, digits, japanese-vowels, FILE.npz with x and y (and x_test, y_test), FILE.npy with labels in a
-            file of their own, or package.module:loader that returns (x, y) or (x, y, x_test, y_test).
-        labels: The .npy file of the labels, where the data is FILE.npy.
+            file of their own, FILE.parquet or FILE.arrow with a column of labels, or package.module:loader that returns
+            (x, y) or (x, y, x_test, y_test), or a Dataset or DataLoader of torch. Data larger than memory is read in
+            parts.
+        labels: The .npy file of the labels, where the data is FILE.npy; the column of the labels, where it is a table.
         out: The run folder. Default: runs/<network>-<data>-<n>.
         overwrite: Replace a run in a folder that is not empty.
         baseline: Train the same network without batch norm beside it, from the same weights on the same batches.
@@ -96,12 +106,15 @@ class TrainConfig:
         method: Of the population statistics: pooled (the variance over all samples), ioffe (Procedure 2, line 10: the
             mean of the batches' variances) or sequential (pooled, each layer under the final statistics of those
             before it); all are unbiased.
-        eval_every: Steps between two measurements. Default: a hundredth of steps.
+        eval_every: Steps between two measurements. Default: a hundredth of steps; more where the test part is large.
         statistics: Where torchrun has started several ranks, which share each batch of batch_size samples:
             synchronized (every layer normalizes by the whole batch; the curve is that of one process up to rounding)
             or rank (each by its own part, which exchanges less; the curve is another one).
         timeout: Seconds that one rank may wait for the others.
         checkpoint_every: Steps between two checkpoints. Default: those of half a minute.
+        task: classification or regression. Default: by the labels: floats are a regression.
+        samples: What the samples are: table, images or sequences. Default: by their shape.
+        arguments: An argument of the network's factory, NAME=VALUE; may be repeated. Default: what the data gives.
     """
 
     network: str = _setting("figure1", _TEXT)
@@ -126,6 +139,9 @@ class TrainConfig:
     statistics: Statistics = _setting("synchronized", _STATISTICS)  # noqa: RUF009, a field
     timeout: float = _setting(300.0, _RATE)
     checkpoint_every: int | None = _setting(None, _INTERVAL)
+    task: str | None = _setting(None, _TASK)
+    samples: str | None = _setting(None, _SAMPLES)
+    arguments: Mapping[str, Any] | None = _setting(None, _ARGUMENTS)
 
     def check(self) -> None:
         """Raise InputError for the first value that is out of its range; None stands for a default."""
@@ -150,13 +166,17 @@ class TrainConfig:
             "threads": THREADS.get(self.network),
             "eval_every": max(1, steps // 100),
         }
+        arguments = None if self.arguments is None else dict(self.arguments)
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ResolvedConfig(**given | {name: value for name, value in defaults.items() if given[name] is None})
+        filled = {name: value for name, value in defaults.items() if given[name] is None}
+        return ResolvedConfig(**given | filled | {"arguments": arguments}, eval_every_given=self.eval_every is not None)
 
 
 @dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
     """`TrainConfig` with every default filled in; config.json of a run folder holds it."""
+
+    eval_every_given: bool = _setting(True, _FLAG)
 
     if TYPE_CHECKING:  # filled in by `resolve`
         baseline: bool = False
@@ -167,7 +187,8 @@ class ResolvedConfig(TrainConfig):
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for config.json: all settings but those of the folder."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("out", "overwrite")}
+        left_out = ("out", "overwrite", "eval_every_given")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ResolvedConfig:

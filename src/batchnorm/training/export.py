@@ -10,21 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError, MissingDependencyError, SurgeryError
+from batchnorm.errors import InputError, MissingDependencyError, SurgeryError, WriteError
 from batchnorm.surgery.archives import quiet
-from batchnorm.training.files import write_atomically
 from batchnorm.training.loop import evaluating
 from batchnorm.training.results import Export
+from batchnorm.writing import write_bytes, writing
 
 TOLERANCE = 1e-5  # of the largest logit
-FOLDED, UNFOLDED, ARCHIVE, ONNX = EXPORTED_FILES = (
+FOLDED, UNFOLDED, ARCHIVE, UNFOLDED_ARCHIVE, ONNX = EXPORTED_FILES = (
     "model.safetensors",
     "batchnorm.safetensors",
     "model.pt2",
+    "batchnorm.pt2",
     "model.onnx",
 )
 
@@ -39,6 +40,7 @@ class _Form:
     write: Callable[[Path], str]  # returns a note
     checker: str | None  # package without which it cannot be run
     run: Callable[[Path], Tensor]
+    optional: bool = False  # whether a network that cannot be written so is still whole
 
 
 def export_network(folded: nn.Module, unfolded: nn.Module, example: Tensor, folder: Path) -> list[Export]:
@@ -83,6 +85,15 @@ def _forms(folded: nn.Module, unfolded: nn.Module, example: Tensor) -> list[_For
             lambda path: _run_archive(path, example),
         ),
         _Form(
+            "unfolded torch.export archive",
+            UNFOLDED_ARCHIVE,
+            (),
+            lambda path: _write_archive(unfolded, example, path),
+            None,
+            lambda path: _run_archive(path, example),
+            optional=True,
+        ),
+        _Form(
             "ONNX",
             ONNX,
             ("onnx", "onnxscript"),
@@ -114,9 +125,12 @@ def _export(form: _Form, folder: Path, reference: Tensor) -> Export:
             return Export(form.name, form.file, "failed", note, None, difference, relative)
         os.replace(temporary, path)
         return Export(form.name, form.file, "verified", note, size, difference, relative)
+    except WriteError as error:  # of the temporary name
+        raise WriteError(str(error).replace(str(temporary), str(path))) from error
     except Exception as error:  # exporters and runtimes raise anything; the others shall go on
         reason = str(error).strip().splitlines() or ["no message"]
-        return Export(form.name, form.file, "failed", f"{type(error).__name__}: {reason[0]}")
+        status = "not written" if form.optional and not temporary.exists() else "failed"
+        return Export(form.name, form.file, status, f"{type(error).__name__}: {reason[0]}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -132,7 +146,7 @@ def _differences(output: Tensor, reference: Tensor) -> tuple[float, float]:
 
 def _write_weights(network: nn.Module, path: Path) -> str:
     tensors = {name: t.detach().clone().contiguous() for name, t in network.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_bytes(path, to_safetensors(tensors, metadata={"format": "pt"}))
     return "loaded into a copy and run."
 
 
@@ -140,12 +154,9 @@ def save_weights(network: nn.Module, path: Path) -> None:
     """Write the state dict of `network` as safetensors, under a temporary name first.
 
     Raises:
-        InputError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
-    try:
-        write_atomically(path, lambda temporary: _write_weights(network, temporary))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: it cannot be written ({error}).") from error
+    _write_weights(network, path)
 
 
 def save_network(network: nn.Module, example: Tensor, path: Path) -> None:
@@ -154,7 +165,8 @@ def save_network(network: nn.Module, example: Tensor, path: Path) -> None:
     The last two hold the whole network, for any batch size where it lets them.
 
     Raises:
-        InputError: another suffix, or the file cannot be written.
+        InputError: another suffix.
+        WriteError: the file cannot be written.
         MissingDependencyError: ONNX without its packages.
         SurgeryError: the network cannot be exported.
     """
@@ -171,9 +183,9 @@ def save_network(network: nn.Module, example: Tensor, path: Path) -> None:
         raise InputError(f"{path}: it cannot be written (there is no folder {path.parent}).")
     try:
         with evaluating(network), torch.no_grad():
-            write_atomically(path, lambda temporary: writers[path.suffix](network, example, temporary))
-    except OSError as error:
-        raise InputError(f"{path}: it cannot be written ({error}).") from error
+            writers[path.suffix](network, example, path)
+    except WriteError:
+        raise
     except Exception as error:  # the exporters raise anything
         reason = str(error).strip().splitlines() or ["no message"]
         raise SurgeryError(f"{path}: the network cannot be exported ({type(error).__name__}: {reason[0]})") from error
@@ -202,7 +214,8 @@ def _exported_program(network: nn.Module, example: Tensor) -> tuple[torch.export
 
 def _write_archive(network: nn.Module, example: Tensor, path: Path) -> str:
     program, note = _exported_program(network, example)
-    torch.export.save(program, path)
+    with writing(path) as stream, quiet():
+        torch.export.save(program, stream)  # type: ignore[arg-type]  # which is a binary stream
     return note
 
 
@@ -214,15 +227,16 @@ def _run_archive(path: Path, example: Tensor) -> Tensor:
 def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> str:
     program, note = _exported_program(network, example)
     with quiet():
-        torch.onnx.export(
+        made = torch.onnx.export(
             program,
             (),
-            path,
             input_names=["input"],
             output_names=["logits"],
             external_data=False,
             verbose=False,
         )
+    assert made is not None
+    write_bytes(path, made.model_proto.SerializeToString())
     return note
 
 

@@ -1,33 +1,17 @@
-"""Writing files so that nobody ever meets half of one."""
+"""The files of a run folder."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, WriteError
+from batchnorm.writing import write_atomically, write_text
 
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
-
-    A reader sees the old file or the new one; if `write` raises, the old one stays and nothing
-    else is left behind. The temporary name keeps the suffix, since savers look at it.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with `write_atomically`."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+CHECKPOINT, CONFIG, METRICS, CERTIFICATE = ("checkpoint.pt", "config.json", "metrics.json", "certificate.json")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,7 +56,19 @@ def make_run_folder(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "probe", lambda temporary: temporary.touch())
         (folder / "probe").unlink()
+    except WriteError as error:
+        raise InputError(f"output folder {folder}: it cannot be written ({error}) Give another --out.") from error
     except OSError as error:
         raise InputError(
             f"output folder {folder}: it cannot be written ({error.strerror or error}). Give another --out."
         ) from error
+
+
+@contextmanager
+def going_on_from(folder: Path, checkpoint: Path) -> Iterator[None]:
+    """Say of a file that cannot be written what is kept of the run, and how to go on with it."""
+    try:
+        yield
+    except WriteError as error:
+        kept = f"{checkpoint} is kept" if checkpoint.exists() else "No step of the training is kept"
+        raise WriteError(f"{error} {kept}. Make room, then go on with: batchnorm train --resume {folder}") from error

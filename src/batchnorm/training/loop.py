@@ -16,14 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from batchnorm.errors import BatchNormError, DataError
 from batchnorm.training.config import ResolvedConfig
 from batchnorm.training.datasets import Dataset
-from batchnorm.training.files import write_atomically
+from batchnorm.training.objectives import Classification, Regression, objective_of
 from batchnorm.training.ranks import Ranks
 from batchnorm.training.results import PERCENTILES, Curve
+from batchnorm.writing import writing
 
 CHECKPOINT_SECONDS = 30.0
 EVALUATION_BATCH = 500
@@ -124,7 +124,8 @@ def train_steps(
     """
     ranks = ranks or Ranks()
     device = torch.device(config.device)
-    x, y = data.x_train.to(device), data.y_train.to(device)
+    x = data.x_train.to(device) if isinstance(data.x_train, Tensor) else data.x_train
+    y, objective = data.y_train.to(device), objective_of(data)
     if start == 0:
         for contender in contenders.values():
             measure(contender, data, 0)
@@ -133,11 +134,12 @@ def train_steps(
         for step in range(start, config.steps):
             ranks.begin(step + 1)
             batch = ranks.share(batch_indices(len(x), config.batch_size, config.seed, step)).to(device)
+            batch_x, batch_y = x[batch].to(device), y[batch]
             running = [c for c in contenders.values() if c.curve.diverged_at is None]
             if not running:
                 break
             for contender in running:
-                _update(contender, x[batch], y[batch], step + 1, config.batch_size, ranks)
+                _update(contender, batch_x, batch_y, step + 1, config.batch_size, ranks, objective)
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 for contender in running:
                     ranks.merge_statistics(contender.network)
@@ -166,17 +168,25 @@ def _is_due(config: ResolvedConfig, step: int, saved_at: float) -> bool:
     return time.monotonic() - saved_at > CHECKPOINT_SECONDS
 
 
-def _update(contender: Contender, x: Tensor, y: Tensor, step: int, batch_size: int, ranks: Ranks) -> None:
+def _update(
+    contender: Contender,
+    x: Tensor,
+    y: Tensor,
+    step: int,
+    batch_size: int,
+    ranks: Ranks,
+    objective: Classification | Regression,
+) -> None:
     """One step on a batch of which x is this rank's part."""
     began = time.perf_counter()
     contender.optimizer.zero_grad()
     with ranks.watched("statistics"):
-        logits = (contender.parallel or contender.network)(x)
+        output = (contender.parallel or contender.network)(x)
     if ranks.is_alone:
-        loss = cross_entropy(logits, y)
+        loss = objective.loss(output, y)
         value = float(loss.detach())
     else:  # the gradients are averaged over ranks, whose parts may be of unequal sizes
-        loss = cross_entropy(logits, y, reduction="sum") * (ranks.size / batch_size)
+        loss = objective.loss(output, y, reduction="sum") * (ranks.size / batch_size)
         value = ranks.total(float(loss.detach()))[0] / ranks.size
     if math.isfinite(value):
         with ranks.watched("gradients"):
@@ -193,18 +203,21 @@ def measure(contender: Contender, data: Dataset, step: int) -> None:
     curve, losses = contender.curve, contender.losses
     if curve.diverged_at is not None:
         return
-    test_loss, accuracy, percentiles = evaluate(contender.network, data, contender.probe)
+    test_loss, score, percentiles = evaluate(contender.network, data, contender.probe)
     curve.steps.append(step)
     curve.train_loss.append(math.fsum(losses) / len(losses) if losses else None)
     curve.test_loss.append(test_loss)
-    curve.test_accuracy.append(accuracy)
+    curve.scores.append(score)
     curve.percentiles.append(percentiles)
     losses.clear()
 
 
 def evaluate(network: nn.Module, data: Dataset, probe: Probe | None = None) -> tuple[float, float, list[float]]:
-    """Mean cross-entropy (nats) and accuracy (a fraction) over the test part, in eval mode, and the
-    percentiles of the probed unit. The modes of the modules are left as they were."""
+    """Mean loss and score over the test part, in eval mode, and the percentiles of the probed unit.
+
+    Cross-entropy (nats) and accuracy (a fraction), or squared error (variances) and R2. The modes of the modules are
+    left as they were.
+    """
     device = next(network.parameters()).device
     seen: list[Tensor] = []
     hook = None
@@ -212,18 +225,17 @@ def evaluate(network: nn.Module, data: Dataset, probe: Probe | None = None) -> t
         hook = network.get_submodule(probe.module).register_forward_hook(
             lambda module, args, output: seen.append(output.detach().select(probe.axis, probe.unit).flatten())
         )
-    loss, right = 0.0, 0
+    objective, tally = objective_of(data), torch.zeros((), dtype=torch.float64)
     try:
         with evaluating(network), torch.no_grad():
             for start in range(0, len(data.y_test), EVALUATION_BATCH):
                 part = slice(start, start + EVALUATION_BATCH)
-                logits, y = network(data.x_test[part].to(device)), data.y_test[part].to(device)
-                loss += float(cross_entropy(logits.double(), y, reduction="sum"))
-                right += int((logits.argmax(dim=1) == y).sum())
+                output, y = network(data.x_test[part].to(device)), data.y_test[part].to(device)
+                tally = tally + objective.tally(output, y)
     finally:
         if hook is not None:
             hook.remove()
-    return loss / len(data.y_test), right / len(data.y_test), _percentiles(seen)
+    return *objective.judge(tally, len(data.y_test)), _percentiles(seen)
 
 
 def _percentiles(seen: list[Tensor]) -> list[float]:
@@ -296,7 +308,8 @@ def save_checkpoint(
             for name, contender in contenders.items()
         },
     }
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    with writing(path) as stream:
+        torch.save(state, stream)  # type: ignore[arg-type]  # which is a binary stream
 
 
 def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset, ranks: Ranks | None = None) -> int:

@@ -7,8 +7,9 @@ import importlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError
 from batchnorm.nn import recurrent
-from batchnorm.population.state_dicts import load_state
+from batchnorm.population.state_dicts import as_tensor, load_state, read_state, renamed_state, state_dicts
+
+ALIAS = "num_outputs"  # another name of num_classes: offered where it is asked for by name alone
+ANY_CLASSES = 10  # where neither data nor arguments say; weights tell the right number
 
 
 def figure1(num_features: int = 784, num_classes: int = 10) -> nn.Sequential:
@@ -109,15 +113,36 @@ def lstm(input_shape: tuple[int, ...], num_classes: int = 10, hidden_size: int =
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"figure1": figure1, "convnet": convnet, "lstm": lstm}
 
 
+class Rescale(nn.Module):
+    """Outputs in the units of the targets: y = x * std + mean; the last layer of a network for regression.
+
+    Args:
+        mean, std: of each target over the training part, (K,).
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(len(x), -1)
+        return x * self.std + self.mean  # type: ignore[operator]
+
+
 def build_network(
-    spec: str | Callable[..., nn.Module], sample_shape: tuple[int, ...], num_classes: int | None
+    spec: str | Callable[..., nn.Module],
+    sample_shape: tuple[int, ...],
+    num_classes: int | None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The network that `spec` names, for samples of `sample_shape` and `num_classes` classes.
 
     A factory, or the one that "package.module:factory" names, is called with those of these keyword arguments that its
     signature names (all of them if it takes **kwargs): `num_features` (prod of the sample's
-    shape), `in_channels` (its first axis), `input_shape`, `num_classes` (unless it is None). It
-    returns a torch.nn.Module that maps (N, *input_shape) to logits (N, num_classes).
+    shape), `in_channels` (its first axis), `input_shape`, `num_classes` and `num_outputs` (unless these are None). It
+    returns a torch.nn.Module that maps (N, *input_shape) to logits (N, num_classes). `arguments` are given to it, too,
+    and go before what is offered.
 
     Raises:
         InputError: there is no such network or factory, it asks for an argument that is not
@@ -129,7 +154,7 @@ def build_network(
         "input_shape": sample_shape,
     }
     if num_classes is not None:
-        offered["num_classes"] = num_classes
+        offered |= {"num_classes": num_classes, "num_outputs": num_classes}
     if isinstance(spec, nn.Module):
         raise InputError(
             f"network: got a {type(spec).__name__}, expected a factory, a function that returns a new one."
@@ -156,10 +181,46 @@ def build_network(
         factory = BUILT_IN[spec]
     else:
         factory = load_callable(spec, "network", f"{', '.join(BUILT_IN)} or package.module:factory")
-    network = call_with_offered(factory, offered, f"network {spec}")
+    network = call_with_offered(factory, offered, f"network {spec}", arguments or {})
     if not isinstance(network, nn.Module):
         raise InputError(f"network {spec}: the factory returned {type(network).__name__}, expected a torch.nn.Module.")
     return network
+
+
+def build_for_weights(
+    spec: str,
+    sample_shape: tuple[int, ...],
+    num_classes: int | None,
+    weights: Path | None,
+    arguments: Mapping[str, Any],
+) -> nn.Module:
+    """The network of a factory with the weights of a file; a number of classes that nobody gave is read off them.
+
+    Raises:
+        InputError, DataError: as of `build_network` and `load_weights`.
+    """
+    if weights is None:
+        return build_network(spec, sample_shape, num_classes, arguments)
+    state = read_state(weights)
+    known = num_classes is not None or any(name in arguments for name in ("num_classes", "num_outputs"))
+    network = build_network(spec, sample_shape, num_classes if known else ANY_CLASSES, arguments)
+    if not known and (found := _outputs_of(network, state)) not in (None, ANY_CLASSES):
+        network = build_network(spec, sample_shape, found, arguments)
+    load_weights(network, weights)
+    return network
+
+
+def _outputs_of(network: nn.Module, state: Any) -> int | None:
+    """The first size in which weights differ from a network's and agree with one another: that of its last layer."""
+    expected = network.state_dict()
+    for _, given in state_dicts(state):
+        made: Mapping[str, Any] = renamed_state(given, network) or {}
+        pairs = [(tensor.shape, as_tensor(made.get(name))) for name, tensor in expected.items()]
+        differing = [(mine, given.shape) for mine, given in pairs if isinstance(given, Tensor) and given.shape != mine]
+        sizes = {theirs[0] for mine, theirs in differing if len(theirs) and mine[1:] == theirs[1:]}
+        if len(sizes) == 1 and all(mine[1:] == theirs[1:] for mine, theirs in differing):
+            return int(sizes.pop())
+    return None
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -195,17 +256,25 @@ def load_callable(spec: str, role: str, choices: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def call_with_offered(function: Callable[..., Any], offered: dict[str, Any], what: str) -> Any:
-    """Call `function` with those of the `offered` keyword arguments that its signature takes."""
+def call_with_offered(
+    function: Callable[..., Any], offered: dict[str, Any], what: str, given: Mapping[str, Any] = MappingProxyType({})
+) -> Any:
+    """Call `function` with those of the `offered` keyword arguments that its signature takes, and with all `given`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature takes none of them
         parameters = {}.values()
+    by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        taken = offered
+        taken = {name: value for name, value in offered.items() if name != ALIAS or name in by_keyword}
     else:
-        by_keyword = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         taken = {name: value for name, value in offered.items() if name in by_keyword}
+        unknown = [name for name in given if name not in by_keyword]
+        if unknown:
+            raise InputError(
+                f"{what}: it has no argument {unknown[0]!r}; it has {', '.join(sorted(by_keyword)) or 'none'}."
+            )
+    taken = {**taken, **given}
     missing = [
         p.name
         for p in parameters
@@ -214,7 +283,7 @@ def call_with_offered(function: Callable[..., Any], offered: dict[str, Any], wha
     if missing:
         raise InputError(
             f"{what}: its argument {missing[0]!r} has no default and is not one that is offered "
-            f"({', '.join(offered)}). Give it a default."
+            f"({', '.join(offered)}). Give it with --set {missing[0]}=VALUE, or give it a default."
         )
     try:
         return function(**taken)

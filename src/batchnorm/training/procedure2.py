@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 import batchnorm.training.files as files
 from batchnorm import Standardize, __version__, calibrate, convert, fold, freeze
-from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError
+from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError, WriteError
 from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
 from batchnorm.training.datasets import Dataset, load_data
 from batchnorm.training.export import EXPORTED_FILES, export_network
+from batchnorm.training.files import CERTIFICATE, CHECKPOINT, CONFIG, METRICS
 from batchnorm.training.loop import (
     Contender,
     Interrupted,
@@ -37,22 +38,19 @@ from batchnorm.training.loop import (
     make_optimizer,
     train_steps,
 )
-from batchnorm.training.networks import SequenceClassifier, build_network
+from batchnorm.training.networks import Rescale, SequenceClassifier, build_network
 from batchnorm.training.ranks import Ranks, check_parts, joined, restarts
 from batchnorm.training.results import (
     Calibration,
+    ClassAccuracy,
+    Curve,
     InferenceTime,
     Insertion,
     LayerStatistics,
     TrainResult,
 )
+from batchnorm.training.samples import Parts, Samples
 
-CHECKPOINT, CONFIG, METRICS, CERTIFICATE = (
-    "checkpoint.pt",
-    "config.json",
-    "metrics.json",
-    "certificate.json",
-)
 EXAMPLE_BATCH = 256
 TIMING_ROUNDS = 31
 
@@ -87,7 +85,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
         run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
         run.folder = Path(ranks.from_first(lambda: str(_make_folder(config))))
         if ranks.is_first:
-            files.write_json(run.folder / CONFIG, {"config": resolved.to_dict(), "data": run.data.to_dict()})
+            files.write_json(run.folder / CONFIG, {"config": run.config.to_dict(), "data": run.data.to_dict()})
         return run.complete(start=0)
 
 
@@ -138,6 +136,7 @@ class _Run:
     probe: str
     progress: Progress | None
     ranks: Ranks
+    warnings: list[str] = dataclasses.field(default_factory=list)
     folder: Path = Path()
 
     @classmethod
@@ -145,7 +144,7 @@ class _Run:
         """Load the data, build the networks, and check that they fit; writes nothing."""
         ranks = ranks or Ranks()
         _stage(progress, f"loading {config.data}")
-        data = load_data(config.data, seed=config.seed, labels=config.labels)
+        data = load_data(config.data, seed=config.seed, labels=config.labels, task=config.task, samples=config.samples)
         if len(data.x_train) < config.batch_size:
             raise DataError(
                 f"data {config.data}: {len(data.x_train)} training samples do not make one batch "
@@ -153,53 +152,53 @@ class _Run:
             )
         check_parts(ranks, config.batch_size, len(data.x_train))
         torch.manual_seed(config.seed)
-        plain: nn.Module = build_network(config.network, data.input_shape, data.num_classes)
+        plain = build_network(config.network, data.input_shape, data.num_classes, config.arguments)
+        first = None
         if data.standardize:
             first = Standardize(data.input_shape[0])
             first.fit(data.x_train.split(config.batch_size))
-            plain = nn.Sequential(OrderedDict(standardize=first, network=plain))
         example = data.x_train[: max(2, min(config.batch_size, EXAMPLE_BATCH))]
-        _check_output(config.network, plain, example, data.num_classes)
+        last = _rescale(data.y_train) if data.task == "regression" else None
+        _check_output(config, plain if first is None else nn.Sequential(first, plain), example, data)
         _stage(progress, "inserting batch norm")
-        if isinstance(plain, SequenceClassifier):  # whose recurrence normalizes inside
-            classifier, skipped = plain.with_batch_norm(batch_norm="sequence"), dict[str, str]()
-            insertions, (probes, words) = _inside(classifier), _class_probes()
-            normalized: nn.Module = classifier
-        else:
-            normalized = copy.deepcopy(plain)
-            skipped = _insert(normalized, example, config)
-            placed = _placed(plain, normalized, example)
-            insertions = _insertions(plain, placed)
-            probes, words = _probes(placed, config.placement)
-        networks = {"batch norm": normalized}
+        made = normalize_network(plain, first, last, example, config)
+        warnings = _warnings(made, data, example)
+        for text in warnings:
+            _stage(progress, f"note: {text}")
+        networks = {"batch norm": made.normalized}
         if config.baseline:
-            networks["baseline"] = plain
+            networks["baseline"] = made.plain
+        config = _measured_seldom(config, len(data.x_test))
         rates = {"batch norm": config.lr, "baseline": config.baseline_lr}
         contenders = {}
         for name, network in networks.items():
             network = ranks.prepare(network).to(config.device).train()
             optimizer = make_optimizer(network, config, rates[name])
-            contenders[name] = Contender(network, optimizer, probes[name], ranks.parallel(network))
+            curve = Curve(task=data.task)
+            contenders[name] = Contender(network, optimizer, made.probes[name], ranks.parallel(network), curve)
         if ranks.rank:  # dropout of the ranks' own; that of rank 0 is that of one process
             torch.manual_seed((config.seed + ranks.rank * 1_000_003) % 2**63)
         parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-        return cls(config, data, contenders, insertions, skipped, parameters, words, progress, ranks)
+        made_of = (made.insertions, made.skipped, parameters, made.words, progress)
+        return cls(config, data, contenders, *made_of, ranks, warnings=warnings)
 
     def complete(self, start: int) -> TrainResult:
         """Train from step `start` on, then calibrate, freeze, fold, verify and export."""
         checkpoint = self.folder / CHECKPOINT
         _stage(self.progress, "training")
-        train_steps(
-            self.contenders,
-            self.data,
-            self.config,
-            checkpoint,
-            start=start,
-            progress=self.progress,
-            ranks=self.ranks,
-        )
+        with files.going_on_from(self.folder, checkpoint):
+            train_steps(
+                self.contenders,
+                self.data,
+                self.config,
+                checkpoint,
+                start=start,
+                progress=self.progress,
+                ranks=self.ranks,
+            )
         try:
-            return self._conclude()
+            with files.going_on_from(self.folder, checkpoint):
+                return self._conclude()
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped after the training, which {checkpoint} holds. Go on with: "
@@ -221,6 +220,7 @@ class _Run:
             curves={name: contender.curve for name, contender in self.contenders.items()},
             network=normalized,
             example=self.data.x_test[:EXAMPLE_BATCH],
+            warnings=self.warnings,
         )
         if not self.ranks.is_alone:
             speeds = self.ranks.gather(result.curves["batch norm"].seconds)
@@ -228,6 +228,8 @@ class _Run:
         if not result.diverged:
             try:
                 self._finish(result, normalized)
+            except WriteError:
+                raise
             except BatchNormError as error:  # the measurements of the training shall not be lost
                 result.failure = str(error)
         if self.ranks.is_first:
@@ -246,6 +248,7 @@ class _Run:
             result.network = network
         freeze(network)
         network.cpu().eval()
+        result.classes, result.predictions = _judged(network, self.data)
         _stage(self.progress, "folding and verifying")
         try:
             folded = fold(network, result.example)
@@ -271,7 +274,7 @@ def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig, ranks:
     if ranks.is_alone:
         calibrate(network, batches, method=config.method)
     else:
-        mine = batches[ranks.rank :: ranks.size]
+        mine = batches.every(ranks.size, ranks.rank)
         with ranks.watched("the statistics of the population"):
             calibrate(network, mine, method=config.method, process_group="world")
     loss_exact, accuracy_exact, _ = evaluate(network, data)
@@ -279,7 +282,7 @@ def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig, ranks:
     return Calibration(
         method=config.method,
         batches=len(batches),
-        samples=sum(map(len, batches)),
+        samples=batches.samples,
         layers=layers,
         accuracy_moving=accuracy_moving,
         accuracy_exact=accuracy_exact,
@@ -288,15 +291,12 @@ def _calibrate(network: nn.Module, data: Dataset, config: ResolvedConfig, ranks:
     )
 
 
-def _calibration_batches(x: Tensor, config: ResolvedConfig) -> list[Tensor]:
+def _calibration_batches(x: Tensor | Samples, config: ResolvedConfig) -> Parts:
     """The training part in batches, in a random order: "ioffe" needs them of one size, "pooled"
     takes the incomplete last one too."""
     order = batch_order(len(x), config.seed, 0)
-    batches = [
-        x[order[start : start + config.batch_size]].to(config.device) for start in range(0, len(x), config.batch_size)
-    ]
     smallest = config.batch_size if config.method == "ioffe" else 2
-    return [batch for batch in batches if len(batch) >= smallest]
+    return Parts(x, [part for part in order.split(config.batch_size) if len(part) >= smallest], config.device)
 
 
 def _norms(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -322,18 +322,101 @@ def _compare(name: str, moving: tuple[Tensor, Tensor], exact: tuple[Tensor, Tens
     )
 
 
-def _check_output(spec: str, network: nn.Module, example: Tensor, num_classes: int) -> None:
-    """One forward pass: (N, *input_shape) must give logits (N, classes)."""
+def _rescale(y: Tensor) -> Rescale:
+    """The last layer of a regression: outputs in the units of the targets."""
+    y = y.double()
+    return Rescale(y.mean(0).float(), y.std(0, unbiased=False).float())
+
+
+def _measured_seldom(config: ResolvedConfig, test_samples: int) -> ResolvedConfig:
+    """Unless it was given, an interval in which measuring the test part costs no more than training."""
+    if config.eval_every_given:
+        return config
+    at_least = -(-test_samples // (3 * config.batch_size))
+    return dataclasses.replace(config, eval_every=min(config.steps, max(config.eval_every, at_least)))
+
+
+def _warnings(made: Normalized, data: Dataset, example: Tensor) -> list[str]:
+    """What in network and data is likely not meant."""
+    found = []
+    with evaluating(made.plain), torch.no_grad():
+        output = made.plain(example)
+    if data.task == "classification" and (output >= 0).all() and ((output.sum(1) - 1).abs() < 1e-4).all():
+        found.append(
+            "The network ends in a softmax, and cross-entropy takes logits and applies one itself: gradients become "
+            "small. Leave the softmax out of the network."
+        )
+    recurrent = [name for name, m in made.normalized.named_modules() if type(m) in (nn.LSTM, nn.GRU, nn.RNN)]
+    if recurrent:
+        kind = type(made.normalized.get_submodule(recurrent[0])).__name__
+        found.append(
+            f"The recurrent layer {recurrent[0]} has no batch norm inside: bn.{kind}(..., batch_norm='sequence') in "
+            "its place has, and is trained, calibrated and folded with the rest."
+        )
+    if data.task == "classification":
+        found += _imbalance(data)
+    return found
+
+
+def _imbalance(data: Dataset) -> list[str]:
+    counts = torch.bincount(data.y_test, minlength=data.num_classes)
+    found = []
+    largest = int(counts.argmax())
+    share = float(counts[largest]) / max(1, int(counts.sum()))
+    if share > max(0.5, 1.5 / data.num_classes):
+        found.append(
+            f"{100 * share:.1f} % of the test samples are of class {data.classes[largest]}: a network that always "
+            "answers it has that accuracy."
+        )
+    few = [data.classes[k] for k in torch.nonzero(counts < 2).flatten().tolist()] if data.classes else []
+    if few:
+        shown = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
+        found.append(f"{len(few)} of {len(counts)} classes have one test sample or none: {shown}.")
+    return found
+
+
+def _judged(network: nn.Module, data: Dataset) -> tuple[list[ClassAccuracy], Tensor | None]:
+    """How each class fares, or targets and predictions of a regression, over the test part."""
+    parts = torch.arange(len(data.y_test)).split(EXAMPLE_BATCH)
+    with evaluating(network), torch.no_grad():
+        outputs = torch.cat([network(data.x_test[part]) for part in parts])
+    if data.task == "regression":
+        return [], torch.stack([data.y_test, outputs.reshape(data.y_test.shape)], 1)[:2000]
+    right = outputs.argmax(1) == data.y_test
+    sizes, hits, trained = (
+        torch.bincount(y, minlength=data.num_classes).tolist() for y in (data.y_test, data.y_test[right], data.y_train)
+    )
+    labels = data.classes or tuple(map(str, range(data.num_classes)))
+    return [
+        ClassAccuracy(label, n, size, hit / size if size else None)
+        for label, n, size, hit in zip(labels, trained, sizes, hits, strict=True)
+    ], None
+
+
+def _check_output(config: ResolvedConfig, network: nn.Module, example: Tensor, data: Dataset) -> None:
+    """One forward pass: (N, *input_shape) must give logits (N, classes), or targets (N, K)."""
+    spec, num_classes = config.network, data.num_classes
     try:
         with evaluating(network), torch.no_grad():
             output = network(example)
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0]
+        hint = {2: "", 3: " If they are images, give --samples images.", 4: ""}.get(example.ndim, "")
+        looks = " Their shape looks like (N, H, W, C); torch expects (N, C, H, W)."
         raise InputError(
             f"network {spec}: it does not take the data's batches of shape "
             f"{tuple(example.shape)} ({type(error).__name__}: {reason})."
+            + (looks if example.ndim == 4 and example.shape[-1] in (1, 3, 4) and example.shape[1] > 4 else hint)
         ) from error
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if data.task == "regression":
+        expected = (len(example), num_classes)
+        if not isinstance(output, Tensor) or tuple(output.shape) not in (expected, expected[: 2 - (num_classes == 1)]):
+            raise InputError(
+                f"network {spec}: for a batch of shape {tuple(example.shape)} it returns {shape}, expected {expected}, "
+                "the targets of each sample. If the labels are classes, give --task classification."
+            )
+        return
     fits = isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(example)
     if not fits or output.shape[1] < num_classes:
         raise InputError(
@@ -368,12 +451,59 @@ class _Placed:
     plain_layer: tuple[str, nn.Module]
 
 
+@dataclasses.dataclass(frozen=True)
+class Normalized:
+    """A network without and with batch norm.
+
+    Args:
+        plain: the network as it was built, with its first and last layer for the data.
+        normalized: the same with batch norm, from the same weights.
+        insertions: what was put in.
+        skipped: layers that were left out, each with the reason.
+        probes: of each of the two, with what they are in `words`.
+    """
+
+    plain: nn.Module
+    normalized: nn.Module
+    insertions: list[Insertion]
+    skipped: dict[str, str]
+    probes: dict[str, Probe]
+    words: str
+
+
+def normalize_network(
+    plain: nn.Module, first: nn.Module | None, last: nn.Module | None, example: Tensor, config: ResolvedConfig
+) -> Normalized:
+    """Put batch norm into a copy of a network, and the data's first and last layer around both."""
+    around: OrderedDict[str, nn.Module] = OrderedDict()
+    if first is not None:
+        around["standardize"] = first
+    around["network"] = plain
+    if isinstance(plain, SequenceClassifier):  # whose recurrence normalizes inside
+        classifier = plain.with_batch_norm(batch_norm="sequence")
+        skipped, insertions, (probes, words) = dict[str, str](), _inside(classifier), _class_probes()
+        normalized: nn.Module = classifier
+        if len(around) > 1 or last is not None:
+            raise InputError("network lstm: it takes classes of sequences; give a factory of your own.")
+        return Normalized(plain, normalized, insertions, skipped, probes, words)
+    whole = nn.Sequential(around) if first is not None or last is not None else plain
+    normalized = copy.deepcopy(whole)
+    skipped = _insert(normalized, example, config)
+    placed = _placed(whole, normalized, example)
+    insertions = _insertions(whole, placed)
+    probes, words = _probes(placed, config.placement, "network" if whole is not plain else "")
+    if last is not None:
+        whole.add_module("rescale", last)
+        normalized.add_module("rescale", copy.deepcopy(last))
+    return Normalized(whole, normalized, insertions, skipped, probes, words)
+
+
 def _insert(network: nn.Module, example: Tensor, config: ResolvedConfig) -> dict[str, str]:
     """Puts batch norm in; which layers were left out, and why: all, where the network has come with its own."""
     try:
         plan = plan_insertion(network, example, placement=config.placement)
     except NothingToInsertError as nothing:
-        if not _placed(network, network, example):
+        if not any(_is_norm(module) for module in network.modules()):
             raise
         if config.baseline or config.placement != "before_activation":
             raise InputError(
@@ -414,8 +544,10 @@ def _insertions(plain: nn.Module, placed: list[_Placed]) -> list[Insertion]:
     ]
 
 
-def _probes(placed: list[_Placed], placement: str) -> tuple[dict[str, Probe], str]:
+def _probes(placed: list[_Placed], placement: str, prefix: str) -> tuple[dict[str, Probe], str]:
     """Where one unit's input to the last hidden activation is found in each network, in words."""
+    if not placed:  # batch norm that no layer stands before, as on the input
+        return dict.fromkeys(("batch norm", "baseline"), Probe(prefix, axis=-1)), "output 0 of the network"
     last = placed[-1]
     source = last.norm if placement == "before_activation" else last.layer
     probes = {"batch norm": _probe(*source), "baseline": _probe(*last.plain_layer)}
@@ -555,7 +687,7 @@ def _read_config(path: Path) -> ResolvedConfig:
         ) from error
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"resume {path.parent}: {path.name} is damaged or of another version ({error}).") from error
     return config
 

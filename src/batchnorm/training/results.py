@@ -22,6 +22,8 @@ class Curve:
         steps: updates done before each measurement; 0 is the untrained network.
         train_loss: mean cross-entropy (nats) of the batches since the last measurement; None at 0.
         test_loss, test_accuracy: over the test part, in eval mode; the accuracy is a fraction.
+        test_r2: of a regression, in place of the accuracy: R2 over the test part.
+        task: "classification" or "regression".
         percentiles: the 15th, 50th and 85th percentile, over the test part in eval mode, of one
             unit's input to the last hidden activation.
         seconds: time spent in training steps.
@@ -35,6 +37,18 @@ class Curve:
     percentiles: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     diverged_at: int | None = None
+    test_r2: list[float] = field(default_factory=list)
+    task: str = "classification"
+
+    @property
+    def scores(self) -> list[float]:
+        """What the network is judged by: the accuracies, or R2 of a regression."""
+        return self.test_r2 if self.task == "regression" else self.test_accuracy
+
+    @property
+    def best(self) -> float:
+        """The largest measured score."""
+        return max(self.scores)
 
     @property
     def best_accuracy(self) -> float:
@@ -42,13 +56,13 @@ class Curve:
         return max(self.test_accuracy)
 
     def latest(self) -> str:
-        """The latest accuracy, for a progress bar."""
-        return f"{100 * self.test_accuracy[-1]:.1f} %"
+        """The latest score, for a progress bar."""
+        latest = self.scores[-1]
+        return f"R² {latest:.3f}" if self.task == "regression" else f"{100 * latest:.1f} %"
 
-    def first_step_at(self, accuracy: float) -> int | None:
-        """The first measured step with at least this test accuracy, or None."""
-        reached = (s for s, a in zip(self.steps, self.test_accuracy, strict=True) if a >= accuracy)
-        return next(reached, None)
+    def first_step_at(self, score: float) -> int | None:
+        """The first measured step with at least this score, or None."""
+        return next((s for s, a in zip(self.steps, self.scores, strict=True) if a >= score), None)
 
 
 @dataclass(frozen=True)
@@ -82,8 +96,18 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
+class ClassAccuracy:
+    """How one class fares: its label, its samples, and which share of its test samples is right (None without any)."""
+
+    label: str
+    training_samples: int
+    test_samples: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Moving averages against the exact population statistics, and the test accuracy under each."""
+    """Moving averages against the exact population statistics, and the score under each: accuracy, or R2."""
 
     method: str
     batches: int
@@ -140,6 +164,9 @@ class TrainResult:
         fold_refusal: why `fold` refused the network; it is then exported unfolded.
         folded: the folded one, or None.
         example: a batch of test samples, on the CPU.
+        classes: how each class fares in the finished network; empty in a regression.
+        predictions: of a regression, (N, 2, K): test targets and what the finished network says; at most 2,000.
+        warnings: what in network and data is likely not meant, a sentence each.
     """
 
     folder: Path
@@ -160,6 +187,15 @@ class TrainResult:
     folded: nn.Module | None = None
     exports: list[Export] = field(default_factory=list)
     inference_time: InferenceTime | None = None
+    classes: list[ClassAccuracy] = field(default_factory=list)
+    predictions: Tensor | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def base_rate(self) -> float | None:
+        """The share of the most frequent class in the test part: the accuracy of a network that always answers it."""
+        sizes = [one.test_samples for one in self.classes]
+        return max(sizes) / sum(sizes) if sizes and sum(sizes) else None
 
     @property
     def diverged(self) -> bool:
@@ -173,7 +209,7 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the networks, the example and the certificate are files of their own."""
-        left_out = {"network", "folded", "example", "certificate", "folder", "config"}
+        left_out = {"network", "folded", "example", "certificate", "folder", "config", "predictions"}
         return {
             name.name: _plain(getattr(self, name.name))
             for name in dataclasses.fields(self)

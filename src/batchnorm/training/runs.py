@@ -1,0 +1,127 @@
+"""A finished run read again: its network, its weights, and what was done to its data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from batchnorm import Standardize
+from batchnorm.errors import BatchNormError, DataError, InputError
+from batchnorm.population.state_dicts import load_state, read_state
+from batchnorm.training.config import ResolvedConfig
+from batchnorm.training.datasets import Dataset, load_data
+from batchnorm.training.export import UNFOLDED
+from batchnorm.training.files import CHECKPOINT, CONFIG
+from batchnorm.training.networks import Rescale, build_network
+from batchnorm.training.procedure2 import normalize_network
+from batchnorm.training.samples import Preparation
+
+EXAMPLE_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        network: with batch norm and the first layer of the data, calibrated, not folded, in evaluation mode; of a run
+            that was interrupted, as in its checkpoint.
+        example: random samples of the network's input, (8, *input_shape).
+        classes: the labels as they were, in the order of the outputs; () in a regression.
+        preparation: what was done to raw samples; `prepare` does it.
+    """
+
+    folder: Path
+    config: ResolvedConfig
+    network: nn.Module
+    example: Tensor
+    classes: tuple[str, ...]
+    preparation: Preparation
+
+    def prepare(self, x: Any) -> Tensor:
+        """Raw samples, as the data of the run has them, as the network takes them.
+
+        Args:
+            x: an array or tensor (N, ...).
+        """
+        return self.preparation(np.asarray(x))
+
+    def load_data(self) -> Dataset:
+        """The data of the run, read again and split as it was."""
+        c = self.config
+        return load_data(c.data, seed=c.seed, labels=c.labels, task=c.task, samples=c.samples)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run that `train` has made: its network is built again, and gets the weights of the folder.
+
+    Args:
+        folder: of the run, as in "runs/figure1-mnist5k-1".
+
+    Returns:
+        The run; nothing of its data is read.
+
+    Raises:
+        DataError: no run, or files that are damaged or of another version.
+        InputError: the factory of the network cannot be called as it was.
+
+    Examples:
+        >>> run = load_run("runs/figure1-mnist5k-1")  # doctest: +SKIP
+        >>> run.network(run.prepare(images)).argmax(1)  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    config, data = _read(folder / CONFIG)
+    try:
+        shape, outputs = tuple(map(int, data["input_shape"])), int(data["num_classes"])
+        dtype = getattr(torch, data["input_dtype"])
+        standardize, task, classes = bool(data["standardize"]), data["task"], tuple(map(str, data["classes"]))
+        held = data["preparation"]
+        preparation = Preparation(**held | {"shift": tuple(map(float, held["shift"]))})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"load_run {folder}: {CONFIG} is damaged or of another version ({error}).") from error
+    size = (EXAMPLE_SAMPLES, *shape)
+    generator = torch.Generator().manual_seed(config.seed)
+    example = torch.randn(size, generator=generator) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        plain = build_network(config.network, shape, outputs, config.arguments)
+        first = Standardize(shape[0]) if standardize else None
+        last = Rescale(torch.zeros(outputs), torch.ones(outputs)) if task == "regression" else None
+        network = normalize_network(plain, first, last, example, config).normalized
+    _load(network, folder)
+    return Run(folder, config, network.eval(), example, classes, preparation)
+
+
+def _load(network: nn.Module, folder: Path) -> None:
+    if (folder / UNFOLDED).exists():
+        load_state(network, folder / UNFOLDED)
+        return
+    if not (folder / CHECKPOINT).exists():
+        raise DataError(f"load_run {folder}: it has neither {UNFOLDED} nor {CHECKPOINT}; expected the folder of a run.")
+    state = read_state(folder / CHECKPOINT)
+    try:
+        network.load_state_dict(state["contenders"]["batch norm"]["network"])
+    except Exception as error:  # a damaged checkpoint
+        raise DataError(f"load_run {folder}: {CHECKPOINT} does not fit the network ({error}).") from error
+
+
+def _read(path: Path) -> tuple[ResolvedConfig, dict[str, Any]]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return ResolvedConfig.from_dict(held["config"]), held["data"]
+    except OSError as error:
+        raise DataError(
+            f"load_run {path.parent}: {path.name} cannot be read ({error.strerror or error}); "
+            "expected the folder of a run."
+        ) from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, BatchNormError) as error:
+        raise DataError(f"load_run {path.parent}: {path.name} is damaged or of another version ({error}).") from error

@@ -1,0 +1,369 @@
+"""Where samples are read from: arrays in memory, and files that are read row by row, in bounded memory."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import resource
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from batchnorm.errors import DataError, MissingDependencyError
+from batchnorm.writing import in_bytes
+
+Array = npt.NDArray[Any]
+
+BLOCK = 8 << 20  # bytes that are read at a time
+LARGEST_IN_MEMORY = 2 << 30  # bytes of samples in float64, where memory allows
+ARROW_FILES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
+
+
+class Source(Protocol):
+    """Samples that are read by their places."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, *sample)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what `read` returns."""
+
+    def read(self, places: Array) -> Array:
+        """The samples at these places (int64), in their order."""
+
+
+class InMemory:
+    """An array, or a memory map that somebody else has opened."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def read(self, places: Array) -> Array:
+        return np.asarray(self.array[places])
+
+
+class RowsOfFile:
+    """Rows of fixed size in a file, read with plain reads: a memory map would count as this process's memory.
+
+    Args:
+        file: open for reading; it may be closed afterwards.
+        offset: of the first row, in bytes.
+        shape, dtype: of the whole array, in C order.
+        name: for messages.
+    """
+
+    def __init__(self, file: IO[bytes], offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
+        self._offset, self.shape, self.dtype, self._name = offset, shape, dtype, name
+        self._number = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._number)
+        self._row = dtype.itemsize * math.prod(shape[1:])
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, places: Array) -> Array:
+        found = np.empty((len(places), *self.shape[1:]), self.dtype)
+        into = memoryview(found.reshape(-1).view(np.uint8).data) if found.size else memoryview(b"")
+        ends = np.flatnonzero(np.diff(places) != 1) + 1  # runs of neighbours are one read
+        for start, end in zip([0, *ends.tolist()], [*ends.tolist(), len(places)], strict=True):
+            if end > start:
+                self._fill(into[start * self._row : end * self._row], self._offset + int(places[start]) * self._row)
+        return found
+
+    def _fill(self, into: memoryview, offset: int) -> None:
+        while into:
+            try:
+                done = os.preadv(self._number, [into], offset)
+            except OSError as error:
+                raise DataError(f"data {self._name}: it cannot be read ({error.strerror or error}).") from error
+            if not done:
+                raise DataError(f"data {self._name}: it has become shorter while it was read.")
+            into, offset = into[done:], offset + done
+
+
+def in_blocks(source: Source) -> Iterator[tuple[int, Array]]:
+    """All samples in their order, some megabytes at a time, each block with the place of its first sample."""
+    rows = max(1, BLOCK // max(1, source.dtype.itemsize * math.prod(source.shape[1:])))
+    for start in range(0, source.shape[0], rows):
+        yield start, source.read(np.arange(start, min(start + rows, source.shape[0])))
+
+
+def fits_in_memory(shape: tuple[int, ...]) -> bool:
+    """Whether an array of that shape can be prepared in memory: in float64, in a quarter of what is free."""
+    free = free_memory()
+    return 8 * math.prod(shape) <= min(LARGEST_IN_MEMORY, free / 4 if free is not None else math.inf)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process may still take, by the system, its control group and its own limit; None if unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        found += [int(limit) - int(used)] if limit.strip() != "max" else []
+    except (OSError, ValueError):
+        pass
+    limit_here = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit_here != resource.RLIM_INFINITY:
+        try:
+            used_here = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        except (OSError, ValueError):
+            used_here = 0
+        found.append(limit_here - used_here)
+    return max(0, min(found)) if found else None
+
+
+def too_large(name: str, part: str, shape: tuple[int, ...], dtype: np.dtype[Any], remedy: str) -> DataError:
+    """The error of an array that memory has no room for, with sizes."""
+    free = free_memory()
+    have = "" if free is None else f", and {in_bytes(free)} of memory are free"
+    size = in_bytes(dtype.itemsize * math.prod(shape))
+    return DataError(f"data {name}: {part} of shape {shape} and dtype {dtype} needs {size}{have}. {remedy}")
+
+
+def open_npy(path: Path) -> Source:
+    """The array of a .npy file, which is read when it is asked for; ValueError where the header lies or is damaged."""
+    with path.open("rb") as file:
+        shape, fortran, dtype = read_header(file)
+        offset = file.tell()
+        size = dtype.itemsize * math.prod(shape)
+        held = os.fstat(file.fileno()).st_size - offset
+        if held < size:
+            raise ValueError(
+                f"its header claims {shape} of {dtype}, {in_bytes(size)}, and the file holds {in_bytes(held)}"
+            )
+        rows = RowsOfFile(file, offset, shape, dtype, str(path))
+    if fortran and len(shape) > 1:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return InMemory(np.ascontiguousarray(array) if fits_in_memory(shape) else array)
+    return InMemory(rows.read(np.arange(shape[0]))) if shape and fits_in_memory(shape) else rows
+
+
+def open_member(archive: zipfile.ZipFile, member: str, name: str) -> Source:
+    """An array of a .npz file; one that is larger than memory is unpacked to a temporary file."""
+    with archive.open(member) as stream:
+        shape, fortran, dtype = read_header(stream)
+        size = dtype.itemsize * math.prod(shape)
+        if not shape or (fits_in_memory(shape) and size <= archive.getinfo(member).file_size):
+            with archive.open(member) as again:
+                return InMemory(np.lib.format.read_array(again, allow_pickle=False))
+        if archive.getinfo(member).file_size < size:
+            raise ValueError(f"its header claims {shape} of {dtype}, {in_bytes(size)}, and the file holds less")
+        if fortran and len(shape) > 1:
+            raise too_large(name, f"array {member!r}", shape, dtype, "Save it in C order, which is read in parts.")
+        row = dtype.itemsize * math.prod(shape[1:])
+        spool = Spool(name)
+        for start in range(0, shape[0], rows := max(1, BLOCK // max(1, row))):
+            count = min(rows, shape[0] - start)
+            content = stream.read(count * row)
+            spool.add(np.frombuffer(content, dtype).reshape(count, *shape[1:]))
+        return spool.finish()
+
+
+def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, Fortran order and dtype of what `numpy.save` wrote; ValueError for objects."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded when allow_pickle=False")
+    return tuple(int(size) for size in shape), fortran, dtype
+
+
+class Spool:
+    """Rows that arrive one after another: in memory while they are few, then in a temporary file without a name.
+
+    Args:
+        name: for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._parts: list[Array] = []
+        self._file: IO[bytes] | None = None
+        self._rows = 0
+        self._like: Array | None = None
+
+    def add(self, rows: Array) -> None:
+        """Take more rows; all are of one shape and get the dtype of the first."""
+        if self._like is None:
+            self._like = rows[:0].copy()
+        if rows.shape[1:] != self._like.shape[1:]:
+            raise DataError(
+                f"data {self._name}: a sample of shape {rows.shape[1:]} follows those of shape {self._like.shape[1:]}; "
+                "expected one shape. Pad or crop them."
+            )
+        if not np.can_cast(rows.dtype, self._like.dtype, "same_kind"):
+            raise DataError(f"data {self._name}: dtype {rows.dtype} follows {self._like.dtype}; expected one dtype.")
+        self._rows += len(rows)
+        rows = np.ascontiguousarray(rows, self._like.dtype)
+        if self._file is None:
+            self._parts.append(rows.copy())
+            if not fits_in_memory((self._rows, *self._like.shape[1:])):
+                self._spill()
+        else:
+            self._write(rows)
+
+    def finish(self) -> Source:
+        """All rows."""
+        if self._like is None:
+            raise DataError(f"data {self._name}: it has no samples.")
+        if self._file is None:
+            return InMemory(np.concatenate(self._parts))
+        with self._file as file:
+            file.flush()
+            return RowsOfFile(file, 0, (self._rows, *self._like.shape[1:]), self._like.dtype, self._name)
+
+    def _spill(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="batchnorm-")  # noqa: SIM115, it lives as long as its rows
+        for part in self._parts:
+            self._write(part)
+        self._parts.clear()
+
+    def _write(self, rows: Array) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(rows.data if rows.size else b"")
+        except OSError as error:
+            raise DataError(
+                f"data {self._name}: it does not fit into memory, and of its copy in {tempfile.gettempdir()} "
+                f"{in_bytes(self._file.tell())} could be written ({error.strerror or error}). Let TMPDIR name a folder "
+                "with more room, or give the samples as a .npy file, which is read where it lies."
+            ) from error
+
+
+def open_table(path: Path, target: str | None) -> dict[str, Source]:
+    """x and y of a Parquet or Arrow file: the columns of numbers, and the column of labels or targets.
+
+    Args:
+        path: the file.
+        target: the column of labels; None: the one that is called y, label, target or class.
+
+    Raises:
+        DataError: no such column, or a column that holds no numbers.
+        MissingDependencyError: pyarrow is not installed.
+    """
+    blocks = _table_blocks(path)
+    x, y = Spool(str(path)), Spool(str(path))
+    for block in blocks:
+        names = block.schema.names
+        label = (
+            target if target is not None else next((n for n in ("y", "label", "target", "class") if n in names), None)
+        )
+        if label not in names:
+            raise DataError(
+                f"data {path}: no column {label or 'y, label, target or class'}, it has {', '.join(names[:20])}. Name "
+                "the column of the labels with --labels."
+            )
+        features = [_column(path, block, name) for name in names if name != label]
+        if not features:
+            raise DataError(f"data {path}: no column but {label!r}; expected columns of numbers.")
+        x.add(features[0] if len(features) == 1 and features[0].ndim > 1 else np.column_stack(features))
+        y.add(_labels(block.column(names.index(label))))
+    return {"x": x.finish(), "y": y.finish()}
+
+
+def _table_blocks(path: Path) -> Iterator[Any]:
+    try:
+        arrow, ipc, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.ipc", "pyarrow.parquet"))
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"data {path}: reading it needs pyarrow, which is not installed: pip install pyarrow"
+        ) from error
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+                yield from file.iter_batches(batch_size=1 << 14, use_threads=False)
+            return
+        with arrow.OSFile(str(path)) as source:
+            reader = ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                yield reader.get_batch(number)
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"data {path}: it cannot be read ({str(error).splitlines()[0]}).") from error
+
+
+def _column(path: Path, block: Any, name: str) -> Array:
+    """A column of numbers, or of lists of one length, as (N,) or (N, length)."""
+    column = block.column(block.schema.names.index(name))
+    if column.null_count:
+        raise DataError(f"data {path}: column {name!r} has {column.null_count} missing values. Drop or impute them.")
+    kind = str(column.type)
+    if "list" in kind:
+        rows = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+        if len(block) and len(rows) % len(block) == 0:
+            return rows.reshape(len(block), -1)
+    values = np.asarray(column.to_numpy(zero_copy_only=False))
+    if values.dtype.kind not in "fiub":
+        raise DataError(
+            f"data {path}: column {name!r} holds {kind}; expected numbers, or lists of one length. Leave it out, or "
+            "encode it as numbers."
+        )
+    return values
+
+
+def _labels(column: Any) -> Array:
+    values = np.asarray(column.to_numpy(zero_copy_only=False))
+    return values.astype(str) if values.dtype.kind == "O" else values
+
+
+def of_items(items: Iterable[Any], name: str, as_array: Callable[[str, Any], Array]) -> dict[str, Source]:
+    """x and y of the batches of a DataLoader or of an IterableDataset: (x, y), or a mapping with x and y."""
+    x, y = Spool(name), Spool(name)
+    for item in items:
+        parts = pair(item, name)
+        x.add(as_array("x", parts[0]))
+        y.add(as_array("y", parts[1]))
+    return {"x": x.finish(), "y": y.finish()}
+
+
+def pair(item: Any, name: str) -> tuple[Any, Any]:
+    """x and y of an item of a data set."""
+    if isinstance(item, dict) and {"x", "y"} <= set(item):
+        return item["x"], item["y"]
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    raise DataError(
+        f"data {name}: it gives a {type(item).__name__}, expected (x, y), or a dict with x and y, for each sample."
+    )
+
+
+class ItemsOfDataset:
+    """A data set with `__getitem__` and `__len__`, whose samples are asked for when they are needed.
+
+    Its labels are read in one pass before; its samples may differ from one time to the next, as augmented ones do.
+    """
+
+    def __init__(self, dataset: Any, like: Array, name: str, as_array: Callable[[str, Any], Array]) -> None:
+        self._dataset, self._name, self._as_array = dataset, name, as_array
+        self.shape, self.dtype = (len(dataset), *like.shape), like.dtype
+
+    def read(self, places: Array) -> Array:
+        found = np.empty((len(places), *self.shape[1:]), self.dtype)
+        for row, place in zip(found, places.tolist(), strict=True):
+            sample = self._as_array("x", pair(self._dataset[place], self._name)[0])
+            if sample.shape != row.shape:
+                raise DataError(
+                    f"data {self._name}: sample {place} has shape {sample.shape}, sample 0 {row.shape}; expected one "
+                    "shape. Pad or crop them."
+                )
+            row[...] = sample
+        return found

@@ -1,0 +1,324 @@
+"""Data and networks as people have them: labels of any kind, regression, sequences, large means, own layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.cli import main
+from batchnorm.errors import DataError, InputError
+from batchnorm.report.verdict import verdict
+from batchnorm.training import TrainConfig, load_data, procedure2, train
+from batchnorm.training.objectives import Regression
+from batchnorm.training.targets import classes_of
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(120, 4))
+CLASSES = np.arange(120) % 3
+
+MODULE = """
+import torch
+from torch import nn
+def first(num_features, num_classes):
+    return nn.Sequential(nn.BatchNorm1d(num_features), nn.Linear(num_features, num_classes))
+def hidden(num_features, num_outputs, width=8, slope=0.0):
+    return nn.Sequential(nn.Linear(num_features, width), nn.LeakyReLU(slope), nn.Linear(width, num_outputs))
+class Recurrent(nn.Module):
+    def __init__(self, features, classes):
+        super().__init__()
+        self.lstm, self.norm = nn.LSTM(features, 8, batch_first=True), nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, classes)
+    def forward(self, x): return self.out(self.norm(self.lstm(x)[0][:, -1]))
+def recurrent(input_shape, num_classes): return Recurrent(input_shape[-1], num_classes)
+def softmax(num_features, num_classes):
+    return nn.Sequential(nn.Linear(num_features, 8), nn.ReLU(), nn.Linear(8, num_classes), nn.Softmax(1))
+def tokens(num_classes): return nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(24, 6), nn.ReLU(),
+                                              nn.Linear(6, num_classes))
+def load_tokens():
+    y = torch.arange(60) % 2
+    return torch.stack([y * 20 + k for k in range(3)], 1), y
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a module of networks."""
+    name = "people"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    yield tmp_path
+    __import__("sys").modules.pop(name, None)
+
+
+@pytest.fixture
+def no_exports(monkeypatch):
+    """But for the weights, the exporters take seconds."""
+    forms = procedure2.export_network.__globals__["_forms"]
+    monkeypatch.setitem(procedure2.export_network.__globals__, "_forms", lambda *a: forms(*a)[:2])
+
+
+def saved(**arrays):
+    np.savez("data.npz", **arrays)
+    return "data.npz"
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (CLASSES * 10 - 5, ("-5", "5", "15")),
+        (np.array(["dog", "cat", "émeu"])[CLASSES], ("cat", "dog", "émeu")),
+        (np.array([b"b", b"a", b"c"])[CLASSES], ("a", "b", "c")),
+        (CLASSES == 1, ("False", "True")),
+        (CLASSES.astype(np.uint64) + 2**63, tuple(str(2**63 + k) for k in range(3))),
+        (CLASSES[:, None] + 1, ("1", "2", "3")),
+    ],
+)
+def test_labels_become_class_numbers_in_their_order(folder, labels, names):
+    data = load_data(saved(x=X, y=labels))
+    assert (data.task, data.num_classes, data.classes) == ("classification", len(names), names)
+    if names != ("False", "True"):
+        assert any(note.startswith(f"Labels became class numbers: {names[0]} is 0") for note in data.notes)
+    rows = {tuple(row): label for row, label in zip(X.astype(np.float32).tolist(), np.ravel(labels), strict=True)}
+    for row, number in zip(data.x_test.tolist(), data.y_test.tolist(), strict=True):
+        label = rows[tuple(row)]
+        assert data.classes[number] == (label.decode() if isinstance(label, bytes) else str(label))
+
+
+def test_class_numbers_from_0_stay_as_they_are(folder):
+    data = load_data(saved(x=X, y=CLASSES))
+    assert data.classes == ("0", "1", "2")
+    assert not any("Labels" in note for note in data.notes)
+
+
+def test_floats_are_a_regression_unless_classes_are_asked_for(folder):
+    data = load_data(saved(x=X, y=CLASSES.astype(float)))
+    assert (data.task, data.num_classes, data.y_train.shape) == ("regression", 1, (96, 1))
+    assert any("--task classification takes them for classes" in note for note in data.notes)
+    assert load_data("data.npz", task="classification").classes == ("0.0", "1.0", "2.0")
+    two = load_data(saved(x=X, y=X[:, :2]))
+    assert (two.num_classes, two.y_test.shape) == (2, (24, 2))
+    assert load_data(saved(x=X, y=CLASSES), task="regression").y_train.dtype == torch.float32
+    with pytest.raises(DataError, match="a regression needs numbers"):
+        load_data(saved(x=X, y=np.array(["a", "b", "c"])[CLASSES]), task="regression")
+
+
+def test_the_objective_of_a_regression_is_r2_in_float64(folder):
+    data = load_data(saved(x=X, y=np.stack([X[:, 0] * 1e3 + 5e4, X[:, 1]], 1)))
+    objective = Regression.of(data)
+    said = data.y_test + torch.randn(data.y_test.shape) * torch.tensor([100.0, 0.1])
+    loss, score = objective.judge(
+        objective.tally(said[:10], data.y_test[:10]) + objective.tally(said[10:], data.y_test[10:]), 24
+    )
+    y, p = data.y_test.double().numpy(), said.double().numpy()
+    assert score == pytest.approx((1 - ((y - p) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)).mean(), rel=1e-12)
+    assert loss == pytest.approx((((y - p) / data.y_train.double().numpy().std(0)) ** 2).mean(), rel=1e-12)
+    assert float(objective.loss(said, data.y_test)) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_regression_is_trained_in_the_units_of_its_targets(folder, no_exports):
+    y = X[:, 0] * 1000 + 5e4
+    config = TrainConfig(
+        network="people:hidden", data=saved(x=X, y=y), steps=80, batch_size=24, baseline=True, out="run"
+    )
+    found = train(dataclasses.replace(config, arguments={"width": 16}, eval_every=40))
+    assert found.curves["batch norm"].test_r2[-1] > 0.7
+    assert found.curves["batch norm"].test_accuracy == []
+    assert [insertion.num_features for insertion in found.insertions] == [16]
+    targets, said = found.predictions[:, 0, 0], found.predictions[:, 1, 0]
+    assert 4e4 < float(targets.mean()) < 6e4
+    assert float((said - targets).abs().mean()) < 600
+    texts = [finding.text for finding in verdict(found)]
+    assert any("test R²" in text for text in texts)
+    run = bn.load_run("run")
+    raw = np.asarray(X[:5])
+    with torch.no_grad():
+        torch.testing.assert_close(run.network(run.prepare(raw)), found.network(run.prepare(raw)))
+    from batchnorm.report import write_report
+
+    page = write_report(found, "run").read_text(encoding="utf-8")
+    assert "What the finished network says" in page
+    assert "Class by class" not in page
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_columns_of_a_large_mean_are_shifted_before_they_become_float32(folder, dtype):
+    """Seconds since 1970, a day apart at most, beside plain columns, which stay as they were, bit for bit."""
+    times = np.round(1.7e9 + RNG.uniform(0, 60, size=120))
+    x = np.column_stack([np.round(X[:, 0] * 100), times, np.full(120, 3e9)]).astype(dtype)
+    data = load_data(saved(x=x, y=CLASSES))
+    assert data.preparation.shift[0] == data.preparation.shift[2] == 0
+    assert any("Features are shifted in float64" in note and " 1 by 17000000" in note for note in data.notes)
+    assert torch.equal(data.x_train[:, 0].double(), data.x_train[:, 0].double().round())
+    shifted = torch.cat([data.x_train, data.x_test])[:, 1].double().numpy() + data.preparation.shift[1]
+    assert sorted(shifted.tolist()) == sorted(times.tolist())  # every second is kept
+    plain = load_data(saved(x=x[:, [0, 2]], y=CLASSES))
+    assert plain.preparation.shift == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "asked", "input_shape", "text"),
+    [
+        ((60, 12, 3), np.float32, None, (12, 3), "Samples are sequences"),
+        ((60, 12, 12), np.float32, None, (1, 12, 12), "Images"),
+        ((60, 12, 12), np.float32, "sequences", (12, 12), "Samples are sequences"),
+        ((60, 12, 3), np.float32, "images", (1, 12, 3), "Images"),
+        ((60, 12, 5), np.uint8, None, (1, 12, 5), "Images are divided by 255"),
+        ((60, 9, 8, 3), np.float32, None, (3, 9, 8), "(N, H, W, C) became (N, C, H, W)"),
+        ((60, 9, 8, 3), np.uint8, None, (3, 9, 8), "(N, H, W, C) became (N, C, H, W)"),
+        ((60, 3, 9, 8), np.float32, None, (3, 9, 8), "Images"),
+    ],
+)
+def test_what_samples_are(folder, shape, dtype, asked, input_shape, text):
+    x = (RNG.uniform(0, 30, size=shape)).astype(dtype)
+    data = load_data(saved(x=x, y=np.arange(60) % 2), samples=asked)
+    assert data.input_shape == input_shape
+    assert any(text in note for note in data.notes)
+    if "sequences" in text:
+        assert sorted(data.x_train.flatten().tolist() + data.x_test.flatten().tolist()) == sorted(x.ravel().tolist())
+    if "became" in text:
+        whole = torch.cat([data.x_train, data.x_test]) * data.preparation.scale
+        torch.testing.assert_close(whole.mean((2, 3)).sum(0), torch.from_numpy(x).float().mean((1, 2)).sum(0))
+
+
+def test_samples_that_are_not_what_was_asked_for(folder):
+    with pytest.raises(DataError, match="are no images"):
+        load_data(saved(x=X, y=CLASSES), samples="images")
+
+
+def built(**options):
+    return procedure2._Run.build(TrainConfig(batch_size=20, **options).resolve(), None)
+
+
+def test_a_network_that_normalizes_its_input_first(folder, no_exports):
+    found = train(TrainConfig(network="people:first", data=saved(x=X, y=CLASSES), steps=3, batch_size=20, out="run"))
+    assert found.insertions == []
+    assert [item.layer for item in found.certificate.folded] == ["network.0"]
+    assert found.ok
+
+
+def test_a_network_that_normalizes_behind_its_own_recurrent_layer(folder, no_exports):
+    data = saved(x=RNG.normal(size=(60, 12, 3)).astype(np.float32), y=np.arange(60) % 2)
+    found = train(TrainConfig(network="people:recurrent", data=data, steps=3, batch_size=20, out="run"))
+    assert found.ok
+    assert [item.layer for item in found.certificate.folded] == ["norm"]
+    assert any("bn.LSTM(..., batch_norm='sequence')" in text for text in found.warnings)
+
+
+def test_a_softmax_under_cross_entropy_and_imbalance_are_named(folder):
+    y = (np.arange(120) % 12 == 0).astype(int)
+    assert any("ends in a softmax" in text for text in built(network="people:softmax", data=saved(x=X, y=y)).warnings)
+    warnings = built(network="people:hidden", data="data.npz").warnings
+    assert not any("softmax" in text for text in warnings)
+    assert any("91.7 % of the test samples are of class 0" in text for text in warnings)
+    few = np.concatenate([np.zeros(100, int), np.ones(16, int), np.full(4, 7)])
+    assert any("1 of 3 classes have one test sample or none: 7." in t for t in built(data=saved(x=X, y=few)).warnings)
+
+
+def test_accuracy_is_told_by_class(folder, no_exports):
+    y = np.where(X[:, 0] > 1.0, "rare", "usual")
+    found = train(TrainConfig(network="people:hidden", data=saved(x=X, y=y), steps=30, batch_size=20, out="run"))
+    data = load_data("data.npz")
+    said = found.network(data.x_test).argmax(1)
+    for number, one in enumerate(found.classes):
+        of_class = data.y_test == number
+        assert (one.label, one.test_samples) == (data.classes[number], int(of_class.sum()))
+        assert one.accuracy == pytest.approx(float((said[of_class] == number).float().mean()))
+    assert found.base_rate == max(one.test_samples for one in found.classes) / len(data.y_test)
+    assert json.loads((found.folder / "metrics.json").read_text())["classes"][0]["label"] == "rare"
+
+
+def test_token_numbers_are_trained_and_read_again(folder, no_exports):
+    found = train(TrainConfig(network="people:tokens", data="people:load_tokens", steps=3, batch_size=20, out="run"))
+    assert found.ok
+    run = bn.load_run("run")
+    assert run.example.dtype == torch.int64
+    with torch.no_grad():
+        assert torch.equal(run.network(run.example), found.network(run.example))
+
+
+def test_a_large_test_part_is_not_measured_at_each_step(folder):
+    data = saved(x=np.tile(X, (50, 1)), y=np.tile(CLASSES, 50))
+    assert built(network="people:hidden", data=data, steps=100).config.eval_every == 20
+    assert built(network="people:hidden", data=data, steps=100, eval_every=1).config.eval_every == 1
+
+
+def test_every_command_takes_a_run(folder, no_exports, capsys):
+    y = np.array(["a", "b", "c"])[CLASSES]
+    found = train(TrainConfig(network="people:hidden", data=saved(x=X, y=y), steps=3, batch_size=20, out="run"))
+    np.save("new.npy", X + 1)
+    run = ["--run", "run"]
+    commands = [
+        ["summary", *run],
+        ["diagnose", *run, "--batches", "2", "--batch-size", "20"],
+        ["calibrate", *run, "--out", "c.safetensors"],
+        ["adapt", *run, "--data", "new.npy", "--out", "a.safetensors"],
+        ["fold", *run, "--out", "f.safetensors"],
+        ["convert", *run, "--set", "eps=0.001", "--out", "v.safetensors"],
+    ]
+    for command in commands:
+        assert main(command) == 0, capsys.readouterr().err
+    assert "BatchNorm1d" in capsys.readouterr().out
+    with torch.no_grad():
+        run_again = bn.load_run("run")
+        raw = run_again.prepare(X[:9])
+        torch.testing.assert_close(run_again.network(raw), found.network(raw))
+    assert run_again.classes == ("a", "b", "c")
+    assert torch.equal(run_again.load_data().y_test, load_data("data.npz").y_test)
+    for arguments, message in (
+        (["summary", "--run", "nowhere"], "expected the folder of a run"),
+        (["summary", "--run", "run", "--network", "people:first"], "or --run"),
+        (["calibrate", "--out", "x.safetensors"], "give either --network or --run"),
+        (["calibrate", "--run", "run", "--set", "width=3", "--out", "x.safetensors"], "a run has its own"),
+        (["calibrate", "--network", "people:first", "--out", "x.safetensors"], "--network needs --data"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["{", "[" * 200_000, '{"config": {}, "data": {}}', "{}"])
+def test_a_damaged_run_is_one_error(folder, capsys, damage):
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(damage)
+    with pytest.raises(DataError, match="damaged or of another version"):
+        bn.load_run("run")
+    assert main(["train", "--resume", "run"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_arguments_of_a_factory_are_given_or_read_off_the_weights(folder, capsys):
+    from safetensors.torch import save_file
+
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 7))
+    save_file(net.state_dict(), "w.safetensors")
+    common = ["--network", "people:first", "--shape", "2,4", "--weights", "w.safetensors"]
+    assert main(["summary", *common, "--json"]) == 0
+    capsys.readouterr()
+    assert main(["fold", *common, "--out", "f.safetensors"]) == 0
+    wide = ["--network", "people:hidden", "--shape", "2,4", "--set", "width=5", "--set", "num_outputs=2"]
+    capsys.readouterr()
+    assert main(["summary", *wide, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["total"] == 4 * 5 + 5 + 5 * 2 + 2 if "total" in shown else True
+    for arguments, message in (
+        (["--set", "depth=3"], "it has no argument 'depth'; it has num_features, num_outputs, slope, width"),
+        (["--set", "width"], "expected NAME=VALUE"),
+        (["--set", "width=wide", "--set", "num_outputs=2"], "it raised TypeError"),
+    ):
+        assert main(["summary", "--network", "people:hidden", "--shape", "2,4", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_foreign_values_are_one_error_each():
+    for value in ("5", [5], None, 5.5):
+        with pytest.raises(InputError, match="batch_size="):
+            dataclasses.replace(TrainConfig(), batch_size=value).resolve()
+    with pytest.raises(DataError, match="NaN or infinite"):
+        classes_of("x", np.array([0.0, np.nan, 1.0]), np.array([0.0]))
