@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "batchnorm"
 
 # As DESIGN.md has it; `test_the_design_says_the_same` keeps the two together.
-ARROW = "cli > report > {lab, diagnosis, training} > surgery > population > nn > functional > views > ops > kernels"
+ARROW = (
+    "cli > report > {lab, diagnosis, training} > surgery > population > nn > functional > sources > running > batch > "
+    "ops > kernels"
+)
 LEVELS = {part: level for level, group in enumerate(reversed(ARROW.split(" > "))) for part in re.findall(r"\w+", group)}
 BASE = {
     "errors": set(),

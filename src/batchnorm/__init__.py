@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 # Names of the public face, and the module that each comes from. Loaded on first use, so that
 # `import batchnorm` costs little more than `import torch`.
 _PUBLIC = {
+    "BatchNorm": "batchnorm.nn.batch_norm",
     "BatchNorm1d": "batchnorm.nn.batch_norm",
     "BatchNorm2d": "batchnorm.nn.batch_norm",
     "BatchNorm3d": "batchnorm.nn.batch_norm",
@@ -21,7 +22,7 @@ _PUBLIC = {
     "Moments": "batchnorm.moments",
     "RNN": "batchnorm.nn.recurrent",
     "RNNCell": "batchnorm.nn.recurrent",
-    "Renorm": "batchnorm.nn.renormalization",
+    "Renorm": "batchnorm.sources",
     "Standardize": "batchnorm.nn.standardization",
     "StepBatchNorm": "batchnorm.nn.step_batch_norm",
     "accelerate": "batchnorm.surgery.acceleration",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.moments import Moments as Moments
     from batchnorm.nn.accumulation import accumulate_exact as accumulate_exact
+    from batchnorm.nn.batch_norm import BatchNorm as BatchNorm
     from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
     from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.nn.batch_norm import BatchNorm3d as BatchNorm3d
@@ -124,7 +126,6 @@ if TYPE_CHECKING:
     from batchnorm.nn.recurrent import GRUCell as GRUCell
     from batchnorm.nn.recurrent import LSTMCell as LSTMCell
     from batchnorm.nn.recurrent import RNNCell as RNNCell
-    from batchnorm.nn.renormalization import Renorm as Renorm
     from batchnorm.nn.standardization import Standardize as Standardize
     from batchnorm.nn.standardization import standardize as standardize
     from batchnorm.nn.step_batch_norm import StepBatchNorm as StepBatchNorm
@@ -145,6 +146,7 @@ if TYPE_CHECKING:
     from batchnorm.population.checkpoints import to_flax as to_flax
     from batchnorm.population.checkpoints import to_keras as to_keras
     from batchnorm.population.weighing import tune_example_weight as tune_example_weight
+    from batchnorm.sources import Renorm as Renorm
     from batchnorm.surgery.acceleration import accelerate as accelerate
     from batchnorm.surgery.conversion import convert as convert
     from batchnorm.surgery.conversion import revert as revert

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from batchnorm.batch import POOLS, Batch, batch_of, with_equal_steps
 from batchnorm.errors import DtypeError, InputError
-from batchnorm.kernels import aten
-from batchnorm.moments import Moments, merge_axis
-from batchnorm.ops import autograd
+from batchnorm.moments import Moments
+from batchnorm.ops import normalization as ops
+from batchnorm.ops.context import is_recorded
+from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS
-from batchnorm.pools import Pool, Pools, is_alone, merge_moments
-from batchnorm.views import POOLS, View, equal_steps, is_traced, view
+from batchnorm.pools import Pool, is_alone
+from batchnorm.running import Estimator, Population
+from batchnorm.sources import Given, OfBatch, Source
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -102,118 +104,56 @@ def batch_norm(
     """
     use_batch = bool(training)
     given = any(each is not None for each in (pool, mask, lengths, weights, process_group))
-    sequences = isinstance(input, PackedSequence) or (isinstance(input, Tensor) and input.is_nested)
-    if given or sequences or ghost_size or channel_groups:
-        if pool not in POOLS:
-            raise InputError(f"unknown pool {pool!r}; choose one of {', '.join(map(str, POOLS))}")
-        if pool == "frame" and ghost_size:
-            raise InputError("ghost_size does not go with pool='frame', whose pools are the time steps")
-        seen = view(input, residual, mask, lengths, weights, pool, batch_first, bool(ghost_size))
-        running = _rows(seen.x, running_mean, running_var, pool == "frame")
-        settings = (eps, activation, negative_slope)
-        shared = (ghost_size, channel_groups, process_group)
-        result: Tensor = seen.back(_by_pools(seen, *running, weight, bias, use_batch, momentum, settings, shared))
-        return result
-    if not math.isfinite(momentum):
-        raise InputError(f"batch_norm: momentum must be finite, got {momentum}")
-    y = autograd.at_once(
-        input, residual, weight, bias, running_mean, running_var, None, momentum, eps, activation, negative_slope,
-        use_batch, use_batch and running_mean is not None and running_var is not None,
-    )  # fmt: skip
-    if y is not None:
-        return y
-    if input.numel() == 0 and input.ndim < 2:  # torch takes what is empty in any shape
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, use_batch, momentum, eps)
-        return finish(y, residual, activation, negative_slope)
-    check(input, running_mean, running_var, weight, bias, residual, activation, eps, use_batch)
+    if not (given or ghost_size or channel_groups or isinstance(input, PackedSequence) or input.is_nested):
+        fusion = Fusion(weight, bias, residual, eps, activation, negative_slope)
+        y = _plain_call(input, running_mean, running_var, use_batch, momentum, fusion)
+        if y is not None:
+            return y
+        batch, steps = Batch(input, residual), 0
+    else:
+        _check_pool(pool, ghost_size)
+        batch = batch_of(input, residual, mask, lengths, weights, pool, batch_first, bool(ghost_size))
+        fusion = Fusion(weight, bias, batch.residual, eps, activation, negative_slope)
+        _check_rows(batch.x, running_mean, running_var, pool == "frame")
+        check(batch.x, None, None, fusion, False)
+        _check_defined(running_mean, running_var, use_batch)
+        steps = len(running_mean) if running_mean is not None and pool == "frame" else 0
+    population = Population(running_mean, running_var, Estimator(momentum), max_steps=steps)
+    source: Source = OfBatch() if use_batch else Given(*population.read(batch.steps))
+    options = (ghost_size, channel_groups, process_group, "batch_norm")
+    batch, pools = pools_of(batch, options, use_batch)
     if use_batch:
-        if (running_mean is None) != (running_var is None):
-            raise InputError(
-                "running_mean and running_var must either both be None or neither be None: "
-                f"{'running_mean' if running_mean is None else 'running_var'} is None"
-            )
-        y, mean, var = by_batch(input, weight, bias, residual, eps, activation, negative_slope)
-        if running_mean is not None:
-            update(running_mean, running_var, None, mean, var, input, momentum)
-        return y
-    if running_mean is None or running_var is None:
-        name = "running_mean" if running_mean is None else "running_var"
-        raise DtypeError(f"{name} must be defined in evaluation mode; it is None: pass it, or training=True")
-    return by_population(input, running_mean, running_var, weight, bias, residual, eps, activation, negative_slope)
+        check_pools(batch, eps, pools)
+    y, measured = source.normalize(batch, pools, fusion._replace(residual=batch.residual))
+    if measured is not None and running_mean is not None:
+        population.take(measured, pools)
+    result: Tensor = batch.restore(y)
+    return result
 
 
-def _by_pools(
-    seen: View,
+def _plain_call(
+    x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     use_batch: bool,
     momentum: float,
-    settings: tuple[float, str | None, float],
-    shared: tuple[int, int, Any],
-) -> Tensor:
-    """`batch_norm` where the pools are not simply the channels, by running statistics of one row or one a time step."""
-    x, residual, frames, (eps, activation, slope) = seen.x, seen.residual, len(seen.x), settings
-    check(x, None, None, weight, bias, residual, activation, eps, False)
-    if not use_batch:
-        if running_mean is None or running_var is None:
-            raise DtypeError("running_mean and running_var must be defined in evaluation mode; pass them")
-        row = torch.arange(seen.steps, device=x.device).clamp(max=len(running_mean) - 1) if seen.steps else 0
-        mean, var, size = running_mean[row], running_var[row], frames // seen.steps if seen.steps else 0
-        return by_population(x, mean, var, weight, bias, residual, eps, activation, slope, size, seen.mask)
-    pool = pool_of(seen, *shared, "batch_norm")
-    if seen.steps and pool.process_group is not None:
-        seen = equal_steps(seen, pool)
-        x, residual, pool = seen.x, seen.residual, pool_of(seen, *shared, "batch_norm")
-    check_pools(x, eps, pool, seen.mask)
-    y, measured = by_pools(x, weight, bias, residual, eps, activation, slope, pool, seen.mask, seen.weights)
-    if running_mean is not None and running_var is not None:
-        batch = measured if seen.steps else merged(measured, pool)
-        _mix(running_mean, running_var, momentum, batch, alone=seen.mask is not None and seen.weights is None)
-    return y[:frames]
-
-
-def _rows(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, by_step: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The running statistics as (1, C), or as (max_steps, C) where they are kept by time step."""
-    if (running_mean is None) != (running_var is None):
-        raise InputError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None or running_var is None:
-        return None, None
-    if not by_step:
-        check(x, running_mean, running_var, None, None, None, None, 0.0, False)
-        return running_mean[None], running_var[None]
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        if value.ndim != 2 or value.shape[1] != x.shape[1] or not len(value):
-            raise InputError(
-                f"{name} is {tuple(value.shape)}; with pool='frame' it has a row for each of the first time steps, "
-                f"(max_steps, {x.shape[1]})"
-            )
-    return running_mean, running_var
-
-
-@torch.no_grad()
-def _mix(running_mean: Tensor, running_var: Tensor, momentum: float, batch: Measured, alone: bool) -> None:
-    """The statistics of a batch into the first rows of the running ones; what has no values changes nothing.
-
-    Nor has one value, where the others of its pool are masked (``alone``): it tells nothing of the variance.
-    """
-    count, mean, var = (each[: len(running_mean)] for each in batch)
-    unbiased = torch.where(count > 1, var * count / (count - 1), var)
-    for running, new in ((running_mean, mean), (running_var, unbiased)):
-        old = running[: len(new)]
-        mixed = (1 - momentum) * old.to(new.dtype) + momentum * new
-        old.copy_(torch.where(count > int(alone), mixed, old.to(mixed.dtype)))
-
-
-class Measured(NamedTuple):
-    """Of every pool: the number (or weight) of its values, their mean and biased variance; each (pools, C)."""
-
-    counts: Tensor
-    mean: Tensor
-    var: Tensor
+    fusion: Fusion,
+) -> Tensor | None:
+    """`torch.nn.functional.batch_norm` and its fusion in one call where there is one, else None, after checks."""
+    if not math.isfinite(momentum):
+        raise InputError(f"batch_norm: momentum must be finite, got {momentum}")
+    weight, bias, residual, eps, activation, slope = fusion
+    updates = use_batch and running_mean is not None and running_var is not None
+    y = ops.in_one_call(
+        x, residual, weight, bias, running_mean, running_var, None, momentum, eps, activation, slope, use_batch, updates
+    )
+    if y is not None:
+        return y
+    if x.numel() == 0 and x.ndim < 2:  # torch takes what is empty in any shape
+        return ops.in_one_node(x, fusion, running_mean, running_var, use_batch, momentum)
+    check(x, running_mean, running_var, fusion, use_batch)
+    _check_both(running_mean, running_var, use_batch)
+    return ops.in_one_node(x, fusion, running_mean, running_var, use_batch, momentum) if is_recorded(x) else None
 
 
 def moments(input: Tensor) -> Moments:
@@ -233,7 +173,7 @@ def moments(input: Tensor) -> Moments:
         >>> moments(torch.tensor([[1.0], [3.0]])).variance(unbiased=False)
         tensor([1.], dtype=torch.float64)
     """
-    check(input, None, None, None, None, None, None, 0.0, False)
+    check(input, None, None, Fusion(eps=0.0), False)
     mean, m2 = torch.ops.batchnorm.moments.default(input.detach(), 0)
     count = torch.tensor(input.numel() // max(input.shape[1], 1))
     return Moments(count, mean[0], m2[0])
@@ -243,15 +183,12 @@ def check(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    eps: float,
+    fusion: Fusion,
     use_batch: bool,
 ) -> None:
     """Raises for anything that `batch_norm` cannot take; changes nothing."""
     shape, dtype, device = x.shape, x.dtype, x.device
+    weight, bias, residual, eps, activation, _ = fusion
     if dtype not in _FLOATING:
         raise DtypeError(
             f"batch_norm: not implemented for '{_name(dtype)}': the input is {dtype} {tuple(shape)}; "
@@ -283,25 +220,85 @@ def check(
         )
 
 
-def pool_of(seen: View, ghost_size: int, channel_groups: int, process_group: Any, layer: str) -> Pool:
-    """The `Pool` that these options and the view of an input make, after checks."""
+def _check_rows(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, by_step: bool) -> None:
+    """Raises unless the running statistics are one row (C,), or one a time step where they are kept so."""
+    if (running_mean is None) != (running_var is None):
+        raise InputError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None or running_var is None:
+        return
+    if not by_step:
+        check(x, running_mean, running_var, Fusion(eps=0.0), False)
+        return
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if value.ndim != 2 or value.shape[1] != x.shape[1] or not len(value):
+            raise InputError(
+                f"{name} is {tuple(value.shape)}; with pool='frame' it has a row for each of the first time steps, "
+                f"(max_steps, {x.shape[1]})"
+            )
+
+
+def _check_pool(pool: str | None, ghost_size: int) -> None:
+    if pool not in POOLS:
+        raise InputError(f"unknown pool {pool!r}; choose one of {', '.join(map(str, POOLS))}")
+    if pool == "frame" and ghost_size:
+        raise InputError("ghost_size does not go with pool='frame', whose pools are the time steps")
+
+
+def _check_defined(running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool) -> None:
+    if not use_batch and (running_mean is None or running_var is None):
+        raise DtypeError("running_mean and running_var must be defined in evaluation mode; pass them")
+
+
+def _check_both(running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool) -> None:
+    """Raises where one of the two is missing, or both are and have to normalize."""
+    if use_batch and (running_mean is None) != (running_var is None):
+        raise InputError(
+            "running_mean and running_var must either both be None or neither be None: "
+            f"{'running_mean' if running_mean is None else 'running_var'} is None"
+        )
+    if not use_batch and (running_mean is None or running_var is None):
+        name = "running_mean" if running_mean is None else "running_var"
+        raise DtypeError(f"{name} must be defined in evaluation mode; it is None: pass it, or training=True")
+
+
+Options = tuple[int, int, Any, str]
+"""ghost_size, channel_groups, process_group, and the layer's name in errors."""
+
+
+def pools_of(batch: Batch, options: Options, exchanges: bool) -> tuple[Batch, Pool]:
+    """The `Pool` that these options and a batch make, after checks.
+
+    Where ranks share the statistics of time steps and the call exchanges any, the batch gets as many steps as the rank
+    that has the most.
+    """
+    pool = _pool_of(batch, *options)
+    if not (exchanges and batch.steps and pool.process_group is not None):
+        return batch, pool
+    batch = with_equal_steps(batch, pool)
+    return batch, _pool_of(batch, *options)
+
+
+def _pool_of(batch: Batch, ghost_size: int, channel_groups: int, process_group: Any, layer: str) -> Pool:
     if ghost_size < 0:
         raise InputError(f"ghost_size must not be negative, got {ghost_size}")
-    channels = seen.x.shape[1]
+    channels = batch.x.shape[1]
     if channel_groups and (channel_groups < 0 or channels % channel_groups):
         raise InputError(f"channel_groups={channel_groups} does not divide the {channels} channels into equal groups")
     if isinstance(process_group, str) and process_group != "world":
         raise InputError(f"process_group must be 'world' or a group of torch.distributed, got {process_group!r}")
-    group = None if ghost_size or is_alone(process_group) else process_group
-    return Pool(len(seen.x) // seen.steps if seen.steps else ghost_size * seen.scale, channel_groups, group, layer)
+    shared = None if is_alone(process_group) else process_group
+    size = len(batch.x) // batch.steps if batch.steps else ghost_size * batch.scale
+    group, ranks = (None, shared) if ghost_size else (shared, None)
+    return Pool(size, channel_groups, group, layer, ranks)
 
 
-def check_pools(x: Tensor, eps: float, pool: Pool, mask: Tensor | None) -> None:
+def check_pools(batch: Batch, eps: float, pool: Pool) -> None:
     """Raises where the batch's statistics cannot normalize; a pool of one value that a mask leaves gives beta."""
     if not 0 < eps < math.inf:
         raise InputError(f"batch_norm eps must be positive during training, but got {eps}; and it must be finite")
+    x = batch.x
     values = x.shape[0] * math.prod(x.shape[2:]) * (x.shape[1] // pool.groups if pool.groups else 1)
-    if values == 1 and pool.process_group is None and mask is None:
+    if values == 1 and pool.process_group is None and batch.mask is None:
         raise InputError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}: "
             "the variance of one value is 0; use a larger batch, or .eval()"
@@ -352,147 +349,3 @@ def _name(dtype: torch.dtype) -> str:
         torch.complex128: "ComplexDouble",
     }
     return names.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def by_batch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    pool_size: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalizes by the batch's own statistics; also returns mean and biased variance, (pools, C)."""
-    y, mean, var, _ = autograd.by_batch(x, weight, bias, residual, pool_size, eps, activation or "identity", slope)
-    return y, mean, var
-
-
-def by_population(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    pool_size: int = 0,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Normalizes by given statistics (C,) or (pools, C), which are constants."""
-    kind = activation or "identity"
-    if mean.dim() > 1 and mask is None and torch.jit.is_tracing():
-        y = _by_rows(x, mean, var, weight, bias, eps)
-        return finish(y, residual, activation, slope)
-    if is_traced(x):
-        if mask is not None or pool_size:
-            return aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, kind, slope, mask)
-        y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-        return finish(y, residual, activation, slope)
-    return autograd.by_population(x, weight, bias, residual, mean, var, pool_size, eps, kind, slope, mask=mask)
-
-
-def _by_rows(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """Pools of equal size, one after the other in x, each by its row of statistics (pools, C).
-
-    For `torch.jit.trace`, where sizes are tensors: batch and number of pools stay free in what is recorded.
-    """
-    shape = (mean.shape[0], 1, -1, *(1,) * (x.dim() - 2))
-    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
-    y = (x.reshape(mean.shape[0], -1, *x.shape[1:]) - mean.reshape(shape)) * scale.reshape(shape)
-    y = y.reshape(x.shape)
-    return y if bias is None else y + bias.reshape(-1, *(1,) * (x.dim() - 2))
-
-
-def by_pools(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    pool: Pool,
-    mask: Tensor | None,
-    weights: Tensor | None,
-) -> tuple[Tensor, Measured]:
-    """Normalizes by the statistics of any pools, and returns these."""
-    settings = (eps, activation or "identity", slope)
-    if weights is None and not is_traced(x):
-        if not pool.is_merged:
-            y, mean, var, *_ = autograd.by_batch(x, weight, bias, residual, pool.size, *settings, mask=mask)
-            return y, Measured(Pools(x, pool.size, mask).counts(), mean.detach(), var.detach())
-        if torch.compiler.is_compiling() or not autograd.is_transformed():
-            y, *measured = autograd.MergedStatistics.apply(x, weight, bias, residual, mask, pool, *settings)
-            return y, Measured(*measured)
-    # Of operations that torch itself differentiates, in the weights too, and that other runtimes know.
-    y, mean, var = aten.forward(x, weight, bias, residual, pool, *settings, mask, weights)
-    return y, Measured(Pools(x, pool, mask, weights).counts().detach(), mean.detach(), var.detach())
-
-
-@torch.no_grad()
-def measure(x: Tensor, pool: Pool, mask: Tensor | None, weights: Tensor | None) -> Measured:
-    """The statistics of any pools, outside the graph."""
-    if weights is None and not is_traced(x):
-        return Measured(*autograd.merged_statistics(x, pool, mask))
-    pools = Pools(x, pool, mask, weights)
-    mean, var = aten.batch_statistics(x, pools)
-    return Measured(pools.counts(), mean, var)
-
-
-@torch.no_grad()
-def merged(measured: Measured, pool: Pool, ghosts: Any = None) -> Measured:
-    """All pools of a channel as one, (1, C); ghost batches of all ranks where ``ghosts`` names a process group."""
-    count, mean, var = measured
-    if len(mean) == 1 and ghosts is None:
-        return measured
-    m2 = var * count
-    count, mean, m2 = (each[None] for each in merge_axis(count, mean, m2, 0))
-    count, mean, m2 = merge_moments(count, mean, m2, Pool(process_group=ghosts, layer=pool.layer))
-    return Measured(count, mean, m2 / torch.where(count > 0, count, 1.0))
-
-
-def update(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    x: Tensor,
-    momentum: float | None,
-    unbiased: bool = True,
-    pool_size: int = 0,
-    count: int | None = None,
-) -> None:
-    """Mixes the batch's statistics, of all its pools, into the running ones, in place, and counts one batch.
-
-    ``count`` says how many values a channel has where not all of x count.
-    """
-    inner = math.prod(x.shape[2:])
-    if count is None:
-        count = x.shape[0] * inner
-    if count == 0:  # nothing to mix in; torch counts the batch all the same
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        return
-    torch.ops.batchnorm.update_statistics.default(
-        running_mean, running_var, num_batches_tracked, mean, var, count, pool_size * inner or count, momentum, unbiased
-    )
-
-
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the batch, (1, C), outside the graph."""
-    mean, m2 = torch.ops.batchnorm.moments.default(x.detach(), 0)
-    return mean, m2 / max(x.shape[0] * math.prod(x.shape[2:]), 1)
-
-
-def finish(y: Tensor, residual: Tensor | None, activation: str | None, slope: float) -> Tensor:
-    """What is fused elsewhere, as operations of its own."""
-    if residual is not None:
-        y = y + residual
-    return aten.activate(y, activation or "identity", slope)

@@ -22,13 +22,16 @@ class Pool:
         size: samples of a run, the last of which may be shorter; 0 for all samples.
         groups: number of groups of adjacent channels; 0 where each channel is alone.
         process_group: of torch.distributed, or None for this process alone.
-        layer: what to call the layer in errors.
+        layer: the layer's name in errors.
+        ranks: the process group whose ranks' pools are one batch of the population, where each rank normalizes by its
+            own pools (ghost batches); None for this process alone.
     """
 
     size: int = 0
     groups: int = 0
     process_group: Any = None
     layer: str = "batch_norm"
+    ranks: Any = None
 
     @property
     def is_merged(self) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.diagnosis.readings import Received
 from batchnorm.diagnosis.summary import DEAD
-from batchnorm.nn.batch_norm import _BatchNorm as Ours
+from batchnorm.nn.batch_norm import BatchNorm as Ours
 from batchnorm.population.measuring import Estimate
 from batchnorm.surgery.folding import uses_batch_statistics
 

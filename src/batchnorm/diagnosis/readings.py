@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
+from batchnorm.batch import Batch
 from batchnorm.errors import BatchNormError, InputError
 from batchnorm.moments import Moments
-from batchnorm.nn.batch_norm import _BatchNorm as Ours
+from batchnorm.nn.batch_norm import BatchNorm as Ours
 from batchnorm.pools import Pool
 from batchnorm.population.feeding import sample_count
 from batchnorm.population.measuring import Estimate, Measurement
+from batchnorm.sources import measure
 from batchnorm.surgery.comparison import random_state_kept, tensors_of
 
 Run = Callable[[nn.Module, Any], Any]
@@ -225,7 +227,7 @@ class Readings:
         received.values.append(int(batch.count.max()))
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, Tensor) and not x.is_nested and x.ndim > 1 and getattr(layer, "pool", None) is None:
-            means = functional.measure(x, Pool(1), None, None).mean if x.ndim > 2 else x
+            means = measure(Batch(x), Pool(1)).mean if x.ndim > 2 else x
             place.samples = _merged(place.samples, Estimate.of(Moments.of(means)))
 
     @staticmethod

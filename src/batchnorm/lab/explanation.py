@@ -17,9 +17,8 @@ from batchnorm.lab.experiment import Config, checked
 from batchnorm.lab.fitting import train
 from batchnorm.lab.instruments.objective import Loss, batch_loss
 from batchnorm.lab.task import Task
+from batchnorm.nn import options
 from batchnorm.training.loop import batch_indices
-
-_SPECIAL = {"activation": None, "renorm": None, "pool": None, "ghost_size": 0, "channel_groups": 0, "domains": 0}
 
 
 @dataclass(frozen=True)
@@ -204,11 +203,11 @@ def _choose(net: nn.Module, layer: str | None) -> str:
     name = next(iter(norms)) if layer is None else layer
     if name not in norms:
         raise InputError(f"explain: no batch norm layer {name!r}; expected one of {', '.join(norms)}")
-    for option, plain in _SPECIAL.items():
-        if getattr(norms[name], option, plain) != plain:
+    for option in options.changed(norms[name]):
+        if not option.walked:
             raise InputError(
-                f"explain: layer {name!r} has {option}={getattr(norms[name], option)!r}, which the walk does not show; "
-                "choose another with layer="
+                f"explain: layer {name!r} has {option.name}={getattr(norms[name], option.name)!r}, which the walk does "
+                "not show; choose another with layer="
             )
     return name
 

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchnorm.batch import Batch
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
-from batchnorm.nn import modes, running_statistics
+from batchnorm.nn import modes, options
+from batchnorm.ops.fusion import Fusion
+from batchnorm.pools import Pool
+from batchnorm.sources import Given
 
 Use = tuple[str, int]  # a layer, and how often it ran before in this forward
 
@@ -61,7 +65,7 @@ def accumulate_exact(net: nn.Module, micro_batches: Sequence[Any], loss: Callabl
             for (name, _), pooled in statistics.items():
                 if name in updating:
                     mean, var = pooled.mean[None], pooled.variance(unbiased=False)[None]
-                    running_statistics.update(layers[name], mean, var, pooled.count.reshape(1, 1))
+                    layers[name]._population().mix(pooled.count.reshape(1, 1), mean, var)
     return total
 
 
@@ -76,10 +80,32 @@ def _participants(net: nn.Module) -> dict[str, Any]:
     for name, layer in layers.items():
         if layer.renorm is not None:
             raise InputError(f"accumulate_exact: layer {name!r} has renorm=, whose r and d belong to a batch")
-        pooled = [k for k in ("pool", "ghost_size", "channel_groups", "process_group", "domains") if getattr(layer, k)]
-        if pooled:
-            raise InputError(f"accumulate_exact: layer {name!r} has {pooled[0]}=; it is for channels as the only pools")
+        parts = next((option.name for option in options.changed(layer) if option.parts), None)
+        if parts is not None:
+            raise InputError(f"accumulate_exact: layer {name!r} has {parts}=; it is for channels as the only pools")
     return layers
+
+
+class _OfAll:
+    """A source: the statistics of all micro-batches, through which the gradient runs."""
+
+    def __init__(self, passes: _Passes, name: str) -> None:
+        self.passes, self.name = passes, name
+
+    def normalize(self, batch: Batch, pool: Pool, fusion: Fusion) -> tuple[Tensor, None]:
+        """y; x is standardized first, then by the mean 0 and the variance 1 - eps."""
+        x, restored = batch.x, batch.restore is not Batch(batch.x).restore
+        if not batch.is_plain or restored:
+            raise InputError(
+                f"accumulate_exact: layer {self.name!r} is given masked, weighted or packed values, which are not "
+                "merged exactly; bn.accumulate merges their statistics"
+            )
+        mean, var = (_along(s, x) for s in self.passes.statistics_of(self.name, x))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        standardized = ((x.to(dtype) - mean.to(dtype)) * torch.rsqrt(var + fusion.eps).to(dtype)).to(x.dtype)
+        like = x.new_zeros(x.shape[1], dtype=dtype if fusion.weight is None else fusion.weight.dtype)
+        rest = Given(like, torch.full_like(like, 1 - fusion.eps))
+        return rest.normalize(batch._replace(x=standardized), pool, fusion)
 
 
 class _Passes:
@@ -90,57 +116,33 @@ class _Passes:
     ) -> None:
         self.net, self.layers, self.batches, self.loss = net, layers, batches, loss
         self.given: dict[Use, _Point] = {}
-        self.seen: list[tuple[Use, Tensor]] = []
+        self.received: list[tuple[Use, Tensor]] = []
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """The layers themselves only apply gamma, beta and activation: their variance is 1 - eps."""
-        hooks, buffers = [], {name: (m.running_mean, m.running_var) for name, m in self.layers.items()}
-        memory = [(m, m.source, m.update, m.example_weight) for m in self.layers.values()]
+        """The layers normalize by the given statistics."""
         try:
             for name, layer in self.layers.items():
-                like = next(iter(layer.parameters(recurse=False)), layer.running_mean)
-                like = torch.empty(layer.num_features) if like is None else like.detach()
-                layer.running_mean = torch.zeros_like(like)
-                layer.running_var = torch.full_like(like, 1 - layer.eps)
-                layer.source, layer.update, layer.example_weight = "running", "never", 0.0
-                hooks.append(layer.register_forward_pre_hook(self._standardize(name), with_kwargs=True))
+                layer._source = _OfAll(self, name)
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            for name, layer in self.layers.items():
-                layer.running_mean, layer.running_var = buffers[name]
-            for layer, source, update, example_weight in memory:
-                layer.source, layer.update, layer.example_weight = source, update, example_weight
+            for layer in self.layers.values():
+                layer._source = None
 
-    def _standardize(self, name: str) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
-        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            kwargs = dict(kwargs)
-            x, *rest = args or (kwargs.pop("input"),)
-            masked = len(rest) > 1 or any(kwargs.get(k) is not None for k in ("mask", "lengths", "weights"))
-            if masked or not isinstance(x, Tensor) or x.is_nested:
-                raise InputError(
-                    f"accumulate_exact: layer {name!r} is given masked, weighted or packed values, which are not "
-                    "merged exactly; bn.accumulate merges their statistics"
-                )
-            use = (name, sum(earlier == name for (earlier, _), _ in self.seen))
-            self.seen.append((use, x))
-            if use not in self.given:  # the first pass: any statistics will do
-                batch = moments(x)
-                self.given[use] = _Point(batch.mean, batch.variance(unbiased=False))
-            mean, var = (_along(s, x) for s in self.given[use])
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            standardized = ((x.to(dtype) - mean.to(dtype)) * torch.rsqrt(var + layer.eps).to(dtype)).to(x.dtype)
-            return (standardized, *rest), kwargs
-
-        return hook
+    def statistics_of(self, name: str, x: Tensor) -> _Point:
+        """The statistics for the next use of a layer in this forward, which receives x."""
+        use = (name, sum(earlier == name for (earlier, _), _ in self.received))
+        self.received.append((use, x))
+        if use not in self.given:  # the first pass: any statistics will do
+            batch = moments(x)
+            self.given[use] = _Point(batch.mean, batch.variance(unbiased=False))
+        return self.given[use]
 
     def _each(self) -> Iterator[Tensor]:
         """The loss of every micro-batch, under the same random numbers in each pass."""
         state = torch.get_rng_state()
         for batch in self.batches:
-            self.seen = []
+            self.received = []
             yield self.loss(self.net, batch)
         self.after = torch.get_rng_state()
         torch.set_rng_state(state)
@@ -151,7 +153,7 @@ class _Passes:
         while True:
             pooled: dict[Use, Moments] = {}
             for _ in self._each():
-                for use, x in self.seen:
+                for use, x in self.received:
                     pooled[use] = pooled[use] + moments(x) if use in pooled else moments(x)
             new = {use: _Point(m.mean, m.variance(unbiased=False)) for use, m in pooled.items()}
             if all(torch.equal(a, b) for use in new for a, b in zip(new[use], self.given[use], strict=True)):
@@ -186,7 +188,7 @@ class _Passes:
     def _lagrangian(self, loss: Tensor, multipliers: list[Tensor], statistics: dict[Use, Moments]) -> Tensor:
         """The loss of a micro-batch and its share of l S: of the mean sum x/n, of the variance sum (x - mean)^2/n."""
         by_use = dict(zip(self.given, zip(multipliers[::2], multipliers[1::2], strict=True), strict=True))
-        for use, x in self.seen:
+        for use, x in self.received:
             n, mean, (l_mean, l_var) = statistics[use].count, _along(self.given[use].mean, x), by_use[use]
             wide = x.to(mean.dtype)
             gain = _along(l_mean, x) * (wide - mean.detach()) + _along(l_var, x) * (wide - mean).square()

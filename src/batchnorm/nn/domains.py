@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.errors import InputError
-from batchnorm.nn.batch_norm import _BatchNorm
+from batchnorm.nn.batch_norm import BatchNorm
 
 
 class use_domain:  # noqa: N801 - a function that is also a context manager
@@ -37,7 +37,7 @@ class use_domain:  # noqa: N801 - a function that is also a context manager
     def __init__(self, net: nn.Module, index: int) -> None:
         if not isinstance(net, nn.Module):
             raise InputError(f"use_domain: got a {type(net).__name__}; expected a torch.nn.Module")
-        layers = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm) and m.domains}
+        layers = {name: m for name, m in net.named_modules() if isinstance(m, BatchNorm) and m.domains}
         if not layers:
             raise InputError(
                 f"use_domain: {type(net).__name__} has no layer with domains; make them with bn.convert(net, domains=2)"

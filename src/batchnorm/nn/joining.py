@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.errors import InputError, SynchronizationError
 from batchnorm.nn import modes
-from batchnorm.nn.batch_norm import _BatchNorm
-from batchnorm.nn.running_statistics import recomputing
+from batchnorm.nn.batch_norm import BatchNorm
+from batchnorm.ops.context import is_recomputing
 from batchnorm.pools import is_alone, process_group
 
 
@@ -56,7 +56,7 @@ def joinable(net: DistributedDataParallel) -> Joinable:
             f"joinable: got a {type(net).__name__}; expected a network in DistributedDataParallel, whose reductions "
             "Join shadows as well"
         )
-    layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and not is_alone(m.process_group)]
+    layers = [m for m in net.modules() if isinstance(m, BatchNorm) and not is_alone(m.process_group)]
     if not layers:
         raise InputError("joinable: no layer of the network shares statistics with other ranks; give Join the network")
     for layer in layers:
@@ -73,7 +73,7 @@ def joinable(net: DistributedDataParallel) -> Joinable:
 class _Call:
     """One forward of a layer, and how to repeat it with nothing."""
 
-    layer: _BatchNorm
+    layer: BatchNorm
     empty: Callable[[], tuple[Any, dict[str, Any]]]
     has_gradient: bool
     recomputed: bool
@@ -92,7 +92,7 @@ class _Record:
 
     def note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
         """A forward hook."""
-        assert isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNorm)
         if self.pausing or not (layer.normalizes_by_batch or layer.updates_statistics):
             return
         x = args[0] if args else kwargs["input"]
@@ -100,7 +100,7 @@ class _Record:
         data = y.data if isinstance(y, PackedSequence) else y
         number = len(self.calls)
         has_gradient = data.requires_grad and layer.normalizes_by_batch
-        self.calls.append(_Call(layer, _nothing(layer, x, weighed), has_gradient, recomputing()))
+        self.calls.append(_Call(layer, _nothing(layer, x, weighed), has_gradient, is_recomputing()))
         self.events.append((number, True))
         if has_gradient:
             assert data.grad_fn is not None
@@ -136,7 +136,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor]:
             return x, call.layer(x, **kwargs)
 
 
-def _nothing(layer: _BatchNorm, x: Any, weighed: bool) -> Callable[[], tuple[Any, dict[str, Any]]]:
+def _nothing(layer: BatchNorm, x: Any, weighed: bool) -> Callable[[], tuple[Any, dict[str, Any]]]:
     """Makes an input like x without samples."""
     if isinstance(x, PackedSequence) or x.is_nested:
         data = x.data if isinstance(x, PackedSequence) else x.values()
@@ -160,7 +160,7 @@ def _nothing(layer: _BatchNorm, x: Any, weighed: bool) -> Callable[[], tuple[Any
 class _Joinable(Joinable):
     """A DistributedDataParallel network whose hook also shadows its layers."""
 
-    def __init__(self, net: DistributedDataParallel, layers: list[_BatchNorm]) -> None:
+    def __init__(self, net: DistributedDataParallel, layers: list[BatchNorm]) -> None:
         self.net, self.layers, self.record = net, layers, _Record()
         self.watching: list[RemovableHandle] = []
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError
 from batchnorm.nn import batch_norm as ours
-from batchnorm.nn import saved_modes
-from batchnorm.nn.running_statistics import Accumulator, update
+from batchnorm.nn import options, saved_modes
 from batchnorm.nn.saved_modes import Memory
+from batchnorm.running import Accumulator
 
 Net = TypeVar("Net", bound=nn.Module)
 
-OURS: dict[type[nn.Module], type[ours._BatchNorm]] = {
+OURS: dict[type[nn.Module], type[ours.BatchNorm]] = {
     nn.BatchNorm1d: ours.BatchNorm1d,
     nn.BatchNorm2d: ours.BatchNorm2d,
     nn.BatchNorm3d: ours.BatchNorm3d,
@@ -117,11 +117,13 @@ def accumulate(net: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _commit(layers: list[ours._BatchNorm]) -> None:
+def _commit(layers: list[ours.BatchNorm]) -> None:
     for layer in layers:
         done = layer._accumulator
         assert done is not None
-        update(layer, done.mean, done.m2 / torch.where(done.count > 0, done.count, 1.0), done.count)
+        layer._accumulator = None
+        # One value has no variance.
+        layer._population().mix(torch.where(done.count > 1, done.count, 0.0), done.mean, done.var)
 
 
 @contextlib.contextmanager
@@ -170,7 +172,7 @@ def transaction(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
 
 def restore(layer: nn.Module, memory: Memory) -> None:
     """Class, modes and flags of the parameters as they were."""
-    assert isinstance(layer, ours._BatchNorm)
+    assert isinstance(layer, ours.BatchNorm)
     if layer.trains_affine != memory.mode["trains_affine"]:
         saved_modes.train_affine(layer, memory.mode["trains_affine"], memory.requires_grad)
         saved_modes.set_flags(layer, memory.requires_grad)
@@ -191,7 +193,7 @@ def adopt(layer: nn.Module, requires_grad: dict[str, bool]) -> Memory:
         layer.__class__ = OURS[kind]
         layer.__setstate__(before)
     added = tuple(key for key in layer.__dict__ if key not in before)
-    return Memory(kind, saved_modes.mode(layer), requires_grad, (*added, *(ours.FLAGS if added else ())))
+    return Memory(kind, saved_modes.mode(layer), requires_grad, added)
 
 
 def check(net: nn.Module, verb: str, source: str | None = None, update: str | None = None) -> dict[str, nn.Module]:
@@ -210,17 +212,17 @@ def check(net: nn.Module, verb: str, source: str | None = None, update: str | No
 
 def _change(
     net: nn.Module, verb: str, source: str | None, update: str | None, affine: bool | None
-) -> list[tuple[ours._BatchNorm, Memory]]:
+) -> list[tuple[ours.BatchNorm, Memory]]:
     """Sets the modes of all layers, after all checks; returns what they were."""
     for name, value in (("source", source), ("update", update), ("trains_affine", affine)):
         if value is not None:
-            ours._check_option(name, value)
+            options.check(name, value)
     layers = check(net, verb, source, update)
     flags = [saved_modes.flags(layer) for layer in layers.values()]  # before any changes: layers may share gamma
-    memories: list[tuple[ours._BatchNorm, Memory]] = []
+    memories: list[tuple[ours.BatchNorm, Memory]] = []
     for layer, before in zip(layers.values(), flags, strict=True):
         memory = adopt(layer, before)
-        assert isinstance(layer, ours._BatchNorm)
+        assert isinstance(layer, ours.BatchNorm)
         memories.append((layer, memory))
         if source is not None:
             layer.source = source
@@ -232,7 +234,7 @@ def _change(
 
 
 def _check(verb: str, name: str, layer: nn.Module, source: str | None, update: str | None) -> None:
-    if not isinstance(layer, ours._BatchNorm) and type(layer) not in OURS:
+    if not isinstance(layer, ours.BatchNorm) and type(layer) not in OURS:
         raise InputError(
             f"{verb}: layer {name!r} is a {type(layer).__name__}, which has no modes; "
             "expected BatchNorm1d, 2d or 3d of torch.nn or of batchnorm. Nothing was changed"

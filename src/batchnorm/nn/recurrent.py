@@ -19,6 +19,7 @@ from batchnorm.kernels import recurrent as aten
 from batchnorm.nn.batch_norm import BatchNorm1d
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from batchnorm.ops import recurrent as ops
+from batchnorm.ops.context import is_compiled
 from batchnorm.pools import all_reduce_max
 
 POOLS = (None, "frame", "sequence")
@@ -97,7 +98,7 @@ class _Direction:
         result = ops.recurrence(call, *by)
         for norm, statistics in ((self.norm_hh, result.of_hh), (self.norm_c, result.of_c)):
             if norm is not None and statistics is not None and norm.updates_statistics:
-                norm.take_in(*statistics, sizes, step)
+                norm.take(*statistics, sizes, step)
         return result.output, result.h_n, result.c_n
 
 
@@ -256,7 +257,7 @@ class _Layer(_Normalized, nn.RNNBase):
         run = _Layer._forward
         # Dynamo stops at a recurrent layer unless its config.allow_rnn is set, and would then compile the functions
         # inside one by one, again for all other lengths of sequences. (This frame it cannot compile.)
-        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        if "torch._dynamo" in sys.modules and not is_compiled():
             run = _disabled(run)
         return run(self, input, hx, lengths, mask, step)
 

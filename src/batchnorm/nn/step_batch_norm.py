@@ -8,20 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.batch import Batch, batch_of_steps
 from batchnorm.errors import InputError
-from batchnorm.functional import Measured
 from batchnorm.moments import Moments
-from batchnorm.nn.batch_norm import OPTIONS, BatchNorm1d
+from batchnorm.nn import options as table
+from batchnorm.nn.batch_norm import BatchNorm1d
 from batchnorm.ops import recurrent as ops
 from batchnorm.pools import Pool, is_alone
-from batchnorm.views import View, frames
 
 _FIXED = {"pool": "frame", "batch_first": False}
-# The only other options of a layer that have a meaning here.
-_KNOWN = (
-    *("source", "update", "trains_affine", "running", "running_var_kind", "nonfinite"),
-    *("max_steps", "process_group", "domains"),
-)
 
 
 class StepBatchNorm(BatchNorm1d):
@@ -80,7 +75,8 @@ class StepBatchNorm(BatchNorm1d):
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OPTIONS and name not in _KNOWN and value != _FIXED.get(name, OPTIONS[name]):
+        option = table.BY_NAME.get(name)
+        if option is not None and not option.by_step and value != _FIXED.get(name, option.default):
             raise InputError(f"StepBatchNorm: {name} has no meaning for statistics by time step; got {value!r}")
         super().__setattr__(name, value)
 
@@ -101,21 +97,21 @@ class StepBatchNorm(BatchNorm1d):
         self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0
     ) -> Tensor:
         """BN(input), step by step; see the class."""
-        seen = self._view(input, sizes, step)
-        self.check_sequences(seen.steps and len(seen.x) // seen.steps)
+        batch = self._batch_of_steps(input, sizes, step)
+        self.check_sequences(batch.steps and len(batch.x) // batch.steps)
         if not len(input) and not self.synchronizes:
             return input.clone()
-        y: Tensor = self._viewed(seen)
+        y: Tensor = batch.restore(self._normalize(batch))
         return y
 
-    def _view(self, input: Tensor, sizes: Sequence[int] | None, step: int) -> View:
+    def _batch_of_steps(self, input: Tensor, sizes: Sequence[int] | None, step: int) -> Batch:
         sizes = [len(input)] if sizes is None else sizes
         if input.ndim != 2 or input.shape[1] != self.num_features or sum(sizes) != len(input):
             raise InputError(
                 f"StepBatchNorm: expected an input (frames, {self.num_features}) with {sum(sizes)} frames, the sum of "
                 f"sizes; got {tuple(input.shape)}"
             )
-        return frames(input, None, sizes, step)
+        return batch_of_steps(input, None, sizes, step)
 
     def check_sequences(self, samples: int) -> None:
         """Raises where there is one sequence, whose variance at a step would be 0, in training."""
@@ -149,11 +145,11 @@ class StepBatchNorm(BatchNorm1d):
 
     def normalization(self, sizes: Sequence[int], step: int) -> ops.StepNormalization:
         """What normalizes these steps, for a kernel."""
-        weight, bias = self._affine()
+        weight, bias, *_ = self._fusion(None)
         if self.normalizes_by_batch:
             self.check_sequences(sizes[0])
             return ops.StepNormalization(weight, bias, self.eps)
-        mean, var = self._population(len(sizes), step)
+        mean, var = self._population().read(len(sizes), step)
         wide = torch.float32 if mean.device.type == "mps" else torch.float64
         return ops.StepNormalization(weight, bias, self.eps, mean.to(wide), var.to(wide))
 
@@ -162,11 +158,12 @@ class StepBatchNorm(BatchNorm1d):
         self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0
     ) -> Moments:
         """The moments of each step of an input, (max_steps, C), with no values in the steps that it does not reach."""
-        return self._moments(self._view(input, sizes, step))
+        return self._moments(self._batch_of_steps(input, sizes, step))
 
     @torch.no_grad()
-    def take_in(self, mean: Tensor, var: Tensor, sizes: Sequence[int], step: int) -> None:
+    def take(self, mean: Tensor, var: Tensor, sizes: Sequence[int], step: int) -> None:
         """Mixes the statistics (steps, C) of a batch, *biased* variance, into those of the steps from ``step`` on."""
-        row, steps = self._rows(len(sizes), step)
+        population = self._population()
+        row, steps = population.rows(len(sizes), step)
         count = torch.tensor(sizes[:steps], dtype=mean.dtype, device=mean.device)[:, None]
-        self._mix(Measured(torch.where(count > 1, count, 0.0), mean[:steps], var[:steps]), row)
+        population.mix(torch.where(count > 1, count, 0.0), mean[:steps], var[:steps], row)

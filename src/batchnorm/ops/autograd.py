@@ -12,16 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd import forward_ad
 
-from batchnorm.kernels import aten, cpu
-from batchnorm.ops import recomputation
-from batchnorm.ops.by_torch import by_torch
+from batchnorm.kernels import aten
+from batchnorm.ops.context import is_in_forward_mode
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
-from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments
+from batchnorm.pools import Pool, Pools, all_gather, merge
 
 _ops = torch.ops.batchnorm
-_KINDS: dict[str | None, int] = {None: 0, **{name: index for index, name in enumerate(ACTIVATIONS)}}
 
 
 class Settings(NamedTuple):
@@ -120,7 +117,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """With respect to x, weight, bias and residual, those wanted; differentiable where grad mode says so."""
     want_x, want_weight, want_bias, want_residual = wanted
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or is_in_forward_mode():
         if signs is not None:
             dy = dy * _gate(x, weight, bias, (mean, var, signs), settings)
             settings = settings._replace(activation="identity")
@@ -257,7 +254,7 @@ class EagerBatchStatistics(torch.autograd.Function):
 
 
 # `Function.apply` without its Python part, which looks for transforms: there are none here.
-_eager_by_batch = super(torch.autograd.Function, EagerBatchStatistics).apply
+eager_batch_statistics = super(torch.autograd.Function, EagerBatchStatistics).apply
 
 
 class PopulationStatistics(torch.autograd.Function):
@@ -392,99 +389,24 @@ class TransformedPopulationStatistics(torch.autograd.Function):
         return (_unfold(y, size, 1), signs), (0, None)
 
 
-def is_transformed() -> bool:
-    """Whether functorch's transforms or forward mode are at work."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+class MeasuredStatistics(PopulationStatistics):
+    """`BatchStatistics` where mean and biased variance of x have been measured before."""
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, dy, population=False), *(None,) * 7
 
 
-def at_once(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    use_batch: bool,
-    update: bool,
-    pool_size: int = 0,
-    carry: Tensor | None = None,
-) -> Tensor | None:
-    """All of a plain eager call on the CPU in one of C++: y, or None, with nothing done, where this is no such call.
+class TransformedMeasuredStatistics(TransformedPopulationStatistics):
+    """`MeasuredStatistics` under functorch's transforms and in forward mode."""
 
-    Errors are left to Python, too. Where C++ has no such function for this torch, torch's own operator
-    takes small calls.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    if cpu.call is None:
-        if pool_size or not x.numel() < cpu.torch_below:
-            return None
-        return by_torch(
-            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-            use_batch, update, carry,
-        )  # fmt: skip
-    kind = _KINDS.get(activation)
-    if kind is None:
-        return None
-    y: Tensor | None = cpu.call(
-        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, carry, momentum, eps, kind, slope,
-        use_batch, update, pool_size,
-    )  # fmt: skip
-    return y
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        return *_gradients(ctx, dy, population=False), *(None,) * 6
 
-
-def by_batch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *settings: Any, mask: Any = None
-) -> tuple[Tensor, ...]:
-    """`BatchStatistics` on weight, bias, residual, and the settings: y, mean, biased variance, signs."""
-    if torch.compiler.is_compiling():  # Dynamo does not trace a function with a jvp
-        return tuple(BatchStatistics.apply(x, weight, bias, residual, mask, *settings))
-    if is_transformed():
-        if mask is not None:  # made of operations that have every derivative
-            pool_size, eps, activation, slope = settings
-            return aten.forward(x, weight, bias, residual, pool_size, eps, activation, slope, mask)
-        return tuple(TransformedBatchStatistics.apply(x, weight, bias, residual, *settings))
-    measured: list[Tensor] = []
-    given = Settings(*settings)
-    y = _eager_by_batch(x, weight, bias, residual, mask, given, measured)
-    if residual is None and recomputation.is_active():
-        recomputation.note(y, (x, weight, bias), measured[:2], given.arguments, mask)
-    return y, *measured
-
-
-def by_population(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *settings: Any,
-    mask: Any = None,
-) -> Tensor:
-    """`PopulationStatistics` on weight, bias, residual, mean, variance, and the settings: y."""
-    if torch.compiler.is_compiling() or not is_transformed():
-        y: Tensor = PopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings, mask)[0]
-        if residual is None and recomputation.is_active():
-            recomputation.note(y, (x, weight, bias), (mean.clone(), var.clone()), Settings(*settings).arguments, mask)
-        return y
-    if mask is not None:
-        pool_size, eps, activation, slope = settings
-        return aten.normalize(x, mean, var, weight, bias, residual, pool_size, eps, activation, slope, mask)
-    transformed: Tensor = TransformedPopulationStatistics.apply(x, weight, bias, residual, mean, var, *settings)[0]
-    return transformed
-
-
-def merged_statistics(x: Tensor, pool: Pool, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and biased variance of every pool, (pools, C), outside the graph."""
-    mean, m2 = _ops.moments.default(x.detach(), pool.size, mask)
-    count, mean, m2 = merge_moments(Pools(x, pool.size, mask).counts(), mean, m2, pool)
-    return count, mean, m2 / torch.where(count > 0, count, 1.0)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _tangent(ctx, tangents[:4], population=False), None
 
 
 class MergedStatistics(torch.autograd.Function):

@@ -9,9 +9,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten
+from batchnorm.ops.context import is_transformed
 from batchnorm.ops.schemas import ACTIVATIONS
 
 _C = torch._C
@@ -117,7 +117,6 @@ def _is_watched() -> bool:
     return bool(
         _C._len_torch_function_stack()
         or _C._len_torch_dispatch_stack()
-        or _C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_transformed()
         or _C._get_tracing_state() is not None
     )

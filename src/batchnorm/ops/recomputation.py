@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import StateError
+from batchnorm.ops.context import is_compiled
 
 
 class Source:
@@ -79,7 +80,7 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if self._sources and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self._sources and torch.is_grad_enabled() and not is_compiled():
             self._forget(list(_tensors((*args, *(kwargs or {}).values()))), list(_tensors((result,))))
         return result
 
@@ -137,7 +138,7 @@ def _modes() -> tuple[recompute_outputs, ...]:
 
 def is_active() -> bool:
     """Whether a context is entered, in eager mode."""
-    return not torch.compiler.is_compiling() and bool(_modes())
+    return not is_compiled() and bool(_modes())
 
 
 def note(y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any) -> None:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.kernels import aten as kernel
 from batchnorm.kernels import cpu
 from batchnorm.kernels import recurrent as aten
+from batchnorm.ops.context import Way, way
 from batchnorm.ops.schemas import LIBRARY
 
 _KEPT = {"RNN_TANH": 0, "RNN_RELU": 0, "LSTM": 5, "GRU": 4}  # as in csrc/core/recurrent.h
@@ -93,12 +93,7 @@ class States(NamedTuple):
 
 def _is_native(x: Tensor) -> bool:
     """Whether the C++ core takes a call with this tensor."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
-    transformed = not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    )
-    return cpu.available() and x.device.type == "cpu" and x.is_floating_point() and not transformed
+    return cpu.available() and x.device.type == "cpu" and x.is_floating_point() and way(x) in (Way.EAGER, Way.COMPILED)
 
 
 def recurrence(call: aten.Recurrence, by_hh: StepNormalization | None, by_c: StepNormalization | None) -> States:

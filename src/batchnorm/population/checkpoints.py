@@ -20,7 +20,7 @@ from torch import nn
 
 from batchnorm.errors import DataError, InputError
 from batchnorm.nn import modes
-from batchnorm.nn.batch_norm import _BatchNorm
+from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.population.formats import recognition, writing
 from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Checkpoint, ForeignBatchNorm
@@ -356,7 +356,7 @@ def _check(verb: str, name: str, layer: Any, foreign: ForeignBatchNorm) -> None:
 
 
 def _copy(layer: nn.Module, foreign: ForeignBatchNorm, keeps: bool, decay: float | None, eps: float | None) -> None:
-    assert isinstance(layer, _BatchNorm)
+    assert isinstance(layer, BatchNorm)
     for ours, theirs in (
         (layer.running_mean, foreign.mean),
         (layer.running_var, foreign.var),

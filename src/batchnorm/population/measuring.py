@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm import functional
+from batchnorm.batch import Batch
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
-from batchnorm.nn.batch_norm import _BatchNorm as Ours
+from batchnorm.nn import modes, saved_modes
+from batchnorm.nn.batch_norm import BatchNorm as Ours
 from batchnorm.nn.modes import OURS
-from batchnorm.views import is_traced
+from batchnorm.nn.step_batch_norm import StepBatchNorm
+from batchnorm.ops.fusion import Fusion
+from batchnorm.pools import Pool
+from batchnorm.running import Population
+from batchnorm.sources import Given, OfBatch
 
 Method = Literal["pooled", "ioffe", "sequential"]
 
-# What is measured is merged, and checked, once in so many runs of a layer.
+# Measured statistics are merged, and checked, once in so many runs of a layer.
 _RUNS = 64
-
-# What a layer is not while it is measured.
-_ALONE: dict[str, Any] = {"example_weight": 0.0, "process_group": None, "domains": 0}
 
 
 def keeps_biased(layer: _BatchNorm) -> bool:
@@ -46,10 +48,11 @@ def domain_of(layer: _BatchNorm) -> int | None:
     return layer.domain if isinstance(layer, Ours) and layer.domains else None
 
 
-def _is_plain(layer: _BatchNorm) -> bool:
-    """Whether the layer is one of torch.nn's or ours, in which a channel is one pool, and has no forward of its own."""
-    known = type(layer) in OURS or type(layer) in OURS.values()
-    return known and "forward" not in layer.__dict__ and not getattr(layer, "_pooled", False)
+def _takes_source(layer: _BatchNorm) -> bool:
+    """Whether the layer's forward is this package's, or torch's plain one, for which ours can stand in."""
+    kind = type(layer)
+    ours = isinstance(layer, Ours) and kind.forward in (Ours.forward, StepBatchNorm.forward)
+    return "forward" not in layer.__dict__ and (ours or kind in OURS)
 
 
 def _not_finite(verb: str, name: str, batch: int) -> InputError:
@@ -162,13 +165,38 @@ class Estimate:
         return self.pooled.mean, var * (1 - 1 / self.pooled.count.clamp(min=1)) if biased else var
 
 
+class _Measuring:
+    """Normalizes by the batch's statistics, and tells them to a `Measurement`."""
+
+    def __init__(self, measurement: Measurement, name: str, layer: Ours) -> None:
+        self._measurement, self._name, self._layer = measurement, name, layer
+
+    def normalize(self, batch: Batch, pool: Pool, fusion: Fusion) -> tuple[Tensor, None]:
+        y, measured = OfBatch().normalize(batch, pool, fusion)
+        number = measured.number
+        if number is not None and number > 1 and not (pool.size or pool.groups):
+            self._measurement.add_run(self._name, number, measured.mean, measured.var)
+        else:
+            self._measurement.add(self._name, self._layer._moments(batch))
+        return y, None
+
+
+class _Fixed(NamedTuple):
+    """Normalizes by statistics that are final."""
+
+    population: Population
+
+    def normalize(self, batch: Batch, pool: Pool, fusion: Fusion) -> tuple[Tensor, None]:
+        return Given(*self.population.read(batch.steps, batch.first)).normalize(batch, pool, fusion)
+
+
 class Measurement:
     """A network in evaluation mode whose batch-norm layers are measured; all undone on leaving.
 
-    A layer in evaluation mode normalizes by its buffers. So before each call these are replaced by
-    the statistics of that very input: it is then normalized as in training, without an update, by
-    any kind of layer (also SyncBatchNorm on a CPU), and for a single value per channel, too. Where a
-    channel is one pool, a layer of torch.nn or ours normalizes and is measured in one go instead.
+    This package's layers, and torch's, which become ours for the time, get a source of statistics that normalizes by
+    the batch and measures it. Other classes read their buffers in evaluation mode. So before each call these are
+    replaced by the statistics of that very input: it is then normalized as in training, without an update, by
+    any kind of layer (also SyncBatchNorm on a CPU), and for a single value per channel, too.
     """
 
     def __init__(self, net: nn.Module, layers: dict[str, _BatchNorm], verb: str = "calibrate") -> None:
@@ -176,12 +204,11 @@ class Measurement:
         self._verb = verb
         self._modes = [(module, module.training) for module in net.modules()]
         self._buffers = {name: (layer.running_mean, layer.running_var) for name, layer in layers.items()}
-        self._options = {name: dict(layer.__dict__) for name, layer in layers.items()}
+        self._memories: dict[str, saved_modes.Memory] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._estimates: dict[str, Estimate] = {}
         self._runs: dict[str, _Runs] = {}  # what is not in the estimates yet
         self._reached: dict[str, int] = {}  # in which place each layer first ran
-        self._tracked: dict[str, Tensor] = {}
         self._batch = 0
 
     def __enter__(self) -> Measurement:
@@ -189,16 +216,15 @@ class Measurement:
             for module, _ in self._modes:
                 module.training = False
             for name, layer in self._layers.items():
+                if isinstance(layer, Ours) or _takes_source(layer):
+                    self._memories[name] = modes.adopt(layer, saved_modes.flags(layer))
+                assert isinstance(layer, Ours) or name not in self._memories
+                if _takes_source(layer) and isinstance(layer, Ours):
+                    layer._source = _Measuring(self, name, layer)
+                    continue
                 if isinstance(layer, Ours):  # the buffers alone are to normalize, where they can
                     layer.source, layer.update = "batch" if _is_by_batch(layer) else "running", "never"
-                    layer.running_mean, layer.running_var = buffers_of(layer)  # the domain's
-                    # Past the checks: these are no settings of the layer's, and ranks may have unequal batches.
-                    layer.__dict__.update(_ALONE)
-                hook = self._hook(name)
-                if _is_plain(layer):
-                    layer.__dict__["forward"] = self._forward(layer, name, hook)
-                else:
-                    self._hooks[name] = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                self._hooks[name] = layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
         except BaseException:
             self._restore()
             raise
@@ -228,14 +254,14 @@ class Measurement:
     def finish(self, name: str, mean: Tensor, var: Tensor) -> None:
         """Measure this layer no longer: it normalizes by these statistics from now on."""
         layer = self._layers[name]
-        self._release(name)
-        self._set_buffers(name, mean, var)
-        if isinstance(layer, Ours):
-            layer.source = "running"
-        if is_by_step(layer):
-            assert layer.num_batches_tracked is not None
-            self._tracked[name] = layer.num_batches_tracked
-            layer.num_batches_tracked = torch.as_tensor(self._estimates[name].uses).flatten()
+        if name in self._hooks:
+            self._hooks.pop(name).remove()
+            self._set_buffers(name, mean, var)
+            return
+        assert isinstance(layer, Ours)
+        like_mean, like_var = buffers_of(layer)
+        uses = torch.as_tensor(self._estimates[name].uses).flatten() if is_by_step(layer) else None
+        layer._source = _Fixed(Population(mean.to(like_mean), var.to(like_var), batches=uses))
 
     def finish_all(self, measured: dict[str, Estimate]) -> None:
         """`finish` with what earlier passes have measured, for a pass in another process."""
@@ -252,37 +278,25 @@ class Measurement:
                 batch = layer.input_moments(*args, **kwargs)
             else:
                 batch = moments(args[0] if args else next(iter(kwargs.values())))
-            if not (torch.isfinite(batch.mean) & torch.isfinite(batch.m2)).all():
-                self._merge_runs()  # a layer before this one may have met the value first
-                raise _not_finite(self._verb, name, self._batch)
-            self._take(name, Estimate.of(batch))
+            self.add(name, batch)
             if not (isinstance(layer, Ours) and _is_by_batch(layer)):
                 self._set_buffers(name, batch.mean, batch.variance(unbiased=False))
 
         return measure
 
-    def _forward(self, layer: _BatchNorm, name: str, hook: Callable[..., None]) -> Callable[..., Any]:
-        """Of a layer whose channels are pools: measures and normalizes its input in one go, where it has values."""
-        activation = getattr(layer, "activation", None), getattr(layer, "negative_slope", 0.0)
+    def add(self, name: str, batch: Moments) -> None:
+        """Takes in the moments of one run of a layer."""
+        if not (torch.isfinite(batch.mean) & torch.isfinite(batch.m2)).all():
+            self._merge_runs()  # a layer before this one may have met the value first
+            raise _not_finite(self._verb, name, self._batch)
+        self._take(name, Estimate.of(batch))
 
-        def forward(input: Any, residual: Tensor | None = None, **options: Any) -> Any:
-            simple = isinstance(input, Tensor) and not input.is_nested and all(v is None for v in options.values())
-            values = input.numel() // max(input.shape[1], 1) if simple and input.ndim > 1 else 0
-            if values < 2 or is_traced(input):
-                given = {**options, "residual": residual} if isinstance(layer, Ours) else options
-                hook(layer, (input,), given)
-                return type(layer).forward(layer, input, **given)
-            layer._check_input_dim(input)
-            running = self._buffers[name]
-            functional.check(input, *running, layer.weight, layer.bias, residual, activation[0], layer.eps, True)
-            y, mean, var = functional.by_batch(input, layer.weight, layer.bias, residual, layer.eps, *activation)
-            self._reach(name)
-            runs = self._runs.get(name) or self._runs.setdefault(name, _Runs(mean[0]))
-            if runs.add(self._batch, values, mean[0], var[0]):
-                self._merge_runs()
-            return y
-
-        return forward
+    def add_run(self, name: str, values: int, mean: Tensor, var: Tensor) -> None:
+        """The same of statistics (1, C) of so many values; they are merged later."""
+        self._reach(name)
+        runs = self._runs.get(name) or self._runs.setdefault(name, _Runs(mean[0]))
+        if runs.add(self._batch, values, mean[0], var[0]):
+            self._merge_runs()
 
     def _reach(self, name: str) -> None:
         self._reached.setdefault(name, len(self._reached))
@@ -304,28 +318,24 @@ class Measurement:
         self._runs = {}
 
     def _set_buffers(self, name: str, mean: Tensor, var: Tensor) -> None:
+        layer = self._layers[name]
         old_mean, old_var = self._buffers[name]
-        self._layers[name].running_mean = mean.to(old_mean)
-        self._layers[name].running_var = var.to(old_var)
-
-    def _release(self, name: str) -> None:
-        """The layer's own forward again."""
-        if name in self._hooks:
-            self._hooks.pop(name).remove()
-        else:
-            self._layers[name].__dict__.pop("forward", None)
+        assert old_mean is not None
+        assert old_var is not None
+        if (domain := domain_of(layer)) is not None:
+            mean, var = (t.to(old).expand_as(old[domain]) for t, old in ((mean, old_mean), (var, old_var)))
+            mean, var = (torch.stack([t] * len(old_mean)) for t in (mean, var))
+        layer.running_mean, layer.running_var = mean.to(old_mean), var.to(old_var)
 
     def _restore(self) -> None:
-        for name, (mean, var) in self._buffers.items():
-            layer = self._layers[name]
-            if name in self._hooks or "forward" not in self._options[name]:
-                self._release(name)
-            layer.running_mean, layer.running_var = mean, var
-            if isinstance(layer, Ours):
-                layer.__dict__.update({option: self._options[name][option] for option in _ALONE})
-                for option in ("source", "update"):  # last, as these tell the layer what path to take
-                    setattr(layer, option, self._options[name][option])
-            if name in self._tracked:
-                layer.num_batches_tracked = self._tracked[name]
+        for handle in self._hooks.values():
+            handle.remove()
+        for name, layer in self._layers.items():
+            layer.running_mean, layer.running_var = self._buffers[name]
+            if name in self._memories:
+                assert isinstance(layer, Ours)
+                layer._source = None
+                layer.__dict__.pop("_source")
+                modes.restore(layer, self._memories[name])
         for module, training in self._modes:
             module.training = training

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError
 from batchnorm.nn import modes
-from batchnorm.nn.batch_norm import _BatchNorm
+from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.population.feeding import feed, sample_count
 
 WEIGHTS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -85,7 +85,7 @@ def tune_example_weight(
 @torch.no_grad()
 def _curve(
     net: nn.Module,
-    layers: list[_BatchNorm],
+    layers: list[BatchNorm],
     batches: Iterable[Any],
     weights: tuple[float, ...],
     loss: Callable[[Any, Any], Tensor],
@@ -107,7 +107,7 @@ def _curve(
     return ExampleWeightCurve(weights, losses, weights[losses.index(min(finite))])
 
 
-def _set(layers: list[_BatchNorm], weights: list[float]) -> None:
+def _set(layers: list[BatchNorm], weights: list[float]) -> None:
     for layer, weight in zip(layers, weights, strict=True):
         layer.example_weight = weight
 

@@ -14,6 +14,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn import batch_norm as ours
+from batchnorm.nn import options as table
+from batchnorm.nn.buffers import FLAGS
 from batchnorm.surgery import sample_fit
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.freezing import is_frozen
@@ -35,8 +37,6 @@ _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.BatchNorm3d: ours.BatchNorm3d,
 }
 _BY_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
-_ROWS = ("pool", "max_steps", "domains")
-_RENAMED = {"running_var": "running_var_kind"}
 _BY_SAMPLE = {"group_norm": "GroupNorm", "layer_norm": "LayerNorm", "instance_norm": "InstanceNorm"}
 _INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
 _AGREES = 1e-4
@@ -209,7 +209,7 @@ def _unlike_evaluation(layer: _BatchNorm) -> str | None:
     """Why there are no running statistics to fit to, or more than normalization by them; None where it can be done."""
     if layer.running_mean is None:
         return "keeps no running statistics whose output a fit could aim at"
-    if not isinstance(layer, ours._BatchNorm):
+    if not isinstance(layer, ours.BatchNorm):
         return None
     if layer.source == "batch":
         return "normalizes by the batch in evaluation, too; a fit aims at running statistics"
@@ -260,7 +260,7 @@ def becoming(layer: nn.Module, kind: type[nn.Module], options: dict[str, Any]) -
         if type(layer) is not kind:
             state = dict(layer.__dict__)
             layer.__class__ = kind
-            if isinstance(layer, ours._BatchNorm):
+            if isinstance(layer, ours.BatchNorm):
                 layer.__setstate__(state)
             else:
                 _leave_ours(layer, kind)
@@ -321,7 +321,7 @@ def _to_sample(
                     with torch.no_grad():
                         parameter.copy_(value)
         eps, affine = layer.eps, layer.weight is not None
-        for name in (*_own(layer), "_accumulator"):
+        for name in _own(layer):
             layer.__dict__.pop(name, None)
         layer._buffers.clear()
         layer.__class__ = kind
@@ -378,7 +378,7 @@ def _of_sample(layer: Any, shapes: set[tuple[int, ...]]) -> type[nn.Module] | st
 def _by_sample(layer: _BatchNorm, to: str, shapes: set[tuple[int, ...]]) -> type[nn.Module] | str:
     """GroupNorm or LayerNorm for a layer that normalizes each sample by itself; for others, why there is none."""
     name = _BY_SAMPLE[to]
-    if not isinstance(layer, ours._BatchNorm) or layer.ghost_size != 1:
+    if not isinstance(layer, ours.BatchNorm) or layer.ghost_size != 1:
         return (
             f"stays: {name} pools over a sample, batch normalization over the batch: no {name} computes the same; "
             "fit=batches gives the one that agrees best"
@@ -391,10 +391,9 @@ def _by_sample(layer: _BatchNorm, to: str, shapes: set[tuple[int, ...]]) -> type
         )
     if type(layer) not in ours.BY_RANK.values():
         return f"is a {type(layer).__qualname__}, which takes other inputs than {name}"
-    allowed = {"ghost_size", "ghost_update", "channel_groups", "source", "update", "negative_slope"}
-    for option, default in ours.OPTIONS.items():
-        if option not in allowed and getattr(layer, option) != default:
-            return f"has {option}={getattr(layer, option)!r}, which {name} lacks"
+    for option in table.changed(layer):
+        if not option.by_sample:
+            return f"has {option.name}={getattr(layer, option.name)!r}, which {name} lacks"
     if to == "group_norm":
         return nn.GroupNorm
     groups = layer.channel_groups or layer.num_features
@@ -420,27 +419,27 @@ def refusal(layer: nn.Module) -> str | None:
     """Why a layer's class or options must not be changed, or None."""
     if is_frozen(layer):
         return "is frozen; call bn.unfreeze(net) first, and freeze again afterwards"
-    if not is_plain(layer) or not (isinstance(layer, ours._BatchNorm) or type(layer) in (*_PAIRS, nn.SyncBatchNorm)):
+    if not is_plain(layer) or not (isinstance(layer, ours.BatchNorm) or type(layer) in (*_PAIRS, nn.SyncBatchNorm)):
         return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d"
     return None
 
 
 def our_class(layer: nn.Module) -> type[nn.Module] | None:
     """This package's class that a layer is or can become without knowing its input."""
-    return type(layer) if isinstance(layer, ours._BatchNorm) else _PAIRS.get(type(layer))
+    return type(layer) if isinstance(layer, ours.BatchNorm) else _PAIRS.get(type(layer))
 
 
 def _checked_options(to: str, options: dict[str, Any]) -> dict[str, Any]:
-    values = {_RENAMED.get(name, name): value for name, value in options.items()}
+    values = {table.ATTRIBUTES.get(name, name): value for name, value in options.items()}
     if "decay" in values:
         if "momentum" in values:
             raise InputError("convert: momentum and decay are two names for one number; give one of them")
         values["momentum"] = 1 - values.pop("decay")
     if values and to != "batchnorm":
         raise InputError(f"convert: options ({', '.join(options)}) go with to='batchnorm' alone")
-    unknown = values.keys() - {"eps", "momentum", *ours.OPTIONS}
+    unknown = values.keys() - {"eps", "momentum", *table.DEFAULTS}
     if unknown:
-        known = ", ".join(["eps", "momentum", "decay", *ours.OPTIONS])
+        known = ", ".join(["eps", "momentum", "decay", *table.DEFAULTS])
         raise InputError(f"convert: unknown option {', '.join(sorted(unknown))}; there are {known}")
     trial = ours.BatchNorm1d(1)
     for name, value in values.items():
@@ -475,25 +474,24 @@ def _target(layer: nn.Module, to: str, shapes: set[tuple[int, ...]], options: di
     if to in _BY_SAMPLE:
         return _by_sample(layer, to, shapes)
     target = _class(layer, to, min((len(shape) for shape in shapes), default=None))
-    if isinstance(target, str) or not issubclass(target, ours._BatchNorm):
+    if isinstance(target, str) or not issubclass(target, ours.BatchNorm):
         return target
     try:
         plain = layer
         if type(layer) is not target:
             plain = target(layer.num_features, track_running_stats=layer.track_running_stats, device="meta")
-        present = {name: getattr(layer, name, default) for name, default in ours.OPTIONS.items()}
-        ours.check_together({**present, **options}, plain, options.get("momentum", layer.momentum))
+        table.check_together({**table.of(layer), **options}, plain, options.get("momentum", layer.momentum))
     except InputError as error:
         return f"cannot have these options: {error}"
     return target
 
 
 def _class(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | str:
-    if to == "batchnorm" and isinstance(layer, ours._BatchNorm):
+    if to == "batchnorm" and isinstance(layer, ours.BatchNorm):
         return type(layer)
     if to == "sync" and isinstance(layer, nn.SyncBatchNorm):
         return nn.SyncBatchNorm
-    if isinstance(layer, ours._BatchNorm) and (reason := _only_ours(layer, to)):
+    if isinstance(layer, ours.BatchNorm) and (reason := _only_ours(layer, to)):
         return reason
     if to == "sync":
         return nn.SyncBatchNorm
@@ -510,7 +508,7 @@ def _class(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | st
 
 def _with_group(name: str, layer: nn.Module, target: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
     """The options of one layer: its process group is kept where none is given, and then it is told its name."""
-    if not issubclass(target, ours._BatchNorm):
+    if not issubclass(target, ours.BatchNorm):
         return options
     group = getattr(layer, "process_group", None)
     if isinstance(layer, nn.SyncBatchNorm):
@@ -519,12 +517,10 @@ def _with_group(name: str, layer: nn.Module, target: type[nn.Module], options: d
     return options if group is None else {**options, "process_group": group, "label": name}
 
 
-def _only_ours(layer: ours._BatchNorm, to: str) -> str | None:
-    for name, default in ours.OPTIONS.items():
-        if name == "process_group" and to == "sync":
-            continue
-        if name != "negative_slope" and getattr(layer, name) != default:
-            return f"has {name}={getattr(layer, name)!r}, which torch.nn's layers lack"
+def _only_ours(layer: ours.BatchNorm, to: str) -> str | None:
+    for option in table.changed(layer):
+        if option.name != "negative_slope" and not (option.name == "process_group" and to == "sync"):
+            return f"has {option.name}={getattr(layer, option.name)!r}, which torch.nn's layers lack"
     return None
 
 
@@ -536,7 +532,7 @@ def _own(layer: nn.Module) -> dict[str, Any]:
 
 def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
     group = layer.__dict__.get("process_group")
-    for name in ours.OPTIONS.keys() | {*ours.FLAGS, "domain", "label"}:
+    for name in (*table.DEFAULTS, *table.STATE, *FLAGS):
         layer.__dict__.pop(name, None)
     if kind is nn.SyncBatchNorm:
         layer.__dict__["process_group"] = None if group == "world" else group
@@ -545,9 +541,10 @@ def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
 def _restoring(layer: nn.Module) -> Callable[[], None]:
     def do() -> None:
         original: Original = layer.__dict__.pop(_MEMORY)
-        if isinstance(layer, ours._BatchNorm):
-            for name in _ROWS:  # which shape the statistics
-                setattr(layer, name, original.attributes.get(name, ours.OPTIONS[name]))
+        if isinstance(layer, ours.BatchNorm):
+            for option in table.TABLE:
+                if option.rows:
+                    setattr(layer, option.name, original.attributes.get(option.name, option.default))
         layer.__class__ = original.kind
         for name, shape in original.shapes.items():
             parameter = layer._parameters.get(name)
@@ -577,9 +574,9 @@ def _restoring(layer: nn.Module) -> Callable[[], None]:
 
 def _loses_rows(layer: nn.Module) -> bool:
     """Whether reverting would drop statistics that differ from those it keeps."""
-    if not isinstance(layer, ours._BatchNorm):
+    if not isinstance(layer, ours.BatchNorm):
         return False
-    now, before = ours.rows(layer.__dict__), ours.rows(layer.__dict__[_MEMORY].attributes)
+    now, before = table.rows(layer.__dict__), table.rows(layer.__dict__[_MEMORY].attributes)
     for axis in (0, 1):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = layer._buffers.get(name)

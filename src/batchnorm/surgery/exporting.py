@@ -139,7 +139,7 @@ def _preview(name: str, layer: nn.Module) -> ExportedLayer:
         if getattr(layer, "example_weight", 0.0):
             return ExportedLayer(name, "elementary operations on each example's statistics" + extra)
         return ExportedLayer(name, "one BatchNormalization with its running statistics as constants" + extra)
-    updates = layer.updates_statistics if isinstance(layer, ours._BatchNorm) else layer.track_running_stats
+    updates = layer.updates_statistics if isinstance(layer, ours.BatchNorm) else layer.track_running_stats
     becomes = "normalization by the statistics of whatever batch comes" + extra
     if updates:
         becomes += (

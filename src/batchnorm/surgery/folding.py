@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
+from batchnorm.nn import options as table
 from batchnorm.surgery import activations, recurrent, subclasses
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
@@ -29,13 +30,11 @@ from batchnorm.surgery.modules import has_hooks, is_plain, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.verification import TOLERANCE, coarsest_dtype, dtype_text, verify
 
-_UNDERSTOOD = {  # options of our layers that are read here, or that change nothing in evaluation
-    *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias"),
-    *("activation", "negative_slope", "source", "update"),
-    *("decay", "nonfinite", "renorm", "running", "running_var", "running_var_kind", "trains_affine"),
-    *("ghost_size", "ghost_update", "channel_groups", "process_group", "batch_first", "max_steps"),
+_UNDERSTOOD = {  # arguments of our layers that are read here, or that change nothing in evaluation
+    *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias", "decay"),
+    *(word for option in table.TABLE if option.affine for word in (option.name, option.spelled)),
 }
-_HARMLESS = {("pool", "sequence")}  # scale and shift of the last axis
+_HARMLESS = {(option.name, option.harmless) for option in table.TABLE if option.harmless is not None}
 
 
 @dataclass(frozen=True)
@@ -376,10 +375,10 @@ def _unknown_transform(layer: nn.Module) -> str | None:
     """Why the layer's output in evaluation is not known to be affine, or None."""
     if isinstance(layer, _BatchNorm) and uses_batch_statistics(layer):
         return "it normalizes with the statistics of each batch"
-    if not isinstance(layer, ours._BatchNorm):
+    if not isinstance(layer, ours.BatchNorm):
         return None
     parameters = inspect.signature(type(layer).__init__).parameters
-    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | ours.OPTIONS
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty} | table.DEFAULTS
     for key in defaults.keys() - _UNDERSTOOD:
         value = getattr(layer, key, defaults[key])
         if value != defaults[key] and (key, value) not in _HARMLESS:

@@ -49,7 +49,7 @@ def freeze(net: nn.Module) -> nn.Module:
 
     def verify() -> None:
         for name, layer in layers.items():
-            assert isinstance(layer, ours._BatchNorm)
+            assert isinstance(layer, ours.BatchNorm)
             if layer.normalizes_by_batch or layer.updates_statistics:
                 raise SurgeryError(f"freeze: '{name}' has been set free; unfreeze(net) first")
 
@@ -81,7 +81,7 @@ def is_frozen(module: nn.Module) -> bool:
 def _obstacle(layer: _BatchNorm) -> str | None:
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics to freeze (track_running_stats=False)"
-    known = isinstance(layer, ours._BatchNorm) or type(layer) in modes.OURS
+    known = isinstance(layer, ours.BatchNorm) or type(layer) in modes.OURS
     if not known or not is_plain(layer):
         return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d"
     return None
@@ -90,7 +90,7 @@ def _obstacle(layer: _BatchNorm) -> str | None:
 def _freezing(layer: _BatchNorm, requires_grad: dict[str, bool]) -> Callable[[], None]:
     def do() -> None:
         memory = modes.adopt(layer, requires_grad)
-        assert isinstance(layer, ours._BatchNorm)
+        assert isinstance(layer, ours.BatchNorm)
         layer.__dict__[FROZEN] = memory
         layer.source, layer.update = "running", "never"
         train_affine(layer, False, requires_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm import functional
+from batchnorm.batch import Batch
 from batchnorm.errors import InputError
-from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import BatchNorm1d
 from batchnorm.nn.leaves import recorded_call
-from batchnorm.views import is_traced
+from batchnorm.ops.context import is_compiled, is_recorded
 
 
 class LastAxisBatchNorm(BatchNorm1d):
@@ -30,36 +30,17 @@ class LastAxisBatchNorm(BatchNorm1d):
 
     channels_last = True
 
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """activation(BN(input) + residual), input and residual (..., C), mask and weights what broadcasts to (...)."""
-        options = {"residual": residual, "mask": mask, "lengths": lengths, "weights": weights}
-        if (recorded := recorded_call(self, (input,), options)) is not None:
-            return recorded  # type: ignore[return-value]
-        channels, places = input.shape[-1], input.shape[:-1]
+    def _as_batch(
+        self, input: Any, residual: Any, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
+    ) -> Batch:
+        """Input and residual are (..., C); mask and weights broadcast to (...)."""
         if lengths is not None:
             raise InputError("a layer over the last of several axes takes a mask (...), got lengths")
-        flat = None if residual is None else residual.reshape(-1, channels)
-        masked, weighed = (None if t is None else t.expand(places).flatten() for t in (mask, weights))
-        return super().forward(input.reshape(-1, channels), flat, masked, None, weighed).reshape(input.shape)
-
-    def input_moments(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Moments:
-        """The moments of (..., C), of its valid places."""
-        masked, weighed = (None if t is None else t.expand(input.shape[:-1]).flatten() for t in (mask, weights))
-        return super().input_moments(input.reshape(-1, input.shape[-1]), None, masked, None, weighed)
+        shape = input.shape
+        flat = None if residual is None else residual.reshape(-1, shape[-1])
+        masked, weighed = (None if t is None else t.expand(shape[:-1]).flatten() for t in (mask, weights))
+        batch = super()._as_batch(input.reshape(-1, shape[-1]), flat, masked, None, weighed)
+        return batch._replace(restore=lambda y: y.reshape(shape))
 
 
 class ScaleShift(nn.Module):
@@ -117,7 +98,7 @@ class ScaleShift(nn.Module):
             if residual is not None:
                 y = input.tracer.create_proxy("call_function", _plus, (y, residual), {})
             return y if self.activation is None else _activated(y, self.activation, self.negative_slope)
-        if is_traced(input) or _is_recorded():
+        if is_recorded(input) or _is_recorded():
             return self._by_operators(input, residual)
         x = input
         if self.channels_last:
@@ -167,7 +148,7 @@ def _plus(y: Tensor, residual: Tensor | None) -> Tensor:
 
 def _is_recorded() -> bool:
     """Whether make_fx records operators."""
-    if torch.compiler.is_compiling():
+    if is_compiled():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 

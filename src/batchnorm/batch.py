@@ -1,14 +1,16 @@
-"""How inputs become the operators' (N, C, *space): masks, weights, sequences, time steps; and the way back.
+"""A batch as the operators take it: x (N, C, *space) with its mask, weights and time steps, and the way back.
 
-A packed sequence or a jagged tensor holds the valid frames alone, so all of them are an ordinary dense pool. In time
-order the frames of one step stand beside one another, so a step is a pool of as many rows as there are sequences.
+Images, frames of sequences, packed sequences and jagged tensors all become a `Batch`. A packed sequence or a jagged
+tensor holds the valid frames alone, so all of them are one dense pool. In time order the frames of one step stand
+beside one another, so a step is a pool of as many rows as there are sequences.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,48 +18,107 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.errors import DtypeError, InputError
-from batchnorm.ops import autograd
-from batchnorm.pools import Pool, all_reduce_max
+from batchnorm.ops.context import Way, is_compiled, way
+from batchnorm.pools import Pool, Pools, all_reduce_max
 
 POOLS = (None, "sequence", "frame")
 
 
-@dataclass(frozen=True)
-class View:
-    """An input as the operators see it.
+def _same(y: Tensor) -> Tensor:
+    return y
+
+
+class Batch(NamedTuple):
+    """An input as the operators take it.
 
     Attributes:
         x: (N, C, *space), or frames (frames, C).
-        mask: its valid positions, or None.
-        weights: how often each counts, or None.
+        residual: as x, or None.
+        mask: the valid positions (N, *space), or None for all.
+        weights: how often each counts in mean and variance, (N, *space), or None for once.
         scale: rows of x that a sample of the layer's input is (a ghost batch counts samples).
         steps: time steps that x holds one after the other, where each is a pool; else 0.
         first: the number of the first of them.
-        back: makes of a result like x what the layer returns.
-        residual: as x, or None.
+        restore: makes of a result like x the output that belongs to the input.
     """
 
     x: Tensor
-    mask: Tensor | None
-    weights: Tensor | None
-    scale: int
-    steps: int
-    back: Callable[[Tensor], Any]
     residual: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+    scale: int = 1
+    steps: int = 0
     first: int = 0
+    restore: Callable[[Tensor], Any] = _same
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all values count alike, in pools that the input does not set."""
+        return self.mask is None and self.weights is None and not self.steps
 
 
-def view(
+@dataclass
+class Measured:
+    """The statistics of every pool of a batch.
+
+    Attributes:
+        batch: whose they are.
+        pool: the values that share them.
+        mean: (pools, C).
+        var: (pools, C), *biased*.
+    """
+
+    batch: Batch
+    pool: Pool
+    mean: Tensor
+    var: Tensor
+    _counts: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """The number of values of each pool, or their weight; (pools, C)."""
+        if self._counts is None:
+            x, mask, weights = self.batch.x, self.batch.mask, self.batch.weights
+            self._counts = Pools(x, self.pool, mask, weights).counts()
+        return self._counts
+
+    @property
+    def values(self) -> Tensor:
+        """The number of values of each pool, however much they weigh; (pools, C)."""
+        if self.batch.weights is None:
+            return self.counts
+        return Pools(self.batch.x, self.pool, self.batch.mask).counts()
+
+    @property
+    def number(self) -> int | None:
+        """The number of values of a channel over all pools, where the shape of x tells it, else None."""
+        if not self.batch.is_plain or self.pool.process_group is not None or self.pool.ranks is not None:
+            return None
+        x, groups = self.batch.x, self.pool.groups
+        return x.shape[0] * math.prod(x.shape[2:]) * (x.shape[1] // groups if groups else 1)
+
+
+def batch_of(
     given: Any,
-    residual: Any,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    weights: Tensor | None,
-    pool: str | None,
-    batch_first: bool,
-    ghosts: bool,
-) -> View:
-    """The view of an input: a tensor, a `PackedSequence`, or a nested tensor of jagged layout."""
+    residual: Any = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    pool: str | None = None,
+    batch_first: bool = True,
+    ghosts: bool = False,
+) -> Batch:
+    """The batch of an input: a tensor, a `PackedSequence`, or a nested tensor of jagged layout.
+
+    Args:
+        given, residual, mask, lengths, weights, pool, batch_first: see `batchnorm.functional.batch_norm`.
+        ghosts: whether ghost batches are cut from it, whose samples have to stand together.
+
+    Raises:
+        InputError, DtypeError: shapes or dtypes that do not fit.
+    """
+    if not isinstance(given, (Tensor, PackedSequence)):  # a proxy of torch.fx
+        return Batch(given, residual)
     if isinstance(given, PackedSequence) or given.is_nested:
         extra = {"mask": mask, "lengths": lengths}
         name = next((name for name, value in extra.items() if value is not None), None)
@@ -65,46 +126,40 @@ def view(
             raise InputError(f"got {name} beside a {type(given).__name__}, which knows its own lengths; leave it out")
         if weights is not None:
             raise InputError(f"got weights beside a {type(given).__name__}; give a padded tensor with lengths instead")
-    if isinstance(given, PackedSequence):
-        return _packed(given, residual, pool)
-    if given.is_nested:
-        return _jagged(given, residual, pool)
+        return _packed(given, residual, pool) if isinstance(given, PackedSequence) else _jagged(given, residual, pool)
     if pool is None:
-        x = given
-        masked, weighed = positions(x, mask, lengths, weights)
-        return replace(plain(x, residual), mask=masked, weights=weighed)
+        return Batch(given, residual, *positions(given, mask, lengths, weights))
     return _padded(given, residual, mask, lengths, weights, pool, batch_first, ghosts)
 
 
-def equal_steps(seen: View, pool: Pool) -> View:
+def with_equal_steps(batch: Batch, pool: Pool) -> Batch:
     """The same with as many time steps as the rank that has the most; the others' are not valid."""
-    most = all_reduce_max(seen.steps, pool, seen.x.device)
-    samples = max(len(seen.x) // seen.steps, 1) if seen.steps else 1
-    missing = most * samples - len(seen.x)
+    frames = len(batch.x)
+    most = all_reduce_max(batch.steps, pool, batch.x.device)
+    samples = max(frames // batch.steps, 1) if batch.steps else 1
+    missing = most * samples - frames
     if not missing:
-        return seen
+        return batch
 
     def padded(t: Tensor | None) -> Tensor | None:
         # Not torch.cat, which takes an empty vector out of the graph: this rank would miss a collective backward.
         return None if t is None else F.pad(t, (*(0, 0) * (t.ndim - 1), 0, missing))
 
-    mask = seen.x.new_ones(len(seen.x), dtype=torch.bool) if seen.mask is None else seen.mask
-    x = padded(seen.x)
+    mask = batch.x.new_ones(frames, dtype=torch.bool) if batch.mask is None else batch.mask
+    x = padded(batch.x)
     assert x is not None
-    residual, weights = padded(seen.residual), padded(seen.weights)
-    return replace(seen, x=x, residual=residual, mask=padded(mask), weights=weights, steps=most)
+    residual, weights = padded(batch.residual), padded(batch.weights)
+    restore = batch.restore
+    return batch._replace(
+        x=x, residual=residual, mask=padded(mask), weights=weights, steps=most, restore=lambda y: restore(y[:frames])
+    )
 
 
-def plain(x: Tensor, residual: Tensor | None) -> View:
-    """An input (N, C, *space) as it is."""
-    return View(x, None, None, 1, 0, _same, residual)
-
-
-def frames(x: Tensor, residual: Tensor | None, sizes: Sequence[int], first: int = 0) -> View:
+def batch_of_steps(x: Tensor, residual: Tensor | None, sizes: Sequence[int], first: int = 0) -> Batch:
     """Frames (frames, C) in time order, each step a pool: ``sizes[t]`` rows of step ``first + t``."""
     steps, most = len(sizes), max(sizes, default=0)
     if min(sizes, default=0) == most:
-        return replace(plain(x, residual), steps=steps, first=first)
+        return Batch(x, residual, steps=steps, first=first)
     there = (torch.arange(most) < torch.tensor(sizes)[:, None]).flatten()
     index = there.nonzero().squeeze(1).to(x.device)
 
@@ -112,11 +167,7 @@ def frames(x: Tensor, residual: Tensor | None, sizes: Sequence[int], first: int 
         return data.new_zeros((steps * most, *data.shape[1:])).index_copy(0, index, data)
 
     added = None if residual is None else rows(residual)
-    return View(rows(x), there.to(x.device), None, 1, steps, lambda y: y[index], added, first)
-
-
-def _same(y: Tensor) -> Tensor:
-    return y
+    return Batch(rows(x), added, there.to(x.device), steps=steps, first=first, restore=lambda y: y[index])
 
 
 def _padded(
@@ -128,7 +179,7 @@ def _padded(
     pool: str,
     batch_first: bool,
     ghosts: bool,
-) -> View:
+) -> Batch:
     """Frames of (batch, time, channels), or of (time, batch, channels) where the batch is not first."""
     if given.ndim != 3:
         raise InputError(
@@ -145,7 +196,7 @@ def _padded(
         mask = mask if batch_first else mask.t()
     masked, weighed = positions(turned_back, mask, None, weights)
     by_time = pool == "frame"
-    turned = batch_first if by_time else ghosts and not batch_first  # what is one pool must stand together
+    turned = batch_first if by_time else ghosts and not batch_first  # the values of a pool must stand together
 
     def rows(t: Tensor | None) -> Tensor | None:
         if t is None:
@@ -161,10 +212,11 @@ def _padded(
         raise InputError(f"residual is {tuple(residual.shape)}, expected {tuple(given.shape)}, that of the input")
     x = rows(given)
     assert x is not None
-    return View(x, rows(masked), rows(weighed), 1 if by_time else steps, steps if by_time else 0, back, rows(residual))
+    scale, count = (1, steps) if by_time else (steps, 0)
+    return Batch(x, rows(residual), rows(masked), rows(weighed), scale, count, restore=back)
 
 
-def _packed(given: PackedSequence, residual: Any, pool: str | None) -> View:
+def _packed(given: PackedSequence, residual: Any, pool: str | None) -> Batch:
     added: Tensor | None = None
     if residual is not None:
         if not isinstance(residual, PackedSequence):
@@ -177,12 +229,12 @@ def _packed(given: PackedSequence, residual: Any, pool: str | None) -> View:
         return PackedSequence(y, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
 
     if pool != "frame":
-        return View(given.data, None, None, 1, 0, back, added)
-    seen = frames(given.data, added, given.batch_sizes.tolist())
-    return replace(seen, back=lambda y: back(seen.back(y)))
+        return Batch(given.data, added, restore=back)
+    batch = batch_of_steps(given.data, added, given.batch_sizes.tolist())
+    return batch._replace(restore=lambda y: back(batch.restore(y)))
 
 
-def _jagged(given: Tensor, residual: Tensor | None, pool: str | None) -> View:
+def _jagged(given: Tensor, residual: Tensor | None, pool: str | None) -> Batch:
     if given.layout is not torch.jagged:
         raise InputError("got a nested tensor of strided layout; make it with layout=torch.jagged")
     if given.ndim != 3:
@@ -202,7 +254,7 @@ def _jagged(given: Tensor, residual: Tensor | None, pool: str | None) -> View:
         offsets = given.offsets()  # type: ignore[attr-defined]
         return torch.nested.nested_tensor_from_jagged(flat, offsets, jagged_dim=ragged)
 
-    return View(values(given), None, None, 1, 0, back, None if residual is None else values(residual))
+    return Batch(values(given), None if residual is None else values(residual), restore=back)
 
 
 def positions(
@@ -242,7 +294,7 @@ def within(lengths: Tensor, samples: int, length: int, device: torch.device) -> 
             f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
     if (
-        not torch.compiler.is_compiling()
+        not is_compiled()
         and lengths.device.type == "cpu"  # to look at those of another device would wait for it
         and lengths.numel()
         and not 0 <= int(lengths.min()) <= int(lengths.max()) <= length
@@ -256,7 +308,7 @@ def weighing(x: Tensor, weights: Tensor) -> Tensor:
     """The weights (N, *space) that ``weights=`` of `batch_norm` stand for."""
     if not weights.is_floating_point():
         raise DtypeError(f"weights must be floating-point, got {weights.dtype}")
-    if not torch.compiler.is_compiling() and not is_traced(x) and not autograd.is_transformed():
+    if way(x) is Way.EAGER:
         least = weights.detach()
         if not bool((torch.isfinite(least) & (least >= 0)).all()):
             raise InputError("weights must be finite and not negative")
@@ -284,10 +336,3 @@ def _broadcast(x: Tensor, given: Tensor, name: str) -> Tensor:
     if given.device != x.device:
         raise DtypeError(f"{name} is on {given.device}, the input on {x.device}; move one of them with .to()")
     return shaped
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether the call is being recorded for other runtimes, which know ATen's operators but not these."""
-    if not isinstance(x, Tensor):  # a proxy of torch.fx
-        return True
-    return torch.compiler.is_exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

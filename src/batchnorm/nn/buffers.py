@@ -1,0 +1,102 @@
+"""Buffers and flags that a layer's options need, made whenever an option is set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from batchnorm.nn import options
+
+if TYPE_CHECKING:
+    from batchnorm.nn.batch_norm import BatchNorm
+
+FLAGS = ("_call_size", "_is_special")
+HANDED_IN = ("_source", "_accumulator")
+"""Attributes by which the package itself puts another source or population into a layer for a time."""
+_STATISTICS = (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0))
+
+
+def prepare(layer: BatchNorm, name: str) -> None:
+    """Makes the buffers that an option needs, and the flags that choose the short call."""
+    if name == "nonfinite":
+        _count_refusals(layer)
+    elif name == "renorm":
+        _keep_corrections(layer)
+    elif name in options.BY_NAME and options.BY_NAME[name].rows:
+        _shape_statistics(layer, name)
+        if "nonfinite" in layer.__dict__:
+            _count_refusals(layer)
+    set_flags(layer)
+
+
+def set_flags(layer: BatchNorm) -> None:
+    """Sets ``_call_size`` and ``_is_special`` from the options."""
+    handed = any(layer.__dict__.get(name) is not None for name in HANDED_IN)
+    changed = [option for option in options.changed(layer) if not option.in_one_call]
+    is_special = handed or any(not option.parts and not option.belongs for option in changed)
+    ghosts_alone = all(option.name == "ghost_size" for option in changed) and not layer.channels_last
+    own = layer.__dict__
+    own["_is_special"] = is_special
+    own["_call_size"] = own.get("ghost_size", 0) if ghosts_alone and not is_special else None
+
+
+def _count_refusals(layer: BatchNorm) -> None:
+    if layer.nonfinite == "propagate":
+        layer._buffers.pop("num_batches_skipped", None)
+        return
+    batches = layer._buffers.get("num_batches_tracked")
+    shape = () if batches is None else tuple(batches.shape)
+    shape = (*shape, layer.num_features) if layer.nonfinite == "skip_channel" else shape
+    if "num_batches_skipped" not in layer._buffers or layer.num_batches_skipped.shape != shape:
+        at = None if layer.running_mean is None else layer.running_mean.device
+        layer.register_buffer("num_batches_skipped", torch.zeros(shape, dtype=torch.long, device=at))
+
+
+def _keep_corrections(layer: BatchNorm) -> None:
+    for name, value in (("renorm_r", torch.ones), ("renorm_d", torch.zeros)):
+        if layer.renorm is None:
+            layer._buffers.pop(name, None)
+            layer._non_persistent_buffers_set.discard(name)
+        else:
+            mean = layer.running_mean
+            dtype, device = (None, None) if mean is None else (mean.dtype, mean.device)
+            layer.register_buffer(name, value(layer.num_features, dtype=dtype, device=device), persistent=False)
+
+
+def _shape_statistics(layer: BatchNorm, name: str) -> None:
+    """Rows of running statistics for each domain and time step; rows that are added take the current domain's."""
+    domains, steps = options.rows(layer.__dict__)
+    shape = tuple(filter(None, (domains, steps)))
+    for buffer_name, own in _STATISTICS:
+        buffer = layer._buffers.get(buffer_name)
+        if buffer is None:
+            continue
+        lead, tail = buffer.shape[: buffer.ndim - own], buffer.shape[buffer.ndim - own :]
+        if lead == shape:
+            continue
+        # A single axis of rows belongs to the other option, where the layer has that one.
+        by_domain = not steps if name == "domains" else bool(domains)
+        before = tuple(lead) if len(lead) == 2 else (*lead, 1) if by_domain else (1, *lead)
+        kept = buffer.reshape(*before, *tail) if lead else buffer[None, None]
+        if len(kept) != max(domains, 1):
+            kept = kept[min(layer.domain, len(kept) - 1)][None]
+        if kept.shape[1] != max(steps, 1):
+            kept = kept[:, :1]
+        rows = kept.expand(max(domains, 1), max(steps, 1), *tail)
+        layer._buffers[buffer_name] = rows.reshape((*shape, *tail)).clone()
+    if layer.domain >= max(domains, 1):
+        layer.domain = 0
+
+
+def fill_in(layer: BatchNorm, state: dict[str, Any], prefix: str) -> None:
+    """Adds to a state that is loaded what torch's layers do not have: refused batches, rows of domains and steps."""
+    key = prefix + "num_batches_skipped"
+    if "num_batches_skipped" in layer._buffers and key not in state:
+        state[key] = layer.num_batches_skipped
+    for name, _ in _STATISTICS:
+        own, given = layer._buffers.get(name), state.get(prefix + name)
+        if own is None or given is None or own.ndim <= given.ndim:
+            continue
+        if own.shape[own.ndim - given.ndim :] == given.shape:
+            state[prefix + name] = given.expand(own.shape)  # torch's one row serves all domains or steps

@@ -1,0 +1,37 @@
+"""The settings that every verb of normalization takes beside its input and its statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Fusion(NamedTuple):
+    """The part after the statistics: ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``.
+
+    Attributes:
+        weight: gamma (C,), or None for 1.
+        bias: beta (C,), or None for 0.
+        residual: like the input, or None.
+        eps: added to the variance, inside the root.
+        activation: its name, or None.
+        slope: of "leaky_relu".
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    eps: float = 1e-5
+    activation: str | None = None
+    slope: float = 0.01
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As the operators take them."""
+        return self.weight, self.bias, self.residual
+
+    @property
+    def settings(self) -> tuple[float, str, float]:
+        """eps, the activation's name ("identity" for none) and its slope."""
+        return self.eps, self.activation or "identity", self.slope

@@ -1,0 +1,212 @@
+"""Normalization by the operators: each function looks at the way of the call once and takes what serves it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.kernels import aten, cpu
+from batchnorm.ops import autograd, recomputation
+from batchnorm.ops.autograd import Settings
+from batchnorm.ops.by_torch import by_torch
+from batchnorm.ops.context import Way, is_compiled, is_in_forward_mode, is_recorded, is_traced_by_jit, way
+from batchnorm.ops.fusion import Fusion
+from batchnorm.ops.schemas import ACTIVATIONS
+from batchnorm.pools import Pool, Pools, merge_moments
+
+_KINDS: dict[str | None, int] = {None: 0, **{name: index for index, name in enumerate(ACTIVATIONS)}}
+
+
+class Normalized(NamedTuple):
+    """An output, and the statistics of every pool that made it: mean and biased variance, (pools, C).
+
+    ``counts`` are the numbers (or weights) of the values of every pool, (pools, C), where they were made on the way.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    counts: Tensor | None = None
+
+
+def in_one_call(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    use_batch: bool,
+    update: bool,
+    pool_size: int = 0,
+    carry: Tensor | None = None,
+) -> Tensor | None:
+    """A plain eager call on the CPU as one call of C++: y, or None, with nothing done, where this is no such call.
+
+    C++ raises no errors about its arguments: it returns None, and the way through Python raises them. If this torch has
+    no such function in C++, torch's own operator takes small calls.
+    """
+    if is_compiled():
+        return None
+    if cpu.call is None:
+        if pool_size or not x.numel() < cpu.torch_below:
+            return None
+        return by_torch(
+            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
+            use_batch, update, carry,
+        )  # fmt: skip
+    kind = _KINDS.get(activation)
+    if kind is None:
+        return None
+    y: Tensor | None = cpu.call(
+        x, residual, weight, bias, running_mean, running_var, num_batches_tracked, carry, momentum, eps, kind, slope,
+        use_batch, update, pool_size,
+    )  # fmt: skip
+    return y
+
+
+def in_one_node(
+    x: Tensor,
+    fusion: Fusion,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch: bool,
+    momentum: float,
+) -> Tensor:
+    """The same call for a recorder: `torch.nn.functional.batch_norm`, and what is fused as operations of its own."""
+    y = F.batch_norm(x, running_mean, running_var, fusion.weight, fusion.bias, use_batch, momentum, fusion.eps)
+    return finish(y, fusion)
+
+
+def finish(y: Tensor, fusion: Fusion) -> Tensor:
+    """The residual and the activation as operations of their own."""
+    if fusion.residual is not None:
+        y = y + fusion.residual
+    return aten.activate(y, fusion.activation or "identity", fusion.slope)
+
+
+def by_batch(
+    x: Tensor, pool: Pool, fusion: Fusion, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Normalized:
+    """Normalizes by the statistics of the pools of x, through which the gradient runs.
+
+    Args:
+        x: (N, C, *space).
+        pool: the values that share statistics.
+        fusion: see `Fusion`.
+        mask: boolean (N, *space): only valid values are in the pools, and the others become zeros.
+        weights: (N, *space), >= 0: how often each value counts.
+    """
+    how = way(x)
+    if weights is not None or how is Way.RECORDED or (pool.is_merged and how is Way.TRANSFORMED):
+        # Of operations that torch itself differentiates, in the weights too, and that other runtimes know.
+        y, mean, var = aten.forward(x, *fusion.tensors, pool, *fusion.settings, mask, weights)
+        return Normalized(y, mean.detach(), var.detach(), Pools(x, pool, mask, weights).counts().detach())
+    if pool.is_merged:
+        y, counts, mean, var = autograd.MergedStatistics.apply(x, *fusion.tensors, mask, pool, *fusion.settings)
+        return Normalized(y, mean, var, counts)
+    if how is Way.EAGER:
+        return _by_batch_eagerly(x, pool.size, fusion, mask)
+    if how is Way.COMPILED:
+        y, mean, var, _ = autograd.BatchStatistics.apply(x, *fusion.tensors, mask, pool.size, *fusion.settings)
+    elif mask is not None:  # of operations that have every derivative
+        y, mean, var = aten.forward(x, *fusion.tensors, pool.size, *fusion.settings, mask)
+    else:
+        y, mean, var, _ = autograd.TransformedBatchStatistics.apply(x, *fusion.tensors, pool.size, *fusion.settings)
+    return Normalized(y, mean.detach(), var.detach())
+
+
+def _by_batch_eagerly(x: Tensor, pool_size: int, fusion: Fusion, mask: Tensor | None) -> Normalized:
+    weight, bias, residual = fusion.tensors
+    settings = Settings(pool_size, *fusion.settings)
+    measured: list[Tensor] = []
+    y = autograd.eager_batch_statistics(x, weight, bias, residual, mask, settings, measured)
+    if residual is None and recomputation.is_active():
+        recomputation.note(y, (x, weight, bias), measured[:2], settings.arguments, mask)
+    return Normalized(y, measured[0], measured[1])
+
+
+def by_statistics(
+    x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion, pool_size: int = 0, mask: Tensor | None = None
+) -> Tensor:
+    """Normalizes by given statistics, which are constants.
+
+    Args:
+        x: (N, C, *space).
+        mean, var: (C,), or (pools, C) for pools of ``pool_size`` samples; the variance is the *biased* one of a batch,
+            or what the layer keeps.
+        fusion: see `Fusion`.
+        pool_size: samples of a pool; 0 for all.
+        mask: as for `by_batch`.
+    """
+    how = way(x)
+    if mean.dim() > 1 and mask is None and is_traced_by_jit():
+        return finish(_by_rows(x, mean, var, fusion), fusion)
+    if how is Way.RECORDED and mask is None and not pool_size:
+        return in_one_node(x, fusion, mean, var, False, 0.0)
+    if how is Way.RECORDED or (how is Way.TRANSFORMED and mask is not None):
+        return aten.normalize(x, mean, var, *fusion.tensors, pool_size, *fusion.settings, mask)
+    settings = Settings(pool_size, *fusion.settings)
+    y: Tensor
+    if how is Way.TRANSFORMED:
+        y = autograd.TransformedPopulationStatistics.apply(x, *fusion.tensors, mean, var, *settings)[0]
+        return y
+    y = autograd.PopulationStatistics.apply(x, *fusion.tensors, mean, var, *settings, mask)[0]
+    if fusion.residual is None and recomputation.is_active():
+        operands = (x, fusion.weight, fusion.bias)
+        recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments, mask)
+    return y
+
+
+def _by_rows(x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion) -> Tensor:
+    """Pools of equal size, one after the other in x, each by its row of statistics (pools, C).
+
+    For `torch.jit.trace`, where sizes are tensors: batch and number of pools stay free in the record.
+    """
+    shape = (mean.shape[0], 1, -1, *(1,) * (x.dim() - 2))
+    scale = torch.rsqrt(var + fusion.eps)
+    if fusion.weight is not None:
+        scale = scale * fusion.weight
+    y = (x.reshape(mean.shape[0], -1, *x.shape[1:]) - mean.reshape(shape)) * scale.reshape(shape)
+    y = y.reshape(x.shape)
+    return y if fusion.bias is None else y + fusion.bias.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def by_measured(x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion) -> Tensor:
+    """Normalizes by the statistics (1, C) of x itself, measured before, through which the gradient runs."""
+    transformed = way(x) is Way.TRANSFORMED
+    function = autograd.TransformedMeasuredStatistics if transformed else autograd.MeasuredStatistics
+    y: Tensor = function.apply(x, *fusion.tensors, mean, var, 0, *fusion.settings)[0]
+    return y
+
+
+def can_use_measured(x: Tensor, pool: Pool, mask: Tensor | None, weights: Tensor | None) -> bool:
+    """Whether `by_measured` takes these pools."""
+    return not (pool.is_merged or mask is not None or weights is not None or is_recorded(x))
+
+
+def needs_every_derivative(x: Tensor) -> bool:
+    """Whether statistics that depend on x must be made of operations that torch differentiates, or records."""
+    return (torch.is_grad_enabled() and x.requires_grad) or is_in_forward_mode() or is_recorded(x)
+
+
+@torch.no_grad()
+def measure(
+    x: Tensor, pool: Pool, mask: Tensor | None = None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of every pool, and the number (or weight) of its values; each (pools, C)."""
+    if weights is None and not is_recorded(x):
+        mean, m2 = torch.ops.batchnorm.moments.default(x.detach(), pool.size, mask)
+        count, mean, m2 = merge_moments(Pools(x, pool.size, mask).counts(), mean, m2, pool)
+        return mean, m2 / torch.where(count > 0, count, 1.0), count
+    pools = Pools(x, pool, mask, weights)
+    mean, var = aten.batch_statistics(x, pools)
+    return mean, var, pools.counts()
