@@ -130,9 +130,12 @@ class Population:
         first = min(first, self.max_steps)
         return domain * self.max_steps + first, min(steps, self.max_steps - first)
 
-    @torch.no_grad()
     def take(self, measured: Measured, pool: Pool) -> None:
         """Takes in the statistics of a batch. A pool of one value has no variance, and changes nothing."""
+        with torch.no_grad():  # as a decorator of a method Dynamo does not trace it
+            self._take(measured, pool)
+
+    def _take(self, measured: Measured, pool: Pool) -> None:
         number = measured.number
         if number == 1 and self.accumulator is None:
             return

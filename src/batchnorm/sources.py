@@ -141,13 +141,13 @@ class Renormalized(NamedTuple):
         if pool.size or batch.steps:
             raise InputError("renorm corrects one pool a channel; it does not go with ghost_size or pool='frame'")
         measured = measure(batch, pool)
-        r, d = self._corrections(measured, fusion.eps)
+        with torch.no_grad():
+            r, d = self._corrections(measured, fusion.eps)
         fusion = _scaled(fusion, r, d, batch.x.dtype)
         if ops.can_use_measured(batch.x, pool, batch.mask, batch.weights):  # measured once is enough
             return ops.by_measured(batch.x, measured.mean, measured.var, fusion), measured
         return OfBatch().normalize(batch, pool, fusion)
 
-    @torch.no_grad()
     def _corrections(self, measured: Measured, eps: float) -> tuple[Tensor, Tensor]:
         """r and d of this batch; a recomputation takes those of the forward that it repeats."""
         mean, var = measured.mean[0], measured.var[0]
