@@ -133,8 +133,10 @@ def test_one_sequence_has_no_variance_at_a_step():
 
 @pytest.mark.parametrize(
     "option",
-    [{}, {"running": "cumulative"}, {"running": "debiased"}, {"nonfinite": "skip"}, {"domains": 2}]
-    + [{"ghost_size": 2}, {"ghost_size": 2, "ghost_update": "decay"}, {"running_var": "biased"}],
+    [
+        *({}, {"running": "cumulative"}, {"running": "debiased"}, {"nonfinite": "skip"}, {"domains": 2}),
+        *({"ghost_size": 2}, {"ghost_size": 2, "ghost_update": "decay"}, {"running_var": "biased"}),
+    ],
 )
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_one_value_that_a_mask_or_weights_leave_changes_no_statistics(option: dict[str, Any], axes: int):
