@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import batchnorm as bn
 from batchnorm import reference
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, SynchronizationError
 
 KINDS = [nn.BatchNorm1d, bn.BatchNorm1d]
 
@@ -340,6 +342,17 @@ def _calibrate_on_a_rank(rank: int, folder: str) -> None:
         bn.calibrate(net, [bad if rank else parts[0]], process_group="world")
     assert same(contents(net), before)
     bn.calibrate(net, [] if rank else [parts[0]], process_group="world")
+    other = nn.Sequential(nn.Linear(4, 3), bn.BatchNorm1d(3), nn.Linear(3, 2 + rank), bn.BatchNorm1d(2 + rank))
+    with pytest.raises(SynchronizationError, match=r"layer '3'.*rank 0: \(2,\), rank 1: \(3,\)"):
+        bn.calibrate(other, [torch.randn(6, 4)], process_group="world")
+    before = contents(net)
+    if rank == 0:  # comes last: the other one does not answer
+        with pytest.raises(SynchronizationError, match=r"rank 0.*layer '.*rank\(s\) \[1\].*timeout=1 seconds"):
+            bn.calibrate(net, [parts[0]], process_group="world", timeout=1)
+        assert same(before, contents(net))
+        (Path(folder) / "done").touch()
+    while not (Path(folder) / "done").exists():
+        time.sleep(0.1)
     torch.save(net.state_dict(), f"{folder}/empty{rank}.pt")
     distributed.destroy_process_group()
 

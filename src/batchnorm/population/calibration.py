@@ -18,6 +18,7 @@ from batchnorm.data.reading import check_batch_size
 from batchnorm.data.sources import Local, is_dataset, source_of
 from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import InputError
+from batchnorm.pools import process_group as process_group_of
 from batchnorm.population.feeding import eager, feed, progress_bar, read_batches
 from batchnorm.population.measuring import (
     Estimate,
@@ -28,6 +29,7 @@ from batchnorm.population.measuring import (
     is_by_step,
     keeps_biased,
 )
+from batchnorm.population.merging import over_ranks
 from batchnorm.population.partitions import float_dtype, measure_partitions
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -89,7 +91,7 @@ def calibrate(
         batch_size: rows of a batch of a data set; needed for one, and for nothing else.
         columns: of a data set, by default all. Columns of numbers are the features (N, C); a single column of arrays
             is (N, ...); columns of arrays beside others are a dict.
-        timeout: seconds to wait for Ray, Spark or Dask.
+        timeout: seconds to wait for Ray, Spark or Dask, or for other ranks after this rank's own pass.
 
     Returns:
         The network, its statistics replaced and all else (modes, hooks, momentum) as it was.
@@ -156,10 +158,11 @@ def calibrate(
             read = read_batches(batches, samples, advance)
             if process_group is None:
                 return measurement.over(read, lambda batch: run(net, batch))
-            return _over_ranks(
+            return over_ranks(
                 lambda: measurement.over(read, lambda batch: run(net, batch), may_be_empty=True),
                 layers,
-                None if process_group == "world" else process_group,
+                process_group_of(process_group),
+                check_timeout("calibrate", timeout),
             )
 
         estimates = _one_by_one(measurement, measure) if method == "sequential" else measure()
@@ -201,36 +204,6 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
 def _warn(what: str, names: list[str]) -> None:
     if names:
         warnings.warn(f"calibrate: layers {names} {what} and are left alone", stacklevel=4)
-
-
-def _over_ranks(
-    measure: Callable[[], dict[str, Estimate]], layers: dict[str, _BatchNorm], group: dist.ProcessGroup | None
-) -> dict[str, Estimate]:
-    """What all ranks measure together, in one order for all."""
-    error: BaseException | None = None
-    mine: dict[str, Estimate] = {}
-    try:
-        mine = measure()
-    except BaseException as raised:
-        error = raised
-    device = buffers_of(next(iter(layers.values())))[0].device
-    # How many ranks failed; then where each layer ran, so that all take the layers in one order.
-    failed = torch.tensor([error is not None], dtype=torch.long, device=device)
-    dist.all_reduce(failed, group=group)
-    if error is not None:
-        raise error
-    if failed.item():
-        raise InputError(f"calibrate: {failed.item()} other rank(s) failed; the network is unchanged")
-    order = list(mine)
-    places = [order.index(name) if name in mine else len(layers) for name in layers]
-    first = torch.tensor(places, dtype=torch.long, device=device)
-    dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
-    merged: dict[str, Estimate] = {}
-    for place, name in sorted(zip(first.tolist(), layers, strict=True), key=lambda pair: pair[0]):
-        if place < len(layers):
-            part = mine.get(name) or Estimate.empty(buffers_of(layers[name])[0])
-            merged[name] = part.all_reduce(group)
-    return merged
 
 
 def _one_by_one(measurement: Measurement, measure: Callable[[], dict[str, Estimate]]) -> dict[str, Estimate]:
