@@ -34,7 +34,7 @@ def run(engine, *checks):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
 
