@@ -201,3 +201,25 @@ def test_import_loads_nothing_heavy(statement: str):
 def test_import_takes_under_50_ms_more_than_torch():
     runs = [json.loads(fresh_interpreter(IMPORTS.format(statement="import batchnorm"))) for _ in range(3)]
     assert min(took for took, _ in runs) < 0.05
+
+
+START = """
+import time, torch
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+import batchnorm
+layer, x = batchnorm.BatchNorm1d(32, activation="relu"), torch.randn(64, 32)
+grown = resident() - before
+torch.nn.BatchNorm1d(32)(x)  # torch starts its own threads and allocator
+start = time.process_time()
+layer(x)
+print(time.process_time() - start, grown)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_first_call_takes_under_20_ms_and_all_of_it_under_10_mb():
+    runs = [[float(each) for each in fresh_interpreter(START).split()] for _ in range(3)]
+    assert min(took for took, _ in runs) < 0.02
+    assert min(grown for _, grown in runs) < 10e6
