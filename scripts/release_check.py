@@ -47,6 +47,8 @@ def matrix_is_fresh() -> str | None:
     path = ROOT / "docs" / "installation-matrix.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
     today, found = datetime.date.today(), []
+    wanted = re.findall(r'"([\d.]+)"', re.search(r"TORCHES = \((.*?)\)", (ROOT / "scripts/matrix").read_text())[1])
+    found += [f"no row for torch {torch}" for torch in wanted if not any(name.startswith(f"{torch} ") for name in rows)]
     for name, row in rows.items():
         if "passed" not in row["outcome"] or "failed" in row["outcome"]:
             found.append(f"{name}: {row['outcome']}")
