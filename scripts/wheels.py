@@ -25,6 +25,9 @@ LIMIT = 5_000_000  # bytes
 PROCESSORS = ("x86_64", "aarch64")
 # What the libraries take from torch, which is imported before them.
 OF_TORCH = ("libtorch_cpu.so", "libtorch_python.so", "libc10.so")
+OF_SYSTEM = ("libc.so.", "libm.so.", "libgcc_s.so.", "libstdc++.so.", "ld-linux-")
+# The newest versions of symbols on AlmaLinux 8, which defines manylinux_2_28.
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -77,10 +80,16 @@ def build(processor: str) -> Path:
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", raw,
         *options, ROOT, **environment,
     )  # fmt: skip
+    (built,) = raw.glob("*.whl")
+    if processor != os.uname().machine:  # auditwheel knows this machine's processor alone; `check` looks at the symbols
+        run(sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", f"{PLATFORM}_{processor}", built,
+            **environment)  # fmt: skip
+        (tagged,) = raw.glob("*.whl")
+        return Path(shutil.move(tagged, DIST / tagged.name))
     excludes = [option for library in OF_TORCH for option in ("--exclude", library)]
     run(
         sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{processor}", "--only-plat", *excludes,
-        "--wheel-dir", DIST, next(raw.glob("*.whl")), **environment,
+        "--wheel-dir", DIST, built, **environment,
     )  # fmt: skip
     return next(DIST.glob(f"batchnorm-*{PLATFORM}_{processor}.whl"))
 
@@ -113,6 +122,7 @@ def check(wheel: Path) -> None:
                 raise SystemExit(f"{wheel.name}: {name} has the path {found[0]} of this machine inside")
             if name.endswith(".so"):
                 check_python_symbols(name, contents)
+                check_versions(name, contents)
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
 
 
@@ -129,6 +139,22 @@ def check_python_symbols(name: str, contents: bytes) -> None:
         known = FUNCTIONS.get(Symbol(symbol.name)) or DATAS.get(Symbol(symbol.name))
         if known is None or (known.added.major, known.added.minor) > (3, 10):
             raise SystemExit(f"{name} needs {symbol.name}, which is not in Python 3.10's stable ABI")
+
+
+def check_versions(name: str, contents: bytes) -> None:
+    """Raises where a library needs a version of a system library that PLATFORM does not have, or another library."""
+    from elftools.elf.elffile import ELFFile
+
+    elf = ELFFile(io.BytesIO(contents))
+    for library, versions in elf.get_section_by_name(".gnu.version_r").iter_versions():
+        for version in versions:
+            family, _, number = version.name.partition("_")
+            newest = NEWEST.get(family)
+            if newest is None or not number[:1].isdigit() or tuple(map(int, number.split("."))) > newest:
+                raise SystemExit(f"{name} needs {version.name} of {library.name}, which {PLATFORM} lacks")
+    for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED"):
+        if tag.needed not in OF_TORCH and not tag.needed.startswith(OF_SYSTEM):
+            raise SystemExit(f"{name} needs {tag.needed}")
 
 
 def main() -> None:
