@@ -22,7 +22,7 @@ EXAMPLES = """**Examples**
 
 `batchnorm lab figure1 --quick` - one experiment, short
 
-`batchnorm lab all --quick` - all of them, under 10 minutes on two cores; without --quick under 3 hours
+`batchnorm lab all --quick` - all of them, about 6 minutes on two cores; without --quick about an hour and a half
 
 `batchnorm lab landscape --network mymodels:resnet --data mydata:load --set steps=500` - on your own network
 

@@ -170,7 +170,7 @@ def _accuracy(result: TrainResult) -> Figure:
                 axes.annotate(
                     f"step {step:,}",
                     (step, share * best),
-                    xytext=(6 if side == "left" else -6, -14 if name == "batch norm" else -28),
+                    xytext=(6 if side == "left" else -6, -30 if name == "batch norm" else -46),
                     textcoords="offset points",
                     ha=side,
                     color=COLORS[name],

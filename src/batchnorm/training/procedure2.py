@@ -511,6 +511,12 @@ def _insert(network: nn.Module, example: Tensor, config: ResolvedConfig) -> dict
                 "--baseline and no other --placement; leave these out, or give a network without batch norm."
             ) from nothing
         return nothing.skipped
+    except SurgeryError as error:  # whose remedy is an argument that a training has not
+        reason = str(error).partition(" Mend this")[0].removesuffix(".")
+        raise SurgeryError(
+            f"network {config.network}: {reason}. Mend this in the network, or put batch norm in yourself: "
+            "bn.insert(net, example, skip=[...]) in the factory."
+        ) from error
     plan.apply()
     return plan.skipped
 
