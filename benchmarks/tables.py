@@ -127,17 +127,17 @@ def absent(rows: Sequence[Row]) -> str:
 
 
 def environment(rows: Sequence[Row]) -> str:
-    """What the figures are true for, each set of columns once."""
-    lines = []
+    """What the figures are true for: a line for each machine and set of versions, with all revisions and dates."""
+    lines: dict[str, dict[str, None]] = {}
     for r in rows:
         caches = ", ".join(f"{level} {size // 1024} KB" for level, size in r["caches"].items())
-        lines.append(
+        surroundings = (
             f"{r['processor']}, {r['machine_threads']} threads, {caches}; instructions: ours {r['instructions']}, "
             f"torch {r['torch_instructions']}; huge pages: {r['huge_pages']}; torch {r['torch']}, "
-            f"Python {r['python']}, batchnorm {r['batchnorm']} at {r['revision']}, {r['date'][:10]}"
-            f"{', a quick run' if r['quick'] else ''}."
+            f"Python {r['python']}, batchnorm {r['batchnorm']}{', a quick run' if r['quick'] else ''}"
         )
-    return "\n\n".join(dict.fromkeys(lines))
+        lines.setdefault(surroundings, {})[f"{r['revision']} ({r['date'][:10]})"] = None
+    return "\n\n".join(f"{line}, at {', '.join(revisions)}." for line, revisions in lines.items())
 
 
 def slower(rows: Sequence[Row]) -> str:

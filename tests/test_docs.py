@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
+import io
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from batchnorm.errors import MissingDependencyError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 VERBS = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-OTHERS = ("federated", "pools", "own-data", "run-files")
+OTHERS = ("federated", "gallery", "pools", "questions", "own-data", "run-files")
 RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in OTHERS), *VERBS]
 
 
@@ -31,9 +40,34 @@ def test_every_verb_has_a_page_with_an_example():
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["docs"])
+    torch.manual_seed(0)
     namespace: dict = {"__name__": "__docs__"}
-    for number, source in enumerate(blocks(page)):
-        exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
+    for number, (source, wanted) in enumerate(printing(page)):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
+        if wanted is not None:
+            assert rough(printed.getvalue()) == rough(wanted), f"{page.name}, block {number}"
+
+
+def printing(page: Path) -> list[tuple[str, str | None]]:
+    """Each block of Python with what the page says that it prints, a block ```text prints behind it."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```$(?:\n+```text prints\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
+    assert len(found) == len(blocks(page))
+    return [(source, wanted or None) for source, wanted in found]
+
+
+def rough(text: str) -> str:
+    """Rounding errors differ by machine, so those (numbers with an exponent) are left out; all else is compared."""
+    return re.sub(r"\d(?:\.\d+)?e-\d+", "#", text).strip()
+
+
+def test_printed_blocks_are_compared():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("```text prints") == 1
+    assert rough("relative 2.63e-07 (accepted 1e-05), 1 folded") == "relative # (accepted #), 1 folded"
+    assert rough("2 folded") != rough("1 folded")
 
 
 def test_the_pictures_of_pools_are_computed():
@@ -54,7 +88,9 @@ def test_the_page_to_play_with_is_the_one_that_is_written(tmp_path):
     from batchnorm.report import write_play
 
     written = write_play(tmp_path / "play.html", lesson())
-    assert (ROOT / "docs" / "play.html").read_bytes() == written.read_bytes(), "batchnorm lab play --out docs"
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "play.html", written)]
+    kept, new = (re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL) for page in pages)
+    assert kept == new, "write it anew: batchnorm lab play --out docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -65,3 +101,34 @@ def test_examples_are_python_and_name_what_exists(page):
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bn":
                 assert hasattr(bn, node.attr), f"{page.name}: bn.{node.attr}"
+
+
+def test_every_public_name_has_an_anchor_of_its_own():
+    import batchnorm as bn
+
+    listed = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        listed |= set(re.findall(r"^::: batchnorm\.([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(bn.__all__) - {"__version__"} <= listed
+    for name in listed:
+        owner, _, last = f"batchnorm.{name}".rpartition(".")
+        with contextlib.suppress(MissingDependencyError):  # of an engine that is not installed
+            assert getattr(importlib.import_module(owner), last).__doc__, name
+
+
+@pytest.mark.slow
+def test_the_built_site_has_an_anchor_for_each_public_name(tmp_path):
+    import batchnorm as bn
+
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)],
+        cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    pages = " ".join(page.read_text(encoding="utf-8") for page in (site / "reference").rglob("*.html"))
+    anchors = set(re.findall(r'id="batchnorm\.(\w+)"', pages))
+    assert anchors >= set(bn.__all__) - {"__version__"}
+    assert "drop-in for" in pages
+    assert not re.findall(r"<summary>Example</summary>", pages)

@@ -93,7 +93,7 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, Algorithm 1; Hoffer et al. 2017 (ghost batches); Summers & Dinneen 2020 (groups);
         Laurent et al. 2016 (pool).
 
-    Example:
+    Examples:
         >>> x = torch.randn(8, 3, 4, 4)
         >>> y = batch_norm(x, None, None, training=True, activation="relu")
         >>> bool((y >= 0).all()), y.shape
@@ -169,7 +169,7 @@ def moments(input: Tensor) -> Moments:
         InputError: fewer than two axes.
         DtypeError: not a floating-point tensor.
 
-    Example:
+    Examples:
         >>> moments(torch.tensor([[1.0], [3.0]])).variance(unbiased=False)
         tensor([1.], dtype=torch.float64)
     """

@@ -465,7 +465,7 @@ Raises:
 Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; Ioffe 2017 (renorm); Summers & Dinneen 2020 (example_weight,
 channel_groups); Hoffer et al. 2017 (ghost_size); Laurent et al. 2016 (pool).
 
-Example:
+Examples:
     >>> import torch
     >>> layer = {name}(4, activation="relu")
     >>> layer(torch.randn({example})).shape

@@ -24,7 +24,7 @@ class use_domain:  # noqa: N801 - a function that is also a context manager
     Raises:
         InputError: no layer with domains, or one that has no such domain. Nothing is changed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from batchnorm import BatchNorm1d
         >>> net = nn.Sequential(BatchNorm1d(1, domains=2))

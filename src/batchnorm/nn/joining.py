@@ -42,7 +42,7 @@ def joinable(net: DistributedDataParallel) -> Joinable:
     As for `Join` itself, each iteration is one forward and one backward of ``net`` (second derivatives, which exchange
     more, are not followed).
 
-    Example:
+    Examples:
         >>> from torch.distributed.algorithms.join import Join
         >>> def train(net, batches, optimizer):
         ...     with Join([joinable(net)]):

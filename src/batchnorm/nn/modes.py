@@ -47,7 +47,7 @@ def set_mode(net: Net, *, source: str | None = None, update: str | None = None, 
         InputError: no batch normalization, an unknown mode, a layer of a class with a life of its own, or
             ``source="running"`` or ``update="always"`` for a layer without running statistics. Nothing is changed.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         >>> set_mode(net, source="running", affine=False)[1].extra_repr().split(", ")[-2:]
         ["source='running'", 'trains_affine=False']
@@ -75,7 +75,7 @@ def mode(
 def no_update(net: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it no forward changes running statistics: for probes, teachers and gradient penalties.
 
-    Example:
+    Examples:
         >>> net = ours.BatchNorm1d(3)
         >>> with no_update(net):
         ...     _ = net(torch.randn(8, 3) + 5)
@@ -138,7 +138,7 @@ def transaction(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         optimizer: the one whose step decides; one that takes the scale itself (``fused=True``) counts as skipped when
             it found infinite gradients.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.BatchNorm1d(3))
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> with transaction(net, optimizer):

@@ -550,7 +550,7 @@ Raises:
 
 Source: {source}
 
-Example:
+Examples:
     >>> layer = {name}(3, 5, batch_norm="frame", recurrent=True)
     >>> output, state = layer(torch.randn(7, 4, 3))
     >>> output.shape
@@ -574,7 +574,7 @@ Shape:
 Raises:
     InputError: shapes that do not fit, a state without its step, one sample in training.
 
-Example:
+Examples:
     >>> cell = {name}(3, 5, batch_norm="frame").eval()
     >>> state = cell(torch.randn(4, 3))
     >>> state = cell(torch.randn(4, 3), state, step=1)

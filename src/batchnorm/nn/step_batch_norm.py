@@ -50,7 +50,7 @@ class StepBatchNorm(BatchNorm1d):
 
     Source: Cooijmans et al. 2016, Recurrent batch normalization, section 3.
 
-    Example:
+    Examples:
         >>> layer = StepBatchNorm(2, max_steps=10)
         >>> layer(torch.randn(5, 2), sizes=[3, 2]).shape
         torch.Size([5, 2])

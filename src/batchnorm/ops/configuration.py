@@ -73,7 +73,7 @@ def _calls() -> str:
 def show_config() -> None:
     """Prints what implementations and optional packages are there, and why something is not.
 
-    Example:
+    Examples:
         >>> show_config()  # doctest: +ELLIPSIS
         batchnorm         ...
     """

@@ -131,7 +131,7 @@ def sync_running_statistics(net: Net, process_group: Any = "world") -> Net:
         InputError: no layer with running statistics.
         SynchronizationError: a rank that does not make the call within the group's timeout, or has other layers.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.BatchNorm1d(2))
         >>> sync_running_statistics(net) is net  # a process alone is the world
         True

@@ -64,7 +64,7 @@ def read_statistics(file_or_state: Any, framework: str | None = None) -> Checkpo
         InputError: a framework that is unknown, or whose file this is not.
         MissingDependencyError: the package that reads such files is not installed.
 
-    Example:
+    Examples:
         >>> state = {"params": {"bn": {"scale": [1.0], "bias": [0.0]}}}
         >>> state["batch_stats"] = {"bn": {"mean": [0.5], "var": [2.0]}}
         >>> read_statistics(state).layers[0].decay
@@ -114,7 +114,7 @@ def load_statistics(
             variance, values that are not finite), or that train by another rule; the network is then as it was.
         MissingDependencyError: the package that reads such files is not installed.
 
-    Example:
+    Examples:
         >>> from batchnorm import BatchNorm1d
         >>> state = {"params": {"bn": {"scale": [1.0], "bias": [0.0]}}}
         >>> state["batch_stats"] = {"bn": {"mean": [0.5], "var": [2.0]}}

@@ -57,7 +57,7 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
         SurgeryError: when there is no batch normalization, the network cannot be captured, or the result differs;
             ``net`` is then as it was.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> accelerate(net, torch.randn(2, 3, 8, 8))[1].activation
         'relu'

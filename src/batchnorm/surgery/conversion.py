@@ -121,7 +121,7 @@ def convert(
         InputError: an unknown option, value or target.
         SurgeryError: a layer that cannot be converted; nothing is then changed.
 
-    Example:
+    Examples:
         >>> net = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nonfinite="skip")
         >>> net[1].nonfinite
         'skip'

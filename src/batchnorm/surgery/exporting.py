@@ -74,7 +74,7 @@ def preview_export(net: nn.Module, example: Any) -> ExportPreview:
     Raises:
         InputError: when ``net`` is no module or fails on the example.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
         >>> print(preview_export(net, torch.randn(2, 3, 8, 8)))
         1: one BatchNormalization with its running statistics as constants

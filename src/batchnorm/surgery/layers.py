@@ -23,7 +23,7 @@ class LastAxisBatchNorm(BatchNorm1d):
     Constructor, statistics (normalizing variance biased, running variance unbiased) and
     ``state_dict`` are those of ``BatchNorm1d``; the pool of a channel is every value in it.
 
-    Example:
+    Examples:
         >>> LastAxisBatchNorm(4)(torch.randn(8, 5, 4)).shape
         torch.Size([8, 5, 4])
     """
@@ -54,7 +54,7 @@ class ScaleShift(nn.Module):
         activation, negative_slope: as for ``BatchNorm2d``.
         channels_last: whether the channels are the last axis of x, and not the second.
 
-    Example:
+    Examples:
         >>> layer = ScaleShift(torch.zeros(4), torch.full((4,), 2.0), torch.ones(4), activation="relu")
         >>> bool((layer(torch.ones(8, 4)) == 3).all())
         True

@@ -48,7 +48,7 @@ def param_groups(
     Raises:
         InputError: when ``net`` is no module, or a decay is negative.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         >>> optimizer = torch.optim.SGD(param_groups(net, weight_decay=1e-4), lr=0.1)
         >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]

@@ -58,7 +58,7 @@ def descent(
 
     Source: Santurkar, Tsipras, Ilyas & Madry 2018, section 3.1 and Figure 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Linear(1, 1, bias=False)
         >>> found = descent(net, torch.tensor([[2.0]]), 0.1, loss=lambda net, x: net(x).square().sum() / 2)

@@ -139,7 +139,7 @@ def weight_scales(net: nn.Module, learning_rate: float) -> dict[str, WeightScale
 
     Source: van Laarhoven 2017; Hoffer et al. 2018.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.constant_(layer.weight, 2.0)
         >>> round(weight_scales(nn.Sequential(layer), 0.4)["0"].effective_learning_rate, 6)

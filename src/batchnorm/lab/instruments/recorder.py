@@ -22,7 +22,7 @@ class Recorder:
     Attributes:
         records: by name, a list of (step, reading).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from batchnorm.lab.instruments import gradient_norms
         >>> net = nn.Linear(3, 2)
