@@ -78,7 +78,7 @@ class Renorm:
 
     Source: Ioffe 2017, Batch Renormalization, Algorithm 1 and section 3.
 
-    Example:
+    Examples:
         >>> Renorm().limits(torch.tensor(15_000))
         (tensor(1.5714, dtype=torch.float64), tensor(2.5000, dtype=torch.float64))
     """
