@@ -3,8 +3,8 @@
   const { x, y, testX, testY, classes, hidden } = data.learn;
   const ARMS = [["batch norm", true, "--batch-norm"], ["without", false, "--baseline"]];
   const RATES = Array.from({ length: 9 }, (_, i) => i / 2);
-  const BUDGET = 6; // milliseconds of a frame for steps; drawing takes about as long
-  const ALONG = 8; // frames from one look along the gradient to the next, which takes a frame of its own
+  const BUDGET = 7; // milliseconds of a frame for steps; every other frame draws
+  const ALONG = 16; // frames from one look along the gradient to the next, which takes a frame of its own
   const MOST = 3000; // steps
   const setting = (id) => byId(`learn-${id}`).value;
   let state = null;
@@ -68,7 +68,7 @@
         lines: [[2, "85 %"], [1, "50 %"], [0, "15 %"]].map(([k, name]) => ({ name, color: arm.color, dash: k === 1 ? "" : "4 3", points: at(k) })), height: 180,
       });
     }
-    if (!running || state.frame % ALONG === 0) state.along = state.arms.map((arm) => (arm.last ? arm.last() : null));
+    if (!running) look();
     const { along } = state;
     const tops = along.flatMap((losses) => losses || []).filter(Number.isFinite);
     chart(byId("learn-along"), {
@@ -103,14 +103,22 @@
     else verdict("learn-says", "", `With batch norm ${format(ours)} % after ${state.step} steps, without ${format(others)} %. On this task and with this rate the lead is small or gone: it depends on both.`);
   }
 
+  function look() {
+    state.along = state.arms.map((arm) => (arm.last ? arm.last() : null));
+  }
+
   function frame() {
-    if (!running) return;
+    if (!running) return undefined;
     state.frame += 1;
-    const until = performance.now() + BUDGET;
-    if (state.frame % ALONG) do step(); while (performance.now() < until && state.step < MOST);
-    draw();
-    if (state.step >= MOST) stop();
-    else requestAnimationFrame(frame);
+    if (state.frame % 2 === 0) draw();
+    else if (state.frame % ALONG === 1) look();
+    else {
+      const until = performance.now() + BUDGET;
+      do step(); while (performance.now() < until && state.step < MOST);
+    }
+    if (state.step < MOST) return requestAnimationFrame(frame);
+    stop();
+    return draw();
   }
 
   function stop() {
@@ -120,7 +128,10 @@
   }
 
   byId("learn-run").addEventListener("click", () => {
-    if (running) return stop();
+    if (running) {
+      stop();
+      return draw();
+    }
     if (state.step >= MOST) start();
     running = true;
     byId("learn-run").textContent = "Pause";
