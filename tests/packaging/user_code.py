@@ -62,4 +62,4 @@ def checkpoints(net: nn.Module, folder: Path, data: nn.parallel.DistributedDataP
     print(keys)
     bn.load_flax(net, bn.to_flax(net))
     print(bn.read_statistics(folder / "weights.h5"), bn.load_statistics(net, folder / "weights.h5", "keras"))
-    print(bn.to_keras(net), bn.joinable(data), bn.errors, bn.lab, bn.nn, bn.training)
+    print(bn.load_run(folder), bn.to_keras(net), bn.joinable(data), bn.errors, bn.lab, bn.nn, bn.training)
