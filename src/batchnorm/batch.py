@@ -236,7 +236,10 @@ def _packed(given: PackedSequence, residual: Any, pool: str | None) -> Batch:
 
 def _jagged(given: Tensor, residual: Tensor | None, pool: str | None) -> Batch:
     if given.layout is not torch.jagged:
-        raise InputError("got a nested tensor of strided layout; make it with layout=torch.jagged")
+        raise InputError(
+            "got a nested tensor of strided layout; make it with layout=torch.jagged. torch.nn.TransformerEncoder "
+            "makes one of padded input, unless it is constructed with enable_nested_tensor=False"
+        )
     if given.ndim != 3:
         raise InputError(
             f"expected a nested tensor (batch, *, channels) or (batch, channels, *), got {given.ndim} axes"

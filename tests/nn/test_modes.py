@@ -245,13 +245,18 @@ def test_frozen_under_ddp(tmp_path):
     assert net[0].weight.grad is not None
 
 
+class OfTheBatch(nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.nn.functional.batch_norm(x, None, None, self.weight, self.bias, True, 0.1, self.eps)
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "torch.nn.Module": ("net", {}),
     "no batch normalization": (nn.Linear(2, 2), {}),
     "unknown source": (bn.BatchNorm1d(3), {"source": "train"}),
     "unknown update": (bn.BatchNorm1d(3), {"update": "sometimes"}),
     "unknown trains_affine": (bn.BatchNorm1d(3), {"affine": "yes"}),
-    "SyncBatchNorm": (nn.SyncBatchNorm(3), {"update": "never"}),
+    "a OfTheBatch, which has no modes": (OfTheBatch(3), {"update": "never"}),
     "source='running'": (bn.BatchNorm1d(3, track_running_stats=False), {"source": "running"}),
     "update='always'": (nn.BatchNorm1d(3, track_running_stats=False), {"update": "always"}),
 }

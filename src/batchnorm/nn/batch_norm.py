@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from batchnorm import functional
 from batchnorm.batch import Batch, batch_of
-from batchnorm.errors import InputError
+from batchnorm.errors import InputError, SurgeryError
 from batchnorm.moments import Moments
-from batchnorm.nn import buffers, options, saved_modes
-from batchnorm.nn.leaves import recorded_call
+from batchnorm.nn import buffers, options, outside, saved_modes
+from batchnorm.nn.leaves import is_of_this_package, recorded_call
 from batchnorm.nn.options import DEFAULTS
+from batchnorm.nn.outside import Swappable
 from batchnorm.ops import normalization as ops
-from batchnorm.ops.context import is_recomputing, is_recorded
+from batchnorm.ops.context import is_recomputing, is_recorded, is_traced_by_jit
 from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool, is_alone
 from batchnorm.running import Accumulator, Estimator, Population
@@ -34,7 +35,7 @@ _MOMENTUM = _Default(0.1)
 _warned = False
 
 
-class BatchNorm(nn.modules.batchnorm._BatchNorm):
+class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share; see there for options and shapes.
 
     ``forward`` makes a `Batch` of its input, and answers the three questions in turn: which values share statistics
@@ -60,6 +61,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     process_group: Any
     domains: int
     domain: int = 0
+    reads_sizes: bool = False  # whether forward takes frames and the sizes of steps, and not sequences
     label: str = ""  # the layer's name in its network, for errors of synchronization
     num_batches_skipped: Tensor
     renorm_r: Tensor
@@ -182,9 +184,10 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             if y is not None:
                 return y
             return self._normalize(Batch(input, residual))
-        options = {"residual": residual, "mask": mask, "lengths": lengths, "weights": weights}
-        if (recorded := recorded_call(self, (input,), options)) is not None:
-            return recorded  # type: ignore[return-value]
+        if isinstance(input, fx.Proxy) and is_of_this_package(type(self)):
+            options = {"residual": residual, "mask": mask, "lengths": lengths, "weights": weights}
+            if (recorded := recorded_call(self, (input,), options)) is not None:
+                return recorded
         batch = self._batch(input, residual, mask, lengths, weights)
         y = None
         if not self._is_special and self._is_whole(batch) and isinstance(batch.x, Tensor):
@@ -223,6 +226,16 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._check(batch, fusion, use_batch, updates)
         if batch.is_plain and is_recorded(batch.x) and (y := self._in_one_node(batch.x, fusion)) is not None:
             return y
+        if (use_batch or updates) and is_traced_by_jit():
+            raise InputError(
+                f"{self._name()}: torch.jit.trace would record the size of this batch as a constant of its statistics, "
+                "which are wrong for another; call .eval() first, or use torch.export"
+            )
+        if isinstance(batch.x, fx.Proxy):
+            raise InputError(
+                f"{self._name()}: torch.fx cannot record its options inside a forward that is not this package's; let "
+                "your tracer keep the layer as a leaf (is_leaf_module), or use torch.export"
+            )
         group = self.process_group if given is None else None
         shared = (self.ghost_size, self.channel_groups, group, self._name())
         batch, pool = functional.pools_of(batch, shared, use_batch or updates)
@@ -316,13 +329,18 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _name(self) -> str:
         return f"layer '{self.label}'" if self.label else f"{type(self).__name__}({self.num_features})"
 
+    def _lost_in_a_swap(self, caller: str) -> str | None:
+        kept = {"process_group", *(("activation", "negative_slope") if outside.GUARDED in self.__dict__ else ())}
+        lost = [o for o in options.changed(self) if o.name not in kept]
+        return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
+
     def _in_one_node(self, x: Tensor, fusion: Fusion) -> Tensor | None:
         """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         if self._call_size != 0 or (updates and (self.momentum is None or not use_batch)):
             return None
         if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            ops.count_one(self.num_batches_tracked, x)
         tracked = updates or not use_batch
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
         return ops.in_one_node(x, fusion, mean, var, use_batch, 0.0 if self.momentum is None else self.momentum)
@@ -497,3 +515,27 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
 
 BY_RANK: dict[int, type[BatchNorm]] = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 """The layer for so many axes of space (1 also for none)."""
+
+
+def as_torch(layer: BatchNorm) -> nn.Module:
+    """The layer of torch.nn that holds the same tensors and computes the same.
+
+    Raises:
+        SurgeryError: if the layer is more than torch's.
+    """
+    kind = next((theirs for theirs in _TORCH if isinstance(layer, theirs)), None)
+    changed = [option for option in options.changed(layer) if option.name != "negative_slope"]
+    if kind is None or changed or not is_of_this_package(type(layer)):
+        what = f"has {changed[0].spelled}={getattr(layer, changed[0].name)!r}" if changed else "is of another class"
+        raise SurgeryError(
+            f"{layer._name()} {what}, which torch.nn's layers lack; bn.revert(net) after bn.accelerate, or "
+            "bn.convert(net, to='torch'), gives torch's layers back"
+        )
+    plain = kind(layer.num_features, layer.eps, layer.momentum, device="meta")
+    names = plain.__dict__.keys() | {"affine", "track_running_stats"}
+    plain.__dict__.update({name: value for name, value in layer.__dict__.items() if name in names})
+    return plain
+
+
+_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+outside.teach_fusers(dict(zip(_TORCH, BY_RANK.values(), strict=True)), as_torch)

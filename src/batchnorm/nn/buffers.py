@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from batchnorm.nn import options
+from batchnorm.nn.outside import keeps_fast_paths_away
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm
@@ -27,7 +28,18 @@ def prepare(layer: BatchNorm, name: str) -> None:
         _shape_statistics(layer, name)
         if "nonfinite" in layer.__dict__:
             _count_refusals(layer)
+    if name == "pool":
+        _hook(layer)
     set_flags(layer)
+
+
+def _hook(layer: BatchNorm) -> None:
+    """The hook of a layer over sequences, once."""
+    own = layer.pool is not None and not layer.reads_sizes
+    for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is keeps_fast_paths_away]:
+        del layer._forward_pre_hooks[key]
+    if own:
+        layer.register_forward_pre_hook(keeps_fast_paths_away)
 
 
 def set_flags(layer: BatchNorm) -> None:

@@ -14,6 +14,14 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 
+def is_of_this_package(kind: type[nn.Module]) -> bool:
+    """Whether a class computes by a forward of this package, and not by one of its own around that.
+
+    Its calls may then be one node. A node for a layer inside the layer's own forward would do that forward twice.
+    """
+    return str(kind.forward.__module__).partition(".")[0] == __name__.partition(".")[0]
+
+
 def recorded_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Proxy | None:
     """The result of a call as one node of the graph that torch.fx is recording; None where none is recorded.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import InputError
 from batchnorm.nn import batch_norm as ours
-from batchnorm.nn import options, saved_modes
+from batchnorm.nn import foreign, options, saved_modes
 from batchnorm.nn.saved_modes import Memory
 from batchnorm.running import Accumulator
 
@@ -182,18 +182,26 @@ def restore(layer: nn.Module, memory: Memory) -> None:
         layer.__dict__.pop(key, None)
     module: nn.Module = layer
     if type(module) is not memory.kind:
-        module.__class__ = memory.kind
+        foreign.release(layer, memory.kind)
 
 
 def adopt(layer: nn.Module, requires_grad: dict[str, bool]) -> Memory:
-    """Make a layer of torch.nn one of ours, in place; returns what `restore` needs."""
+    """Make a layer of torch.nn, or of a class made of it, one of ours, in place; returns what `restore` needs."""
     kind: type[nn.Module] = type(layer)
     before = dict(layer.__dict__)
-    if kind in OURS:
-        layer.__class__ = OURS[kind]
-        layer.__setstate__(before)
+    made = class_with_modes(layer)
+    assert not isinstance(made, str)
+    if made is not kind:
+        foreign.adopt(layer, made)
     added = tuple(key for key in layer.__dict__ if key not in before)
     return Memory(kind, saved_modes.mode(layer), requires_grad, added)
+
+
+def class_with_modes(layer: nn.Module) -> type[nn.Module] | str:
+    """The class in which a layer has modes, its own if it has them already; or the reason why there is none."""
+    if isinstance(layer, ours.BatchNorm):
+        return foreign.obstacle(layer) or type(layer)
+    return OURS.get(type(layer)) or foreign.counterpart(layer)
 
 
 def check(net: nn.Module, verb: str, source: str | None = None, update: str | None = None) -> dict[str, nn.Module]:
@@ -234,9 +242,10 @@ def _change(
 
 
 def _check(verb: str, name: str, layer: nn.Module, source: str | None, update: str | None) -> None:
-    if not isinstance(layer, ours.BatchNorm) and type(layer) not in OURS:
+    made = class_with_modes(layer)
+    if isinstance(made, str):
         raise InputError(
-            f"{verb}: layer {name!r} is a {type(layer).__name__}, which has no modes; "
+            f"{verb}: layer {name!r} is a {type(layer).__name__}, which has no modes: it {made}; "
             "expected BatchNorm1d, 2d or 3d of torch.nn or of batchnorm. Nothing was changed"
         )
     if layer.running_mean is None and (source == "running" or update == "always"):

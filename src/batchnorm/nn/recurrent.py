@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import recurrent as aten
 from batchnorm.nn.batch_norm import BatchNorm1d
+from batchnorm.nn.leaves import recorded_call
+from batchnorm.nn.outside import Unscriptable
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from batchnorm.ops import recurrent as ops
 from batchnorm.ops.context import is_compiled
@@ -115,7 +117,7 @@ def _called(norm: StepBatchNorm | None, step: int) -> aten.Normalize:
     return lambda x, t: norm(x, [len(x)], step + t)
 
 
-class _Normalized(nn.Module):
+class _Normalized(Unscriptable, nn.Module):
     """What layers and cells share: the options, the normalizations, and the way from torch.nn's state_dict."""
 
     mode: str
@@ -254,6 +256,9 @@ class _Layer(_Normalized, nn.RNNBase):
         step: int = 0,
     ) -> tuple[Any, State]:
         """Output and last state, as torch.nn's layer of this name; see the class for what is new."""
+        named = {"lengths": lengths, "mask": mask, "step": step or None}
+        if isinstance(input, fx.Proxy) and (recorded := recorded_call(self, (input, hx), named)) is not None:
+            return recorded
         run = _Layer._forward
         # Dynamo stops at a recurrent layer unless its config.allow_rnn is set, and would then compile the functions
         # inside one by one, again for all other lengths of sequences. (This frame it cannot compile.)
@@ -446,6 +451,8 @@ class _Cell(_Normalized, nn.modules.rnn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: State | None = None, *, step: int | None = None) -> State:
         """The next state, as torch.nn's cell of this name; see the class for ``step``."""
+        if isinstance(input, fx.Proxy) and (recorded := recorded_call(self, (input, hx), {"step": step})) is not None:
+            return recorded
         if self.options.batch_norm is None:
             return super().forward(input, hx)
         called = type(self).__name__

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from batchnorm.batch import Batch, batch_of_steps
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.nn import options as table
 from batchnorm.nn.batch_norm import BatchNorm1d
+from batchnorm.nn.leaves import recorded_call
 from batchnorm.ops import recurrent as ops
 from batchnorm.pools import Pool, is_alone
 
@@ -56,6 +57,8 @@ class StepBatchNorm(BatchNorm1d):
         torch.Size([5, 2])
     """
 
+    reads_sizes = True
+
     def __init__(
         self,
         num_features: int,
@@ -97,6 +100,10 @@ class StepBatchNorm(BatchNorm1d):
         self, input: Tensor, sizes: Sequence[int] | None = None, step: int = 0
     ) -> Tensor:
         """BN(input), step by step; see the class."""
+        if isinstance(input, fx.Proxy):
+            recorded = recorded_call(self, (input,), {"sizes": sizes, "step": step or None})
+            if recorded is not None:
+                return recorded
         batch = self._batch_of_steps(input, sizes, step)
         self.check_sequences(batch.steps and len(batch.x) // batch.steps)
         if not len(input) and not self.synchronizes:

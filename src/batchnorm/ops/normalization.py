@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from batchnorm.kernels import aten, cpu
 from batchnorm.ops import autograd, recomputation
@@ -82,8 +83,39 @@ def in_one_node(
     momentum: float,
 ) -> Tensor:
     """The same call for a recorder: `torch.nn.functional.batch_norm`, and what is fused as operations of its own."""
+    if use_batch and is_traced_by_jit():
+        x = _checked_when_run(x)
     y = F.batch_norm(x, running_mean, running_var, fusion.weight, fusion.bias, use_batch, momentum, fusion.eps)
     return finish(y, fusion)
+
+
+def _checked_when_run(x: Tensor) -> Tensor:
+    """x, and in what torch.jit.trace records a check of each later batch: a trace does not keep those in Python."""
+    global _check
+    if _check is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, and so is this recorder
+            _check = torch.jit.script(_more_than_one_value)
+    checked: Tensor = _check(x)
+    return checked
+
+
+_check: Any = None
+
+
+def _more_than_one_value(x: Tensor) -> Tensor:
+    if x.numel() == x.size(1):
+        raise ValueError("Expected more than 1 value per channel when training")
+    return x
+
+
+def count_one(batches: Tensor, x: Tensor | fx.Proxy) -> None:
+    """Counts a batch, or records that it is counted if torch.fx records the call on x: then nothing is counted now."""
+    if isinstance(x, fx.Proxy):
+        tracer: Any = x.tracer
+        tracer.create_proxy("call_method", "add_", (fx.Proxy(tracer.create_arg(batches), tracer), 1), {})
+    else:
+        batches.add_(1)
 
 
 def finish(y: Tensor, fusion: Fusion) -> Tensor:
@@ -134,6 +166,19 @@ def _by_batch_eagerly(x: Tensor, pool_size: int, fusion: Fusion, mask: Tensor | 
     return Normalized(y, measured[0], measured[1])
 
 
+def _by_rows(x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion) -> Tensor:
+    """Pools of equal size, one after the other in x, each by its row of statistics (pools, C).
+
+    For torch.jit.trace, where sizes are tensors: batch and number of pools stay free in the recording.
+    """
+    weight, bias = fusion.weight, fusion.bias
+    shape = (mean.shape[0], 1, -1, *(1,) * (x.dim() - 2))
+    scale = torch.rsqrt(var + fusion.eps) if weight is None else torch.rsqrt(var + fusion.eps) * weight
+    y = (x.reshape(mean.shape[0], -1, *x.shape[1:]) - mean.reshape(shape)) * scale.reshape(shape)
+    y = y.reshape(x.shape)
+    return y if bias is None else y + bias.reshape(-1, *(1,) * (x.dim() - 2))
+
+
 def by_statistics(
     x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion, pool_size: int = 0, mask: Tensor | None = None
 ) -> Tensor:
@@ -164,20 +209,6 @@ def by_statistics(
         operands = (x, fusion.weight, fusion.bias)
         recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments, mask)
     return y
-
-
-def _by_rows(x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion) -> Tensor:
-    """Pools of equal size, one after the other in x, each by its row of statistics (pools, C).
-
-    For `torch.jit.trace`, where sizes are tensors: batch and number of pools stay free in the record.
-    """
-    shape = (mean.shape[0], 1, -1, *(1,) * (x.dim() - 2))
-    scale = torch.rsqrt(var + fusion.eps)
-    if fusion.weight is not None:
-        scale = scale * fusion.weight
-    y = (x.reshape(mean.shape[0], -1, *x.shape[1:]) - mean.reshape(shape)) * scale.reshape(shape)
-    y = y.reshape(x.shape)
-    return y if fusion.bias is None else y + fusion.bias.reshape(-1, *(1,) * (x.dim() - 2))
 
 
 def by_measured(x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion) -> Tensor:

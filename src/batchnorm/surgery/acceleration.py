@@ -14,14 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import InputError, SurgeryError
+from batchnorm.kernels import aten
+from batchnorm.nn import foreign
+from batchnorm.nn.outside import GUARDED, has_hooks
 from batchnorm.surgery import activations
 from batchnorm.surgery.activations import Activation
 from batchnorm.surgery.capture import capture
 from batchnorm.surgery.comparison import Example, copy_of, distances, narrows, random_state_kept, run_example
-from batchnorm.surgery.conversion import Absorbed, becoming, our_class, refusal, replacing
+from batchnorm.surgery.conversion import REPORT, Absorbed, becoming, our_class, refusal, replacing
 from batchnorm.surgery.flow import DataFlow, operation
-from batchnorm.surgery.modules import has_hooks, is_leaf, obstacle, unwrap
-from batchnorm.surgery.plan import Plan, Step
+from batchnorm.surgery.layers import AddActivation
+from batchnorm.surgery.modules import is_leaf, is_plain, obstacle, unwrap
+from batchnorm.surgery.plan import Plan, Step, references
+from batchnorm.surgery.subclasses import NORM, opened
 from batchnorm.surgery.verification import TOLERANCE
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"}
@@ -40,8 +45,16 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
       module stays the same object; its class becomes a subclass of its own. This is done where the forward is the
       same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``.
 
+    A subclass of torch.nn's layers whose forward is normalization and an activation, such as timm's
+    ``BatchNormAct2d``, becomes a fused layer, too. It stays an instance of its class.
+
+    If another tool puts a layer of its own in the place of a fused one afterwards, the activation and the addition
+    are computed as before: neither is lost.
+
     The result is verified on the example: outputs in evaluation mode; outputs, running statistics and all gradients
     for a random upstream gradient in training mode, in float64 to 1e-7 of the largest value. ``revert`` undoes it.
+    ``net.report``, an `Acceleration`, tells what was fused, what was kept, and why. It is not set if the class of the
+    network has an attribute of that name.
 
     Args:
         net: the network.
@@ -51,6 +64,9 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
 
     Returns:
         ``net``, or the copy.
+
+    Warns:
+        UserWarning: no layer was changed; the warning tells why.
 
     Raises:
         InputError: when ``net`` is no module, or fails on the example in either mode.
@@ -65,35 +81,131 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     root = unwrap(net, "accelerate")
     if not inplace:
         root = net = copy_of(root)
-    plan_acceleration(root, example).apply()
+    plan, report = _planned(root, example)
+    plan.apply()
+    if not report.fused and not report.swapped:
+        warnings.warn(f"accelerate changed nothing. {report}", stacklevel=2)
+    elif not hasattr(type(root), REPORT) and root._modules.get(REPORT) is None:
+        root.__dict__[REPORT] = report
     return net
 
 
 def plan_acceleration(net: nn.Module, example: Any) -> Plan:
     """What ``accelerate`` would do, as a plan to read (``print(plan)``) and to ``apply``."""
-    net = unwrap(net, "accelerate")
+    return _planned(unwrap(net, "accelerate"), example)[0]
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate` did.
+
+    Attributes:
+        fused: what each fused layer computes besides its normalization, by the layer's name.
+        swapped: the names of layers that became this package's, with nothing to fuse behind them.
+        kept: the reason for each layer that stayed as it was, by name.
+        unfused: the reason for each module whose own calls could not be fused, by name.
+    """
+
+    fused: dict[str, str]
+    swapped: tuple[str, ...]
+    kept: dict[str, str]
+    unfused: dict[str, str]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.fused)} fused, {len(self.swapped)} without anything to fuse, {len(self.kept)} kept"
+        total = len(self.fused) + len(self.swapped) + len(self.kept)
+        lines = [f"Of {total} batch normalization layers: {counts}."]
+        lines += [f"  {name}: fused with {what}" for name, what in self.fused.items()]
+        lines += [f"  {name}: this package's layer" for name in self.swapped]
+        lines += [f"  {name}: kept, since it {reason}" for name, reason in self.kept.items()]
+        lines += [f"  {name or 'the network'}: calls not fused: {reason}" for name, reason in self.unfused.items()]
+        return "\n".join(lines)
+
+
+def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
     given = Example.of(example)
     layers = {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
     if not layers:
         raise SurgeryError("accelerate: the network has no batch normalization")
-    skipped = {name: reason for name, layer in layers.items() if (reason := refusal(layer) or _no_class(layer))}
-    fusions = Fusions(net, layers.keys() - skipped.keys())
+    inside = _inside(net, layers, given)
+    own = {name: found for name, found in inside.items() if not isinstance(found, str)}
+    refused = {
+        name: inside.get(name) or refusal(layer) or _no_class(layer)
+        for name, layer in layers.items()
+        if name not in own
+    }
+    skipped = {name: str(reason) for name, reason in refused.items() if reason is not None}
+    fusions = Fusions(net, layers.keys() - skipped.keys(), own)
     fusions.find(given)
-    steps = []
-    for name in layers.keys() - skipped.keys():
+    steps, swapped = [], []
+    for name in sorted(layers.keys() - skipped.keys(), key=list(layers).index):
         fused = fusions.fused.get(name)
-        options = {} if fused is None else {"activation": fused.name, "negative_slope": fused.slope}
-        kind = our_class(layers[name])
+        options: dict[str, Any] = {} if fused is None else {"activation": fused.name, "negative_slope": fused.slope}
+        kind = foreign.class_for(type(layers[name]), "fused") if name in own else our_class(layers[name])
         assert kind is not None
+        if options and name not in own:
+            options[GUARDED] = True
         if options or type(layers[name]) is not kind:
-            steps.append(Step(f"{name}: {kind.__name__} {options or ''}", becoming(layers[name], kind, options)))
-    for name in fusions.absorbed:
+            shown = {key: value for key, value in options.items() if key != GUARDED}
+            steps.append(Step(f"{name}: {kind.__name__} {shown or ''}", becoming(layers[name], kind, options)))
+            swapped.append(name)
+    for name, layer in fusions.absorbed.items():
         module = net.get_submodule(name)
-        steps.append(Step(f"{name}: computed by the layer before", replacing(net, module, Absorbed(module))))
+        stand_in = Absorbed(module, fusions.fused[layer].name, references(net, layers[layer]))
+        steps.append(Step(f"{name}: computed by the layer before", replacing(net, module, stand_in)))
     for name, forward in fusions.forwards.items():
         steps.append(Step(f"{name or 'the network'}: calls fused layers", _generated(net.get_submodule(name), forward)))
     original = copy_of(net)
-    return Plan(net, steps, lambda: _verify(original, net, given), skipped=skipped | fusions.refused)
+    plan = Plan(net, steps, lambda: _verify(original, net, given), skipped=skipped | fusions.refused)
+    told = {name: fusions.told(name) for name in layers if name in fusions.fused or name in fusions.sums}
+    swapped = [name for name in swapped if name not in told]
+    return plan, Acceleration(told, tuple(swapped), skipped, fusions.refused)
+
+
+def _inside(net: nn.Module, layers: dict[str, Any], example: Example) -> dict[str, Activation | str | None]:
+    """For each layer of another class: the activation in its forward, None for none, or why it is left alone."""
+    others = {n: m for n, m in layers.items() if not is_plain(m) and not isinstance(m, foreign.ForeignBatchNorm)}
+    if not others:
+        return {}
+    twin = copy_of(net).eval()
+    found = opened(twin, example)
+    inside: dict[str, Activation | str | None] = {}
+    for name, layer in others.items():
+        kind = type(layer).__qualname__
+        if name not in found:
+            inside[name] = f"is a {kind}, whose forward cannot be followed"
+            continue
+        only = _only_activation(found[name])
+        if isinstance(only, str):
+            inside[name] = f"is a {kind}, {only}"
+        elif isinstance(made := foreign.counterpart(layer), str):
+            inside[name] = f"is a {kind}, which {made}"
+        else:
+            inside[name] = only
+    return inside
+
+
+def _only_activation(module: nn.Module) -> Activation | str | None:
+    """The activation that alone follows the normalization in a layer's opened forward; None for none; else why not."""
+    assert isinstance(module, fx.GraphModule)
+    (node,) = [n for n in module.graph.nodes if n.op == "call_module" and n.target == NORM]
+    if node.args[0].op != "placeholder":
+        return "whose forward changes the input of the normalization"
+    found: Activation | None = None
+    while True:
+        if len(node.users) != 1:
+            return "whose forward reads the normalized values twice"
+        (node,) = node.users
+        if node.op == "output":
+            return found if len(node.all_input_nodes) == 1 else "whose forward returns more than one value"
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, nn.Identity) or (isinstance(called, nn.modules.dropout._DropoutNd) and not called.p):
+            continue
+        after = _activation(module, node)
+        if found is not None or after is None:
+            what = type(called).__name__ if called is not None else f"a call of {operation(node)}"
+            return f"whose forward has {what} behind the normalization, which our layers do not fuse"
+        found = after
 
 
 @dataclass
@@ -102,29 +214,39 @@ class Fusions:
 
     Attributes:
         candidates: batch normalization layers that may be changed.
+        inside: the activation in the forward of each layer of another class, or None.
         fused: the activation that each layer takes in.
-        absorbed: activation modules that become identities.
+        sums: the layers that take an addition in.
+        absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
         refused: modules whose forward could not be generated anew although there is something to fuse, and why.
     """
 
     net: nn.Module
     candidates: Any
+    inside: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, Activation] = field(default_factory=dict)
-    absorbed: list[str] = field(default_factory=list)
+    sums: set[str] = field(default_factory=set)
+    absorbed: dict[str, str] = field(default_factory=dict)
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
 
     def find(self, example: Example) -> None:
-        flows = [capture(copy_of(self.net).train(mode), example) for mode in (False, True)]
+        self.fused |= {name: activation for name, activation in self.inside.items() if activation is not None}
+        self.taken |= self.fused.keys()
+        base = copy_of(self.net)
+        for name in self.inside:
+            layer = base.get_submodule(name)
+            foreign.adopt(layer, foreign.class_for(type(layer), "fused"))
+        flows = [capture(copy_of(base).train(mode), example) for mode in (False, True)]
         free = {
             name
             for name in self.candidates
             if not any(obstacle(flow, name) for flow in flows)
             and getattr(self.net.get_submodule(name), "activation", None) is None
         }
-        for name in sorted(free):
+        for name in sorted(free - self.taken):
             self.absorb(name, flows)
         inputs = _inputs(self.net, example)
         names = {id(module): name for name, module in self.net.named_modules()}
@@ -138,8 +260,14 @@ class Fusions:
         (after, *others) = found
         if not others and isinstance(after, tuple):
             self.fused[name] = after[1]
-            self.absorbed.append(after[0])
+            self.absorbed[after[0]] = name
             self.taken.add(name)
+
+    def told(self, name: str) -> str:
+        """What a layer computes besides its normalization, in words."""
+        activation = self.fused.get(name)
+        parts = ["an addition"] * (name in self.sums) + ([] if activation is None else [activation.name])
+        return " and ".join(parts)
 
     def rewrite(
         self, name: str, module: nn.Module, inputs: tuple[Any, Any], free: set[str], names: dict[int, str]
@@ -169,6 +297,8 @@ class Fusions:
                 self.taken.add(layer)
                 if pattern.activation is not None:
                     self.fused[layer] = pattern.activation
+                if pattern.residual is not None:
+                    self.sums.add(layer)
         graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
         graph.lint()
         self.forwards[name] = type(fx.GraphModule(module, graph)).forward
@@ -188,9 +318,11 @@ class Pattern:
         between = nodes[nodes.index(self.norm) : nodes.index(self.last)]
         if self.norm.args[1:] or self.norm.kwargs or any(_writes(node) for node in between if node not in chain):
             return False  # it takes more already, or would read what has been overwritten
+        activation = self.activation or Activation("")
         with graph.inserting_before(self.last):
-            kwargs: dict[str, Any] = {} if self.residual is None else {"residual": self.residual}
-            fused = graph.call_module(str(self.norm.target), self.norm.args, kwargs)
+            layer = graph.get_attr(str(self.norm.target))
+            args = (layer, self.norm.args[0], self.residual, activation.name, activation.slope)
+            fused = graph.call_function(normalized, args)
         fused.meta.update(self.last.meta)
         self.last.replace_all_uses_with(fused)
         for node in chain:
@@ -203,6 +335,17 @@ class Pattern:
         while nodes[-1] is not self.norm:
             nodes.append(next(n for n in nodes[-1].all_input_nodes if n is not self.residual))
         return nodes
+
+
+def normalized(layer: Any, x: Tensor, residual: Tensor | None, activation: str, slope: float) -> Tensor:
+    """activation(layer(x) + residual), all of it by the layer if it is still ours; a plain one may stand there now."""
+    if activations.is_computed_by(layer, activation) or (residual is not None and isinstance(layer, AddActivation)):
+        fused: Tensor = layer(x) if residual is None else layer(x, residual=residual)
+        return fused
+    y: Tensor = layer(x)
+    if residual is not None:
+        y = y + residual
+    return aten.activate(y, activation or "identity", slope)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from batchnorm.nn import batch_norm as ours
 from batchnorm.surgery.affine import argument, data_users
 from batchnorm.surgery.flow import DataFlow, operation
 from batchnorm.surgery.modules import obstacle
@@ -69,6 +70,22 @@ def of_layer(layer: Any) -> Activation | None:
     """What a batch normalization layer of ours has fused already."""
     name = getattr(layer, "activation", None)
     return Activation(name, layer.negative_slope) if name else None
+
+
+_COMPUTES = "_computes_activation"
+
+
+def takes_over(module: nn.Module, layer: Any) -> None:
+    """Notes on a module that it computes the activation of the fused layer whose place it takes."""
+    if getattr(layer, "activation", None):
+        module.__dict__[_COMPUTES] = layer.activation
+
+
+def is_computed_by(module: nn.Module | None, name: str) -> bool:
+    """Whether the module computes this activation itself: a fused layer, or what surgery put in its place."""
+    if isinstance(module, ours.BatchNorm):
+        return (module.activation or "") == name
+    return module is not None and module.__dict__.get(_COMPUTES, "") == name != ""
 
 
 def following(flow: DataFlow, node: fx.Node) -> tuple[str, Activation] | str | None:

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import SurgeryError
+from batchnorm.nn.outside import has_hooks
 from batchnorm.surgery.comparison import (
     Example,
     copy_of,
@@ -30,7 +31,7 @@ from batchnorm.surgery.comparison import (
     tensors_of,
 )
 from batchnorm.surgery.flow import EXPORTED, ROOT, SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, observed, operation
-from batchnorm.surgery.modules import has_hooks, is_compiled, is_leaf, is_plain, original
+from batchnorm.surgery.modules import is_compiled, is_leaf, is_plain, original
 
 _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
 

@@ -14,9 +14,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn import batch_norm as ours
+from batchnorm.nn import foreign, modes
 from batchnorm.nn import options as table
 from batchnorm.nn.buffers import FLAGS
 from batchnorm.surgery import sample_fit
+from batchnorm.surgery.activations import is_computed_by
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.freezing import is_frozen
 from batchnorm.surgery.modules import is_plain, unwrap
@@ -31,6 +33,7 @@ SOURCES: dict[str, type[nn.Module]] = {
 }
 _MEMORY = "_before_conversion"
 _ABSORBED = "_absorbed"
+REPORT = "report"  # the attribute of an accelerated network that tells what was done
 _PAIRS: dict[type[nn.Module], type[_BatchNorm]] = {
     nn.BatchNorm1d: ours.BatchNorm1d,
     nn.BatchNorm2d: ours.BatchNorm2d,
@@ -60,12 +63,30 @@ class Original:
 
 
 class Absorbed(nn.Identity):
-    """Stands where an activation was that the layer before it now computes; ``original`` is that activation."""
+    """Stands where an activation was that the layer before it now computes.
 
-    def __init__(self, original: nn.Module) -> None:
+    If another tool puts a layer of its own in that layer's place, the activation would be lost. So the stand-in looks
+    whether the layer still stands where it stood, and computes the activation if it does not.
+    """
+
+    _name: str
+    _places: list[tuple[dict[str, nn.Module | None], str]]
+
+    def __init__(self, original: nn.Module, name: str, places: list[tuple[nn.Module, str]]) -> None:
         super().__init__()
-        self.__dict__[_ABSORBED] = original  # not a submodule
+        # None of them is a submodule. A registry is held instead of its module: it is the same object in a copy.
+        self.__dict__[_ABSORBED] = original
+        self.__dict__["_name"] = name
+        self.__dict__["_places"] = [(parent._modules, key) for parent, key in places]
         self.training = original.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, which is activated already, or else the activation of it."""
+        if all(is_computed_by(modules.get(key), self._name) for modules, key in self._places):
+            return input
+        original: nn.Module = self.__dict__[_ABSORBED]
+        result: Tensor = original(input)
+        return result
 
     def extra_repr(self) -> str:
         return repr(self.__dict__[_ABSORBED])
@@ -249,6 +270,7 @@ def revert(net: nn.Module) -> nn.Module:
         elif "original_kind" in vars(type(module)):
             steps.append(Step(f"{name}: its own forward", _own_forward(module)))
     Plan(root, steps, lambda: None).apply()
+    root.__dict__.pop(REPORT, None)
     return net
 
 
@@ -419,8 +441,9 @@ def refusal(layer: nn.Module) -> str | None:
     """Why a layer's class or options must not be changed, or None."""
     if is_frozen(layer):
         return "is frozen; call bn.unfreeze(net) first, and freeze again afterwards"
-    if not is_plain(layer) or not (isinstance(layer, ours.BatchNorm) or type(layer) in (*_PAIRS, nn.SyncBatchNorm)):
-        return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d"
+    made = modes.class_with_modes(layer)
+    if isinstance(made, str):
+        return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d: it {made}"
     return None
 
 
@@ -478,7 +501,7 @@ def _target(layer: nn.Module, to: str, shapes: set[tuple[int, ...]], options: di
         return target
     try:
         plain = layer
-        if type(layer) is not target:
+        if type(layer) is not target and not issubclass(target, foreign.ForeignBatchNorm):
             plain = target(layer.num_features, track_running_stats=layer.track_running_stats, device="meta")
         table.check_together({**table.of(layer), **options}, plain, options.get("momentum", layer.momentum))
     except InputError as error:
@@ -487,6 +510,10 @@ def _target(layer: nn.Module, to: str, shapes: set[tuple[int, ...]], options: di
 
 
 def _class(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | str:
+    if not isinstance(layer, nn.SyncBatchNorm) and not isinstance(layer, ours.BatchNorm) and not is_plain(layer):
+        return _foreign_class(layer, to)
+    if isinstance(layer, foreign.ForeignBatchNorm) and to == "torch":
+        return _only_ours(layer, to) or layer.theirs
     if to == "batchnorm" and isinstance(layer, ours.BatchNorm):
         return type(layer)
     if to == "sync" and isinstance(layer, nn.SyncBatchNorm):
@@ -504,6 +531,19 @@ def _class(layer: _BatchNorm, to: str, axes: int | None) -> type[nn.Module] | st
     if plain is None:
         return f"is a {type(layer).__name__}, which torch.nn has no layer for"
     return _PAIRS[plain] if to == "batchnorm" else plain
+
+
+def _foreign_class(layer: _BatchNorm, to: str) -> type[nn.Module] | str:
+    """The class of a layer whose own class does more than normalize: its forward is kept, or else it is refused."""
+    if to == "torch":
+        return type(layer)
+    if to == "sync":
+        return (
+            f"is a {type(layer).__qualname__}, of whose forward a SyncBatchNorm would keep the normalization alone; "
+            "process_group='world' with to='batchnorm' keeps all of it"
+        )
+    made = modes.class_with_modes(layer)
+    return made if not isinstance(made, str) else f"is a {type(layer).__qualname__}: it {made}"
 
 
 def _with_group(name: str, layer: nn.Module, target: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
@@ -545,7 +585,7 @@ def _restoring(layer: nn.Module) -> Callable[[], None]:
             for option in table.TABLE:
                 if option.rows:
                     setattr(layer, option.name, original.attributes.get(option.name, option.default))
-        layer.__class__ = original.kind
+        foreign.release(layer, original.kind)
         for name, shape in original.shapes.items():
             parameter = layer._parameters.get(name)
             if parameter is not None and parameter.shape != shape:

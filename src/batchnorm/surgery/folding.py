@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import options as table
+from batchnorm.nn.outside import has_hooks
 from batchnorm.surgery import activations, recurrent, subclasses
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
@@ -26,7 +27,7 @@ from batchnorm.surgery.certificate import Kept as Kept
 from batchnorm.surgery.comparison import Example, copy_of, run_example
 from batchnorm.surgery.flow import EXPORTED, DataFlow, data_inputs, operation
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
-from batchnorm.surgery.modules import has_hooks, is_plain, obstacle, unwrap
+from batchnorm.surgery.modules import is_plain, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.verification import TOLERANCE, coarsest_dtype, dtype_text, verify
 
@@ -303,6 +304,7 @@ class Folding:
             for key, value in vars(old).items():  # a forward may read eps, num_features, ...
                 if not key.startswith("_") and not hasattr(module, key):
                     setattr(module, key, value)
+            activations.takes_over(module, old)
             do = _replacement(net, old, module.train(old.training))
             steps.append(Step(f"{name}: replaced by {module}", do))
         return steps

@@ -11,7 +11,7 @@ from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import modes
 from batchnorm.nn.saved_modes import FROZEN, flags, train_affine
-from batchnorm.surgery.modules import is_plain, unwrap
+from batchnorm.surgery.modules import unwrap
 from batchnorm.surgery.plan import Plan, Step
 
 
@@ -23,17 +23,19 @@ def freeze(net: nn.Module) -> nn.Module:
     stays so through ``.train()``, ``.to()``, ``deepcopy``, pickling and loading of a ``state_dict``;
     a ``state_dict`` tells, in its metadata, that it is frozen, and freezes the layers that load it.
     Layers of torch.nn become this package's for the time: the same objects with the same
-    parameters, buffers, hooks and ``state_dict`` keys. Gradients that gamma and beta hold are
-    dropped, so that no optimizer moves them. Freezing twice is freezing once. Freeze before
-    wrapping in DistributedDataParallel, which counts on the gradients that it has seen.
+    parameters, buffers, hooks and ``state_dict`` keys. So do layers of other people's subclasses and
+    of ``SyncBatchNorm``, which keep their own ``forward``, with an activation in it, say. Gradients
+    that gamma and beta hold are dropped, so that no optimizer moves them. Freezing twice is freezing
+    once. Freeze before wrapping in DistributedDataParallel, which counts on the gradients that it
+    has seen.
 
     Args:
         net: the network; it is changed and returned. The ``training`` flags stay as they are.
 
     Raises:
         InputError: when ``net`` is no module.
-        SurgeryError: when a layer keeps no running statistics, or is of a class with a life of its
-            own (a subclass of torch.nn's layers, ``SyncBatchNorm``); nothing is then changed.
+        SurgeryError: when a layer keeps no running statistics, or is of a class whose forward does not
+            follow its modes, as a trial run on copies shows; nothing is then changed.
     """
     root = unwrap(net, "freeze")
     layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
@@ -81,9 +83,9 @@ def is_frozen(module: nn.Module) -> bool:
 def _obstacle(layer: _BatchNorm) -> str | None:
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics to freeze (track_running_stats=False)"
-    known = isinstance(layer, ours.BatchNorm) or type(layer) in modes.OURS
-    if not known or not is_plain(layer):
-        return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d"
+    made = modes.class_with_modes(layer)
+    if isinstance(made, str):
+        return f"is a {type(layer).__qualname__}, which may do more than torch.nn.BatchNorm*d: it {made}"
     return None
 
 

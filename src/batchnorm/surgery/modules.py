@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.errors import InputError, SurgeryError
+from batchnorm.nn.outside import has_hooks
 from batchnorm.surgery.flow import DataFlow
 from batchnorm.surgery.plan import references
 from batchnorm.surgery.weights import applies_weights_once
@@ -65,17 +66,6 @@ def is_frozen_affine(module: nn.Module) -> bool:
             return bool(torch.allclose(module(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()), equal_nan=True))
     except Exception:  # whatever a class of the same attributes raises
         return False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody sees or may change what goes into or out of the module."""
-    registries = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(registries)
 
 
 def obstacle(flow: DataFlow, name: str) -> str | None:

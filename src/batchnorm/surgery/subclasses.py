@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.nn import batch_norm as ours
+from batchnorm.nn import foreign
+from batchnorm.nn.outside import has_hooks
 from batchnorm.surgery.capture import ExampleTracer
 from batchnorm.surgery.comparison import Example, copy_of, random_state_kept, run_example
 from batchnorm.surgery.flow import operation
-from batchnorm.surgery.modules import has_hooks, is_plain
+from batchnorm.surgery.modules import is_plain
 from batchnorm.surgery.plan import replace_module
 
 _TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -28,25 +31,32 @@ def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
     which that call is the submodule ``norm``. Layers in training mode or with hooks, and those whose forward cannot
     be traced, are left out.
     """
-    own = [
+    foreign_names = [
         name
         for name, module in net.named_modules()
         if name and isinstance(module, _BatchNorm) and not is_plain(module)
-        if not module.training and not has_hooks(module)
+        if _is_known(module) and not has_hooks(module)
     ]
-    if not own:
+    if not foreign_names:
         return {}
     watched, inputs, found = copy_of(net).eval(), dict[str, Tensor](), dict[str, nn.Module]()
-    for name in own:
+    for name in foreign_names:
         watched.get_submodule(name).register_forward_pre_hook(_noting(inputs, name), with_kwargs=True)
     run_example(watched, example)
     for name, x in inputs.items():
         try:
+            layer = net.get_submodule(name)
+            own: Any = foreign.as_theirs(layer) if isinstance(layer, foreign.ForeignBatchNorm) else copy.deepcopy(layer)
             with random_state_kept(net), torch.no_grad():
-                found[name] = _opened(copy.deepcopy(net.get_submodule(name)), x)
+                found[name] = _opened(own, x)
         except Exception:  # whatever tracing a forward of any kind raises
             continue
     return found if _runs(with_opened(net, found).eval(), example) else {}
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether known statistics normalize, in the mode that the layer is in."""
+    return not (layer.normalizes_by_batch if isinstance(layer, ours.BatchNorm) else layer.training)
 
 
 def with_opened(net: nn.Module, found: dict[str, nn.Module]) -> nn.Module:
