@@ -123,3 +123,17 @@ def test_onnx_of_training_mode_is_what_the_preview_warns_of(tmp_path):
     np.testing.assert_allclose(actual, net.eval()(x).detach().numpy(), rtol=1e-4, atol=1e-5)
     net[0].running_mean.zero_()
     assert bool((program.module()(x).mean((0, 2, 3)).abs() < 1e-5).all())
+
+
+def test_the_preview_warns_of_tools_that_err_on_half_precision():
+    def preview(dtype, eps=1e-5, variance=1.0):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, eps=eps)).eval().to(dtype)
+        net[1].running_var[0] = variance
+        return bn.preview_export(net, torch.randn(2, 3, 6, 6, dtype=dtype)).warnings
+
+    assert preview(torch.float32, 1e-8, 0.0) == ()
+    assert preview(torch.float16) == preview(torch.float16, 1e-8) == preview(torch.float16, 1e-5, 0.0) == ()
+    (warning,) = preview(torch.float16, 1e-8, 0.0)
+    assert warning.startswith("1: in float16 a channel's variance + eps is 0")
+    (warning,) = preview(torch.bfloat16)
+    assert "writes float32 weights into a bfloat16 model" in warning

@@ -129,6 +129,24 @@ def _preview_recurrent(name: str, layer: nn.Module) -> ExportedLayer:
     return ExportedLayer(name, becomes)
 
 
+def _wrong_elsewhere(layer: _BatchNorm) -> str | None:
+    """What a tool makes wrong of a right file, with the version that it was seen in."""
+    var = layer.running_var
+    if var is None:
+        return None
+    if var.dtype == torch.float16 and bool((var + var.new_tensor(layer.eps) == 0).any()):
+        return (
+            "in float16 a channel's variance + eps is 0, and onnxruntime (1.31.1, optimizations on) gives NaN where "
+            "it fuses the layer into a convolution; call bn.fold before .half(), or use an eps of at least 1e-5"
+        )
+    if var.dtype == torch.bfloat16:
+        return (
+            "torch.onnx.export (2.13, dynamo=True) fuses it into a convolution before it and writes float32 weights "
+            "into a bfloat16 model, which does not load; call bn.fold first, or export in float32"
+        )
+    return None
+
+
 def _preview(name: str, layer: nn.Module) -> ExportedLayer:
     if isinstance(layer, ScaleShift):
         return ExportedLayer(name, "a subtraction, a multiplication and an addition by channel")
@@ -138,7 +156,8 @@ def _preview(name: str, layer: nn.Module) -> ExportedLayer:
     if not uses_batch_statistics(layer):
         if getattr(layer, "example_weight", 0.0):
             return ExportedLayer(name, "elementary operations on each example's statistics" + extra)
-        return ExportedLayer(name, "one BatchNormalization with its running statistics as constants" + extra)
+        becomes = "one BatchNormalization with its running statistics as constants" + extra
+        return ExportedLayer(name, becomes, _wrong_elsewhere(layer))
     updates = layer.updates_statistics if isinstance(layer, ours.BatchNorm) else layer.track_running_stats
     becomes = "normalization by the statistics of whatever batch comes" + extra
     if updates:
