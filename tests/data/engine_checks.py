@@ -232,6 +232,7 @@ def check_aggregation(engine):
     found = data.groupby("site").aggregate(MomentsOf(["a", "c"])).take_all()
     assert len(found) == 2
     for row in found:
+        assert "error" not in json.loads(row["moments"]), row
         one = ColumnMoments.from_dict(json.loads(row["moments"]))
         values = x[x.site == row["site"]][["a", "c"]].to_numpy()
         assert one.moments.mean.tolist() == pytest.approx(values.mean(0), rel=1e-12)

@@ -16,18 +16,21 @@ from batchnorm.errors import BatchNormError, DataError, MissingDependencyError, 
 
 try:
     import ray
-    from ray.data.aggregate import AggregateFnV2
+    from ray.data.aggregate import AggregateFn
 except ImportError as _error:  # pragma: no cover - the engine is there where its data sets are
     raise MissingDependencyError("batchnorm.data: Ray Data is not installed: pip install 'batchnorm[ray]'") from _error
 
 RETRIES = 3  # of a block whose worker dies
 
 
-class MomentsOf(AggregateFnV2):  # type: ignore[misc]
+class MomentsOf(AggregateFn):  # type: ignore[misc]
     """An aggregation of Ray Data: the moments of columns, for ``dataset.aggregate(...)`` and ``groupby(...)``.
 
     The result is JSON text: ``ColumnMoments.from_dict(json.loads(text))``. What is wrong with a block (no such column,
     no numbers) is an entry "error" in it, so that Ray does not repeat the block in vain.
+
+    It is an `AggregateFn` and no `AggregateFnV2`: of that kind Ray 2.60 hands on the keys of the groups and one column
+    alone, and this one reads several.
 
     Args:
         columns: the columns to measure, by default all.
@@ -54,9 +57,15 @@ class MomentsOf(AggregateFnV2):  # type: ignore[misc]
         self._axis = feature_axis
         self._any_type = any_type
         empty = json.dumps(ColumnMoments.empty().to_dict())
-        super().__init__(alias, lambda: empty, on=None, ignore_nulls=False)
+        super().__init__(
+            init=lambda key: empty,
+            merge=self.combine,
+            name=alias,
+            accumulate_block=lambda accumulator, block: self.combine(accumulator, self.aggregate_block(block)),
+        )
 
     def aggregate_block(self, block: Any) -> str:
+        """The moments of the rows of a block."""
         part = f"a block of {len(block)} rows (Ray's task {ray.get_runtime_context().get_task_id() or 'none'})"
 
         def measure() -> ColumnMoments:
@@ -67,6 +76,7 @@ class MomentsOf(AggregateFnV2):  # type: ignore[misc]
         return _told(measure)
 
     def combine(self, current_accumulator: str, new: str) -> str:
+        """The moments of the rows of two blocks."""
         both = [json.loads(current_accumulator), json.loads(new)]
         failed = [one for one in both if "error" in one]
         if failed:
