@@ -15,8 +15,9 @@ from torch import Tensor
 
 from batchnorm.batch import Measured
 from batchnorm.errors import InputError
+from batchnorm.kernels import aten
 from batchnorm.moments import merge_axis
-from batchnorm.ops.context import can_read, is_mapped
+from batchnorm.ops.context import can_read, is_mapped, is_opaque
 from batchnorm.ops.schemas import statistics_dtype
 from batchnorm.pools import Pool, merge, merge_moments
 
@@ -84,6 +85,7 @@ class Population:
         max_steps: time steps that have statistics of their own; 0: they are not told apart.
         accumulator: collects the statistics of the batches in place of the buffers.
         layer: the layer's class in errors.
+        carry: what rounding left of mean and var, (2, *mean.shape), updated with them; None: it is lost.
     """
 
     mean: Tensor | None
@@ -95,6 +97,7 @@ class Population:
     max_steps: int = 0
     accumulator: Accumulator | None = None
     layer: str = "batch_norm"
+    carry: Tensor | None = None
 
     def read(self, steps: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
         """Mean and variance of the domain, (C,), or of so many steps from the ``first`` on, (steps, C).
@@ -189,8 +192,9 @@ class Population:
         pool_number = pool.size * math.prod(measured.batch.x.shape[2:]) or number
         unbiased = estimator.variance == "unbiased"
         torch.ops.batchnorm.update_statistics.default(
-            self.mean, self.var, batches, measured.mean, measured.var, number, pool_number, momentum, unbiased
-        )
+            self.mean, self.var, batches, measured.mean, measured.var, number, pool_number, momentum, unbiased,
+            self.carry,
+        )  # fmt: skip
 
     def _take_in_turn(self, measured: Measured) -> None:
         """Each ghost batch as a batch of its own, k of them decaying as one: momentum 1 - (1 - p)^(1/k)."""
@@ -230,10 +234,13 @@ class Population:
             batches = batches.view(-1, 1)[rows]
             batches.add_(counted.to(batches.dtype))
         share = self._share(batches, skipped, mean)
-        for running, batch in ((self.mean, mean), (self.var, var)):
-            kept = running.view(-1, channels)[rows]
-            mixed = (1 - share) * kept.to(batch.dtype) + share * batch
-            kept.copy_(torch.where(accepted, mixed, kept.to(mixed.dtype)))
+        share = share if isinstance(share, Tensor) else torch.full((1, 1), share, dtype=mean.dtype, device=mean.device)
+        running = [each.view(-1, channels)[rows] for each in (self.mean, self.var)]
+        carry = None if self.carry is None else self.carry.view(2, -1, channels)[:, rows]
+        if is_opaque(mean):
+            torch.ops.batchnorm.mix_statistics.default(*running, mean, var, share, accepted, carry)
+        else:
+            aten.mix_statistics(*running, mean, var, share, accepted, carry)
 
     def _refuse(self, mean: Tensor, var: Tensor, counted: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | int]:
         """The rows or channels that are accepted, those that count a batch, and the batches that these have skipped."""

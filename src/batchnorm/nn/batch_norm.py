@@ -15,7 +15,8 @@ from batchnorm import functional
 from batchnorm.batch import Batch, batch_of
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.moments import Moments
-from batchnorm.nn import buffers, options, outside, saved_modes
+from batchnorm.nn import buffers as layer_buffers
+from batchnorm.nn import options, outside, saved_modes
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
 from batchnorm.nn.options import DEFAULTS
 from batchnorm.nn.outside import Swappable
@@ -66,6 +67,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     num_batches_skipped: Tensor
     renorm_r: Tensor
     renorm_d: Tensor
+    running_carry: Tensor | None = None  # what rounding left of the running statistics; see `buffers.carry`
     _source: Source | None = None  # normalizes in place of the layer's own, which then takes in nothing
     _accumulator: Accumulator | None = None  # takes in statistics in place of the buffers
     _call_size: int | None = None  # samples of a pool in the C++ call on the input itself; None: there is none
@@ -118,13 +120,13 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         if name in DEFAULTS:
             options.check(name, value)
         super().__setattr__(name, value)
-        if name in DEFAULTS or name in buffers.HANDED_IN:
-            buffers.prepare(self, name)
+        if name in DEFAULTS or name in layer_buffers.HANDED_IN:
+            layer_buffers.prepare(self, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         old = ("_special", "_pooled", "_ghosts")  # flags of pickles made before
         super().__setstate__({**DEFAULTS, **{name: value for name, value in state.items() if name not in old}})
-        buffers.set_flags(self)
+        layer_buffers.set_flags(self)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None and not isinstance(self.process_group, str):
@@ -140,6 +142,10 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        self.running_carry = None
 
     @property
     def decay(self) -> float | None:
@@ -205,13 +211,15 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        mean = var = None
+        mean = var = carry = None
+        if updates and (carry := self.running_carry) is None:
+            carry = layer_buffers.carry(self)
         if updates or not use_batch:
             mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
             var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         return ops.in_one_call(
             x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
-            self.activation, self.negative_slope, use_batch, updates, pool_size,
+            self.activation, self.negative_slope, use_batch, updates, pool_size, carry,
         )  # fmt: skip
 
     def _normalize(self, batch: Batch) -> Tensor:
@@ -241,7 +249,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         batch, pool = functional.pools_of(batch, shared, use_batch or updates)
         if use_batch:
             functional.check_pools(batch, self.eps, pool)
-        population = self._population()
+        population = self._population(updates)
         source = given or self._own_source(batch, population, use_batch)
         y, measured = source.normalize(batch, pool, fusion._replace(residual=batch.residual))
         if updates:
@@ -257,7 +265,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         known = population.read(batch.steps, batch.first)
         return Weighed(*known, self.example_weight) if self.example_weight else Given(*known)
 
-    def _population(self) -> Population:
+    def _population(self, updates: bool = True) -> Population:
         """The running statistics of the domain in use, and how they take in a batch."""
         in_turn = self.ghost_update == "decay"
         buffers, domain = self._buffers, self.domain if self.domains else None
@@ -271,6 +279,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             self.max_steps,
             self._accumulator,
             type(self).__name__,
+            layer_buffers.carry(self) if updates else None,
         )
 
     def _fusion(self, residual: Tensor | None) -> Fusion:
@@ -382,8 +391,9 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             metadata[prefix[:-1]]["batchnorm"] = mode
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
-        buffers.fill_in(self, state_dict, prefix)
+        layer_buffers.fill_in(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self.running_carry = None
         saved_modes.load(self, local_metadata.get("batchnorm"))
 
     def extra_repr(self) -> str:

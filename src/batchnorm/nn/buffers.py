@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from batchnorm.nn import options
 from batchnorm.nn.outside import keeps_fast_paths_away
+from batchnorm.ops.context import Way, way
+from batchnorm.ops.schemas import carry_dtype
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm
@@ -40,6 +43,22 @@ def _hook(layer: BatchNorm) -> None:
         del layer._forward_pre_hooks[key]
     if own:
         layer.register_forward_pre_hook(keeps_fast_paths_away)
+
+
+def carry(layer: BatchNorm) -> Tensor | None:
+    """What rounding left of the running statistics: made when it is first needed, and anew when it no longer fits them.
+
+    It is an attribute and no buffer: tools that walk the buffers of a layer of ours beside one of torch's see the same
+    ones. A carry that is lost, or is of values that somebody else wrote, costs at most one rounding, once.
+    """
+    mean = layer._buffers.get("running_mean")
+    if mean is None or way(mean) not in (Way.EAGER, Way.COMPILED) or not mean.is_floating_point():
+        return None
+    kept, dtype = layer.running_carry, carry_dtype(mean.dtype)
+    if kept is None or kept.shape[1:] != mean.shape or kept.dtype != dtype or kept.device != mean.device:
+        kept = torch.zeros((2, *mean.shape), dtype=dtype, device=mean.device)
+        layer.running_carry = kept
+    return kept
 
 
 def set_flags(layer: BatchNorm) -> None:

@@ -77,3 +77,11 @@ def is_recomputing() -> bool:
 def can_read(x: Tensor) -> bool:
     """Whether a value of x can be read back to Python: it waits for no device, and breaks no graph."""
     return x.device.type == "cpu" and way(x) is Way.EAGER
+
+
+def is_opaque(x: Tensor) -> bool:
+    """Whether an operator that changes its arguments may stand for a computation on x, as one opaque step.
+
+    Recorders want ATen's operators, and transforms of torch.func those that they have rules for.
+    """
+    return way(x) in (Way.EAGER, Way.COMPILED)

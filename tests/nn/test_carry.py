@@ -1,0 +1,139 @@
+"""Running statistics do not stick: what rounding leaves of each step is carried to the next."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYERS = {1: bn.BatchNorm1d, 2: bn.BatchNorm2d, 3: bn.BatchNorm3d}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biased": {"running_var": "biased"},
+    "skip": {"nonfinite": "skip"},
+    "skip_channel": {"nonfinite": "skip_channel"},
+    "renorm": {"renorm": bn.Renorm(warmup=0)},
+    "ghosts": {"ghost_size": 2},
+    "ghosts in turn": {"ghost_size": 2, "ghost_update": "decay"},
+    "domains": {"domains": 2},
+    "debiased": {"running": "debiased"},
+}
+
+
+def batch(rank: int, dtype: torch.dtype, mean: float = 100.0) -> torch.Tensor:
+    """Values mean - 1/2 and mean + 1/2 by turns, 4 samples of 2 channels."""
+    x = torch.full((4, 2, *(() if rank == 1 else (2,) * rank)), mean, dtype=dtype)
+    x[::2] -= 0.5
+    x[1::2] += 0.5
+    return x
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equal_batches_reach_their_own_statistics(options: dict[str, Any], dtype: torch.dtype, rank: int):
+    layer, x = LAYERS[rank](2, momentum=0.1, dtype=dtype, **options), batch(rank, dtype)
+    for _ in range(450):
+        layer(x)
+    row = 0 if "domains" in options else slice(None)
+    unbiased = options.get("running_var") != "biased"
+    ghosts = options.get("ghost_update") == "decay"  # each takes in the variance of its own values
+    values = (x[:2] if ghosts else x).double().transpose(0, 1).flatten(1)
+    assert torch.equal(layer.running_mean[row], values.mean(1).to(dtype))
+    squares = (values - values.mean(1, keepdim=True)).square()  # exact, where torch's own variance is not
+    expected = (squares.sum(1) / (values.shape[1] - unbiased)).to(dtype)
+    torch.testing.assert_close(layer.running_var[row], expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01])
+@pytest.mark.parametrize("value", [2026.0, 1e6, 0.1, -3e7])
+def test_a_constant_column_evaluates_to_beta(value: float, momentum: float):
+    layer, x = bn.BatchNorm1d(1, momentum=momentum), torch.full((8, 1), value)
+    for _ in range(int(30 / momentum)):
+        layer(x)
+    assert abs(layer.eval()(x)[0].item()) < 1e-3
+
+
+@pytest.mark.parametrize("pool", ["sequence", "frame"])
+def test_sequences(pool: str):
+    layer = bn.BatchNorm1d(2, momentum=0.05, pool=pool, max_steps=3 if pool == "frame" else 0)
+    x = torch.full((4, 3, 2), 2026.0)
+    for _ in range(600):
+        layer(x)
+    assert layer.eval()(x).abs().max() < 1e-3
+
+
+def test_the_carry_is_no_buffer_and_no_key():
+    ours, theirs = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    ours(torch.randn(4, 3))
+    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in theirs.named_buffers()]
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_copies_and_pickles_have_a_carry_of_their_own_and_old_pickles_load():
+    layer = bn.BatchNorm1d(3)
+    layer(torch.randn(4, 3))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.running_carry is not layer.running_carry
+        assert torch.equal(twin.running_carry, layer.running_carry)
+    state = layer.__getstate__()
+    del state["running_carry"]
+    old = bn.BatchNorm1d.__new__(bn.BatchNorm1d)
+    old.__setstate__(state)
+    old(torch.randn(4, 3))
+    assert old.running_carry is not None
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_and_resetting_forget_the_carry(assign: bool):
+    layer, fresh = bn.BatchNorm1d(3, momentum=0.01), bn.BatchNorm1d(3, momentum=0.01)
+    layer(torch.randn(4, 3))
+    state = {key: value.clone() for key, value in nn.BatchNorm1d(3).state_dict().items()}
+    layer.load_state_dict(state, assign=assign)
+    x = torch.randn(4, 3)
+    layer(x), fresh(x)
+    assert torch.equal(layer.running_carry, fresh.running_carry)
+    layer.reset_running_stats()
+    assert layer.running_carry is None
+
+
+def test_a_carry_counts_for_nothing_where_somebody_else_wrote_the_statistics():
+    layer, fresh = bn.BatchNorm1d(2, momentum=0.01), bn.BatchNorm1d(2, momentum=0.01)
+    x = torch.randn(4, 2)
+    layer(x * 1e6)
+    layer.running_mean.zero_(), layer.running_var.fill_(1.0), layer.running_carry.fill_(7.0)
+    layer(x), fresh(x)
+    assert torch.equal(layer.running_mean, fresh.running_mean)
+    assert torch.equal(layer.running_carry, fresh.running_carry)
+
+
+def test_other_dtypes_and_numbers_of_channels_make_the_carry_anew():
+    layer = bn.BatchNorm1d(3)
+    layer(torch.randn(4, 3))
+    layer.double()
+    layer(torch.randn(4, 3).double())
+    assert layer.running_carry.dtype == torch.float64
+    keep = torch.tensor([0, 2])
+    layer.weight, layer.bias = (nn.Parameter(each.data[keep]) for each in (layer.weight, layer.bias))
+    layer.running_mean, layer.running_var = layer.running_mean[keep], layer.running_var[keep]
+    layer.num_features = 2
+    layer(torch.randn(4, 2).double())
+    assert layer.running_carry.shape == (2, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"domains": 2}], ids=["plain", "domains"])
+def test_a_compiled_layer_carries_the_same(options: dict[str, Any]):
+    layer = bn.BatchNorm1d(1, momentum=0.01, **options)
+    eager, x = copy.deepcopy(layer), torch.full((8, 1), 2026.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(9):
+        compiled(x), eager(x)
+    assert torch.equal(layer.running_mean, eager.running_mean)
+    assert torch.equal(layer.running_carry, eager.running_carry)
