@@ -137,3 +137,20 @@ def test_a_compiled_layer_carries_the_same(options: dict[str, Any]):
         compiled(x), eager(x)
     assert torch.equal(layer.running_mean, eager.running_mean)
     assert torch.equal(layer.running_carry, eager.running_carry)
+
+
+def test_an_overflow_is_told_with_the_layer_in_evaluation():
+    layer = bn.BatchNorm1d(1)
+    layer.label = "encoder.norm"
+    layer(torch.randn(512, 1) * 1e20)
+    with pytest.warns(UserWarning, match=r"layer 'encoder.norm': running_var is not finite.*scale the input"):
+        torch.nn.Sequential(layer).eval()
+
+
+def test_the_advice_of_calibrate_helps():
+    data = [torch.randn(512, 1) * 1e20]
+    net = torch.nn.Sequential(bn.BatchNorm1d(1), torch.nn.Linear(1, 2))
+    with pytest.raises(bn.BatchNormError, match="scale the input of the layer, or keep the layer in float64"):
+        bn.calibrate(net, data)
+    bn.calibrate(net.double(), [x.double() for x in data])
+    assert net[0].running_var.isfinite().all()

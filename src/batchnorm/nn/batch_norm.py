@@ -143,6 +143,13 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode; warns if evaluation would use running statistics that are not finite."""
+        super().train(mode)
+        if not mode:
+            layer_buffers.warn_of_overflow(self)
+        return self
+
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         self.running_carry = None

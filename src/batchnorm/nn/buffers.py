@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.nn import options
 from batchnorm.nn.outside import keeps_fast_paths_away
-from batchnorm.ops.context import Way, way
+from batchnorm.ops.context import Way, can_read, is_compiled, way
 from batchnorm.ops.schemas import carry_dtype
 
 if TYPE_CHECKING:
@@ -59,6 +60,23 @@ def carry(layer: BatchNorm) -> Tensor | None:
         kept = torch.zeros((2, *mean.shape), dtype=dtype, device=mean.device)
         layer.running_carry = kept
     return kept
+
+
+def warn_of_overflow(layer: BatchNorm) -> None:
+    """Warns once a layer if its running statistics are not finite, which makes its output constant or NaN."""
+    if is_compiled() or layer.__dict__.get("_has_warned"):
+        return
+    for name in ("running_mean", "running_var"):
+        value = layer._buffers.get(name)
+        if value is None or value.device.type != "cpu" or not can_read(value) or bool(value.isfinite().all()):
+            continue
+        layer.__dict__["_has_warned"] = True
+        warnings.warn(
+            f"{layer._name()}: {name} is not finite. Its input held infinite or NaN values, or statistics beyond what "
+            f"{value.dtype} holds: scale the input, keep the layer in float64, or refuse such batches with "
+            "nonfinite='skip'",
+            stacklevel=4,
+        )
 
 
 def set_flags(layer: BatchNorm) -> None:

@@ -218,6 +218,11 @@ def _one_by_one(measurement: Measurement, measure: Callable[[], dict[str, Estima
     return final
 
 
+def _advice(dtype: torch.dtype) -> str:
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    return "keep them in float32" if narrow else "scale the input of the layer, or keep the layer in float64"
+
+
 def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]]) -> None:
     """Write the statistics into the layers' own buffers: all of them, or none."""
     for layer, name, *statistics, _ in updates:
@@ -225,7 +230,7 @@ def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]])
             if not torch.isfinite(value.to(buffer)).all():
                 raise InputError(
                     f"calibrate: the statistics of layer {name!r} overflow its buffers of "
-                    f"{buffer.dtype}; keep them in float32"
+                    f"{buffer.dtype}; {_advice(buffer.dtype)}"
                 )
     changed = [buffer for layer, *_ in updates for buffer in layer.buffers(recurse=False)]
     before = [buffer.clone() for buffer in changed]
