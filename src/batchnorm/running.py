@@ -235,12 +235,12 @@ class Population:
             batches.add_(counted.to(batches.dtype))
         share = self._share(batches, skipped, mean)
         share = share if isinstance(share, Tensor) else torch.full((1, 1), share, dtype=mean.dtype, device=mean.device)
-        running = [each.view(-1, channels)[rows] for each in (self.mean, self.var)]
+        running_mean, running_var = self.mean.view(-1, channels)[rows], self.var.view(-1, channels)[rows]
         carry = None if self.carry is None else self.carry.view(2, -1, channels)[:, rows]
         if is_opaque(mean):
-            torch.ops.batchnorm.mix_statistics.default(*running, mean, var, share, accepted, carry)
+            torch.ops.batchnorm.mix_statistics.default(running_mean, running_var, mean, var, share, accepted, carry)
         else:
-            aten.mix_statistics(*running, mean, var, share, accepted, carry)
+            aten.mix_statistics(running_mean, running_var, mean, var, share, accepted, carry)
 
     def _refuse(self, mean: Tensor, var: Tensor, counted: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | int]:
         """The rows or channels that are accepted, those that count a batch, and the batches that these have skipped."""
