@@ -20,6 +20,7 @@ from torch import Tensor
 
 import batchnorm
 from batchnorm.ops import cuda, schemas
+from batchnorm.ops.schemas import ARGUMENTS
 
 LAWS = Path(__file__).with_name("triton_laws.py")
 
@@ -128,8 +129,8 @@ def test_without_triton_aten_serves_and_says_why(monkeypatch: pytest.MonkeyPatch
     device = torch.device("cpu")
     with pytest.warns(RuntimeWarning, match=r"pip install 'batchnorm\[gpu\]'"):
         assert "triton does not load" in (cuda.reason(device) or "")
-    served = cuda.implementation("moments", lambda x, pool_size: "aten")
-    assert served(torch.randn(4, 3), 0) == "aten"
+    served = cuda.implementation("moments", lambda a: "aten")
+    assert served(ARGUMENTS["moments"](torch.randn(4, 3), 0)) == "aten"
     assert "pip install" in cuda.describe(device)
 
 
@@ -140,7 +141,7 @@ def test_what_the_kernels_do_not_take_goes_to_aten(monkeypatch: pytest.MonkeyPat
     assert cuda.serving(x, 0) is kernels
     for other in (x[:0], torch.randn(4, 0)):
         assert cuda.serving(other, 0) is None
-        assert cuda.moments(other, 0) is NotImplemented
+        assert cuda.implementation("moments", lambda a: "aten")(ARGUMENTS["moments"](other, 0)) == "aten"
 
 
 def test_signs_fit_what_the_schema_promises() -> None:
