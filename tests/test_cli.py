@@ -93,6 +93,9 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
         "eval_every": 3,
         "task": "regression",
         "samples": "images",
+        "statistics": "rank",
+        "timeout": 60.0,
+        "checkpoint_every": 5,
     }
     options = [str(w) for k, v in given.items() for w in ("--" + k.replace("_", "-"), v)]
     options += ["--set", "width=3", "--set", "kind=wide"]

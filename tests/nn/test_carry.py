@@ -128,17 +128,6 @@ def test_other_dtypes_and_numbers_of_channels_make_the_carry_anew():
     assert layer.running_carry.shape == (2, 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"domains": 2}], ids=["plain", "domains"])
-def test_a_compiled_layer_carries_the_same(options: dict[str, Any]):
-    layer = bn.BatchNorm1d(1, momentum=0.01, **options)
-    eager, x = copy.deepcopy(layer), torch.full((8, 1), 2026.0)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for _ in range(9):
-        compiled(x), eager(x)
-    assert torch.equal(layer.running_mean, eager.running_mean)
-    assert torch.equal(layer.running_carry, eager.running_carry)
-
-
 def test_an_overflow_is_told_with_the_layer_in_evaluation():
     layer = bn.BatchNorm1d(1)
     layer.label = "encoder.norm"

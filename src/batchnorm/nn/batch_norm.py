@@ -152,7 +152,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        self.running_carry = None
+        layer_buffers.forget_carry(self)
 
     @property
     def decay(self) -> float | None:
@@ -400,7 +400,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
         layer_buffers.fill_in(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        self.running_carry = None
+        layer_buffers.forget_carry(self)
         saved_modes.load(self, local_metadata.get("batchnorm"))
 
     def extra_repr(self) -> str:

@@ -50,16 +50,22 @@ def carry(layer: BatchNorm) -> Tensor | None:
     """What rounding left of the running statistics: made when it is first needed, and anew when it no longer fits them.
 
     It is an attribute and no buffer: tools that walk the buffers of a layer of ours beside one of torch's see the same
-    ones. A carry that is lost, or is of values that somebody else wrote, costs at most one rounding, once.
+    ones. A graph that Dynamo traces has none, where it would be compiled twice. A carry that is lost, or is of values
+    that somebody else wrote, costs at most one rounding, once.
     """
     mean = layer._buffers.get("running_mean")
-    if mean is None or way(mean) not in (Way.EAGER, Way.COMPILED) or not mean.is_floating_point():
+    if mean is None or way(mean) is not Way.EAGER or not mean.is_floating_point():
         return None
     kept, dtype = layer.running_carry, carry_dtype(mean.dtype)
     if kept is None or kept.shape[1:] != mean.shape or kept.dtype != dtype or kept.device != mean.device:
         kept = torch.zeros((2, *mean.shape), dtype=dtype, device=mean.device)
         layer.running_carry = kept
     return kept
+
+
+def forget_carry(layer: BatchNorm) -> None:
+    """Starts the carry anew, for running statistics that somebody else has set."""
+    layer.running_carry = None
 
 
 def warn_of_overflow(layer: BatchNorm) -> None:

@@ -51,8 +51,8 @@ def fold_onnx(
     Returns:
         The folded ``onnx.ModelProto`` (see `save_onnx`), and the certificate: folded and original model compared in
         onnxruntime with its optimizations off, or in onnx's reference evaluator where that has no kernels (a model of
-        float64 that neither runs, in float32). Where they differ by more than the tolerance, both are compared with the
-        file in float64, and up to four times the file's own rounding error is accepted, as in `fold`.
+        float64 that neither runs, in float32). Where they differ by more than the default tolerance, both are compared
+        with the file in float64, and up to four times the file's own rounding error is accepted, as in `fold`.
 
     Raises:
         InputError: the file cannot be read, or the inputs do not fit.
@@ -97,7 +97,7 @@ def fold_onnx(
         for name, pair in results.items()
         for d in distances(*pair)
     ]
-    if dtype == torch.float32 and not all(d.passed for d in differences):
+    if tolerance is None and dtype == torch.float32 and not all(d.passed for d in differences):
         differences = _beside_float64(_read(onnx, path), given, results, limit) or differences
     _check(differences, str(path))
     return model, Certificate(tuple(folding.folded), tuple(kept), tuple(differences), original.method, limit, text)
