@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
