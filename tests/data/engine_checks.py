@@ -229,7 +229,7 @@ def check_aggregation(engine):
 
     x = frame(rows()).assign(site=["u", "v"] * 51 + ["u"])
     data = engine.ray.data.from_pandas([x[:50], x[50:]])
-    found = data.groupby("site").aggregate(MomentsOf(["a", "c"])).take_all()
+    found = data.groupby("site", num_partitions=1).aggregate(MomentsOf(["a", "c"])).take_all()
     assert len(found) == 2
     for row in found:
         assert "error" not in json.loads(row["moments"]), row
