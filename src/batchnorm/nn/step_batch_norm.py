@@ -131,6 +131,8 @@ class StepBatchNorm(BatchNorm1d):
     @property
     def synchronizes(self) -> bool:
         """Whether a forward exchanges statistics with other ranks, each of which must make the call."""
+        if self._source is not None:  # which exchanges nothing
+            return False
         return (self.normalizes_by_batch or self.updates_statistics) and not is_alone(self.process_group)
 
     @property
@@ -146,6 +148,7 @@ class StepBatchNorm(BatchNorm1d):
             norm._forward_hooks
             or norm._forward_pre_hooks
             or norm.synchronizes
+            or norm._source is not None
             or (norm.updates_statistics and not norm.normalizes_by_batch)
             for norm in norms
         )
