@@ -12,6 +12,7 @@ import traceback
 from datetime import timedelta
 
 import pytest
+import test_function_is_layer  # beside this script
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -73,6 +74,24 @@ def gradients(layer, x, dy, direction, **inputs):
     local += [torch.ones_like(leaf) for leaf in leaves[len(local) :]]
     penalty = sum((g * u.to(g.dtype)).sum() for g, u in zip(first, local, strict=True))
     return y.detach(), first, torch.autograd.grad(penalty, leaves, materialize_grads=True)
+
+
+def function():
+    """The function is the layer on several ranks, too, to the last bit."""
+    for option, counted, fused in test_function_is_layer.options():
+        for samples in (1, 5):
+            seed = 10 * dist.get_rank()
+            test_function_is_layer.compared(option, counted, fused, samples, torch.float32, seed, process_group="world")
+
+
+def ghosts_of_the_function():
+    """Running statistics take in the ghost batches of all ranks."""
+    whole = draw(16, 3) + torch.tensor([0.0, 5.0]).repeat_interleave(8)[:, None]
+    mean, var = torch.zeros(3, dtype=whole.dtype), torch.ones(3, dtype=whole.dtype)
+    mine = share([8, 8])(whole)
+    bn.functional.batch_norm(mine, mean, var, training=True, ghost_size=4, process_group="world")
+    close(mean, 0.1 * whole.mean(0), "mean")
+    close(var, 0.9 + 0.1 * whole.var(0), "variance")
 
 
 def same_buffers(mine, expected, what):

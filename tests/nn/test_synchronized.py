@@ -30,6 +30,10 @@ def test_two_ranks():
     run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "two_forwards", "absent", "recurrences")
 
 
+def test_the_function_is_the_layer_on_two_ranks():
+    run_ranks(2, "function", "ghosts_of_the_function")
+
+
 def test_three_ranks():
     run_ranks(3, "equality", "pools", "ghosts", "steps", "uneven", "recurrences")
 

@@ -196,17 +196,17 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             y = self._in_one_call(input, residual, size)
             if y is not None:
                 return y
-            return self._normalize(Batch(input, residual))
+            return self._normalize(Batch(input, residual))  # type: ignore[no-any-return]
         if isinstance(input, fx.Proxy) and is_of_this_package(type(self)):
             options = {"residual": residual, "mask": mask, "lengths": lengths, "weights": weights}
             if (recorded := recorded_call(self, (input,), options)) is not None:
                 return recorded
         batch = self._batch(input, residual, mask, lengths, weights)
-        y = None
         if not self._is_special and self._is_whole(batch) and isinstance(batch.x, Tensor):
             y = self._in_one_call(batch.x, batch.residual, 0)
-        result: Tensor = batch.restore(self._normalize(batch) if y is None else y)
-        return result
+            if y is not None:
+                return batch.restore(y)  # type: ignore[no-any-return]
+        return self._normalize(batch)  # type: ignore[no-any-return]
 
     def _in_one_call(self, x: Tensor, residual: Tensor | None, pool_size: int) -> Tensor | None:
         """`forward` in one call of C++, or None where there is none for it."""
@@ -229,18 +229,18 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             self.activation, self.negative_slope, use_batch, updates, pool_size, carry,
         )  # fmt: skip
 
-    def _normalize(self, batch: Batch) -> Tensor:
-        """y of the shape of ``batch.x``: the pool, the source and the population, one after the other."""
+    def _normalize(self, batch: Batch) -> Any:
+        """The output that belongs to the input: the pool, the source and the population, one after the other."""
         given = self._source
         use_batch = given is None and self.normalizes_by_batch
         updates = given is None and self.updates_statistics
         fusion = self._fusion(batch.residual)
         if isinstance(batch.x, Tensor):  # and no proxy of torch.fx
             if self.pool == "frame" and not batch.steps:  # sequences of no steps
-                return batch.x.clone()
+                return batch.restore(batch.x.clone())
             self._check(batch, fusion, use_batch, updates)
         if batch.is_plain and is_recorded(batch.x) and (y := self._in_one_node(batch.x, fusion)) is not None:
-            return y
+            return batch.restore(y)
         if (use_batch or updates) and is_traced_by_jit():
             raise InputError(
                 f"{self._name()}: torch.jit.trace would record the size of this batch as a constant of its statistics, "
@@ -261,7 +261,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         y, measured = source.normalize(batch, pool, fusion._replace(residual=batch.residual))
         if updates:
             population.take(measured or measure(batch, pool), pool)
-        return y
+        return batch.restore(y)
 
     def _own_source(self, batch: Batch, population: Population, use_batch: bool) -> Source:
         """The statistics that normalize by the layer's options and mode."""

@@ -108,7 +108,7 @@ class StepBatchNorm(BatchNorm1d):
         self.check_sequences(batch.steps and len(batch.x) // batch.steps)
         if not len(input) and not self.synchronizes:
             return input.clone()
-        y: Tensor = batch.restore(self._normalize(batch))
+        y: Tensor = self._normalize(batch)
         return y
 
     def _batch_of_steps(self, input: Tensor, sizes: Sequence[int] | None, step: int) -> Batch:
