@@ -13,7 +13,7 @@ from batchnorm.batch import POOLS, Batch, batch_of, with_equal_steps
 from batchnorm.errors import DtypeError, InputError
 from batchnorm.moments import Moments
 from batchnorm.ops import normalization as ops
-from batchnorm.ops.context import is_recorded
+from batchnorm.ops.context import Way, is_mapped, is_recorded, way
 from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, is_alone
@@ -118,7 +118,8 @@ def batch_norm(
         check(batch.x, None, None, fusion, False)
         _check_defined(running_mean, running_var, use_batch)
         steps = len(running_mean) if running_mean is not None and pool == "frame" else 0
-    population = Population(running_mean, running_var, Estimator(momentum), max_steps=steps)
+    carry = _fresh_carry(running_mean) if use_batch else None
+    population = Population(running_mean, running_var, Estimator(momentum), max_steps=steps, carry=carry)
     source: Source = OfBatch() if use_batch else Given(*population.read(batch.steps))
     options = (ghost_size, channel_groups, process_group, "batch_norm")
     batch, pools = pools_of(batch, options, use_batch)
@@ -145,15 +146,21 @@ def _plain_call(
     weight, bias, residual, eps, activation, slope = fusion
     updates = use_batch and running_mean is not None and running_var is not None
     y = ops.in_one_call(
-        x, residual, weight, bias, running_mean, running_var, None, momentum, eps, activation, slope, use_batch, updates
-    )
+        x, residual, weight, bias, running_mean, running_var, None, momentum, eps, activation, slope,
+        use_batch, updates, 0, _fresh_carry(running_mean) if updates else None,
+    )  # fmt: skip
     if y is not None:
         return y
     if x.numel() == 0 and x.ndim < 2:  # torch takes what is empty in any shape
         return ops.in_one_node(x, fusion, running_mean, running_var, use_batch, momentum)
     check(x, running_mean, running_var, fusion, use_batch)
     _check_both(running_mean, running_var, use_batch)
-    return ops.in_one_node(x, fusion, running_mean, running_var, use_batch, momentum) if is_recorded(x) else None
+    if is_recorded(x):
+        return ops.in_one_node(x, fusion, running_mean, running_var, use_batch, momentum)
+    if is_mapped():
+        return None
+    carry = _fresh_carry(running_mean) if updates else None
+    return ops.in_two_calls(x, fusion, running_mean, running_var, None, momentum, use_batch, updates, carry)
 
 
 def moments(input: Tensor) -> Moments:
@@ -259,6 +266,16 @@ def _check_both(running_mean: Tensor | None, running_var: Tensor | None, use_bat
     if not use_batch and (running_mean is None or running_var is None):
         name = "running_mean" if running_mean is None else "running_var"
         raise DtypeError(f"{name} must be defined in evaluation mode; it is None: pass it, or training=True")
+
+
+def _fresh_carry(running_mean: Tensor | None) -> Tensor | None:
+    """What rounding left of float64 statistics: nothing yet.
+
+    With it the function rounds them once, as the layer does. Those of other dtypes are mixed in float64 anyway.
+    """
+    if running_mean is None or running_mean.dtype != torch.float64 or way(running_mean) is not Way.EAGER:
+        return None
+    return running_mean.new_zeros((2, *running_mean.shape))
 
 
 Options = tuple[int, int, Any, str]

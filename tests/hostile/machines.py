@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +19,19 @@ def plain(num_features, num_classes):
 
 @contextmanager
 def file_size_limit(size):
-    """No file may grow beyond `size` bytes (ulimit -f)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """No file may grow beyond `size` bytes (ulimit -f).
+
+    What is imported meanwhile is not cached: Python keeps the part of a module's bytecode that fits, and no later
+    process could read it.
+    """
+    before, caches = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = caches
 
 
 def contents(folder: Path) -> dict[str, bytes]:

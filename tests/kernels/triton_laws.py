@@ -493,7 +493,9 @@ class TritonLaws:
         monkeypatch.setitem(cuda._reasons, torch.device("cpu"), None)
         with torch.library._scoped_library("batchnorm", "IMPL") as library:
             for name in names:
-                library.impl(name, cuda.implementation(name, pytest.fail), "CPU", allow_override=True)
+                library.impl(
+                    name, schemas.by_name(name, cuda.implementation(name, pytest.fail)), "CPU", allow_override=True
+                )
             yield calls
 
     @pytest.mark.filterwarnings("ignore:.*[oO]verrid.*:UserWarning")

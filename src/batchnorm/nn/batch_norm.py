@@ -21,7 +21,7 @@ from batchnorm.nn.leaves import is_of_this_package, recorded_call
 from batchnorm.nn.options import DEFAULTS
 from batchnorm.nn.outside import Swappable
 from batchnorm.ops import normalization as ops
-from batchnorm.ops.context import is_recomputing, is_recorded, is_traced_by_jit
+from batchnorm.ops.context import Way, is_mapped, is_recomputing, is_recorded, is_traced_by_jit, way
 from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool, is_alone
 from batchnorm.running import Accumulator, Estimator, Population
@@ -194,6 +194,8 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         if size is not None and is_bare and isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
             y = self._in_one_call(input, residual, size)
+            if y is None and not size:
+                y = self._in_two_calls(input, residual)
             if y is not None:
                 return y
             return self._normalize(Batch(input, residual))  # type: ignore[no-any-return]
@@ -228,6 +230,22 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
             self.activation, self.negative_slope, use_batch, updates, pool_size, carry,
         )  # fmt: skip
+
+    def _in_two_calls(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The same through Python, or None for a recorder, for vmap and for a layer without the statistics it needs."""
+        use_batch, updates, how = self.normalizes_by_batch, self.updates_statistics, way(x)
+        mean, var, fusion = self.running_mean, self.running_var, self._fusion(residual)
+        lacks_statistics = not use_batch and (mean is None or var is None)
+        if lacks_statistics or how is Way.RECORDED or (how is Way.TRANSFORMED and is_mapped()):
+            return None
+        tracked = updates or not use_batch
+        functional.check(x, mean if tracked else None, var if tracked else None, fusion, use_batch)
+        batches, carry = self._buffers.get("num_batches_tracked"), None
+        if updates and how is Way.EAGER and mean is not None:
+            carry = self.running_carry
+            if carry is None or carry.shape[1:] != mean.shape:
+                carry = layer_buffers.carry(self)
+        return ops.in_two_calls(x, fusion, mean, var, batches, self.momentum, use_batch, updates, carry)
 
     def _normalize(self, batch: Batch) -> Any:
         """The output that belongs to the input: the pool, the source and the population, one after the other."""

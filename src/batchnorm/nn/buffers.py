@@ -140,6 +140,7 @@ def _shape_statistics(layer: BatchNorm, name: str) -> None:
             kept = kept[:, :1]
         rows = kept.expand(max(domains, 1), max(steps, 1), *tail)
         layer._buffers[buffer_name] = rows.reshape((*shape, *tail)).clone()
+        forget_carry(layer)
     if layer.domain >= max(domains, 1):
         layer.domain = 0
 
@@ -154,4 +155,5 @@ def fill_in(layer: BatchNorm, state: dict[str, Any], prefix: str) -> None:
         if own is None or given is None or own.ndim <= given.ndim:
             continue
         if own.shape[own.ndim - given.ndim :] == given.shape:
-            state[prefix + name] = given.expand(own.shape)  # torch's one row serves all domains or steps
+            # torch's one row serves all domains or steps; `assign=True` makes it the buffer, so each has its own memory
+            state[prefix + name] = given.expand(own.shape).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -116,6 +117,44 @@ def count_one(batches: Tensor, x: Tensor | fx.Proxy) -> None:
         tracer.create_proxy("call_method", "add_", (fx.Proxy(tracer.create_arg(batches), tracer), 1), {})
     else:
         batches.add_(1)
+
+
+_ALL = Pool()
+
+
+def in_two_calls(
+    x: Tensor,
+    fusion: Fusion,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    use_batch: bool,
+    update: bool,
+    carry: Tensor | None = None,
+) -> Tensor:
+    """The same call through Python: the operator that normalizes, then the one that mixes the statistics in."""
+    count = x.shape[0] * math.prod(x.shape[2:])
+    if use_batch:
+        y, mean, var, _ = by_batch(x, _ALL, fusion)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        y = by_statistics(x, running_mean, running_var, fusion)
+    if not update or count == 1:  # one value has no variance
+        return y
+    if not use_batch:
+        mean, var = torch.ops.batchnorm.moments.default(x.detach(), 0)
+        var = var / max(count, 1)
+    if count:
+        if momentum is None and num_batches_tracked is None:
+            momentum = 0.0
+        torch.ops.batchnorm.update_statistics.default(
+            running_mean, running_var, num_batches_tracked, mean, var, count, count, momentum, True, carry
+        )
+    elif num_batches_tracked is not None:  # torch counts an empty batch all the same
+        num_batches_tracked.add_(1)
+    return y
 
 
 def finish(y: Tensor, fusion: Fusion) -> Tensor:
