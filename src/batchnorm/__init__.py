@@ -41,6 +41,7 @@ _PUBLIC = {
     "load_keras": "batchnorm.population.checkpoints",
     "load_run": "batchnorm.training.runs",
     "load_statistics": "batchnorm.population.checkpoints",
+    "mask_padding": "batchnorm.nn.padding",
     "mode": "batchnorm.nn.modes",
     "no_update": "batchnorm.nn.modes",
     "param_groups": "batchnorm.surgery.parameter_groups",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from batchnorm.nn.modes import no_update as no_update
     from batchnorm.nn.modes import set_mode as set_mode
     from batchnorm.nn.modes import transaction as transaction
+    from batchnorm.nn.padding import mask_padding as mask_padding
     from batchnorm.nn.recurrent import GRU as GRU
     from batchnorm.nn.recurrent import LSTM as LSTM
     from batchnorm.nn.recurrent import RNN as RNN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -186,14 +187,20 @@ def moments(input: Tensor) -> Moments:
     return Moments(count, mean[0], m2[0])
 
 
+def evaluate() -> str:
+    """The advice for too few values where running statistics can normalize."""
+    return "use a larger batch, or .eval()"
+
+
 def check(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     fusion: Fusion,
     use_batch: bool,
+    advice: Callable[[], str] = evaluate,
 ) -> None:
-    """Raises for anything that `batch_norm` cannot take; changes nothing."""
+    """Raises for anything that `batch_norm` cannot take; changes nothing. ``advice`` helps where values are too few."""
     shape, dtype, device = x.shape, x.dtype, x.device
     weight, bias, residual, eps, activation, _ = fusion
     if dtype not in _FLOATING:
@@ -221,10 +228,14 @@ def check(
     if not 0 <= eps < math.inf:
         raise InputError(f"batch_norm eps must be non-negative, but got {eps}; and it must be finite")
     if use_batch and shape[0] * math.prod(shape[2:]) == 1:
-        raise InputError(
-            f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}: "
-            "the variance of one value is 0; use a larger batch, or .eval()"
-        )
+        raise _too_few(shape, advice)
+
+
+def _too_few(shape: torch.Size, advice: Callable[[], str]) -> InputError:
+    return InputError(
+        f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}: "
+        f"the variance of one value is 0; {advice()}"
+    )
 
 
 def _check_rows(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, by_step: bool) -> None:
@@ -309,17 +320,14 @@ def _pool_of(batch: Batch, ghost_size: int, channel_groups: int, process_group: 
     return Pool(size, channel_groups, group, layer, ranks)
 
 
-def check_pools(batch: Batch, eps: float, pool: Pool) -> None:
+def check_pools(batch: Batch, eps: float, pool: Pool, advice: Callable[[], str] = evaluate) -> None:
     """Raises where the batch's statistics cannot normalize; a pool of one value that a mask leaves gives beta."""
     if not 0 < eps < math.inf:
         raise InputError(f"batch_norm eps must be positive during training, but got {eps}; and it must be finite")
     x = batch.x
     values = x.shape[0] * math.prod(x.shape[2:]) * (x.shape[1] // pool.groups if pool.groups else 1)
     if values == 1 and pool.process_group is None and batch.mask is None:
-        raise InputError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}: "
-            "the variance of one value is 0; use a larger batch, or .eval()"
-        )
+        raise _too_few(x.shape, advice)
 
 
 def _check_vectors(x: Tensor, vectors: dict[str, Tensor | None]) -> None:

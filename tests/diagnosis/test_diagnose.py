@@ -240,6 +240,33 @@ def test_a_layer_that_keeps_nothing():
     assert set(kinds(bn.diagnose(mixed, batches()))) == {"by_batch", "untrained"}
 
 
+@pytest.mark.parametrize("source", [None, "batch"])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_repair_of_evaluation_by_batches_can_be_carried_out(source, keeps):
+    net, data = network(track_running_stats=keeps), batches()
+    if source:
+        bn.set_mode(net, source=source)
+    elif keeps:
+        return
+    (finding,) = [f for f in bn.diagnose(net, data).findings if f.kind == "by_batch"]
+    exec(finding.repair, {"bn": bn, "net": net, "batches": data})
+    assert bn.diagnose(net, data).layers[0].cause is None
+
+
+def test_a_diagnosis_gives_no_layer_statistics():
+    net = network(track_running_stats=False)
+    net[1].track_running_stats = True
+    bn.diagnose(nn.Sequential(net, nn.BatchNorm1d(CLASSES)), batches())
+    assert net[1].running_mean is None
+    assert net[1].track_running_stats
+
+
+def test_normalization_of_samples_is_no_fault():
+    group = bn.BatchNorm1d(8, ghost_size=1, channel_groups=2, source="batch", track_running_stats=False)
+    net = nn.Sequential(nn.Conv1d(3, 8, 1), group)
+    assert not bn.diagnose(net, [torch.randn(8, 3, 5) for _ in range(3)]).findings
+
+
 def test_distances_and_effects_of_known_size():
     """Running means off by delta standard deviations move a normalized output by delta."""
     x = torch.randn(4096, 6, generator=torch.Generator().manual_seed(2))

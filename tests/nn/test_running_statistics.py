@@ -397,3 +397,18 @@ def test_buffers_that_are_overwritten_before_the_backward(training: bool):
             outcomes[kind] = "same" if torch.equal(before, after) else "changed"
     assert "modified by an inplace operation" in outcomes[nn.BatchNorm1d]
     assert outcomes[bn.BatchNorm1d] == "same"
+
+
+@pytest.mark.parametrize("space", [(), (1,)])
+def test_a_layer_without_running_statistics_says_so(space):
+    """The advice to call .eval() would not help: there, too, the batch normalizes."""
+    layer = bn.BatchNorm1d(3, track_running_stats=False)
+    for each in (layer, layer.eval(), bn.BatchNorm1d(3, track_running_stats=False, ghost_size=4)):
+        with pytest.raises(ValueError, match=r"keeps no running statistics.*track_running_stats=True") as caught:
+            each(torch.randn(1, 3, *space))
+        assert ".eval()" not in str(caught.value)
+    with pytest.raises(ValueError, match="source='auto'") as caught:
+        bn.BatchNorm1d(3, source="batch").eval()(torch.randn(1, 3))
+    assert ".eval()" not in str(caught.value)
+    with pytest.raises(ValueError, match="eval"):
+        bn.BatchNorm1d(3)(torch.randn(1, 3))

@@ -46,6 +46,8 @@ def life(net: nn.Sequential, example: Tensor, batches: list[Tensor], optimizer: 
     normalized = bn.set_mode(normalized, update="never")
     normalized = bn.unfreeze(bn.freeze(normalized))
     bn.use_domain(normalized, 0)
+    with bn.mask_padding(normalized, torch.tensor([3, 2])):
+        normalized(example)
     bn.tune_example_weight(normalized, [(example, example)])
     print(bn.summary(normalized, example), bn.diagnose(normalized, batches), bn.preview_export(normalized, example))
     bn.show_config()

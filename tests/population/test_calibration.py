@@ -465,6 +465,51 @@ class TestRestoration:
         assert_unchanged(net, before)
 
 
+class TestLayersWithoutRunningStatistics:
+    @pytest.mark.parametrize("kind", [nn.BatchNorm1d, bn.BatchNorm1d])
+    @pytest.mark.parametrize("method", ["pooled", "sequential"])
+    def test_they_get_them_when_asked(self, kind, method):
+        net = nn.Sequential(nn.Linear(3, 3), kind(3, track_running_stats=False), nn.Linear(3, 2)).train()
+        data = list(torch.randn(40, 3).split(8))
+        bn.calibrate(net, data, track_running_stats=True, method=method)
+        hidden = net[0](torch.cat(data))
+        torch.testing.assert_close(net[1].running_mean, hidden.mean(0))
+        torch.testing.assert_close(net[1].running_var, hidden.var(0))
+        assert net[1].num_batches_tracked == 5
+        before = net[1].running_mean.clone()
+        net(data[0])
+        assert not torch.equal(net[1].running_mean, before)  # kept in training from now on
+        net.eval()(data[0][:1])
+
+    def test_an_attribute_that_was_set_asks(self):
+        net = nn.Sequential(bn.BatchNorm1d(3, track_running_stats=False, nonfinite="skip"))
+        net[0].track_running_stats = True
+        bn.calibrate(net, torch.randn(8, 3))
+        assert net[0].running_mean is not None
+        assert set(net.state_dict()) == set(nn.Sequential(bn.BatchNorm1d(3, nonfinite="skip")).state_dict())
+
+    def test_an_error_takes_them_away_again(self):
+        net = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
+        with pytest.raises(InputError, match="not finite"):
+            bn.calibrate(net, torch.full((8, 3), torch.nan), track_running_stats=True)
+        assert net[0].running_mean is None
+        assert net[0].track_running_stats is False
+
+    def test_by_choice_they_stay_without(self):
+        by_sample = bn.BatchNorm1d(4, ghost_size=1, channel_groups=2, source="batch", track_running_stats=False)
+        net = nn.Sequential(by_sample, nn.BatchNorm1d(4))
+        net.add_module("unused", nn.BatchNorm1d(4, track_running_stats=False))
+        with pytest.warns(UserWarning, match="left alone"):
+            bn.calibrate(net, torch.randn(8, 4), forward=lambda net, x: net[1](net[0](x)), track_running_stats=True)
+        assert net[0].running_mean is None
+        assert net[2].running_mean is None
+
+    def test_half_precision_networks_get_float32(self):
+        net = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).to(torch.bfloat16)
+        bn.calibrate(net, torch.randn(8, 3, dtype=torch.bfloat16), track_running_stats=True)
+        assert net[0].running_var.dtype is torch.float32
+
+
 class TestLayersLeftAlone:
     def test_without_running_statistics(self):
         net = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))

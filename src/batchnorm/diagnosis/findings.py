@@ -128,6 +128,7 @@ class Finding:
 
 
 CALIBRATE = "bn.calibrate(net, batches)"
+_RENORM = "bn.convert(net, renorm=bn.Renorm()), "  # which needs running statistics
 KINDS: dict[str, str] = {
     "broken": "running statistics that are not finite, or a negative variance",
     "by_batch": "evaluation normalizes by the batch",
@@ -165,7 +166,8 @@ def compare(
     places_off = _places_off(received, eps)
     off: tuple[float | None, float | None] = (None, None)
     arrives = off
-    cause = "by_batch" if kept is None or uses_batch_statistics(layer) else None
+    by_sample = getattr(layer, "ghost_size", 0) == 1  # as group normalization: no other sample beside it counts
+    cause = "by_batch" if (kept is None or uses_batch_statistics(layer)) and not by_sample else None
     if received.evaluation is None:  # a layer of training alone
         kept = exact = effect = cause = None
     if kept is not None and exact is not None:
@@ -343,6 +345,16 @@ def _dropouts(net: nn.Module) -> list[str]:
     return [name for name, module in net.named_modules() if "drop" in type(module).__name__.lower()]
 
 
+def _running_again(layers: list[nn.Module]) -> str:
+    """What makes running statistics normalize in evaluation, in the order in which it is done."""
+    steps = []
+    if any(getattr(layer, "source", "auto") == "batch" for layer in layers):
+        steps.append("bn.set_mode(net, source='auto')")
+    lack = any(layer.running_mean is None for layer in layers)
+    steps.append("bn.calibrate(net, batches, track_running_stats=True)" if lack else CALIBRATE)
+    return "; ".join(steps)
+
+
 def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -> tuple[str, str]:
     """Text and repair of a finding about these layers, the one with the largest effect first."""
     first = members[0]
@@ -360,7 +372,7 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
         return (
             f"In evaluation, statistics of the batch normalize {of}: the output for a sample depends on the others "
             "beside it.",
-            "track_running_stats=True, or bn.set_mode(net, source='auto'); then " + CALIBRATE,
+            _running_again([net.get_submodule(member.name) for member in members]),
         )
     if kind == "untrained":
         why = "momentum is 0, so no batch changes them" if momentum == 0 else "training has not changed them"
@@ -414,7 +426,9 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
             f"Few values share statistics: the means of `{noisiest.name}` vary by {noisiest.noise:.2f} standard "
             f"deviations from batch to batch ({noisiest.values_per_channel:,} values a channel). Running statistics "
             "cannot reproduce that noise.",
-            "larger batches; bn.convert(net, renorm=bn.Renorm()), channel_groups=, or process_group= across ranks",
+            "larger batches; "
+            + ("" if any(net.get_submodule(m.name).running_mean is None for m in members) else _RENORM)
+            + "bn.convert(net, channel_groups=...), or process_group='world' across ranks",
         )
     assert kind == "dead", kind
     count = sum(member.dead for member in members)

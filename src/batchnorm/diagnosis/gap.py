@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from batchnorm.diagnosis.findings import Finding, LayerGap, Statistics, compare,
 from batchnorm.diagnosis.readings import REFERENCE, Buffers, Outcome, Readings, checked, untouched
 from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import InputError
+from batchnorm.ops.context import eager
 from batchnorm.population.calibration import calibrate
-from batchnorm.population.feeding import eager, feed, progress_bar
+from batchnorm.population.feeding import Lengths, feed, progress_bar, with_lengths
 from batchnorm.population.measuring import buffers_of
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.modules import unwrap
@@ -130,6 +132,7 @@ def diagnose(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     progress: bool = False,
+    lengths: Lengths | None = None,
 ) -> Diagnosis:
     """Measure how far evaluation is from training, find out why, and try the repair.
 
@@ -148,6 +151,7 @@ def diagnose(
         forward: ``forward(net, batch)``; by default a tuple feeds its first element, a dict what the network takes.
         loss: ``loss(output, batch)``, the mean over the batch; by default the cross entropy with the labels.
         progress: show a progress bar on standard error.
+        lengths: where a batch has the valid lengths of its sequences, as for `calibrate`.
 
     Returns:
         `Diagnosis`: outcomes before and after, a row a layer, findings with repairs. ``print`` shows all of it.
@@ -167,12 +171,12 @@ def diagnose(
     if not layers:
         raise InputError(f"diagnose: {type(root).__name__} has no batch normalization; bn.insert puts it in")
     kept = {name: m for name, m in layers.items() if m.track_running_stats and m.running_mean is not None}
-    batches, run = checked(batches), forward or feed
+    batches, run = checked(batches), with_lengths(forward or feed, lengths)
     with untouched(root), eager():
         root.train()
         batchwise = {name: layer for name, layer in kept.items() if uses_batch_statistics(layer)}
         frozen = [layer for name, layer in kept.items() if name not in batchwise]
-        states, before, exact = _states(root, kept, frozen, batches, forward, progress)
+        states, before, exact = _states(root, kept, frozen, batches, run, progress)
         readings, count, effects = Readings(root, layers, batchwise, states, run, loss), 0, {}
         with progress_bar("compare", progress, batches) as advance:
             for batch in batches:
@@ -201,7 +205,7 @@ def _states(
     kept: dict[str, _BatchNorm],
     frozen: list[_BatchNorm],
     batches: Iterable[Any],
-    forward: Callable[[nn.Module, Any], Any] | None,
+    run: Callable[[nn.Module, Any], Any],
     progress: bool,
 ) -> tuple[dict[str, Buffers], dict[str, Statistics], dict[str, Statistics]]:
     """The buffers before and after `calibrate` (frozen layers' the same), and the statistics of both times by layer."""
@@ -209,13 +213,28 @@ def _states(
     states, before = {"evaluation": Buffers(net)}, _statistics(kept)
     if not kept:
         return states, {}, {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_new_statistics(net):
         warnings.filterwarnings("ignore", "calibrate: layers")  # that run in training alone, or keep nothing
-        calibrate(net, batches, forward=forward, progress=progress)
+        calibrate(net, batches, forward=run, progress=progress)
     exact = _statistics(kept)
     for buffers in own:
         buffers.load()
     return {**states, "calibrated": Buffers(net)}, before, exact
+
+
+@contextlib.contextmanager
+def _without_new_statistics(net: nn.Module) -> Iterator[None]:
+    """Within it `calibrate` gives no layer running statistics that has none."""
+    asking = [
+        m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is None and m.track_running_stats
+    ]
+    try:
+        for layer in asking:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in asking:
+            layer.track_running_stats = True
 
 
 def _statistics(layers: dict[str, _BatchNorm]) -> dict[str, Statistics]:

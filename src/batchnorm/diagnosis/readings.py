@@ -227,7 +227,7 @@ class Readings:
         received.values.append(int(batch.count.max()))
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, Tensor) and not x.is_nested and x.ndim > 1 and getattr(layer, "pool", None) is None:
-            means = measure(Batch(x), Pool(1)).mean if x.ndim > 2 else x
+            means = _means_of_samples(layer, x)
             place.samples = _merged(place.samples, Estimate.of(Moments.of(means)))
 
     @staticmethod
@@ -239,6 +239,14 @@ def _moments(layer: _BatchNorm, args: Any, kwargs: Any) -> Moments:
     if isinstance(layer, Ours):
         return layer.input_moments(*args, **kwargs)
     return functional.moments(args[0] if args else next(iter(kwargs.values())))
+
+
+def _means_of_samples(layer: Any, x: Tensor) -> Tensor:
+    """The mean of each sample and channel, (N, C), of samples that have valid values."""
+    if getattr(layer, "_padding", None) is None or layer.channels_last or x.ndim == 2:
+        return measure(Batch(x), Pool(1)).mean if x.ndim > 2 else x
+    found = measure(layer._batch(x, None, None, None, None), Pool(1))
+    return found.mean[found.counts[:, 0] > 0]
 
 
 def _merged(before: Estimate | None, new: Estimate) -> Estimate:

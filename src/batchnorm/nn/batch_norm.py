@@ -70,6 +70,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     running_carry: Tensor | None = None  # what rounding left of the running statistics; see `buffers.carry`
     _source: Source | None = None  # normalizes in place of the layer's own, which then takes in nothing
     _accumulator: Accumulator | None = None  # takes in statistics in place of the buffers
+    _padding: Any = None  # tells the valid frames of an input that comes without them; see `padding.mask_padding`
     _call_size: int | None = None  # samples of a pool in the C++ call on the input itself; None: there is none
     _is_special: bool = True  # whether that call cannot compute the layer whatever its pools are
 
@@ -239,7 +240,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         if lacks_statistics or how is Way.RECORDED or (how is Way.TRANSFORMED and is_mapped()):
             return None
         tracked = updates or not use_batch
-        functional.check(x, mean if tracked else None, var if tracked else None, fusion, use_batch)
+        functional.check(x, mean if tracked else None, var if tracked else None, fusion, use_batch, self._advice)
         batches, carry = self._buffers.get("num_batches_tracked"), None
         if updates and how is Way.EAGER and mean is not None:
             carry = self.running_carry
@@ -273,7 +274,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         shared = (self.ghost_size, self.channel_groups, group, self._name())
         batch, pool = functional.pools_of(batch, shared, use_batch or updates)
         if use_batch:
-            functional.check_pools(batch, self.eps, pool)
+            functional.check_pools(batch, self.eps, pool, self._advice)
         population = self._population(updates)
         source = given or self._own_source(batch, population, use_batch)
         y, measured = source.normalize(batch, pool, fusion._replace(residual=batch.residual))
@@ -325,12 +326,20 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
 
     def _batch(self, input: Any, *given: Any) -> Batch:
         """`_as_batch`, after checks of the input's axes."""
-        batch = self._as_batch(input, *given)
+        batch = self._as_batch(input, *self._told(input, *given))
         if batch.x is input and isinstance(input, Tensor):
             self._check_input_dim(input)
         if batch.x is not input or self.process_group is not None:
             self._check_channels(batch.x)
         return batch
+
+    def _told(
+        self, input: Any, residual: Any, mask: Tensor | None, lengths: Tensor | None, weights: Tensor | None
+    ) -> tuple[Any, ...]:
+        """What was given beside an input, with the mask that `mask_padding` knows where none was."""
+        if self._padding is not None and mask is None and lengths is None:
+            mask = self._padding.mask_of(self, input)
+        return residual, mask, lengths, weights
 
     def _is_whole(self, batch: Batch) -> bool:
         """Whether a channel is one pool with one set of statistics, as in torch."""
@@ -345,7 +354,19 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             return
         tracked = updates or not use_batch
         mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-        functional.check(batch.x, mean, var, fusion, use_batch)
+        functional.check(batch.x, mean, var, fusion, use_batch, self._advice)
+
+    def _advice(self) -> str:
+        """How to mend a batch of too few values."""
+        if self.running_mean is None:
+            return (
+                f"{self._name()} keeps no running statistics (track_running_stats=False), so batches normalize in "
+                "evaluation as well: use a larger batch, or give it some by "
+                "bn.calibrate(net, batches, track_running_stats=True)"
+            )
+        if self.source == "batch":
+            return f"{self._name()} has source='batch': use a larger batch, or bn.set_mode(net, source='auto')"
+        return functional.evaluate()
 
     def _check_channels(self, x: Tensor) -> None:
         if x.shape[1] != self.num_features:
@@ -392,7 +413,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
 
         Those of ghost batches are merged, and those of channels that share statistics; of this process alone.
         """
-        return self._moments(self._as_batch(input, residual, mask, lengths, weights))
+        return self._moments(self._as_batch(input, *self._told(input, residual, mask, lengths, weights)))
 
     def _moments(self, batch: Batch) -> Moments:
         """`input_moments` of a batch."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm
 
 FLAGS = ("_call_size", "_is_special")
-HANDED_IN = ("_source", "_accumulator")
-"""Attributes by which the package itself puts another source or population into a layer for a time."""
+HANDED_IN = ("_source", "_accumulator", "_padding")
+"""Attributes by which the package itself puts another source, population or mask into a layer for a time."""
 _STATISTICS = (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0))
 
 
@@ -94,6 +94,33 @@ def set_flags(layer: BatchNorm) -> None:
     own = layer.__dict__
     own["_is_special"] = is_special
     own["_call_size"] = own.get("ghost_size", 0) if ghosts_alone and not is_special else None
+
+
+def track(layer: Any, like: Tensor | None) -> None:
+    """Gives a layer of torch.nn or of ours running statistics: mean 0, variance 1, no batch.
+
+    ``like`` tells the device where the layer has no parameter.
+    """
+    own = next(layer.parameters(recurse=False), None)
+    place = own if own is not None else like
+    wide = own is not None and own.dtype in (torch.float32, torch.float64)
+    dtype, device = own.dtype if wide and own is not None else torch.float32, None if place is None else place.device
+    layer.register_buffer("running_mean", torch.zeros(layer.num_features, dtype=dtype, device=device))
+    layer.register_buffer("running_var", torch.ones(layer.num_features, dtype=dtype, device=device))
+    layer.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+    layer.track_running_stats = True
+    if "nonfinite" in layer.__dict__:
+        _count_refusals(layer)
+
+
+def untrack(layer: Any, flag: bool) -> None:
+    """Undoes `track`; ``flag`` is what ``track_running_stats`` was."""
+    for name, _ in _STATISTICS:
+        layer.register_buffer(name, None)
+    layer.track_running_stats = flag
+    if "nonfinite" in layer.__dict__:
+        forget_carry(layer)
+        _count_refusals(layer)
 
 
 def _count_refusals(layer: BatchNorm) -> None:

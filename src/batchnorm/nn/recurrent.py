@@ -124,6 +124,7 @@ class _Normalized(Unscriptable, nn.Module):
     hidden_size: int
     bias: bool
     options: Options
+    _padding: Any = None  # tells the valid steps of an input that comes without them; see `padding.mask_padding`
 
     def _normalize(self, suffix: str, process_group: Any) -> None:
         """Puts normalizations into one direction of one layer, and drops the biases that they make redundant."""
@@ -269,6 +270,8 @@ class _Layer(_Normalized, nn.RNNBase):
     def _forward(
         self, input: Any, hx: State | None, lengths: Tensor | Sequence[int] | None, mask: Tensor | None, step: int
     ) -> tuple[Any, State]:
+        if self._padding is not None and lengths is None and mask is None and isinstance(input, Tensor):
+            mask = self._padding.mask_of(self, input)
         if isinstance(input, Tensor) and input.is_nested:
             return self._jagged(input, hx, lengths is not None or mask is not None, step)
         if lengths is not None or mask is not None:

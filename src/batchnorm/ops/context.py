@@ -5,7 +5,9 @@ Each of these ways needs other code. This module alone asks torch which of them 
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import sys
 from typing import Any
 
 import torch
@@ -72,6 +74,12 @@ def is_in_forward_mode() -> bool:
 def is_recomputing() -> bool:
     """Whether a backward is running: a forward inside it is a recomputation, not a new batch."""
     return not is_compiled() and torch._C._current_graph_task_id() != -1
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Within it compiled networks run eagerly: compiled code does not call hooks that came after it."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def can_read(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import InputError
 from batchnorm.nn import modes
 from batchnorm.population.calibration import calibrate
-from batchnorm.population.feeding import feed, sample_count
+from batchnorm.population.feeding import Lengths, feed, sample_count, with_lengths
 
 Method = Literal["statistics", "tent"]
 Net = TypeVar("Net", bound=nn.Module)
@@ -29,6 +29,7 @@ def adapt(
     method: Method = "statistics",
     learning_rate: float = 1e-3,
     forward: Callable[[Net, Any], Any] | None = None,
+    lengths: Lengths | None = None,
 ) -> Net:
     """Adapt the batch normalizations of a trained network to new data without labels, in place.
 
@@ -47,6 +48,7 @@ def adapt(
         method: `"statistics"` (Schneider et al. 2020) or `"tent"` (Wang et al. 2021).
         learning_rate: of Adam, for `"tent"`.
         forward: ``forward(net, batch)``; by default a tuple feeds its first element, a dict what ``net.forward`` takes.
+        lengths: where a batch has the valid lengths of its sequences, as for `calibrate`.
 
     Returns:
         The network. ``running_var`` stays of the kind that the layers keep (the target is measured *unbiased*).
@@ -74,15 +76,16 @@ def adapt(
         raise InputError(f"adapt: got a one-shot {type(batches).__name__} for method='tent'; expected a list")
     layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     before = [(layer, _contents(layer)) for layer in layers]
+    run = with_lengths(forward or feed, lengths)
     first = [layer for layer in layers if _SOURCE not in layer.__dict__]
     try:
         for layer, contents in before:
             layer.__dict__.setdefault(_SOURCE, contents)
             _put(layer, layer.__dict__[_SOURCE])
         if method == "tent":
-            _tent(net, batches, learning_rate, forward or feed)
+            _tent(net, batches, learning_rate, run)
         seen = _Counted(batches)
-        calibrate(net, seen, forward=forward)
+        calibrate(net, seen, forward=run)
         share = 0.0 if math.isinf(prior) else seen.samples / (prior + seen.samples)
         for layer in layers:
             _mix(layer, layer.__dict__[_SOURCE], share)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -18,8 +19,10 @@ from batchnorm.data.reading import check_batch_size
 from batchnorm.data.sources import Local, is_dataset, source_of
 from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import InputError
+from batchnorm.nn import buffers
+from batchnorm.ops.context import eager
 from batchnorm.pools import process_group as process_group_of
-from batchnorm.population.feeding import eager, feed, progress_bar, read_batches
+from batchnorm.population.feeding import Lengths, feed, progress_bar, read_batches, with_lengths
 from batchnorm.population.measuring import (
     Estimate,
     Measurement,
@@ -47,6 +50,8 @@ def calibrate(
     batch_size: int | None = None,
     columns: Sequence[str] | None = None,
     timeout: float = TIMEOUT,
+    lengths: Lengths | None = None,
+    track_running_stats: bool = False,
 ) -> Net:
     """Replace the running statistics of every batch-norm layer by exact ones, measured on data.
 
@@ -92,6 +97,11 @@ def calibrate(
         columns: of a data set, by default all. Columns of numbers are the features (N, C); a single column of arrays
             is (N, ...); columns of arrays beside others are a dict.
         timeout: seconds to wait for Ray, Spark or Dask, or for other ranks after this rank's own pass.
+        lengths: where a batch of padded sequences has their valid lengths: a key, a place in the tuple, or a function
+            of the batch. Layers then know them as in `mask_padding`. None: all frames count.
+        track_running_stats: give running statistics to layers that keep none (``track_running_stats=False``), which
+            then normalize by them in evaluation and update them in training; layers with ``source="batch"`` are
+            left alone. A layer whose attribute of this name is True gets them in any case.
 
     Returns:
         The network, its statistics replaced and all else (modes, hooks, momentum) as it was.
@@ -115,58 +125,82 @@ def calibrate(
         raise InputError(f"calibrate: got method={method!r}; expected one of {get_args(Method)}")
     if samples is not None and samples < 1:
         raise InputError(f"calibrate: got samples={samples}; expected at least 1, or None for all")
-    layers = _layers_with_statistics(net)
-    if isinstance(batches, Tensor):
-        batches = [batches]
-    if is_dataset(batches):
-        check_batch_size("calibrate", batch_size)
-        assert batch_size is not None
-        source = source_of(batches, "calibrate")
-        if not isinstance(source, Local):
-            if samples is not None or process_group is not None:
-                raise InputError("calibrate: got samples= or process_group= for a data set that an engine reads whole")
-            estimates = measure_partitions(
-                net,
-                layers,
-                source,
-                method=method,
-                forward=forward,
-                batch_size=batch_size,
-                columns=checked_columns("calibrate", columns),
-                timeout=check_timeout("calibrate", timeout),
+    with _tracked(net, track_running_stats):
+        layers = _layers_with_statistics(net)
+        run = with_lengths(forward or feed, lengths)
+        if isinstance(batches, Tensor):
+            batches = [batches]
+        if is_dataset(batches):
+            check_batch_size("calibrate", batch_size)
+            assert batch_size is not None
+            source = source_of(batches, "calibrate")
+            if not isinstance(source, Local):
+                if samples is not None or process_group is not None:
+                    raise InputError(
+                        "calibrate: got samples= or process_group= for a data set that an engine reads whole"
+                    )
+                estimates = measure_partitions(
+                    net,
+                    layers,
+                    source,
+                    method=method,
+                    forward=forward if lengths is None else run,
+                    batch_size=batch_size,
+                    columns=checked_columns("calibrate", columns),
+                    timeout=check_timeout("calibrate", timeout),
+                )
+                return _replace(net, layers, estimates, method)
+            batches = data.batches(batches, batch_size=batch_size, columns=columns, dtype=float_dtype(net))
+        elif batch_size is not None or columns is not None:
+            raise InputError("calibrate: got batch_size= or columns= for batches, which are cut already")
+        if isinstance(batches, Mapping):
+            raise InputError("calibrate: got one dict for batches; expected an iterable, such as [dict]")
+        if method == "sequential" and len(layers) > 1 and iter(batches) is batches:
+            raise InputError(
+                f"calibrate: got a one-shot {type(batches).__name__} for method='sequential', which "
+                "reads the batches once a layer; expected a list, a DataLoader, or the like"
             )
-            return _replace(net, layers, estimates, method)
-        batches = data.batches(batches, batch_size=batch_size, columns=columns, dtype=float_dtype(net))
-    elif batch_size is not None or columns is not None:
-        raise InputError("calibrate: got batch_size= or columns= for batches, which are cut already")
-    if isinstance(batches, Mapping):
-        raise InputError("calibrate: got one dict for batches; expected an iterable, such as [dict]")
-    if method == "sequential" and len(layers) > 1 and iter(batches) is batches:
-        raise InputError(
-            f"calibrate: got a one-shot {type(batches).__name__} for method='sequential', which "
-            "reads the batches once a layer; expected a list, a DataLoader, or the like"
-        )
-    run = forward or feed
-    with (
-        torch.no_grad(),
-        eager(),
-        progress_bar("calibrate", progress, batches, samples) as advance,
-        Measurement(net, layers) as measurement,
-    ):
+        with (
+            torch.no_grad(),
+            eager(),
+            progress_bar("calibrate", progress, batches, samples) as advance,
+            Measurement(net, layers) as measurement,
+        ):
 
-        def measure() -> dict[str, Estimate]:
-            read = read_batches(batches, samples, advance)
-            if process_group is None:
-                return measurement.over(read, lambda batch: run(net, batch))
-            return over_ranks(
-                lambda: measurement.over(read, lambda batch: run(net, batch), may_be_empty=True),
-                layers,
-                process_group_of(process_group),
-                check_timeout("calibrate", timeout),
-            )
+            def measure() -> dict[str, Estimate]:
+                read = read_batches(batches, samples, advance)
+                if process_group is None:
+                    return measurement.over(read, lambda batch: run(net, batch))
+                return over_ranks(
+                    lambda: measurement.over(read, lambda batch: run(net, batch), may_be_empty=True),
+                    layers,
+                    process_group_of(process_group),
+                    check_timeout("calibrate", timeout),
+                )
 
-        estimates = _one_by_one(measurement, measure) if method == "sequential" else measure()
-    return _replace(net, layers, estimates, method)
+            estimates = _one_by_one(measurement, measure) if method == "sequential" else measure()
+        return _replace(net, layers, estimates, method)
+
+
+@contextlib.contextmanager
+def _tracked(net: nn.Module, asked: bool) -> Iterator[None]:
+    """Running statistics for layers that have none and are asked to keep them; taken away again by an error."""
+    modules = net.modules() if isinstance(net, nn.Module) else ()
+    without = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is None]
+    wanted = [m for m in without if (asked or m.track_running_stats) and getattr(m, "source", "auto") != "batch"]
+    flags = [layer.track_running_stats for layer in wanted]
+    like = next(net.parameters(), None) if wanted else None
+    try:
+        for layer in wanted:
+            buffers.track(layer, like)
+        yield
+    except BaseException:
+        for layer, flag in zip(wanted, flags, strict=True):
+            buffers.untrack(layer, flag)
+        raise
+    for layer, flag in zip(wanted, flags, strict=True):
+        if not layer.num_batches_tracked:  # no batch reached it
+            buffers.untrack(layer, flag)
 
 
 def _replace(net: Net, layers: dict[str, _BatchNorm], estimates: dict[str, Estimate], method: Method) -> Net:
@@ -192,7 +226,8 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
     if not kept:
         raise InputError(
             f"calibrate: no batch-norm layer of {type(net).__name__} keeps running statistics "
-            "(track_running_stats=False), so there is nothing to replace"
+            "(track_running_stats=False), so there is nothing to replace; give them some by "
+            "bn.calibrate(net, batches, track_running_stats=True)"
         )
     lazy = [name for name, layer in kept.items() if is_lazy(buffers_of(layer)[0])]
     if lazy:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from batchnorm.errors import InputError
+from batchnorm.nn.padding import mask_padding
 from batchnorm.progress import counting_bar
 
 
@@ -88,7 +87,31 @@ def progress_bar(
         yield advance
 
 
-def eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled networks run eagerly: compiled code does not call hooks that came after it."""
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+Lengths = Callable[[Any], Tensor] | str | int
+"""Where a batch has the lengths of its sequences: under a key, at a place, or by a function."""
+
+
+def with_lengths(run: Callable[[Any, Any], Any], lengths: Lengths | None) -> Callable[[Any, Any], Any]:
+    """The same run of a network on a batch, in which normalizations know the batch's lengths."""
+    if lengths is None:
+        return run
+    if isinstance(lengths, bool) or not (callable(lengths) or isinstance(lengths, (str, int))):
+        raise InputError(
+            f"lengths must tell where a batch has its lengths: a key, a place in a tuple, or a function of the batch; "
+            f"got {lengths!r}"
+        )
+    return lambda net, batch: _run_padded(run, net, batch, lengths)
+
+
+def _run_padded(run: Callable[[Any, Any], Any], net: Any, batch: Any, lengths: Lengths) -> Any:
+    if callable(lengths):
+        valid = lengths(batch)
+    else:
+        try:
+            valid = batch[lengths]
+        except (KeyError, IndexError, TypeError):
+            raise InputError(
+                f"got lengths={lengths!r}, and a batch of type {type(batch).__name__} that has nothing there"
+            ) from None
+    with mask_padding(net, valid):
+        return run(net, batch)

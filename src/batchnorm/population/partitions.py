@@ -17,7 +17,8 @@ from batchnorm.data.features import columns_of, row_count, rows_of, to_tensors
 from batchnorm.data.reading import Batch, in_batches, joined
 from batchnorm.data.sources import Source
 from batchnorm.errors import BatchNormError, DataError, InputError
-from batchnorm.population.feeding import eager, feed
+from batchnorm.ops.context import eager
+from batchnorm.population.feeding import feed
 from batchnorm.population.measuring import Estimate, Measurement, Method
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError, SurgeryError
-from batchnorm.population.feeding import eager, feed
+from batchnorm.ops.context import eager
+from batchnorm.population.feeding import feed
 from batchnorm.surgery.comparison import copy_of, random_state_kept, tensors_of
 
 KINDS = ("group_norm", "layer_norm", "instance_norm")
