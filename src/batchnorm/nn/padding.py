@@ -268,7 +268,7 @@ class _Padding:
             given = "lengths" if self.first.mask is None else "rows of the mask"
             raise InputError(
                 f"mask_padding: {self._called(layer)} got an input {tuple(x.shape)} with {x.shape[batch]} samples on "
-                f"axis {batch}, and there are {self.samples} {given}. Give the part of the network that has these samples"
+                f"axis {batch}, and there are {self.samples} {given}. Give the part of the network that has these"
             )
         if axis is None:
             return None
