@@ -157,7 +157,7 @@ def test_subclasses_keep_their_forward_or_are_named():
 
     class Moving(nn.BatchNorm1d):
         def forward(self, x):
-            return super().forward(x - x.mean())
+            return super().forward(x) + float(self.training)
 
     with pytest.raises(bn.errors.InputError, match=r"net\.1"), bn.mask_padding(Encoder(Moving(8)), LENGTHS):
         pass
