@@ -19,7 +19,7 @@ from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, is_alone
 from batchnorm.running import Estimator, Population
-from batchnorm.sources import Given, OfBatch, Source
+from batchnorm.sources import Given, OfBatch, Source, by_step, of_one_step
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,8 +58,9 @@ def batch_norm(
             (frames of C channels), or a jagged nested tensor (N, *, C) or (N, C, *), comes out as it went in.
         running_mean: (C,), or None; updated in place in training. (max_steps, C) with ``pool="frame"``.
         running_var: as running_mean.
-        weight: gamma, (C,), or None for 1.
-        bias: beta, (C,), or None for 0.
+        weight: gamma, (C,), or None for 1; with ``pool="frame"`` also (steps, C), a row for each of the first time
+            steps, of which later ones have the last.
+        bias: beta, as weight, or None for 0.
         training: whether the batch's statistics normalize.
         momentum: share of the *new* statistics in the running ones.
         eps: added to the variance, inside the root.
@@ -116,7 +117,7 @@ def batch_norm(
         batch = batch_of(input, residual, mask, lengths, weights, pool, batch_first, bool(ghost_size))
         fusion = Fusion(weight, bias, batch.residual, eps, activation, negative_slope)
         _check_rows(batch.x, running_mean, running_var, pool == "frame")
-        check(batch.x, None, None, fusion, False)
+        check(batch.x, None, None, of_one_step(fusion) if pool == "frame" else fusion, False)
         _check_defined(running_mean, running_var, use_batch)
         steps = len(running_mean) if running_mean is not None and pool == "frame" else 0
     carry = _fresh_carry(running_mean) if use_batch else None
@@ -126,7 +127,11 @@ def batch_norm(
     batch, pools = pools_of(batch, options, use_batch)
     if use_batch:
         check_pools(batch, eps, pools)
-    y, measured = source.normalize(batch, pools, fusion._replace(residual=batch.residual))
+    fusion = fusion._replace(residual=batch.residual)
+    if pool == "frame" and any(t is not None and t.ndim == 2 for t in (weight, bias)):
+        y, measured = by_step(source, batch, pools, fusion)
+    else:
+        y, measured = source.normalize(batch, pools, fusion)
     if measured is not None and running_mean is not None:
         population.take(measured, pools)
     result: Tensor = batch.restore(y)

@@ -120,6 +120,11 @@ class Population:
             mean, var = mean[row], var[row]
         return mean, var
 
+    def last_row(self) -> Tensor | None:
+        """The last time step that training has reached, or None where that is not counted."""
+        batches = self.batches_of_domain
+        return None if batches is None or not batches.ndim else ((batches > 0).sum() - 1).clamp(min=0)
+
     @property
     def batches_of_domain(self) -> Tensor | None:
         """The number of batches that the domain in use has taken in."""

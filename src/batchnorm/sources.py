@@ -51,6 +51,43 @@ class Given(NamedTuple):
         return ops.by_statistics(batch.x, self.mean, self.var, fusion, size, batch.mask), None
 
 
+def of_one_step(fusion: Fusion) -> Fusion:
+    """The fusion with gamma and beta (C,) of the first time step, where there are rows of them; for checks."""
+    weight, bias = (t[0] if t is not None and t.ndim == 2 else t for t in (fusion.weight, fusion.bias))
+    return fusion._replace(weight=weight, bias=bias)
+
+
+def by_step(
+    source: Source, batch: Batch, pool: Pool, fusion: Fusion, last: Tensor | None = None
+) -> tuple[Tensor, Measured | None]:
+    """`Source.normalize` with gamma and beta (rows, C) of each time step.
+
+    Args:
+        source, batch, pool, fusion: as of `Source.normalize`; steps beyond the rows have the last one.
+        last: the last row that may be used; None for all.
+    """
+    x, dtype = batch.x, batch.x.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # one rounding, behind gamma and beta
+    alone = Fusion(None, None, None, fusion.eps)
+    if isinstance(source, Given):
+        source = Given(*(t.to(torch.promote_types(t.dtype, wide)) for t in source))
+    y, measured = source.normalize(batch._replace(x=x.to(wide), residual=None), pool, alone)
+    y = y.unflatten(0, (batch.steps, -1))
+    for parameter, apply in ((fusion.weight, torch.mul), (fusion.bias, torch.add)):
+        if parameter is None:
+            continue
+        row = torch.arange(batch.first, batch.first + batch.steps, device=x.device).clamp(max=len(parameter) - 1)
+        row = row if last is None else row.minimum(last)
+        y = apply(y, parameter.to(wide)[row][:, None])
+    y = y.flatten(0, 1)
+    if fusion.residual is not None:
+        y = y + fusion.residual
+    y = ops.finish(y, fusion._replace(residual=None))
+    if batch.mask is not None:
+        y = torch.where(batch.mask[:, None], y, 0.0)
+    return y.to(dtype), measured
+
+
 @torch.no_grad()
 def measure(batch: Batch, pool: Pool) -> Measured:
     """The statistics of every pool of a batch, outside the graph."""

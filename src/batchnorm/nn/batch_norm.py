@@ -25,7 +25,7 @@ from batchnorm.ops.context import Way, is_mapped, is_recomputing, is_recorded, i
 from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool, is_alone
 from batchnorm.running import Accumulator, Estimator, Population
-from batchnorm.sources import Given, OfBatch, Renorm, Renormalized, Source, Weighed, measure
+from batchnorm.sources import Given, OfBatch, Renorm, Renormalized, Source, Weighed, by_step, measure, of_one_step
 
 
 class _Default(float):
@@ -61,6 +61,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     channel_groups: int
     process_group: Any
     domains: int
+    affine_by: str
     domain: int = 0
     reads_sizes: bool = False  # whether forward takes frames and the sizes of steps, and not sequences
     label: str = ""  # the layer's name in its network, for errors of synchronization
@@ -79,7 +80,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = _MOMENTUM,
-        affine: bool = True,
+        affine: bool | str = True,
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
@@ -103,7 +104,11 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         channel_groups: int = 0,
         process_group: Any = None,
         domains: int = 0,
+        affine_by: str = "shared",
     ) -> None:
+        if isinstance(affine, str):
+            affine_by = _agreed(affine, affine_by)
+            affine = True
         given = dict(locals())  # by the names of the arguments
         values = {**DEFAULTS, **{name: given[argument] for argument, name in options.ATTRIBUTES.items()}}
         momentum = _momentum(momentum, decay)
@@ -150,6 +155,12 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         if not mode:
             layer_buffers.warn_of_overflow(self)
         return self
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for key, parameter in self._parameters.items():
+            if parameter is not None and self.__dict__.get("affine_by", "shared") != "shared":
+                nn.init.constant_(parameter, float(key.startswith("weight")))
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -277,7 +288,12 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             functional.check_pools(batch, self.eps, pool, self._advice)
         population = self._population(updates)
         source = given or self._own_source(batch, population, use_batch)
-        y, measured = source.normalize(batch, pool, fusion._replace(residual=batch.residual))
+        fusion = fusion._replace(residual=batch.residual)
+        if self.affine_by == "step":
+            last = None if use_batch else population.last_row()
+            y, measured = by_step(source, batch, pool, fusion, last)
+        else:
+            y, measured = source.normalize(batch, pool, fusion)
         if updates:
             population.take(measured or measure(batch, pool), pool)
         return batch.restore(y)
@@ -312,6 +328,8 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         """The part after the statistics; gamma and beta are constants where they do not train."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
+        if self.domain and self.affine_by == "domain":
+            weight, bias = self._parameters.get(f"weight_{self.domain}"), self._parameters.get(f"bias_{self.domain}")
         if not self.trains_affine:
             weight = None if weight is None else weight.detach()
             bias = None if bias is None else bias.detach()
@@ -350,6 +368,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         """Raises for a batch that the layer cannot take."""
         if not self._is_whole(batch):
             self._check_channels(batch.x)
+            fusion = of_one_step(fusion)
             functional.check(batch.x, None, None, fusion, False)
             return
         tracked = updates or not use_batch
@@ -450,6 +469,15 @@ _BatchNorm = BatchNorm
 """The name of the base class in version 0.1."""
 
 
+def _agreed(affine: str, affine_by: str) -> str:
+    """``affine_by`` of a constructor's ``affine=`` that is a word."""
+    if affine_by not in ("shared", affine):
+        raise InputError(
+            f"got affine={affine!r} and affine_by={affine_by!r}, two words for one thing; give one of them"
+        )
+    return affine
+
+
 def _momentum(momentum: float | None, decay: float | None) -> float | None:
     """The momentum of `momentum=` or `decay=`; warns once of what looks like the other convention."""
     global _warned
@@ -490,7 +518,8 @@ Args:
     num_features: C.
     eps: added to the variance, inside the root.
     momentum: share of the *new* statistics in the running ones; None for the cumulative average.
-    affine: whether gamma (``weight``) and beta (``bias``) are learned.
+    affine: whether gamma (``weight``) and beta (``bias``) are learned; "domain" and "step" are True with that
+        ``affine_by``.
     track_running_stats: whether running statistics are kept.
     bias: whether beta is learned where gamma is.
     activation: fused into the layer: "relu", "relu6", "leaky_relu", "silu", "gelu" (exact), "hardswish", "sigmoid",
@@ -520,7 +549,10 @@ Args:
         each channel for itself.
     process_group: "world" or a group of torch.distributed, whose ranks share statistics in training: one collective
         forward, one backward. Ghost batches stay on their rank; the running statistics alone are then shared.
-    domains: number of sets of running statistics over the same gamma and beta; `use_domain` chooses. 0: one set.
+    domains: number of sets of running statistics; `use_domain` chooses. 0: one set.
+    affine_by: what has a gamma and beta of its own: "shared" (all values of a channel have the same), "domain" (each
+        of ``domains``: ``weight`` and ``bias`` are those of domain 0, ``weight_1`` and ``bias_1`` of domain 1, ...) or
+        "step" (each time step of ``pool="frame"``: (max_steps, C)).
     example_weight: alpha in [0, 1], how much an example's own statistics count when the running ones normalize;
         see `tune_example_weight`.
 
@@ -537,7 +569,8 @@ Raises:
     SynchronizationError: ranks of the process group that do not take part in time.
 
 Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; Ioffe 2017 (renorm); Summers & Dinneen 2020 (example_weight,
-channel_groups); Hoffer et al. 2017 (ghost_size); Laurent et al. 2016 (pool).
+channel_groups); Hoffer et al. 2017 (ghost_size); Laurent et al. 2016 (pool); Xie et al. 2020, Adversarial examples
+improve image recognition, and Antoniou et al. 2019, How to train your MAML (affine_by).
 
 Examples:
     >>> import torch

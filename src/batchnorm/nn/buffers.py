@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchnorm.nn import options
 from batchnorm.nn.outside import keeps_fast_paths_away
@@ -29,6 +29,7 @@ def prepare(layer: BatchNorm, name: str) -> None:
     elif name == "renorm":
         _keep_corrections(layer)
     elif name in options.BY_NAME and options.BY_NAME[name].rows:
+        _shape_affine(layer, name)
         _shape_statistics(layer, name)
         if "nonfinite" in layer.__dict__:
             _count_refusals(layer)
@@ -172,13 +173,55 @@ def _shape_statistics(layer: BatchNorm, name: str) -> None:
         layer.domain = 0
 
 
+def _shape_affine(layer: BatchNorm, name: str) -> None:
+    """Parameters for each domain, or rows of them for each time step; new ones take the values of those in use.
+
+    Those of domain 0 are ``weight`` and ``bias``, those of domain k ``weight_k`` and ``bias_k``. They are no rows of
+    one parameter, because an optimizer would go on moving those of a domain that has no batch, by decay and momentum.
+    """
+    if name == "domains" and not layer.domains and layer.__dict__.get("affine_by") == "domain":
+        layer.__dict__["affine_by"] = "shared"  # those in use stay
+    domains, steps = options.affine_rows(layer.__dict__)
+    shape = (*filter(None, (steps,)), layer.num_features)
+    for key in ("weight", "bias"):
+        first = layer._parameters.get(key)
+        if first is None:
+            continue
+        there = [first]
+        while f"{key}_{len(there)}" in layer._parameters:
+            there.append(layer._parameters[f"{key}_{len(there)}"])  # type: ignore[arg-type]
+        if len(there) == domains and first.shape == shape:
+            continue
+        kept = there[min(layer.domain, len(there) - 1)]
+        if kept.shape != shape:
+            row = kept.detach() if kept.ndim == 1 else kept.detach()[0]
+            kept = nn.Parameter(row.expand(shape).clone(), requires_grad=kept.requires_grad)
+        for k in range(1, len(there)):
+            del layer._parameters[f"{key}_{k}"]
+        layer._parameters[key] = kept
+        for k in range(1, domains):
+            twin = nn.Parameter(kept.detach().clone(), requires_grad=kept.requires_grad)
+            layer.register_parameter(f"{key}_{k}", twin)
+
+
+def affine_keys(layer: BatchNorm) -> list[tuple[str, str]]:
+    """The names of gamma and beta, domain by domain; only those that there are."""
+    domains, _ = options.affine_rows(layer.__dict__)
+    names = [("weight", "bias"), *((f"weight_{k}", f"bias_{k}") for k in range(1, domains))]
+    return [pair for pair in names if pair[0] in layer._parameters or pair[1] in layer._parameters]
+
+
 def fill_in(layer: BatchNorm, state: dict[str, Any], prefix: str) -> None:
     """Adds to a state that is loaded what torch's layers do not have: refused batches, rows of domains and steps."""
     key = prefix + "num_batches_skipped"
     if "num_batches_skipped" in layer._buffers and key not in state:
         state[key] = layer.num_batches_skipped
-    for name, _ in _STATISTICS:
-        own, given = layer._buffers.get(name), state.get(prefix + name)
+    for pair in affine_keys(layer)[1:]:
+        for name, first in zip(pair, ("weight", "bias"), strict=True):
+            if name in layer._parameters and prefix + name not in state and prefix + first in state:
+                state[prefix + name] = state[prefix + first].clone()
+    for name in (*(name for name, _ in _STATISTICS), "weight", "bias"):
+        own, given = layer._buffers.get(name, layer._parameters.get(name)), state.get(prefix + name)
         if own is None or given is None or own.ndim <= given.ndim:
             continue
         if own.shape[own.ndim - given.ndim :] == given.shape:

@@ -20,6 +20,7 @@ from batchnorm.sources import Renorm
 
 SOURCES = ("auto", "batch", "running")
 UPDATES = ("auto", "never", "always")
+AFFINES = ("shared", "domain", "step")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Option:
         harmless: a value with which it is so all the same.
         by_step: whether it has a meaning for `StepBatchNorm`.
         by_sample: whether GroupNorm and LayerNorm have it, or lack nothing by it.
-        rows: whether it shapes the running statistics.
+        rows: whether it shapes the running statistics, or gamma and beta.
         parts: whether it parts the values of a channel, or its statistics, where torch has one pool and one set.
         walked: whether training with it still is Algorithm 1 of the paper for each channel.
         belongs: whether it has no effect without another option, whose value says more.
@@ -116,6 +117,7 @@ TABLE = (
     Option("channel_groups", 0, "pool", problem=_number, **_PARTS, **_SAMPLE),
     Option("process_group", None, "pool", problem=_group, parts=True, **_STEP),
     Option("domains", 0, "population", problem=_number, affine=False, rows=True, **_PARTS, **_STEP),
+    Option("affine_by", "shared", "fusion", AFFINES, belongs=True, rows=True, **_STEP),
 )
 BY_NAME = {option.name: option for option in TABLE}
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in TABLE}
@@ -146,6 +148,13 @@ def shown(layer: Any) -> list[str]:
     return [f"{option.spelled}={getattr(layer, option.name)!r}" for option in changed(layer)]
 
 
+def affine_rows(options: dict[str, Any]) -> tuple[int, int]:
+    """The domains that have parameters of their own (1: none has), and the rows by step of each parameter (0: none)."""
+    domains, steps = rows(options)
+    by = options.get("affine_by", "shared")
+    return max(domains, 1) if by == "domain" else 1, steps if by == "step" else 0
+
+
 def rows(options: dict[str, Any]) -> tuple[int, int]:
     """The numbers of domains and time steps that have running statistics of their own; 0: they are not told apart."""
     return options.get("domains", 0), options.get("max_steps", 0) if options.get("pool") == "frame" else 0
@@ -167,8 +176,26 @@ def check_together(options: dict[str, Any], layer: Any, momentum: float | None) 
         raise InputError("renorm= needs running statistics, got track_running_stats=False")
     if options["renorm"] is not None and (ghosts or options["pool"] == "frame"):
         raise InputError("renorm corrects one pool a channel; it does not go with ghost_size or pool='frame'")
+    _check_affine_together(options, layer)
     if (options["domains"] or options["pool"] == "frame") and not layer.track_running_stats:
         raise InputError("domains= and pool='frame' keep running statistics, got track_running_stats=False")
+
+
+def _check_affine_together(options: dict[str, Any], layer: Any) -> None:
+    by = options["affine_by"]
+    if by == "shared":
+        return
+    if by == "domain" and not options["domains"]:
+        raise InputError("affine_by='domain' gives each domain its gamma and beta, and needs domains=, their number")
+    if by == "step" and options["pool"] != "frame":
+        raise InputError("affine_by='step' gives each time step its gamma and beta, and needs pool='frame'")
+    if by == "step" and getattr(layer, "reads_sizes", False):
+        raise InputError(
+            "affine_by='step' is not for StepBatchNorm, whose gamma and beta a recurrence shares over its steps; "
+            "BatchNorm1d(pool='frame') has it"
+        )
+    if not layer.affine:
+        raise InputError(f"affine_by={by!r} needs gamma and beta, got affine=False")
 
 
 def _check_pools_together(options: dict[str, Any], layer: Any) -> None:

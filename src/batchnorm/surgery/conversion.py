@@ -503,7 +503,12 @@ def _target(layer: nn.Module, to: str, shapes: set[tuple[int, ...]], options: di
         plain = layer
         if type(layer) is not target and not issubclass(target, foreign.ForeignBatchNorm):
             plain = target(layer.num_features, track_running_stats=layer.track_running_stats, device="meta")
-        table.check_together({**table.of(layer), **options}, plain, options.get("momentum", layer.momentum))
+        together = {**table.of(layer), **options}
+        if "affine_by" not in options and not together["domains"] and together["affine_by"] == "domain":
+            together["affine_by"] = "shared"  # those of the domain in use stay
+        if together["affine_by"] != "shared":
+            plain.affine = layer.affine
+        table.check_together(together, plain, options.get("momentum", layer.momentum))
     except InputError as error:
         return f"cannot have these options: {error}"
     return target
@@ -625,6 +630,21 @@ def _loses_rows(layer: nn.Module) -> bool:
             each = value.reshape(*(max(n, 1) for n in now), -1)
             if bool((each != each.narrow(axis, 0, 1)).any()):
                 return True
+    return _loses_affine_rows(layer)
+
+
+def _loses_affine_rows(layer: ours.BatchNorm) -> bool:
+    """The same of gamma and beta."""
+    now, before = table.affine_rows(layer.__dict__), table.affine_rows(layer.__dict__[_MEMORY].attributes)
+    for key in ("weight", "bias"):
+        first = layer._parameters.get(key)
+        if first is None or now == before:
+            continue
+        others = [layer._parameters[f"{key}_{k}"] for k in range(1, now[0])]
+        if any(other is not None and not torch.equal(other, first) for other in others):
+            return True
+        if now[1] and bool((first != first[:1]).any()):
+            return True
     return False
 
 

@@ -384,7 +384,8 @@ def _unknown_transform(layer: nn.Module) -> str | None:
     for key in defaults.keys() - _UNDERSTOOD:
         value = getattr(layer, key, defaults[key])
         if value != defaults[key] and (key, value) not in _HARMLESS:
-            return f"its option {key}={value!r} makes more of it than scale and shift"
+            one = "; bn.convert(net, domains=0) keeps the domain in use alone" if key == "domains" else ""
+            return f"its option {key}={value!r} makes more of it than scale and shift{one}"
     activation = layer.activation
     if activation and activation not in activations.KNOWN:
         return f"its fused activation {activation!r} has no module"

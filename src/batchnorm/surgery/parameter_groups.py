@@ -82,7 +82,7 @@ def param_groups(
 
 def _role(module: nn.Module, key: str, parameter: nn.Parameter) -> str:
     if isinstance(module, _NORMS):
-        return "gamma" if key == "weight" else "beta"
+        return "gamma" if key.startswith("weight") else "beta"
     return "bias" if parameter.dim() <= 1 and "bias" in key else "weight"
 
 
