@@ -19,8 +19,8 @@ The formula is one; these are not. The variance that *normalizes a batch* is the
 "Kept" is the variance that training keeps for inference: the batch's, of m values, times m/(m - 1) where it is
 unbiased. "Share" says what the framework's own number is a share of. `load_statistics` translates all of it, so that
 inference and further training are the framework's; the table is the one that the code uses. Rows marked "files" are
-tested with files that the framework wrote: evaluation, and five more steps of training, to 1e-6. Rows marked "source"
-follow its source.
+tested with files that the framework wrote: evaluation, and five more steps of training, to 1e-6 (evaluation alone where
+training is refused). Rows marked "source" follow its source.
 
 """
 TAIL = """
@@ -40,6 +40,10 @@ What else to know:
 - **MLX** kept the biased variance up to 0.29.4: `running_var="biased"` for files that are trained on there.
 - Files of **MLX** and **tinygrad** have torch's keys. A `.safetensors` without a counter and without torch's mark is
   taken for MLX; with a counter for torch, which is tinygrad's convention as well. `framework=` says otherwise.
+- **Caffe** keeps sums and their factor, and gamma and beta in the Scale layer behind. It does not install any more: the
+  file that is tested was written by its message classes, and OpenCV 4.14 computed its output.
+- **Darknet** divides by the unbiased standard deviation in training as well, so its weights load with `frozen=True`. A
+  `[batchnorm]` section has a beta that Darknet neither trains nor saves.
 - Folders of **orbax**, checkpoints and SavedModels of **TensorFlow**, and Keras archives with `.npz` weights are
   refused; the message says what to write instead.
 """

@@ -55,6 +55,7 @@ FILES = {
     "keras2.fused.keras": File("keras2"),
     "keras2.frozen.h5": File("keras2"),
     "keras2.synchronized.h5": File("keras2", {"running_var": "biased"}),
+    "keras2.sync_layer.h5": File("keras2"),
     "keras2.time_distributed.h5": File("keras2"),
     "keras2.no_scale.h5": File("keras2", without=("weight",)),
     "keras2.by_name.h5": File("keras2"),
@@ -87,7 +88,8 @@ def unpacked(name: str, folder: Path) -> Path:
     else:
         with tarfile.open(fileobj=io.BytesIO((DATA / f"{name}.tar.gz").read_bytes())) as archive:
             archive.extractall(folder, filter="data")
-    return folder / name / "model.weights.json" if name.endswith(".sharded") else folder / name
+    inside = {"keras3.weights.sharded": "model.weights.json", "darknet.folder": "net.weights"}
+    return folder / name / inside.get(name, "")
 
 
 def expected(name: str) -> dict[str, np.ndarray]:
@@ -138,7 +140,7 @@ def test_training_goes_on(name: str, tmp_path: Path):
     path = unpacked(name, tmp_path)
     options = dict(file.options)
     if file.layers or not name.endswith(WITH_SETTINGS) or ".weights." in name or "by_name" in name:
-        layers = file.layers or dict(zip("02", (f.name for f in bn.read_statistics(path).layers), strict=True))
+        layers = file.layers or weights_of(path)
         for (ours, theirs), (decay, eps) in zip(layers.items(), file.settings, strict=True):
             loaded = bn.load_statistics(net, path, layers={ours: theirs}, decay=decay, eps=eps, **options)
     else:
@@ -147,13 +149,23 @@ def test_training_goes_on(name: str, tmp_path: Path):
     assert_goes_on(net, want)
 
 
+def weights_of(path: Path) -> dict[str, str]:
+    """Our names to theirs, of files that do not hold settings."""
+    return dict(zip("02", (f.name for f in bn.read_statistics(path).layers), strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("keras3.renorm.keras", "renorm=True"),
         ("keras2.renorm.h5", "renorm=True"),
         ("keras2.virtual.h5", "virtual_batch_size=3"),
+        ("keras2.virtual.weights.h5", "virtual_batch_size: Keras takes"),
         ("keras3.time_distributed.keras", "TimeDistributed of Keras 3"),
+        ("keras3.time_distributed.h5", "TimeDistributed of Keras 3"),
+        ("keras3.time_distributed_model.keras", "TimeDistributed of Keras 3"),
+        ("keras3.time_distributed_model.weights.h5", "TimeDistributed of Keras 3"),
+        ("darknet.folder", "unbiased standard deviation in training"),
     ],
 )
 def test_other_rules_of_training_are_refused_by_name_and_load_for_inference(name: str, reason: str, tmp_path: Path):
@@ -163,7 +175,11 @@ def test_other_rules_of_training_are_refused_by_name_and_load_for_inference(name
     with pytest.raises(InputError, match=f"(?s){reason}.*frozen=True"):
         bn.load_statistics(net, path)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    bn.load_statistics(net, path, frozen=True)
+    given = {} if ".weights.h5" not in name else {"layers": weights_of(path)}
+    for (ours, theirs), (decay, eps) in zip(given.get("layers", {}).items(), ((0.9, 1e-2), (0.8, 1e-3)), strict=False):
+        bn.load_statistics(net, path, layers={ours: theirs}, decay=decay, eps=eps, frozen=True)
+    if not given:
+        bn.load_statistics(net, path, frozen=True)
     for training in (False, True):  # and nothing moves
         y = net.train(training)(first(want["x"][0]))
         np.testing.assert_allclose(y.detach(), first(want["before"]), rtol=1e-6, atol=1e-6)
@@ -214,6 +230,21 @@ def test_the_generation_of_keras_decides_where_a_file_does_not_say_fused(tmp_pat
     assert bn.load_keras(network(4), unpacked("keras3.legacy.h5", tmp_path))[0].running_var_kind == "biased"
     with pytest.raises(InputError, match="running_var='fused'"):
         bn.load_statistics(network(4), path, running_var="fused")
+
+
+def test_two_vectors_are_a_batch_norm_where_the_caller_says_so(tmp_path: Path):
+    """Without scale and center there are as many as a layer normalization has; a name that Keras gave tells it."""
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "net.weights.h5"
+    with h5py.File(path, "w") as file:
+        file.create_group("vars")
+        for name in ("block/batch_normalization", "block/own"):
+            group = file.create_group(f"{name}/vars")
+            group["0"], group["1"] = np.full(3, 2.0), np.full(3, 4.0)
+    assert [f.name for f in bn.read_statistics(path).layers] == ["block/batch_normalization"]
+    net = nn.Sequential(bn.BatchNorm1d(3, affine=False))
+    bn.load_keras(net, path, layers={"0": "block/own"})
+    assert net[0].running_var.tolist() == [4.0] * 3
 
 
 def test_decay_of_zero_is_given(tmp_path: Path):
@@ -288,6 +319,138 @@ def test_jittor_by_its_mark(tmp_path: Path):
     assert (net[0].running_var_kind, net[0].eps) == ("biased", 0.5)  # torch's settings stay
 
 
+# Caffe and Darknet
+
+
+def test_caffe_divides_its_sums_by_their_factor(tmp_path: Path):
+    """Evaluation is OpenCV's, and statistics after five more batches those of Caffe's formulas."""
+    path, want = unpacked("caffe.caffemodel", tmp_path), expected("caffe.caffemodel")
+    net = network(4)
+    assert bn.load_statistics(net, path).layers == {"0": "bn1", "2": "bn2"}
+    assert [(m.decay, m.eps, int(m.num_batches_tracked)) for m in (net[0], net[2])] == [(0.9, 0.01, 3), (0.8, 1e-3, 3)]
+    x = [first(batch) for batch in want["x"]]
+    np.testing.assert_allclose(net.eval()(x[0]).detach(), first(want["before"]), rtol=1e-6, atol=1e-6)
+    net.train()
+    for batch in x[1:]:
+        net(batch)
+    for i in (0, 1):
+        for key, got in (("mean", net[2 * i].running_mean), ("var", net[2 * i].running_var)):
+            np.testing.assert_allclose(got, want[f"{i}.{key}"], rtol=1e-6, atol=1e-6)
+
+
+def message(number: int, *parts: bytes | int) -> bytes:
+    """Fields of one number in a message of protobuf: bytes with their length, or integers."""
+
+    def varint(value: int) -> bytes:
+        return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+    kinds = [varint(number << 3 | 2 * isinstance(part, bytes)) for part in parts]
+    sizes = [varint(len(part)) + part if isinstance(part, bytes) else varint(part) for part in parts]
+    return b"".join(kind + content for kind, content in zip(kinds, sizes, strict=True))
+
+
+def caffe_layer(name: bytes, kind: bytes, bottom: bytes, *blobs: list[float]) -> bytes:
+    made = [message(5, np.asarray(blob, "<f4").tobytes()) for blob in blobs]
+    texts = (message(i, text) for i, text in ((1, name), (2, kind), (3, bottom), (4, name)))
+    return message(100, b"".join(texts) + message(7, *made))
+
+
+def test_caffe_before_training_and_without_scale(tmp_path: Path):
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(
+        caffe_layer(b"a", b"BatchNorm", b"x", [1, 2], [3, 4], [0])  # a factor of 0 means 0
+        + caffe_layer(b"b", b"BatchNorm", b"a", [1, 2], [3, 4], [2])
+        + caffe_layer(b"bias", b"Bias", b"b", [5, 6])
+        + caffe_layer(b"c", b"BatchNorm", b"bias", [1e3, 0], [1e3, 1e3], [1e3])  # what a factor tends to at 0.999
+    )
+    a, b, c = bn.read_statistics(path).layers
+    assert [v.tolist() for v in (a.mean, a.var)] == [[0, 0], [0, 0]]
+    assert (a.gamma, a.beta, a.batches) == (None, None, 0)
+    assert [v.tolist() for v in (b.mean, b.var)] == [[0.5, 1], [1.5, 2]]
+    assert b.gamma is None
+    assert b.beta is not None
+    assert b.beta.tolist() == [5, 6]
+    assert c.batches is not None
+    assert c.batches > 20_000
+    path.write_bytes(caffe_layer(b"a", b"BatchNorm", b"x", [1], [1], [1], [1], [1]))
+    with pytest.raises(DataError, match="5 blobs; expected mean, variance and factor"):
+        bn.read_statistics(path)
+
+
+DARKNET = """
+[net]
+channels = 2 ; comments may follow
+height = 4
+width = 4
+[convolutional]
+filters = 4
+size = 3
+pad = 1
+batch_normalize = 1
+[maxpool]
+size = 2
+stride = 2
+[upsample]
+stride = 2
+[route]
+layers = -1, 0
+[reorg]
+stride = 2
+[convolutional]
+filters = 2
+groups = 2
+batch_normalize = 1
+[shortcut]
+from = -1
+[connected]
+output = 3
+batch_normalize = 1
+"""
+# Numbers of each layer: before its three vectors, its channels, after them.
+DARKNET_SIZES = {"convolutional_0": (4, 4, 72), "convolutional_5": (2, 2, 32), "connected_7": (3 + 3 * 8, 3, 0)}
+
+
+def darknet(folder: Path, version: int = 2) -> tuple[Path, np.ndarray]:
+    sizes = [before + 3 * channels + after for before, channels, after in DARKNET_SIZES.values()]
+    numbers = np.random.default_rng(0).uniform(1, 2, sum(sizes)).astype("<f4")
+    header = np.array([0, version, 0], "<i4").tobytes() + bytes(8 if version == 2 else 4)
+    (folder / "net.cfg").write_text(DARKNET)
+    (folder / "net.weights").write_bytes(header + numbers.tobytes())
+    return folder / "net.weights", numbers
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_darknets_numbers_are_told_apart_by_its_configuration(version: int, tmp_path: Path):
+    path, numbers = darknet(tmp_path, version)
+    found, at = bn.read_statistics(path).layers, 0
+    assert [layer.name for layer in found] == list(DARKNET_SIZES)
+    for layer, (before, channels, after) in zip(found, DARKNET_SIZES.values(), strict=True):
+        vectors = np.split(numbers[at + before : at + before + 3 * channels], 3)
+        np.testing.assert_array_equal(layer.beta, numbers[at : at + channels])
+        np.testing.assert_array_equal((layer.gamma, layer.mean), vectors[:2])
+        np.testing.assert_allclose(np.sqrt(layer.var), np.sqrt(vectors[2].astype(float)) + 1e-6, rtol=1e-12)
+        at += before + 3 * channels + after
+    assert at == len(numbers)
+
+
+def test_darknets_weights_that_do_not_fit(tmp_path: Path):
+    path, _ = darknet(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 20 + 4 * (4 + 12 + 72)])  # the first layers alone, as weights for a new head are
+    assert [layer.name for layer in bn.read_statistics(path).layers] == ["convolutional_0"]
+    for content, reason in ((whole[:-4], "ends within a layer"), (whole + bytes(4), "1 numbers more")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=reason):
+            bn.read_statistics(path)
+    path.write_bytes(whole)
+    path.with_suffix(".cfg").write_text(DARKNET.replace("[maxpool]", "[lstm]"))
+    with pytest.raises(DataError, match=r"section 1 \[lstm\].*laid out in another way"):
+        bn.read_statistics(path)
+    path.with_suffix(".cfg").unlink()
+    with pytest.raises(InputError, match=r"have no names.*net\.cfg"):
+        bn.read_statistics(path)
+
+
 # Objects in memory
 
 
@@ -315,7 +478,8 @@ def test_a_train_state_and_the_pair_of_haiku(tmp_path: Path):
     tree = trees.read_msgpack(unpacked("flax.train_state.msgpack", tmp_path))
     assert {"step", "opt_state"} <= tree.keys()
     state = Holder(params=tree["params"], batch_stats=tree["batch_stats"])
-    assert [f.name for f in bn.read_statistics(state).layers] == ["BatchNorm_0", "BatchNorm_1"]
+    for each in (state, {"model": state, "epoch": 3}):
+        assert [f.name for f in bn.read_statistics(each).layers] == ["BatchNorm_0", "BatchNorm_1"]
 
     arrays = dict(np.load(unpacked("haiku.npz", tmp_path)))
     params: dict[str, Any] = {}
@@ -375,6 +539,11 @@ def test_states_of_torch_keep_its_settings_and_graphs_keys_are_known(tmp_path: P
 def test_files_that_need_their_framework_say_what_to_write(tmp_path: Path):
     with pytest.raises(InputError, match=r"checkpoint of orbax.*StandardCheckpointer.*to_bytes"):
         bn.load_statistics(network(2), unpacked("flax.nnx.orbax", tmp_path))
+    for step in ("9", "10"):  # as a CheckpointManager lays them out
+        (tmp_path / "steps" / step / "default").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "steps" / step / "default" / "_METADATA").touch()
+    with pytest.raises(InputError, match=r"restore\('.*steps/10/default'\)"):
+        bn.load_statistics(network(2), tmp_path / "steps")
     (tmp_path / "variables.index").write_bytes(bytes(40) + bytes.fromhex("57fb808b247547db"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "saved_model.pb").touch()

@@ -230,7 +230,7 @@ def _load(
     modes.check(net, verb)
     layers = {n: m for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if names is not None:
-        pairs = _by_name(layers, found.layers, names, verb)
+        pairs = _by_name(layers, (*found.layers, *found.doubtful), names, verb)
     else:
         pairs = _by_equal_names(layers, found.layers) or _in_order(layers, found, verb)
     keeps = CONVENTIONS[found.framework].keeps_settings

@@ -50,8 +50,9 @@ def nested():
     return keras.Model(x, bn(0.8, 1e-3)(inner(x)))
 
 
-def wrapped():
-    return keras.Sequential([keras.Input((2, 3)), layers.TimeDistributed(bn()), layers.ReLU(), bn(0.8, 1e-3)])
+def wrapped(model: bool = False):
+    inner = keras.Sequential([bn()]) if model else bn()
+    return keras.Sequential([keras.Input((2, 3)), layers.TimeDistributed(inner), layers.ReLU(), bn(0.8, 1e-3)])
 
 
 def norms(model) -> list:
@@ -99,6 +100,9 @@ def main() -> None:
     run("keras3.frozen.keras", sequential(2), 2, freeze=True)
     run("keras3.renorm.keras", sequential(renorm=True, renorm_clipping={"rmax": 3.0, "dmax": 5.0}))
     run("keras3.time_distributed.keras", wrapped(), time=True)
+    run("keras3.time_distributed.h5", wrapped(), time=True)
+    run("keras3.time_distributed_model.keras", wrapped(True), time=True)
+    run("keras3.time_distributed_model.weights.h5", wrapped(True), time=True)
     run("keras3.weights.sharded", sequential(2), 2, max_shard_size=6e-8)
     run("keras3.bfloat16.weights.h5", sequential(dtype="bfloat16"))
 

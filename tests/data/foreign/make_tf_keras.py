@@ -12,8 +12,8 @@ from tf_keras import layers
 KEYS = {"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "var": "moving_variance"}
 
 
-def bn(momentum: float = 0.9, epsilon: float = 1e-2, **options):
-    return layers.BatchNormalization(momentum=momentum, epsilon=epsilon, **options)
+def bn(momentum: float = 0.9, epsilon: float = 1e-2, kind=layers.BatchNormalization, **options):
+    return kind(momentum=momentum, epsilon=epsilon, **options)
 
 
 class Attributes(keras.Model):
@@ -28,8 +28,9 @@ class Attributes(keras.Model):
         return self.second(keras.backend.relu(self.first(x, training=training)), training=training)
 
 
-def sequential(rank: int = 1, **options):
-    return keras.Sequential([keras.Input((*SPACE[rank], 3)), bn(**options), layers.ReLU(), bn(0.8, 1e-3, **options)])
+def sequential(rank: int = 1, kind=layers.BatchNormalization, **options):
+    first, second = (bn(*settings, kind, **options) for settings in ((0.9, 1e-2), (0.8, 1e-3)))
+    return keras.Sequential([keras.Input((*SPACE[rank], 3)), first, layers.ReLU(), second])
 
 
 def nested():
@@ -44,7 +45,7 @@ def wrapped():
 
 
 def norms(model) -> list:
-    found = [m for m in model._flatten_layers() if isinstance(m, layers.BatchNormalization)]
+    found = [m for m in model._flatten_layers() if hasattr(m, "moving_variance")]
     return sorted(found, key=lambda m: -m.momentum)  # 0.9 comes before 0.8
 
 
@@ -88,4 +89,6 @@ run("keras2.frozen.h5", sequential(2), 2, freeze=True)
 run("keras2.renorm.h5", sequential(renorm=True, renorm_clipping={"rmax": 3.0, "dmax": 5.0}))
 run("keras2.virtual.h5", sequential(2, virtual_batch_size=3), 2)
 run("keras2.time_distributed.h5", wrapped(), time=True)
+run("keras2.virtual.weights.h5", sequential(2, virtual_batch_size=3), 2)
+run("keras2.sync_layer.h5", sequential(2, layers.experimental.SyncBatchNormalization), 2)
 run("keras2.synchronized.h5", sequential(2, synchronized=True), 2)

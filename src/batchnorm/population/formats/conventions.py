@@ -34,7 +34,7 @@ class Convention:
         counter: the name of the number of batches; None where there is none.
         single: what training does with one value a channel.
         files: files that are read.
-        evidence: "files" where files that it wrote are tested, else "source".
+        evidence: "files" where files that it wrote are tested, else what is followed.
         keeps_settings: whether momentum and epsilon of our layer stay where none are given, since they are torch's.
     """
 
@@ -226,24 +226,20 @@ CONVENTIONS: dict[str, Convention] = {
         counter="num_batches_tracked",
         keeps_settings=True,
     ),
-}
-
-# Frameworks whose files are not read here; the documentation has them.
-ELSEWHERE: tuple[Convention, ...] = (
-    Convention(
+    "caffe": Convention(
         "Caffe",
         "1.0 (BVLC), 2026-11-28",
-        Names("scale layer", "scale layer", "blob 0", "blob 1"),
+        Names("blob 0 of Scale", "blob 1 of Scale", "blob 0", "blob 1"),
         ("moving_average_fraction", "old"),
         0.999,
         1e-5,
         "unbiased",
         "variance 0, kept",
-        "none; blob 2 divides both (0 means 0)",
+        ".caffemodel; blob 2 divides both (0 means 0)",
         running="debiased",
-        evidence="source",
+        evidence="its message classes, OpenCV 4.14",
     ),
-    Convention(
+    "darknet": Convention(
         "Darknet",
         "61c9d02, 2026-11-28",
         Names("scales", "biases", "rolling_mean", "rolling_variance"),
@@ -252,10 +248,13 @@ ELSEWHERE: tuple[Convention, ...] = (
         1e-6,
         "unbiased",
         "division by 0",
-        "none; beta, gamma, mean, variance of each layer",
+        ".weights, with its .cfg beside it",
         eps_place="sqrt(var) + eps",
-        evidence="source",
     ),
+}
+
+# Frameworks whose files are not read here; the documentation has them.
+ELSEWHERE: tuple[Convention, ...] = (
     Convention(
         "ONNX",
         "opset 15, onnx 1.23.2, 2026-11-28",

@@ -24,6 +24,7 @@ from batchnorm.population.formats.values import bfloat16, natural
 NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 DECAY, EPS = 0.99, 1e-3
+_STEPS = "inside TimeDistributed"  # a mark among the settings of a layer
 _AUTOMATIC = re.compile(r"batch_normalization(_\d+)?")
 
 
@@ -146,6 +147,7 @@ def _configured(groups: list[_Group], config: dict[str, Any], version: str) -> C
     framework = _framework(version)
     found, seen = [], set()
     for path, name, settings in _walk(_entries(config["config"]), "", ""):
+        by_step = framework == "keras3" and settings.get(_STEPS, False)
         group = by_path.get(path) or by_label.get(str(settings.get("name")))
         if group is None:
             stem = path.rpartition("/")[0]
@@ -160,7 +162,7 @@ def _configured(groups: list[_Group], config: dict[str, Any], version: str) -> C
         if len(group.arrays) < len(keys):
             raise ValueError(f"{name} has {len(group.arrays)} vectors; expected {', '.join(keys)}")
         layer = _layer(name, dict(zip(keys, group.arrays, strict=False)), settings, version)
-        obstacle = layer.obstacle or _by_step(path, framework)
+        obstacle = layer.obstacle or (BY_STEP if by_step else None)
         found.append(replace(layer, aliases=(group.path, *filter(None, [group.label])), obstacle=obstacle))
     rest = [
         replace(layer, variance=_variance({}, version, layer.obstacle))
@@ -193,10 +195,12 @@ def _walk(config: Mapping[str, Any], path: str, name: str) -> Iterator[tuple[str
 def _visit(layer: dict[str, Any], path: str, name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     settings = layer["config"]
     own = name + str(settings.get("name", path.rpartition("/")[2]))
-    if layer["class_name"] == "BatchNormalization" or "moving_variance_initializer" in settings:
-        yield path, own, settings
+    kind = layer["class_name"].rpartition(">")[2]
+    if kind == "BatchNormalization" or "moving_variance_initializer" in settings:
+        yield path, own, {**settings, "synchronized": settings.get("synchronized") or kind.startswith("Sync")}
     else:
-        yield from _walk(settings, path, own + "/")
+        for at, inner, found in _walk(settings, path, own + "/"):
+            yield at, inner, {**found, _STEPS: found.get(_STEPS, False) or kind == "TimeDistributed"}
 
 
 def _entries(config: Any) -> Mapping[str, Any]:
@@ -218,46 +222,63 @@ def _snake(name: str) -> str:
 # Weights alone
 
 
+_UNSAVED = (
+    "a file of weights does not hold momentum and epsilon; Keras' 0.99 and 1e-3 are taken",
+    "it does not say which layers are frozen (trainable=False); frozen=True loads them so",
+)
+
+
 def _of_weights(groups: list[_Group], version: str, kind: str) -> Checkpoint:
     found = _recognized(groups)
-    notes = ["a file of weights does not hold momentum and epsilon; Keras' 0.99 and 1e-3 are taken"]
+    notes = list(_UNSAVED)
+    inside = [f.name for f in found if f.obstacle is None and re.search(r"(^|/)layer(/|$)", f.name)]
+    if inside:
+        notes.append(f"if TimeDistributed of Keras 3 wraps {', '.join(inside)}, its training differs from that here")
     if not version:
         notes.append("it does not say whether Keras 3 before 3.6 or Keras 2 wrote it; Keras 3 is assumed")
-    return Checkpoint("keras3", kind, tuple(found), _tell_order(found), tuple(notes))
+    doubtful = [layer for group in _sorted(groups) if _doubtful(group) for layer in _as_norm(group)]
+    return Checkpoint("keras3", kind, tuple(found), _tell_order(found), tuple(notes), tuple(doubtful))
 
 
 def _recognized(groups: list[_Group]) -> list[ForeignBatchNorm]:
-    """What holds as many vectors of one length as a batch normalization, with three more where it renormalizes."""
-    found = []
-    for group in sorted(groups, key=lambda g: natural(g.path)):
-        arrays = group.arrays
-        vectors = bool(arrays) and all(a.ndim == 1 and a.shape == arrays[0].shape for a in arrays)
-        called = bool(_AUTOMATIC.fullmatch(group.path.rpartition("/")[2]) or _AUTOMATIC.fullmatch(group.label or ""))
-        if not vectors or group.path.startswith("optimizer/") or len(arrays) not in (2, 3, 4, 5, 6, 7):
-            continue
-        renorm = len(arrays) > 4
-        own = arrays[: len(arrays) - 3] if renorm else arrays
-        if len(own) == 2 and not called:  # a layer normalization has two as well
-            continue
-        layer = ForeignBatchNorm(
-            group.path,
-            own[-2],
-            own[-1],
-            own[0] if len(own) == 4 else None,
-            own[1] if len(own) == 4 else None,
-            loose=own[:1] if len(own) == 3 else (),
-            aliases=() if group.label is None else (group.label,),
-            obstacle=_RENORM if renorm else _by_step(group.path, "keras3" if group.label else ""),
-        )
-        found.append(layer)
-    return _by_creation(found)
-
-
-def _by_creation(found: list[ForeignBatchNorm]) -> list[ForeignBatchNorm]:
-    """In the order of the numbers that Keras gave the layers as they were made, where it gave all of them."""
+    """The groups that can be nothing else than a batch normalization, in the order of creation where it is told."""
+    found = [layer for group in _sorted(groups) if not _doubtful(group) for layer in _as_norm(group)]
     if found and all(f.aliases and _AUTOMATIC.fullmatch(f.aliases[0]) for f in found):
         return sorted(found, key=lambda f: natural(f.aliases[0]))
     return found
+
+
+def _sorted(groups: list[_Group]) -> list[_Group]:
+    return sorted(groups, key=lambda g: natural(g.path))
+
+
+def _doubtful(group: _Group) -> bool:
+    """Whether it has two vectors, as a layer normalization has, and no name that Keras gives a batch normalization."""
+    called = _AUTOMATIC.fullmatch(group.path.rpartition("/")[2]) or _AUTOMATIC.fullmatch(group.label or "")
+    return len(group.arrays) == 2 and not called
+
+
+def _as_norm(group: _Group) -> list[ForeignBatchNorm]:
+    """What holds as many vectors of one length as a batch normalization, with three more where it renormalizes."""
+    arrays = group.arrays
+    alike = bool(arrays) and all(a.shape == arrays[0].shape and a.size == max(a.shape, default=0) for a in arrays)
+    if not alike or group.path.startswith("optimizer/") or len(arrays) not in (2, 3, 4, 5, 6, 7):
+        return []
+    virtual = arrays[0].ndim > 1  # (1, ..., C), with an axis of virtual batches
+    renorm = len(arrays) > 4
+    own = [a.reshape(-1) for a in (arrays[: len(arrays) - 3] if renorm else arrays)]
+    by_step = BY_STEP if _TIME_DISTRIBUTED.search(group.path) else None
+    layer = ForeignBatchNorm(
+        group.path,
+        own[-2],
+        own[-1],
+        own[0] if len(own) == 4 else None,
+        own[1] if len(own) == 4 else None,
+        loose=tuple(own[:1]) if len(own) == 3 else (),
+        aliases=() if group.label is None else (group.label,),
+        obstacle=_RENORM if renorm else _VIRTUAL.format("") if virtual else by_step,
+    )
+    return [layer]
 
 
 def _tell_order(found: list[ForeignBatchNorm]) -> bool:
@@ -294,8 +315,10 @@ def _named(file: Any) -> Checkpoint:
                 name = layer if len(parts) == 1 else owner
                 last = owner.rpartition("/")[2]
                 own = settings.get(last) or settings.get(wrapped.get(last, "")) or settings.get(name) or {}
-                found.append(replace(_layer(name, arrays, own, version), aliases=(owner, last)))
-    notes = () if config else ("a file of weights does not hold momentum and epsilon; Keras' 0.99 and 1e-3 are taken",)
+                made = _layer(name, arrays, own, version)
+                by_step = BY_STEP if own.get(_STEPS) and _framework(version) == "keras3" else None
+                found.append(replace(made, aliases=(owner, last), obstacle=made.obstacle or by_step))
+    notes = () if config else _UNSAVED
     kind = f".h5 {'model' if config else 'weights'} of Keras {version}"
     return Checkpoint(_framework(version), kind, tuple(found), True, notes)
 
@@ -322,14 +345,15 @@ _RENORM = (
 )
 
 
-def _by_step(path: str, framework: str) -> str | None:
-    """Why a layer inside TimeDistributed trains differently, if it does: in Keras 3."""
-    if framework == "keras3" and re.search(r"(^|/)time_distributed(_\d+)?/layer$", path):
-        return (
-            "TimeDistributed of Keras 3 normalizes each time step by its own statistics and updates the moving ones "
-            "once a step (Keras 2 pools all steps)"
-        )
-    return None
+_VIRTUAL = (
+    "virtual_batch_size{}: Keras takes every (N/size)-th example into one virtual batch and keeps the mean of their "
+    "variances, where ghost_size takes adjacent examples"
+)
+BY_STEP = (
+    "TimeDistributed of Keras 3 normalizes each time step by its own statistics and updates the moving ones once a "
+    "step (Keras 2 pools all steps)"
+)
+_TIME_DISTRIBUTED = re.compile(r"(^|/)time_distributed(_\d+)?/layer(/|$)")
 
 
 def _layer(name: str, arrays: Mapping[str, Array], settings: Mapping[str, Any], version: str) -> ForeignBatchNorm:
@@ -338,10 +362,7 @@ def _layer(name: str, arrays: Mapping[str, Array], settings: Mapping[str, Any], 
     if settings.get("renorm") or "renorm_mean" in arrays:
         obstacle = _RENORM
     if settings.get("virtual_batch_size") is not None:
-        obstacle = (
-            f"virtual_batch_size={settings['virtual_batch_size']}: Keras takes every (N/size)-th example into one "
-            "virtual batch and keeps the mean of their variances, where ghost_size takes adjacent examples"
-        )
+        obstacle = _VIRTUAL.format(f"={settings['virtual_batch_size']}")
         vectors = [v.reshape(-1) if v is not None and v.size == max(v.shape) else v for v in vectors]
     gamma, beta, mean, var = vectors
     assert mean is not None

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.population.formats import containers, keras, states, trees
-from batchnorm.population.formats.conventions import CONVENTIONS, framework_key
-from batchnorm.population.formats.records import Checkpoint
+from batchnorm.population.formats import caffe, containers, darknet, keras, states, trees
+from batchnorm.population.formats.conventions import CONVENTIONS, Convention, framework_key
+from batchnorm.population.formats.records import Checkpoint, ForeignBatchNorm
 
 _TABLE_END = bytes.fromhex("57fb808b247547db")  # of the .index file of a TensorFlow checkpoint
 
@@ -31,6 +31,7 @@ def read(source: Any, framework: str | None = None, decay: float | None = None) 
 
 
 def _state(source: Any, asked: str | None) -> Checkpoint:
+    source = trees.of_module(source)
     if isinstance(source, tuple) and len(source) == 2:
         if hasattr(source[1], "get") and not isinstance(source[1], Mapping):
             return _known(states.of_equinox(*source), source[0])
@@ -87,8 +88,10 @@ def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
         tree = trees.read_msgpack(path)
         found = trees.read(tree) or states.read(tree, "file of msgpack", _alike(asked))
         return _known(found, tree, str(path))
-    if start[:1] == b"\x0a":
+    if start[:1] == b"\x0a" or start[:2] == b"\xa2\x06":
         return _protobuf(path)
+    if darknet.is_header(start) and (asked == "darknet" or path.suffix == ".weights"):
+        return _known(darknet.read(path), {}, str(path))
     raise DataError(f"{path} is no file that is known: it starts with {start!r}")
 
 
@@ -158,8 +161,13 @@ def _pickle(path: Path, asked: str | None) -> Checkpoint:
 
 
 def _protobuf(path: Path) -> Checkpoint:
+    """A model of Caffe or a checkpoint of MindSpore."""
+    content = path.read_bytes()
+    layers = caffe.layers_of(content)
+    if layers is not None:
+        return _known(caffe.read(layers, path), {layer.name: layer for layer in layers}, str(path))
     try:
-        arrays = containers.mindspore(path.read_bytes())
+        arrays = containers.mindspore(content)
     except (ValueError, KeyError, StopIteration, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is no checkpoint of MindSpore that can be read: {error!r}") from error
     return _known(states.read(arrays, "checkpoint", "mindspore", ordered=True), arrays, str(path))
@@ -172,5 +180,11 @@ def _as(found: Checkpoint, framework: str) -> Checkpoint:
     mine, asked = CONVENTIONS[found.framework], CONVENTIONS[framework]
     if mine.names != asked.names:
         raise InputError(f"got framework={framework!r}, but the content is that of {mine.title} ({found.kind})")
-    layers = tuple(replace(f, variance="biased" if f.obstacle else asked.variance) for f in found.layers)
-    return replace(found, framework=framework, layers=layers)
+    layers, doubtful = (tuple(_turned(f, asked) for f in side) for side in (found.layers, found.doubtful))
+    return replace(found, framework=framework, layers=layers, doubtful=doubtful)
+
+
+def _turned(layer: ForeignBatchNorm, asked: Convention) -> ForeignBatchNorm:
+    if layer.obstacle == keras.BY_STEP and asked is CONVENTIONS["keras2"]:
+        layer = replace(layer, obstacle=None)
+    return replace(layer, variance="biased" if layer.obstacle else asked.variance)

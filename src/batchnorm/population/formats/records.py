@@ -57,6 +57,7 @@ class Checkpoint:
         layers: the batch normalizations, in the order of the model where ``ordered``.
         ordered: whether their order is the model's.
         notes: what the file does not say and was assumed.
+        doubtful: what may be a batch normalization or another layer; it is one if the caller names it.
     """
 
     framework: str
@@ -64,6 +65,7 @@ class Checkpoint:
     layers: tuple[ForeignBatchNorm, ...]
     ordered: bool = True
     notes: tuple[str, ...] = field(default=())
+    doubtful: tuple[ForeignBatchNorm, ...] = field(default=())
 
     def rows(self) -> list[dict[str, str]]:
         """One row of text a layer: what a table shows."""

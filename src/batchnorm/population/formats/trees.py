@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import numpy as np
 from batchnorm.errors import DataError, InputError, MissingDependencyError
 from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
-from batchnorm.population.formats.values import array, bfloat16, flat, numbered, owners
+from batchnorm.population.formats.values import array, bfloat16, flat, natural, numbered, owners
+
+
+def of_module(value: Any) -> Any:
+    """The state of a module of nnx; any other value as it is."""
+    if not any(kind.__module__.startswith("flax.nnx") and kind.__name__ == "Module" for kind in type(value).__mro__):
+        return value
+    return sys.modules["flax.nnx"].state(value)
 
 
 def is_state(value: Any) -> bool:
@@ -39,7 +47,8 @@ def _with_batch_stats(tree: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
     """The mapping that holds batch_stats: the tree itself, or one inside (a TrainState in a dictionary)."""
     if isinstance(tree.get("batch_stats"), Mapping):
         return tree
-    inside = [v for v in tree.values() if isinstance(v, Mapping)]
+    states = {k: {"params": v.params, "batch_stats": v.batch_stats} for k, v in tree.items() if is_state(v)}
+    inside = [v for v in {**tree, **states}.values() if isinstance(v, Mapping)]
     found = (_with_batch_stats(each) for each in inside)
     return next((each for each in found if each is not None), None)
 
@@ -112,15 +121,18 @@ def _joined(tree: Any) -> Any:
 
 def refuse_folder(path: Path) -> None:
     """Raises for a folder, with what to do instead."""
-    if (path / "_METADATA").exists() or (path / "_CHECKPOINT_METADATA").exists() or any(path.glob("*/_METADATA")):
+    orbax = [each.parent for depth in ("", "*/", "*/*/") for each in sorted(path.glob(f"{depth}_METADATA"))]
+    if orbax or (path / "_CHECKPOINT_METADATA").exists():
+        item = max(orbax, key=lambda each: natural(str(each)), default=path)  # of the last step
         raise InputError(
             f"{path} is a checkpoint of orbax, which needs JAX to be read. Restore it there, "
-            "tree = orbax.checkpoint.StandardCheckpointer().restore(path), and pass the tree, or write it with "
-            "flax.serialization.to_bytes(tree) and pass that file"
+            f"tree = orbax.checkpoint.StandardCheckpointer().restore({str(item)!r}), and pass the tree, or write it "
+            "with flax.serialization.to_bytes(tree) and pass that file"
         )
     if (path / "saved_model.pb").exists():
         raise InputError(
             f"{path} is a SavedModel of TensorFlow. Load it there and write model.save('model.keras') or "
             "model.save_weights('model.weights.h5'), and pass that file"
         )
-    raise InputError(f"{path} is a folder; expected a file")
+    inside = sorted((each.name for each in path.iterdir() if each.is_file()), key=natural)
+    raise InputError(f"{path} is a folder; expected a file" + (f", such as {inside[-1]}" if inside else ""))
