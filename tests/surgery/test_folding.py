@@ -492,3 +492,52 @@ def test_a_layer_that_is_given_lengths_is_kept() -> None:
     net = Masked().eval()
     result = bn.fold(net, (torch.randn(3, 5, 7), torch.tensor([7, 3, 1])))
     assert [kept.layer for kept in result.certificate.kept] == ["norm"]
+
+
+def test_a_network_that_multiplies_rounding_folds_as_close_as_it_is_to_itself():
+    net = nn.Sequential(nn.Conv1d(1, 4, 1), nn.BatchNorm1d(4), Calls(lambda self, x: torch.sin(1e5 * x))).eval()
+    result = fold(net, torch.randn(2, 1, 50))
+    assert result.certificate.rounding > 1e-4
+    assert result.certificate.relative <= max(d.tolerance for d in result.certificate.differences)
+
+
+def test_a_refusal_names_the_layer_where_the_difference_begins(monkeypatch):
+    monkeypatch.setattr("batchnorm.surgery.folding.affine_of", lambda layer: (torch.ones(4),) * 2)
+    monkeypatch.setattr("batchnorm.surgery.absorption.affine_of", lambda layer: (torch.full((4,), 2.0).double(),) * 2)
+    net = nn.Sequential(nn.ReLU(), nn.Conv1d(1, 4, 1), nn.BatchNorm1d(4), nn.ReLU()).eval()
+    with pytest.raises(SurgeryError, match=r"begins at the output of '[12]'\. The original is well-conditioned"):
+        fold(net, torch.randn(2, 1, 50))
+
+
+class Collecting(nn.Module):
+    """Its forward reads what its own hooks collect, and installs them once."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.collected, self.installed = [], False
+
+    def forward(self, x):
+        if not self.installed:
+            for layer in self.layers[2:]:
+                layer.register_forward_hook(lambda module, args, output: self.collected.append(output))
+            self.installed = True
+        self.collected.clear()
+        self.layers(x)
+        return self.collected[0] + self.collected[1]
+
+
+def test_networks_that_need_their_own_hooks_fold():
+    net = Collecting()
+    net.collected = collected = []
+    x = torch.randn(2, 3, 5, 5)
+
+    class Shared(list):
+        def __deepcopy__(self, memo):
+            return self
+
+    net.collected = Shared(collected)
+    randomize(net).eval()(x)
+    result = fold(net, x)
+    assert [item.into for item in result.certificate.folded] == ["layers.0"]
+    torch.testing.assert_close(result.model(x), net(x))

@@ -16,6 +16,7 @@ from batchnorm.surgery.capture import capture
 from batchnorm.surgery.flow import DataFlow, data_inputs, rank, value_of
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.freezing import is_frozen
+from batchnorm.surgery.frozen import TENSORS, eps_of, is_frozen_layer
 from batchnorm.surgery.modules import unwrap
 from batchnorm.surgery.roles import (
     is_activation,
@@ -47,7 +48,7 @@ class LayerSummary:
             mean and variance: 2 C; gamma and beta too where they take no gradient).
         values_per_channel: size of the pool on the example, the smallest where it is called often.
         source: the statistics that normalize in the mode it is in: ``"batch"`` or ``"running"``.
-        frozen: whether ``freeze`` holds it.
+        frozen: whether ``freeze`` holds it, or its class is one with fixed statistics.
         health: ``"good"``; ``"broken"`` (values that are not finite, a negative variance),
             ``"untracked"`` (no running statistics), ``"starved"`` (one value per channel and
             normalized by it), ``"untrained"`` (running statistics never updated), ``"dead"`` (a
@@ -162,7 +163,7 @@ def summary(net: nn.Module, example: Any = None) -> Summary:
             flow = capture(root, example)
         except SurgeryError as error:
             note = str(error)
-    layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
+    layers = {n: m for n, m in root.named_modules() if _is_listed(m)}
     if flow is not None:
         order = {flow.name(n): i for i, n in enumerate(flow.nodes) if n.op == "call_module"}
         layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
@@ -174,21 +175,25 @@ def summary(net: nn.Module, example: Any = None) -> Summary:
 def _totals(net: nn.Module) -> tuple[int, int]:
     parameters = list(net.parameters())
     statistics = {
-        id(tensor): tensor
-        for module in net.modules()
-        if isinstance(module, _BatchNorm)
-        for tensor in _statistics(module)
+        id(tensor): tensor for module in net.modules() if _is_listed(module) for tensor in _statistics(module)
     }
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     fixed = sum(p.numel() for p in parameters if not p.requires_grad)
     return trainable, fixed + sum(t.numel() for t in statistics.values())
 
 
-def _statistics(layer: _BatchNorm) -> list[Tensor]:
-    return [t for t in (layer.running_mean, layer.running_var) if t is not None]
+def _is_listed(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or is_frozen_layer(module)
 
 
-def _summarize(flow: DataFlow | None, name: str, layer: _BatchNorm) -> LayerSummary:
+def _statistics(layer: Any) -> list[Tensor]:
+    """The vectors that are no parameters: the running statistics, and gamma and beta where they are buffers."""
+    own = dict(layer.named_buffers(recurse=False))
+    names = ("running_mean", "running_var") if isinstance(layer, _BatchNorm) else TENSORS
+    return [own[name] for name in names if own.get(name) is not None]
+
+
+def _summarize(flow: DataFlow | None, name: str, layer: Any) -> LayerSummary:
     calls = [] if flow is None else flow.calls(name)
     pool = min((size for call in calls if (size := _pool(call, layer))), default=None)
     trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
@@ -196,7 +201,7 @@ def _summarize(flow: DataFlow | None, name: str, layer: _BatchNorm) -> LayerSumm
     return LayerSummary(
         name=name,
         type=type(layer).__name__,
-        features=layer.num_features,
+        features=_features(layer),
         fed_by=_described(flow, [n for call in calls for n in data_inputs(call)[:1]]),
         followed_by=_described(flow, [n for call in calls for n in call.users]),
         placement=_placement(flow, calls[0], layer) if flow is not None and calls else None,
@@ -206,10 +211,18 @@ def _summarize(flow: DataFlow | None, name: str, layer: _BatchNorm) -> LayerSumm
         trained=trained,
         not_trained=fixed + sum(t.numel() for t in _statistics(layer)),
         values_per_channel=pool,
-        source="batch" if uses_batch_statistics(layer) else "running",
-        frozen=is_frozen(layer),
+        source="batch" if _uses_batch(layer) else "running",
+        frozen=is_frozen(layer) or not isinstance(layer, _BatchNorm),
         health=_health(layer, pool),
     )
+
+
+def _features(layer: Any) -> int:
+    return int(layer.num_features) if isinstance(layer, _BatchNorm) else len(layer.running_mean)
+
+
+def _uses_batch(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and uses_batch_statistics(layer)
 
 
 def _described(flow: DataFlow | None, nodes: list[fx.Node]) -> tuple[str, ...] | None:
@@ -218,12 +231,12 @@ def _described(flow: DataFlow | None, nodes: list[fx.Node]) -> tuple[str, ...] |
     return tuple(dict.fromkeys(flow.describe(node) for node in nodes))
 
 
-def _pool(call: fx.Node, layer: _BatchNorm) -> int | None:
+def _pool(call: fx.Node, layer: nn.Module) -> int | None:
     value = value_of(data_inputs(call)[0]) if data_inputs(call) else None
-    return value.numel() // layer.num_features if isinstance(value, Tensor) else None
+    return value.numel() // _features(layer) if isinstance(value, Tensor) else None
 
 
-def _placement(flow: DataFlow, call: fx.Node, layer: _BatchNorm) -> str:
+def _placement(flow: DataFlow, call: fx.Node, layer: nn.Module) -> str:
     """Where the activation is that comes next, or came last, without weights between."""
 
     def ends(node: fx.Node) -> bool:
@@ -238,7 +251,7 @@ def _placement(flow: DataFlow, call: fx.Node, layer: _BatchNorm) -> str:
     return "no activation"
 
 
-def _has_redundant_bias(flow: DataFlow, call: fx.Node, layer: _BatchNorm) -> bool:
+def _has_redundant_bias(flow: DataFlow, call: fx.Node, layer: nn.Module) -> bool:
     source = data_inputs(call)[0]
     while isinstance(flow.module(source), nn.Identity) and len(source.users) == 1:
         source = data_inputs(source)[0]
@@ -250,20 +263,21 @@ def _has_redundant_bias(flow: DataFlow, call: fx.Node, layer: _BatchNorm) -> boo
     return True
 
 
-def _health(layer: _BatchNorm, pool: int | None) -> str:
-    mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    values = [*layer.parameters(), *_statistics(layer)]
+def _health(layer: Any, pool: int | None) -> str:
+    mean, var, counter = layer.running_mean, layer.running_var, getattr(layer, "num_batches_tracked", None)
+    values = [*layer.parameters(recurse=False), *_statistics(layer)]
     if not all(bool(value.isfinite().all()) for value in values):
         return "broken"
-    if pool == 1 and uses_batch_statistics(layer):
+    if pool == 1 and _uses_batch(layer):
         return "starved"
     if mean is None or var is None:
         return "untracked"
     if bool((var < 0).any()):
         return "broken"
-    if counter is not None and not bool(counter.any()):
+    if isinstance(counter, Tensor) and not bool(counter.any()):
         return "untrained"
-    dead = (var < DEAD * layer.eps).reshape(-1, layer.num_features).all(0)  # at every step, where there are steps
+    eps = layer.eps if isinstance(layer, _BatchNorm) else eps_of(layer) or 0.0
+    dead = (var < DEAD * eps).reshape(-1, _features(layer)).all(0)  # at every step, where there are steps
     return "dead" if bool(dead.any()) else "good"
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.padding import _CircularPadNd, _ReflectionPadNd, _Replicat
 from torch.utils import _pytree as pytree
 
 from batchnorm.surgery.flow import SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, data_inputs, operation, rank, value_of
-from batchnorm.surgery.modules import is_frozen_affine
+from batchnorm.surgery.frozen import eps_of, is_frozen_norm, looks_frozen
 
 _IDENTITIES = {"alias", "clone", "contiguous", "detach"}
 _CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "type_as"}
@@ -37,6 +37,7 @@ _MOVES = {
     "pixel_shuffle",
     "pixel_unshuffle",
     "reshape",
+    "reshape_as",
     "split",
     "split_with_sizes",
     "squeeze",
@@ -46,6 +47,12 @@ _MOVES = {
     "unflatten",
     "unsqueeze",
     "view",
+    "view_as",
+}
+_SHAPED_AS = {"expand_as", "reshape_as", "type_as", "view_as"}
+_LIKE = {
+    *("empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "ones_like"),
+    *("rand_like", "randn_like", "zeros_like"),
 }
 _AVERAGE_POOLS = {f"avg_pool{n}d": n for n in (1, 2, 3)}
 _ADAPTIVE_POOLS = {f"adaptive_avg_pool{n}d": n for n in (1, 2, 3)}
@@ -60,7 +67,7 @@ _AVERAGE_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 def is_norm(module: nn.Module | None) -> bool:
     """Batch normalization as a layer, or as buffers in the manner of ``FrozenBatchNorm2d``."""
-    return isinstance(module, _BatchNorm) or (module is not None and is_frozen_affine(module))
+    return isinstance(module, _BatchNorm) or (module is not None and is_frozen_norm(module))
 
 
 def wide(tensor: Any) -> Tensor:
@@ -74,7 +81,8 @@ def affine_of(layer: Any) -> tuple[Tensor, Tensor]:
 
     ``var`` is the layer's ``running_var``, whatever estimate (torch: unbiased) it holds.
     """
-    scale = (wide(layer.running_var) + getattr(layer, "eps", 0.0)).rsqrt()
+    eps: Any = eps_of(layer) if looks_frozen(layer) else layer.eps
+    scale = (wide(layer.running_var) + eps).rsqrt()
     if layer.weight is not None:
         scale = scale * wide(layer.weight)
     shift = -wide(layer.running_mean) * scale
@@ -138,12 +146,23 @@ class Crossing:
 
 def data_users(node: fx.Node) -> list[fx.Node]:
     """The users of a node's values, not of its shape alone."""
-    return [user for user in node.users if not reads_shape(user)]
+    return [user for user in node.users if not reads_shape(user) and not _gives_shape(node, user)]
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The tensors, or lists of them, that flow into a node."""
-    return [n for n in data_inputs(node) if any(isinstance(v, Tensor) for v in pytree.tree_leaves(value_of(n)))]
+    """The tensors, or lists of them, whose values flow into a node."""
+    tensors = (n for n in data_inputs(node) if any(isinstance(v, Tensor) for v in pytree.tree_leaves(value_of(n))))
+    return [n for n in tensors if not _gives_shape(n, node)]
+
+
+def _gives_shape(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a call reads the shape or dtype of this argument alone, as ``x.reshape_as(node)`` does."""
+    if user.op not in ("call_function", "call_method"):
+        return False
+    name = operation(user)
+    if name in _SHAPED_AS:
+        return bool(user.args) and user.args[0] is not node
+    return name in _LIKE and bool(user.args) and user.args[0] is node and len(user.all_input_nodes) == 1
 
 
 def reads_shape(node: fx.Node) -> bool:
@@ -185,6 +204,19 @@ def crossing(flow: DataFlow, node: fx.Node, source: fx.Node, axis: int) -> Cross
     if name == "mean":
         return _averaged(node, axes, axis)
     return _through_pool(flow, node, axes, axis, name)
+
+
+def is_identity(flow: DataFlow, node: fx.Node) -> bool:
+    """Whether a call gives the one tensor that it takes, as dropout in evaluation does."""
+    if not node.op.startswith("call") or len(tensor_inputs(node)) != 1:
+        return False
+    module, source = flow.module(node), tensor_inputs(node)[0]
+    if module is not None:
+        return isinstance(module, nn.Identity) or (isinstance(module, _DROPOUT_MODULES) and not module.training)
+    name = operation(node)
+    if name in _DROPOUTS:
+        return not argument(node, 2, "training", argument(node, 2, "train", True))
+    return name in _IDENTITIES or (name in _CASTS and _same_dtype(node, source))
 
 
 def _same_dtype(node: fx.Node, source: fx.Node) -> bool:

@@ -32,6 +32,7 @@ from batchnorm.surgery.comparison import (
 )
 from batchnorm.surgery.flow import EXPORTED, ROOT, SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, observed, operation
 from batchnorm.surgery.modules import is_compiled, is_leaf, is_plain, original
+from batchnorm.surgery.rounding import attempt as run_or_none
 
 _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
 
@@ -39,22 +40,25 @@ _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contigu
 def capture(net: nn.Module, example: Any) -> DataFlow:
     """The data flow of ``net`` on ``example``, in the modes that its modules are in.
 
-    Everything runs on a copy, so that parameters, buffers, modes, hooks and the random state stay.
-    The graph is run on the example and must give the network's own output.
+    Everything runs on a copy, so that parameters, buffers, modes, hooks and the random state stay. The graph is run on
+    the example and must give the network's own output. Hooks are left out, and stand in the graph as observers of
+    values. A network that does not run without its hooks, or gives outputs of another structure then, is traced with
+    them.
 
     Raises:
         InputError: when the network fails on the example.
         SurgeryError: when neither torch.fx nor torch.export can capture the network.
     """
     given = Example.of(example)
-    expected = run_example(_traceable(net)[0], given)
+    keeps = _needs_hooks(net, given)
+    expected = run_example(_traceable(net, keeps)[0], given)
     failures = []
     attempts = {"torch.fx": _trace, "torch.fx on the example's shapes": _trace_on_example, EXPORTED: _export}
     for method, attempt in attempts.items():
         try:
             with random_state_kept(net), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph, output = attempt(net, given)
+                graph, output = attempt(net, given, keeps)
                 _check_same(expected, output)
             return DataFlow(graph, net, method)
         except Exception as error:
@@ -67,8 +71,19 @@ def capture(net: nn.Module, example: Any) -> DataFlow:
     )
 
 
-def _traceable(net: nn.Module) -> tuple[nn.Module, set[int]]:
-    """A copy without hooks, and the ids of its modules that had some.
+def _needs_hooks(net: nn.Module, example: Example) -> bool:
+    """Whether the forward reads what the network's own hooks collect, as a run without them shows."""
+    if not any(has_hooks(module) for module in net.modules()):
+        return False
+    without = run_or_none(_traceable(net)[0], example)
+    if without is None:
+        return run_or_none(_traceable(net, keeps=True)[0], example) is not None
+    with_hooks = run_or_none(_traceable(net, keeps=True)[0], example)
+    return with_hooks is not None and [p for p, _ in tensors_of(with_hooks)] != [p for p, _ in tensors_of(without)]
+
+
+def _traceable(net: nn.Module, keeps: bool = False) -> tuple[nn.Module, set[int]]:
+    """A copy without hooks, or with those of the forward, and the ids of its modules that had some.
 
     Batch normalization is in eval mode there, so that one value a channel, which training refuses,
     is enough.
@@ -77,7 +92,7 @@ def _traceable(net: nn.Module) -> tuple[nn.Module, set[int]]:
     hooked = {id(module) for module in traced.modules() if has_hooks(module)}
     for module in traced.modules():
         for key, value in module.__dict__.items():
-            if key.startswith(("_forward", "_backward")) and isinstance(value, dict):
+            if key.startswith("_backward" if keeps else ("_forward", "_backward")) and isinstance(value, dict):
                 value.clear()
         module._compiled_call_impl = None
         if isinstance(module, _BatchNorm) and is_plain(module):
@@ -150,13 +165,37 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         name = self.path_of_module(m)
         args, kwargs = self.observe((args, kwargs), name)
-        return self.observe(super().call_module(m, forward, args, kwargs), name)
+        if id(m) not in self.leaves:  # whose call runs the hooks that are left
+            return self.observe(super().call_module(m, forward, args, kwargs), name)
+        args, kwargs = _run_pre_hooks(m, args, kwargs)
+        return self.observe(_run_hooks(m, args, kwargs, super().call_module(m, forward, args, kwargs)), name)
 
     def observe(self, value: Any, name: str) -> Any:
         return pytree.tree_map(
             lambda x: self.create_proxy("call_function", observed, (x, name), {}) if isinstance(x, fx.Proxy) else x,
             value,
         )
+
+
+def _run_pre_hooks(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call after the hooks before it, as ``torch.nn.Module.__call__`` has them."""
+    for key, hook in module._forward_pre_hooks.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
+
+
+def _run_hooks(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """The result of a call after the hooks behind it."""
+    for key, hook in module._forward_hooks.items():
+        more = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+        changed = hook(module, args, *more, output)
+        output = output if changed is None else changed
+    return output
 
 
 class _Known(fx.Proxy):
@@ -210,7 +249,7 @@ class ExampleTracer(_Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self.computing:
-            return forward(*args, **kwargs)
+            return m.forward(*args, **kwargs) if id(m) in self.hooked else forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -228,14 +267,21 @@ def _inputs(example: Example) -> list[Tensor]:
     return [x.detach().clone() for x in example.leaves() if isinstance(x, Tensor)]
 
 
-def _trace(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
-    traced, hooked = _traceable(net)
+def _trace(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
+    traced, hooked = _traceable(net, keeps)
     call = _Call(traced, example)
     return _recorded(call, _Tracer(traced, hooked).trace(call), net)
 
 
-def _trace_on_example(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
-    traced, hooked = _traceable(net)
+def trace_module(module: nn.Module) -> fx.Graph:
+    """The graph of a module's own forward, with the same layers as in `capture`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _Tracer(module, set()).trace(module)
+
+
+def _trace_on_example(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
+    traced, hooked = _traceable(net, keeps)
     call = _Call(traced, example)
     with random_state_kept(net), torch.no_grad():
         graph = ExampleTracer(traced, hooked, [_inputs(example)]).trace(call)
@@ -248,8 +294,8 @@ def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, A
         return graph, _Recorder(call, graph=graph).run(_inputs(call.example))
 
 
-def _export(net: nn.Module, example: Example) -> tuple[fx.Graph, Any]:
-    traced, hooked = _traceable(net)
+def _export(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
+    traced, hooked = _traceable(net, keeps)
     if hooked:
         raise SurgeryError("the network has forward hooks, which torch.export would hide")
     inputs = tuple(_inputs(example))

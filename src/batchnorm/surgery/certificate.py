@@ -25,6 +25,14 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Branches of one value that are now the convolution ``into``: convolutions by name; "identity" is the value."""
+
+    into: str
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Difference:
     """Folded against unfolded network for one output.
 
@@ -69,6 +77,7 @@ class Certificate:
             is known for the shapes of the example alone.
         tolerance: the largest relative difference that was accepted in the network's dtype.
         dtype: the network's dtype.
+        merged: sums of branches that became one convolution.
     """
 
     folded: tuple[Folded, ...]
@@ -77,6 +86,7 @@ class Certificate:
     captured_by: str
     tolerance: float
     dtype: str = "float32"
+    merged: tuple[Merged, ...] = ()
 
     @property
     def absolute(self) -> float:
@@ -105,6 +115,7 @@ class Certificate:
     def __str__(self) -> str:
         lines = [f"{len(self.folded)} folded, {len(self.kept)} kept ({self.captured_by})"]
         lines += [f"  {item.layer} -> {item.into}" for item in self.folded]
+        lines += [f"  {' + '.join(item.branches)} -> {item.into}" for item in self.merged]
         for item in self.kept:
             becomes = f"; it became a {item.becomes}" if item.becomes else ""
             lines.append(f"  {item.layer} kept: {item.reason}{becomes}")

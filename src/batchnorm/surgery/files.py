@@ -24,7 +24,8 @@ from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed, nested
 from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
-from batchnorm.surgery.verification import TOLERANCE, errors_against, widened
+from batchnorm.surgery.rounding import TOLERANCE, errors_against
+from batchnorm.surgery.verification import widened
 from batchnorm.writing import refused, writing
 
 

@@ -58,6 +58,17 @@ class DataFlow:
         """The nodes that call the module ``name``."""
         return [node for node in self._calls.get(name, []) if not node._erased]
 
+    def call(self, name: str, layer: nn.Module, node: fx.Node, given: fx.Node) -> fx.Node:
+        """Put a call of ``layer``, which the network has not, on the value of ``given`` in the place of ``node``."""
+        with self.graph.inserting_before(node):
+            call = self.graph.call_module(f"{ROOT}.{name}", (given,))
+        call.meta.update(node.meta)
+        node.replace_all_uses_with(call)
+        self.graph.erase_node(node)
+        self.modules[name], self._names[call] = layer, name
+        self._calls.setdefault(name, []).append(call)
+        return call
+
     def readers(self, name: str) -> list[fx.Node]:
         """What reads the module's own parameters or buffers beside the module itself."""
         own = {

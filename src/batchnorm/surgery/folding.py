@@ -16,20 +16,24 @@ from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import options as table
 from batchnorm.nn.outside import has_hooks
-from batchnorm.surgery import activations, recurrent, subclasses
+from batchnorm.surgery import activations, branches, recurrent, subclasses
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
+from batchnorm.surgery.called import Owner, called_layers
 from batchnorm.surgery.capture import capture
 from batchnorm.surgery.certificate import Certificate as Certificate
 from batchnorm.surgery.certificate import Difference as Difference
 from batchnorm.surgery.certificate import Folded as Folded
 from batchnorm.surgery.certificate import Kept as Kept
+from batchnorm.surgery.certificate import Merged as Merged
 from batchnorm.surgery.comparison import Example, copy_of, run_example
 from batchnorm.surgery.flow import EXPORTED, DataFlow, data_inputs, operation
+from batchnorm.surgery.frozen import eps_of, looks_frozen
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
 from batchnorm.surgery.modules import is_plain, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
-from batchnorm.surgery.verification import TOLERANCE, coarsest_dtype, dtype_text, verify
+from batchnorm.surgery.rounding import TOLERANCE, coarsest_dtype, dtype_text
+from batchnorm.surgery.verification import verify
 
 _UNDERSTOOD = {  # arguments of our layers that are read here, or that change nothing in evaluation
     *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias", "decay"),
@@ -60,6 +64,10 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     - Either way through dropout in evaluation mode, average-pooling that does not count padding, max-pooling where
       ``scale >= 0``, interpolation, flatten, reshape, permute, concatenation and split, and into another batch
       normalization.
+    - Branches of one value whose sum is a convolution become that convolution: normalization of x itself, a 1x1 and a
+    3x3
+      convolution with theirs (RepVGG; Ding et al. 2021, section 3.3), and so on. The module that computes the sum gets
+      a forward that was generated from its graph, and keeps the submodules that are still called.
     - Inside recurrent layers, what normalizes W_ih x over whole sequences goes into W_ih, with a new bias; statistics
       by time step stay.
 
@@ -115,6 +123,7 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
         folding.flow.method,
         limit,
         dtype_text(dtype),
+        tuple(folding.merged),
     )
     return FoldResult(folded, certificate)
 
@@ -128,15 +137,16 @@ def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example) -> Folding:
         inputs: the example.
     """
     overwritten = _overwritten(evaluated, inputs)
-    folding = Folding(capture(evaluated, inputs), overwritten)
-    folding.run()
-    if any(module.training for module in net.modules()):
-        trained = Folding(capture(net, inputs), overwritten)
-        trained.run()
-        allowed = {item.layer: item.into for item in trained.folded}
-        folding = Folding(capture(evaluated, inputs), overwritten, allowed)
+
+    def planned(given: nn.Module, allowed: dict[str, str] | None = None) -> Folding:
+        flow = capture(given, inputs)
+        folding = Folding(flow, overwritten, allowed, owners=called_layers(flow, inputs), merging=True)
         folding.run()
-    return folding
+        return folding
+
+    if not any(module.training for module in net.modules()):
+        return planned(evaluated)
+    return planned(evaluated, {item.layer: item.into for item in planned(net).folded})
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,9 @@ Replacement = Callable[["torch.dtype | None"], nn.Module]
 class Folding:
     """Folds planned on a captured graph; the network is not touched.
 
-    ``state`` holds what the layers become, ``gone`` what takes the place of each module that goes, made for a dtype.
+    ``state`` holds what the layers become, ``gone`` what takes the place of each module that goes, made for a dtype,
+    and ``owners`` where the tensors of layers are that are calls. With ``merging``, branches whose sum is a convolution
+    become one; ``forwards`` holds the new forwards of the modules that computed the sums.
     """
 
     flow: DataFlow
@@ -173,6 +185,10 @@ class Folding:
     folded: list[Folded] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     gone: dict[str, Replacement] = field(default_factory=dict)
+    owners: dict[str, Owner] = field(default_factory=dict)
+    merging: bool = False
+    merged: list[Merged] = field(default_factory=list)
+    forwards: dict[str, fx.Graph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = State(self.flow)
@@ -184,21 +200,53 @@ class Folding:
             for inside in recurrent.normalizations(module) if self.flow.calls(name) else {}:
                 layers.pop(f"{name}.{inside}".removeprefix("."), None)
             self.fold_inside(name, module)
+        unlike = [name for name, module in self.flow.modules.items() if looks_frozen(module) and name not in layers]
+        for name in unlike:
+            if eps_of(self.flow.modules[name]) is not None:
+                self.kept.append(Kept(name, "it has hooks, or children that are not called in a line behind it"))
         if not layers and not self.folded and not self.kept:
-            raise SurgeryError("fold: the network has no batch normalization to fold")
+            raise SurgeryError("fold: the network has no batch normalization to fold" + _told_of_unlike(unlike))
         self.state.foldable = {name: self.obstacle(name, layer) for name, layer in layers.items()}
         order = {self.flow.name(n): i for i, n in enumerate(self.flow.nodes) if n.op == "call_module"}
+        unmerged = self.merge() if self.merging else {}
+        layers = {name: layer for name, layer in layers.items() if name not in {item.layer for item in self.folded}}
         reasons: dict[str, str] = {}
         for name in sorted(layers, key=lambda name: order.get(name, -1)):
             outcome = self.visit(name, layers[name])
             if isinstance(outcome, Folded):
                 self.folded.append(outcome)
             else:
-                reasons[name] = outcome
+                reasons[name] = f"{unmerged[name]}; {outcome}" if name in unmerged else outcome
         self.kept += [Kept(name, reason, self.reduce(name, layers[name])) for name, reason in reasons.items()]
         for node in self.flow.nodes:
             if node.op == "call_function" and operation(node) == "batch_norm":
                 self.kept.append(Kept("functional batch_norm", "it is a call, not a module"))
+
+    def merge(self) -> dict[str, str]:
+        """Make sums of branches single convolutions; the reasons for those that stay, by normalization."""
+        found, reasons = branches.merges(self.state)
+        for home, merges in branches.by_home(self.flow.net, found).items():
+            graph = branches.rewritten(self.flow, home, merges)
+            changed = [m for m in merges if self.allowed and any(self.allowed.get(n) != m.host for n in m.sum.norms)]
+            if isinstance(graph, str) or changed or self.allowed == {}:
+                why = graph if isinstance(graph, str) else "the data flow in training mode is another one"
+                reasons |= {name: f"its branches stay: {why}" for m in merges for name in m.sum.norms}
+                continue
+            self.forwards[home] = graph
+            for merge in merges:
+                self.accept_merge(merge)
+        return reasons
+
+    def accept_merge(self, merge: branches.Merge) -> None:
+        """Take all branches but the host out of the graph."""
+        host = self.flow.calls(merge.host)[0]
+        merge.value.replace_all_uses_with(host, delete_user_cb=lambda user: user not in merge.sum.nodes)
+        for node in reversed(self.flow.nodes):
+            if node in merge.sum.nodes and node is not host:
+                self.flow.graph.erase_node(node)
+        self.state.weights[merge.host] = merge.weights
+        self.merged.append(Merged(merge.host, merge.branches))
+        self.folded += [Folded(name, merge.host) for name in merge.sum.norms]
 
     def fold_inside(self, name: str, layer: nn.Module) -> None:
         """Fold what normalizes W_ih x over whole sequences into W_ih, in a recurrent layer of the graph."""
@@ -295,10 +343,14 @@ class Folding:
 
     def steps(self, net: nn.Module, dtype: torch.dtype | None = None) -> list[Step]:
         """The edits that bring the plan about in ``net``, a copy of the captured network."""
-        steps = []
+        steps = [
+            Step(f"{home or 'the network'}: branches become one convolution", branches.becomes_graph(net, home, graph))
+            for home, graph in self.forwards.items()
+        ]
         for name, new in self.state.weights.items():
-            layer = net.get_submodule(name)
-            steps.append(Step(f"{name}: new weights", _assignment(layer, new, dtype)))
+            owner = self.owners.get(name, Owner(name, "weight", "bias"))
+            layer = net.get_submodule(owner.module)
+            steps.append(Step(f"{name}: new weights", _assignment(layer, new, dtype, owner)))
         for name, make in self.gone.items():
             old, module = net.get_submodule(name), make(dtype)
             for key, value in vars(old).items():  # a forward may read eps, num_features, ...
@@ -365,6 +417,16 @@ def _remainder(activation: activations.Activation | None, adds: bool) -> nn.Modu
     return activation.module() if activation else nn.Identity()
 
 
+def _told_of_unlike(names: list[str]) -> str:
+    """That these modules hold the tensors of batch normalization, and are not taken for it."""
+    if not names:
+        return ""
+    return (
+        f"; {', '.join(map(repr, names))} hold its four tensors, but a trial run gives something else than "
+        "(x - mean) / sqrt(var + eps) * gamma + beta with one eps"
+    )
+
+
 def uses_batch_statistics(layer: _BatchNorm) -> bool:
     """Whether the layer, in the mode it is in, normalizes with the batch's own statistics."""
     source = getattr(layer, "source", "auto")
@@ -392,15 +454,15 @@ def _unknown_transform(layer: nn.Module) -> str | None:
     return None
 
 
-def _assignment(layer: nn.Module, new: Weights, dtype: torch.dtype | None) -> Callable[[], None]:
+def _assignment(layer: nn.Module, new: Weights, dtype: torch.dtype | None, names: Owner) -> Callable[[], None]:
     def do() -> None:
-        old = layer.weight
+        old = layer._parameters[names.weight]
         assert isinstance(old, nn.Parameter)
         weight = torch.empty_like(old, dtype=dtype or old.dtype).copy_(new.weight)
-        layer.register_parameter("weight", nn.Parameter(weight, requires_grad=old.requires_grad))
+        layer.register_parameter(names.weight, nn.Parameter(weight, requires_grad=old.requires_grad))
         if new.bias is not None:
             bias = new.bias.to(old.device, dtype or old.dtype)
-            layer.register_parameter("bias", nn.Parameter(bias, requires_grad=old.requires_grad))
+            layer.register_parameter(names.bias, nn.Parameter(bias, requires_grad=old.requires_grad))
         if new.padding is not None:
             layer.__class__ = CHANNEL_PADDED.get(type(layer), type(layer))
             layer.register_buffer("padding_value", new.padding.to(old.device, dtype or old.dtype))

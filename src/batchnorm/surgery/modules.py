@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn.outside import has_hooks
 from batchnorm.surgery.flow import DataFlow
+from batchnorm.surgery.frozen import is_frozen_layer
 from batchnorm.surgery.plan import references
 from batchnorm.surgery.weights import applies_weights_once
 
 _LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.nn.", "batchnorm.surgery.")
-_FROZEN_BUFFERS = ("weight", "bias", "running_mean", "running_var")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -41,31 +41,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 def is_known(module: nn.Module) -> bool:
     """Whether a class of its own computes what surgery understands, as seen from its outputs."""
-    return is_frozen_affine(module) or (not has_hooks(module) and applies_weights_once(module))
-
-
-def is_frozen_affine(module: nn.Module) -> bool:
-    """Whether a module of any class is batch normalization as four buffers, like ``FrozenBatchNorm2d``.
-
-    It is known by the names of its buffers, and by giving ``(x - mean) / sqrt(var + eps) * weight + bias`` on
-    random numbers.
-    """
-    if isinstance(module, _BatchNorm) or set(module._buffers) - {"num_batches_tracked"} != set(_FROZEN_BUFFERS):
-        return False
-    if module._parameters or module._modules or has_hooks(module):
-        return False
-    weight, bias, mean, var = (module._buffers[key] for key in _FROZEN_BUFFERS)
-    if not all(isinstance(t, Tensor) and t.dim() == 1 and t.is_floating_point() for t in (weight, bias, mean, var)):
-        return False
-    assert mean is not None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, len(mean), 3, 3, generator=generator).to(mean)
-    y = nn.functional.batch_norm(x, mean, var, weight, bias, eps=float(getattr(module, "eps", 0.0)))
-    try:
-        with torch.no_grad():
-            return bool(torch.allclose(module(x), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()), equal_nan=True))
-    except Exception:  # whatever a class of the same attributes raises
-        return False
+    return is_frozen_layer(module) or (not has_hooks(module) and applies_weights_once(module))
 
 
 def obstacle(flow: DataFlow, name: str) -> str | None:

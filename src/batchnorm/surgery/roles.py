@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.surgery.flow import DataFlow, data_inputs, operation
+from batchnorm.surgery.frozen import is_frozen_layer
 
 _NORM_MODULES = (
     _NormBase,
@@ -75,7 +76,7 @@ _WEIGHTED_CALLS = _PRODUCTS | {
 def is_normalization(flow: DataFlow, node: fx.Node) -> bool:
     module = flow.module(node)
     if module is not None:
-        return isinstance(module, _NORM_MODULES)
+        return isinstance(module, _NORM_MODULES) or is_frozen_layer(module)
     return node.op.startswith("call") and operation(node) in _NORM_CALLS
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign
 from batchnorm.nn.outside import has_hooks
+from batchnorm.surgery import frozen
 from batchnorm.surgery.capture import ExampleTracer
 from batchnorm.surgery.comparison import Example, copy_of, random_state_kept, run_example
 from batchnorm.surgery.flow import operation
@@ -20,7 +21,7 @@ from batchnorm.surgery.modules import is_plain
 from batchnorm.surgery.plan import replace_module
 
 _TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-NORM = "norm"
+NORM = frozen.NORM
 
 
 def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
@@ -28,8 +29,9 @@ def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
 
     A layer such as ``BatchNormAct2d`` calls ``batch_norm`` once on its own statistics and parameters, and does more
     before or after. What is given for it is a ``torch.fx.GraphModule`` with copies of its tensors and modules, in
-    which that call is the submodule ``norm``. Layers in training mode or with hooks, and those whose forward cannot
-    be traced, are left out.
+    which that call is the submodule ``norm``. Frozen layers of other packages that call an activation behind the
+    normalization are opened, too. Layers in training mode or with hooks, and those whose forward cannot be traced, are
+    left out.
     """
     foreign_names = [
         name
@@ -37,9 +39,11 @@ def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
         if name and isinstance(module, _BatchNorm) and not is_plain(module)
         if _is_known(module) and not has_hooks(module)
     ]
-    if not foreign_names:
+    inside = ((name, frozen.opened(module)) for name, module in net.named_modules() if name)
+    found: dict[str, nn.Module] = {name: module for name, module in inside if module is not None}
+    if not foreign_names and not found:
         return {}
-    watched, inputs, found = copy_of(net).eval(), dict[str, Tensor](), dict[str, nn.Module]()
+    watched, inputs = copy_of(net).eval(), dict[str, Tensor]()
     for name in foreign_names:
         watched.get_submodule(name).register_forward_pre_hook(_noting(inputs, name), with_kwargs=True)
     run_example(watched, example)

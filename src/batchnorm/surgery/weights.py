@@ -8,6 +8,11 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from batchnorm.nn.outside import has_hooks
+
+_RANDOM = (_DropoutNd, nn.RReLU)
 
 
 def scale_outputs(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
@@ -37,10 +42,10 @@ def per_input(layer: nn.Module, weight: Tensor) -> Tensor:
 def applies_weights_once(layer: nn.Module) -> bool:
     """Whether scaling weight and bias of a linear or convolution layer with a forward of its own scales its output.
 
-    So it is where the forward pads by itself, and not where it standardizes its weights. Known by the outputs for
-    random numbers, before and after: ``W' = s W, b' = s b + t`` has to give ``s y + t``.
+    So it is where the forward, or a submodule, pads, and not where the forward standardizes its weights. Known by the
+    outputs for random numbers, before and after: ``W' = s W, b' = s b + t`` has to give ``s y + t``.
     """
-    if not isinstance(layer, (nn.Linear, _ConvNd)) or layer._modules:
+    if not isinstance(layer, (nn.Linear, _ConvNd)) or _has_inner_state(layer):
         return False
     generator = torch.Generator().manual_seed(0)
 
@@ -64,3 +69,11 @@ def applies_weights_once(layer: nn.Module) -> bool:
             return bool(torch.allclose(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())))
     except Exception:  # whatever a forward of any kind raises
         return False
+
+
+def _has_inner_state(layer: nn.Module) -> bool:
+    """Whether submodules have tensors or hooks: then they do more than pad."""
+    children = [module for module in layer.modules() if module is not layer]
+    return any(
+        has_hooks(child) or child._parameters or child._buffers or isinstance(child, _RANDOM) for child in children
+    )

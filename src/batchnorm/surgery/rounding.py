@@ -1,0 +1,193 @@
+"""One rule for how far an edited network may be from the original: as far as the original's own rounding takes it.
+
+A network that multiplies rounding by 10^4 cannot agree with any other implementation of itself to 10^-5. So a verb
+accepts four times the original's own rounding where that is more than its tolerance. The rounding is the error against
+float64, or the change of the outputs when the last bits of the weights change, whichever is larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.errors import BatchNormError, SurgeryError
+from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, narrows, run_example
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest accepted difference relative to an output's largest value, by the network's dtype."""
+_TIMES = 4
+_ILL = 1e3  # times the resolution of the dtype
+
+
+def coarsest_dtype(net: nn.Module) -> torch.dtype:
+    """The widest tolerance counts: the coarsest floating-point dtype among the parameters."""
+    dtypes = {p.dtype for p in net.parameters() if p.is_floating_point()} & set(TOLERANCE)
+    return max(dtypes, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def attempt(net: nn.Module, example: Example) -> Any:
+    """The output, or None for a network that fails."""
+    try:
+        return example.run(net)
+    except Exception:
+        return None
+
+
+def errors_against(exact: Any, rounded: Any) -> dict[str, float]:
+    """The relative error of each output against float64."""
+    try:
+        return {} if exact is None else {d.output: d.relative for d in distances(exact, rounded, dtype=torch.float64)}
+    except BatchNormError:
+        return {}
+
+
+def shaken(net: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy whose floating-point parameters and buffers differ in their last bits, by one unit up or down."""
+    twin, generator = copy_of(net), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            if tensor.dtype in TOLERANCE:
+                signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype) * 2 - 1
+                tensor.mul_(1 + signs * torch.finfo(tensor.dtype).eps)
+    return twin
+
+
+class Rounding:
+    """The rounding of a network's own outputs on an example, in evaluation or whatever mode it is in.
+
+    Args:
+        net: the original; it is run, not changed.
+        example: the input.
+        exact: the same network in float64; by default a copy is made where one is needed.
+    """
+
+    def __init__(self, net: nn.Module, example: Example, exact: nn.Module | None = None) -> None:
+        self.net, self.example, self._exact = net, example, exact
+        self.dtype = coarsest_dtype(net)
+
+    @cached_property
+    def exact(self) -> nn.Module:
+        return copy_of(self.net).double() if self._exact is None else self._exact
+
+    @cached_property
+    def expected(self) -> Any:
+        """The outputs as they are."""
+        return run_example(self.net, self.example)
+
+    @cached_property
+    def truth(self) -> Any:
+        """The outputs in float64; None for a network that does not run in it."""
+        return attempt(self.exact, self.example.to(torch.float64))
+
+    @cached_property
+    def narrows(self) -> bool:
+        """Whether the network rounds to a narrower type on its own in float64, too."""
+        return self.truth is None or narrows(self.exact, self.example.to(torch.float64))
+
+    @cached_property
+    def errors(self) -> dict[str, float]:
+        """The relative error of each output against float64; empty where it is unknown."""
+        return errors_against(self.truth, self.expected)
+
+    @cached_property
+    def changes(self) -> dict[str, float]:
+        """The largest relative change of each output when the last bits of the weights change, in two trials."""
+        outputs = [attempt(shaken(self.net, seed), self.example) for seed in (0, 1)]
+        found = [errors_against(self.expected, output) for output in outputs if output is not None]
+        return {key: max(each.get(key, 0.0) for each in found) for key in (found[0] if found else ())}
+
+    def limit(self, difference: Distance, tolerance: float) -> float:
+        """The largest accepted relative difference of an output; the trials are made where it matters."""
+        limit = max(tolerance, _TIMES * self.errors.get(difference.output, 0.0))
+        if difference.relative <= limit:
+            return limit
+        return max(limit, _TIMES * self.changes.get(difference.output, 0.0))
+
+    def told(self, output: str) -> str:
+        """How ill-conditioned the original is, in a sentence."""
+        own = max(self.errors.get(output, 0.0), self.changes.get(output, 0.0))
+        resolution = torch.finfo(self.dtype).eps
+        kind = "ill-conditioned" if own > _ILL * resolution else "well-conditioned"
+        return (
+            f"The original is {kind}: its own rounding in {dtype_text(self.dtype)} moves {output} by {own:.1e} of its "
+            f"largest value, {own / resolution:,.0f} times the resolution of the type."
+        )
+
+    def compare(self, edited: nn.Module, tolerance: float, verb: str, where: str = "") -> list[Distance]:
+        """The differences of an edited network.
+
+        Raises:
+            SurgeryError: one of them is larger than the tolerance and the original's own rounding allow.
+        """
+        found = distances(self.expected, run_example(edited, self.example))
+        for d in found:
+            limit = self.limit(d, tolerance)
+            if not d.relative <= limit:
+                raise SurgeryError(
+                    f"{verb}: {d.output}{where} differs by {d.relative:.1e} of its largest value (accepted "
+                    f"{limit:.0e}); nothing was changed. {self.blame(edited, tolerance)}{self.told(d.output)}"
+                )
+        return found
+
+    def blame(self, edited: nn.Module, tolerance: float) -> str:
+        """A sentence that names the layer where the difference begins; empty where none can be named."""
+        try:
+            name = self.first_difference(edited, tolerance)
+        except Exception:  # whatever a forward of any class raises
+            return ""
+        return "" if name is None else f"The difference begins at the output of '{name}'. "
+
+    def first_difference(self, edited: nn.Module, tolerance: float) -> str | None:
+        """The first module, in the order of calls, whose output differs by more than it may there."""
+        names = [name for name, _ in self.net.named_modules() if name and _has(edited, name)]
+        before, after = (_outputs(net, self.example, names) for net in (self.net, edited))
+        exact = _outputs(self.exact, self.example.to(torch.float64), names) if self.truth is not None else {}
+        for key in before:
+            if key not in after or before[key].shape != after[key].shape:
+                continue
+            (difference,) = distances(before[key], after[key])
+            own = errors_against(exact[key], before[key]) if key in exact else {}
+            if difference.relative > max(tolerance, *(_TIMES * error for error in own.values()), 0.0):
+                return key[0]
+        return None
+
+
+def _has(net: nn.Module, name: str) -> bool:
+    try:
+        net.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _outputs(net: nn.Module, example: Example, names: list[str]) -> dict[tuple[str, int], Tensor]:
+    """The tensors that modules give, by name and number of the call, in the order of calls."""
+    found: dict[tuple[str, int], Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+            if isinstance(output, Tensor):
+                found[name, counts[name]] = output.detach().clone()
+
+        return note
+
+    watched = copy_of(net)
+    for name in names:
+        watched.get_submodule(name).register_forward_hook(noting(name))
+    example.run(watched)
+    return found
