@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -131,7 +132,7 @@ def test_other_dtypes_and_numbers_of_channels_make_the_carry_anew():
 def test_an_overflow_is_told_with_the_layer_in_evaluation():
     layer = bn.BatchNorm1d(1)
     layer.label = "encoder.norm"
-    layer(torch.randn(512, 1) * 1e20)
+    layer.running_var.fill_(torch.inf)
     with pytest.warns(UserWarning, match=r"layer 'encoder.norm': running_var is not finite.*scale the input"):
         torch.nn.Sequential(layer).eval()
 
@@ -143,3 +144,128 @@ def test_the_advice_of_calibrate_helps():
         bn.calibrate(net, data)
     bn.calibrate(net.double(), [x.double() for x in data])
     assert net[0].running_var.isfinite().all()
+
+
+CONVERSIONS = {
+    "half": (lambda m: m.half(), torch.float16),
+    "bfloat16": (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    "by double": (lambda m: m.double().to(torch.bfloat16), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
+@pytest.mark.parametrize("rank", LAYERS)
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"pool": "sequence"}, {"activation": "relu"}])
+def test_statistics_stay_wide_beside_16_bits(options: dict[str, Any], rank: int, convert: Any):
+    if rank > 1 and "pool" in options:
+        return
+    to, dtype = convert
+    layer = to(LAYERS[rank](2, **options))
+    assert layer.weight.dtype is dtype
+    x = batch(rank, dtype) if "pool" not in options else batch(rank, dtype)[:, None].expand(4, 2, 2)
+    for _ in range(3):
+        layer(x).sum().backward()
+    assert {layer.running_mean.dtype, layer.running_var.dtype} == {torch.float32}
+    y = layer.eval()(x)
+    assert y.dtype is dtype
+    twin = copy.deepcopy(layer).double()
+    torch.testing.assert_close(y.double(), twin(x.double()), rtol=1e-2, atol=1e-2)
+
+
+def test_a_large_variance_has_room_in_a_network_of_half_precision():
+    layer = bn.BatchNorm1d(2).half()
+    for _ in range(100):
+        layer((torch.randn(64, 2) * 300).half())
+    assert layer.running_var.isfinite().all()
+    assert (layer.running_var > 65504).any()
+
+
+def test_16_bits_are_there_for_who_insists():
+    made = bn.BatchNorm1d(2, dtype=torch.float16)
+    assert made.half().running_var.dtype is torch.float16
+    layer = bn.BatchNorm1d(2).half()
+    layer.running_mean, layer.running_var = layer.running_mean.half(), layer.running_var.half()
+    layer(torch.randn(8, 2).half())
+    assert layer.half().running_var.dtype is torch.float16
+    assert bn.BatchNorm1d(2).to("meta").to_empty(device="cpu").running_var.dtype is torch.float32
+
+
+def test_that_they_stay_wide_is_told_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("batchnorm.nn.buffers._told", False)
+    net = nn.Sequential(bn.BatchNorm1d(2), bn.BatchNorm1d(2))
+    with pytest.warns(UserWarning, match="stay float32") as told:
+        net.half()
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bn.BatchNorm1d(2).half()
+
+
+def test_states_of_16_bits_load_both_ways():
+    ours, theirs = bn.BatchNorm1d(2).half(), nn.BatchNorm1d(2).half()
+    theirs(torch.randn(8, 2).half() + 3)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.running_mean, theirs.running_mean.float())
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.running_mean.dtype is torch.float16
+
+
+@pytest.mark.parametrize("way", ["convert", "revert", "unfreeze"])
+def test_torchs_layer_computes_with_what_it_gets_back(way: str):
+    net, x = nn.Sequential(nn.BatchNorm2d(2)), torch.randn(4, 2, 3, 3).bfloat16()
+    if way == "unfreeze":
+        bn.unfreeze(bn.freeze(net).to(torch.bfloat16))
+    else:
+        bn.convert(net).to(torch.bfloat16)
+        net = bn.revert(net) if way == "revert" else bn.convert(net, to="torch")
+    assert type(net[0]) is nn.BatchNorm2d
+    assert net(x).dtype is torch.bfloat16
+    net.eval()(x)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_overflow_is_told_at_once_with_the_layers_name(options: dict[str, Any]):
+    layer = bn.BatchNorm1d(2, **options)
+    layer.label = "encoder.norm"
+    x = torch.randn(64, 2) * 1e20
+    if "nonfinite" in options:  # refused, and counted
+        layer(x)
+        assert layer.running_var.isfinite().all()
+        return
+    with pytest.warns(UserWarning, match=r"encoder\.norm.*float64"):
+        layer(x)
+
+
+@pytest.mark.parametrize("number", [300, 30_000])
+def test_many_equal_batches_converge_to_their_own_statistics(number: int):
+    layer, x = bn.BatchNorm1d(2, momentum=0.001 if number > 300 else 0.1), torch.randn(8, 2) + 1e4
+    for _ in range(number):
+        layer(x)
+    var, mean = torch.var_mean(x.double(), 0)
+    assert torch.equal(layer.running_mean, mean.float())
+    torch.testing.assert_close(layer.running_var, var.float(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", [bn.LSTM, bn.GRU, bn.RNN])
+@pytest.mark.parametrize("pool", ["sequence", "frame"])
+def test_recurrences(kind: Any, pool: str):
+    layer = kind(2, 2, batch_norm=pool, recurrent=True, max_steps=3, momentum=0.2, batch_first=True)
+    with torch.no_grad():
+        layer.weight_ih_l0.fill_(1000.0)
+    x = torch.tensor([[1.0, 1.013], [1.0, 1.013]])[:, None].expand(2, 3, 2)
+    for _ in range(150):
+        layer(x)
+    gates = (x @ layer.weight_ih_l0.T).reshape(-1, layer.weight_ih_l0.shape[0])
+    norm = layer.norm_ih_l0
+    assert torch.equal(norm.running_mean.reshape(-1, gates.shape[1])[0], gates[0])
+
+
+def test_a_round_trip_through_a_checkpoint_costs_at_most_one_rounding(tmp_path: Any):
+    x, layer = torch.full((8, 1), 2026.0), bn.BatchNorm1d(1, momentum=0.01)
+    for number in range(3000):
+        layer(x)
+        if number % 500 == 499:
+            torch.save(layer.state_dict(), tmp_path / "state.pt")
+            layer = bn.BatchNorm1d(1, momentum=0.01)
+            layer.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert abs(layer.eval()(x)[0].item()) < 1e-3

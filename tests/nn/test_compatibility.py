@@ -160,7 +160,7 @@ def check_case(candidate: type[nn.Module], case: Case, dtypes: tuple[torch.dtype
         x = layout(case.x.to(dtypes[0]))
         dy = random_like(x, 7)
         theirs = torch_layer(case, dtypes[1], training)
-        ours = candidate(*case.args, **case.kwargs).to(dtypes[1]).train(training)
+        ours = candidate(*case.args, **{**case.kwargs, "dtype": dtypes[1]}).train(training)
         ours.load_state_dict(theirs.state_dict())
         oracle = Oracle(theirs)
         terms = oracle.terms(x.double(), dy.double())

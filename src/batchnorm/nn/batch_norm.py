@@ -23,6 +23,7 @@ from batchnorm.nn.outside import Swappable
 from batchnorm.ops import normalization as ops
 from batchnorm.ops.context import Way, is_mapped, is_recomputing, is_recorded, is_traced_by_jit, way
 from batchnorm.ops.fusion import Fusion
+from batchnorm.ops.schemas import carry_dtype
 from batchnorm.pools import Pool, is_alone
 from batchnorm.running import Accumulator, Estimator, Population
 from batchnorm.sources import Given, OfBatch, Renorm, Renormalized, Source, Weighed, by_step, measure, of_one_step
@@ -165,6 +166,12 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         layer_buffers.forget_carry(self)
+        layer_buffers.forget_refusals(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``.to()``, ``.half()`` and their like do; running statistics that are wide stay so."""
+        with layer_buffers.wide_statistics(self):
+            return super()._apply(fn, recurse)
 
     @property
     def decay(self) -> float | None:
@@ -238,10 +245,13 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         if updates or not use_batch:
             mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
             var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
-        return ops.in_one_call(
+        y = ops.in_one_call(
             x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
             self.activation, self.negative_slope, use_batch, updates, pool_size, carry,
         )  # fmt: skip
+        if updates and y is not None:
+            layer_buffers.look_at_times(self)
+        return y
 
     def _in_two_calls(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The same through Python, or None for a recorder, for vmap and for a layer without the statistics it needs."""
@@ -255,7 +265,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         batches, carry = self._buffers.get("num_batches_tracked"), None
         if updates and how is Way.EAGER and mean is not None:
             carry = self.running_carry
-            if carry is None or carry.shape[1:] != mean.shape:
+            if carry is None or carry.shape[1:] != mean.shape or carry.dtype is not carry_dtype(mean.dtype):
                 carry = layer_buffers.carry(self)
         return ops.in_two_calls(x, fusion, mean, var, batches, self.momentum, use_batch, updates, carry)
 
@@ -296,6 +306,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             y, measured = source.normalize(batch, pool, fusion)
         if updates:
             population.take(measured or measure(batch, pool), pool)
+            layer_buffers.look_at_times(self)
         return batch.restore(y)
 
     def _own_source(self, batch: Batch, population: Population, use_batch: bool) -> Source:
@@ -309,6 +320,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
 
     def _population(self, updates: bool = True) -> Population:
         """The running statistics of the domain in use, and how they take in a batch."""
+        layer_buffers.check_shapes(self)
         in_turn = self.ghost_update == "decay"
         buffers, domain = self._buffers, self.domain if self.domains else None
         return Population(
@@ -458,6 +470,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
         layer_buffers.fill_in(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        layer_buffers.settle(self)
         layer_buffers.forget_carry(self)
         saved_modes.load(self, local_metadata.get("batchnorm"))
 
@@ -620,6 +633,7 @@ def as_torch(layer: BatchNorm) -> nn.Module:
             f"{layer._name()} {what}, which torch.nn's layers lack; bn.revert(net) after bn.accelerate, or "
             "bn.convert(net, to='torch'), gives torch's layers back"
         )
+    layer_buffers.widen_parameters(layer)
     plain = kind(layer.num_features, layer.eps, layer.momentum, device="meta")
     names = plain.__dict__.keys() | {"affine", "track_running_stats"}
     plain.__dict__.update({name: value for name, value in layer.__dict__.items() if name in names})

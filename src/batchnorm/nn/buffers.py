@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from batchnorm.errors import InputError
 from batchnorm.nn import options
 from batchnorm.nn.outside import keeps_fast_paths_away
 from batchnorm.ops.context import Way, can_read, is_compiled, way
@@ -69,6 +72,16 @@ def forget_carry(layer: BatchNorm) -> None:
     layer.running_carry = None
 
 
+def look_at_times(layer: BatchNorm) -> None:
+    """`warn_of_overflow` after 1, 2, 4, 8, ... updates: looking each time would cost as much as a small layer."""
+    if is_compiled():
+        return
+    own = layer.__dict__
+    updates = own["_updates"] = own.get("_updates", 0) + 1
+    if not updates & (updates - 1):
+        warn_of_overflow(layer)
+
+
 def warn_of_overflow(layer: BatchNorm) -> None:
     """Warns once a layer if its running statistics are not finite, which makes its output constant or NaN."""
     if is_compiled() or layer.__dict__.get("_has_warned"):
@@ -78,9 +91,10 @@ def warn_of_overflow(layer: BatchNorm) -> None:
         if value is None or value.device.type != "cpu" or not can_read(value) or bool(value.isfinite().all()):
             continue
         layer.__dict__["_has_warned"] = True
+        wider = "float32" if _is_narrow(value) else "float64"
         warnings.warn(
             f"{layer._name()}: {name} is not finite. Its input held infinite or NaN values, or statistics beyond what "
-            f"{value.dtype} holds: scale the input, keep the layer in float64, or refuse such batches with "
+            f"{value.dtype} holds: scale the input, keep the layer in {wider}, or refuse such batches with "
             "nonfinite='skip'",
             stacklevel=4,
         )
@@ -134,6 +148,96 @@ def _count_refusals(layer: BatchNorm) -> None:
     if "num_batches_skipped" not in layer._buffers or layer.num_batches_skipped.shape != shape:
         at = None if layer.running_mean is None else layer.running_mean.device
         layer.register_buffer("num_batches_skipped", torch.zeros(shape, dtype=torch.long, device=at))
+
+
+def forget_refusals(layer: BatchNorm) -> None:
+    """Starts the count of refused batches anew, for as many channels as there are."""
+    skipped = layer._buffers.get("num_batches_skipped")
+    if skipped is None or not layer.track_running_stats:
+        return
+    _count_refusals(layer)
+    layer.num_batches_skipped.zero_()
+
+
+@contextlib.contextmanager
+def wide_statistics(layer: BatchNorm) -> Iterator[None]:
+    """Running statistics of 32 bits or more have no fewer than 32 afterwards, whatever dtype the layer is moved to.
+
+    16 bits hold three digits of a mean and no variance beyond 65,504 (float16), and the kernels take float32 statistics
+    beside 16-bit inputs and parameters. The first time a warning tells it. Who wants them narrow makes the layer so
+    (``dtype=``), or assigns the buffers.
+    """
+    wide = {name: value for name in _WIDE if (value := layer._buffers.get(name)) is not None and not _is_narrow(value)}
+    yield
+    now = {name: value for name in wide if (value := layer._buffers[name]) is not None and _is_narrow(value)}
+    for name, value in now.items():
+        layer._buffers[name] = wide[name].to(value.device, torch.float32)
+    if now:
+        _tell_that_they_stay()
+
+
+def widen_parameters(layer: nn.Module) -> None:
+    """Gives gamma and beta of 16 bits 32 beside float32 statistics, as torch's operator wants them."""
+    mean = layer._buffers.get("running_mean")
+    for parameter in layer._parameters.values():
+        if mean is not None and not _is_narrow(mean) and parameter is not None and _is_narrow(parameter):
+            parameter.data = parameter.data.float()
+
+
+_WIDE = ("running_mean", "running_var", "renorm_r", "renorm_d")
+_told = False
+
+
+def _is_narrow(value: Tensor) -> bool:
+    return value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _tell_that_they_stay() -> None:
+    global _told
+    if not _told and not is_compiled():
+        _told = True
+        warnings.warn(
+            "running statistics of this package's layers stay float32 when a network is converted to 16 bits, which "
+            "hold too few digits for a moving average; to have them in 16 bits, construct the layers with dtype=, or "
+            "assign the buffers (layer.running_var = layer.running_var.half())",
+            stacklevel=6,
+        )
+
+
+def check_shapes(layer: BatchNorm) -> None:
+    """Makes r and d anew for other channels, and raises where what the options keep does not fit the channels.
+
+    Tools that prune a network cut weight, bias and running statistics to the channels that stay, and know no others.
+    """
+    mean, skipped = layer.running_mean, layer._buffers.get("num_batches_skipped")
+    if mean is None:
+        return
+    shape = (*filter(None, options.rows(layer.__dict__)), layer.num_features)
+    if mean.shape != shape:
+        raise InputError(
+            f"{layer._name()}: running_mean is {tuple(mean.shape)}, expected {shape}, the channels last. A tool that "
+            "cuts channels cuts domains or time steps here; convert the layer to one set first, as by "
+            "bn.convert(net, domains=0)"
+        )
+    if skipped is not None and layer.nonfinite == "skip_channel" and skipped.shape[-1] != layer.num_features:
+        raise InputError(
+            f"{layer._name()}: num_batches_skipped counts the refused batches of {skipped.shape[-1]} channels, and "
+            f"there are {layer.num_features}. A tool that cut the channels did not know it: set "
+            "layer.num_batches_skipped = layer.num_batches_skipped[keep], or call layer.reset_running_stats()"
+        )
+    if layer.renorm is not None and (layer.renorm_r.shape[0] != layer.num_features or layer.renorm_r.is_meta):
+        _keep_corrections(layer)
+
+
+def settle(layer: BatchNorm) -> None:
+    """Takes the buffers that a state does not hold to where the state's are, if the layer was on ``meta`` before."""
+    mean, skipped = layer._buffers.get("running_mean"), layer._buffers.get("num_batches_skipped")
+    if mean is None or mean.is_meta:
+        return
+    if skipped is not None and skipped.is_meta:
+        layer._buffers["num_batches_skipped"] = torch.zeros(skipped.shape, dtype=torch.long, device=mean.device)
+    if layer.renorm is not None and layer.renorm_r.device != mean.device:
+        _keep_corrections(layer)
 
 
 def _keep_corrections(layer: BatchNorm) -> None:

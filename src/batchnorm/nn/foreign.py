@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from batchnorm.nn import batch_norm as ours
-from batchnorm.nn import options
+from batchnorm.nn import buffers, options
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
 
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -264,6 +264,8 @@ def adopt(layer: nn.Module, made: type[nn.Module]) -> None:
 def release(layer: nn.Module, kind: type[nn.Module]) -> None:
     """Give a layer its own class back, in place."""
     layer.__class__ = kind
+    if not issubclass(kind, ours.BatchNorm):
+        buffers.widen_parameters(layer)
     if issubclass(kind, nn.SyncBatchNorm) and layer.__dict__.get("process_group") == "world":
         layer.__dict__["process_group"] = None  # which is the same group there
 

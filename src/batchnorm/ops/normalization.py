@@ -19,6 +19,7 @@ from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.pools import Pool, Pools, merge_moments
 
+_NARROW = (torch.bfloat16, torch.float16)
 _KINDS: dict[str | None, int] = {None: 0, **{name: index for index, name in enumerate(ACTIVATIONS)}}
 
 
@@ -86,7 +87,10 @@ def in_one_node(
     """The same call for a recorder: `torch.nn.functional.batch_norm`, and what is fused as operations of its own."""
     if use_batch and is_traced_by_jit():
         x = _checked_when_run(x)
-    y = F.batch_norm(x, running_mean, running_var, fusion.weight, fusion.bias, use_batch, momentum, fusion.eps)
+    weight, bias = fusion.weight, fusion.bias
+    if running_mean is not None and running_mean.dtype is torch.float32:  # torch wants all four vectors alike
+        weight, bias = (t.float() if t is not None and t.dtype in _NARROW else t for t in (weight, bias))
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, use_batch, momentum, fusion.eps)
     return finish(y, fusion)
 
 

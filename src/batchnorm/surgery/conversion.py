@@ -16,7 +16,7 @@ from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign, modes
 from batchnorm.nn import options as table
-from batchnorm.nn.buffers import FLAGS
+from batchnorm.nn.buffers import FLAGS, widen_parameters
 from batchnorm.surgery import sample_fit
 from batchnorm.surgery.activations import is_computed_by
 from batchnorm.surgery.comparison import Example, copy_of, run_example
@@ -576,6 +576,7 @@ def _own(layer: nn.Module) -> dict[str, Any]:
 
 
 def _leave_ours(layer: nn.Module, kind: type[nn.Module]) -> None:
+    widen_parameters(layer)
     group = layer.__dict__.get("process_group")
     for name in (*table.DEFAULTS, *table.STATE, *FLAGS):
         layer.__dict__.pop(name, None)
