@@ -412,3 +412,25 @@ def test_a_layer_without_running_statistics_says_so(space):
     assert ".eval()" not in str(caught.value)
     with pytest.raises(ValueError, match="eval"):
         bn.BatchNorm1d(3)(torch.randn(1, 3))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_vmap_of_the_update_is_the_update_of_each(momentum):
+    generator = torch.Generator().manual_seed(0)
+    mean, var = (torch.rand(3, 1, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def buffers():
+        return torch.zeros(3, 4), torch.ones(4, 3), torch.zeros(3, dtype=torch.long), torch.zeros(3, 2, 4)
+
+    def update(running_mean, running_var, batches, carry, mean, var):
+        operator = torch.ops.batchnorm.update_statistics
+        operator(running_mean, running_var, batches, mean, var, 8, 8, momentum, True, carry)
+        return mean
+
+    mapped, each = buffers(), buffers()
+    torch.vmap(update, (0, 1, 0, 0, 0, 0))(*mapped, mean, var)
+    for i in range(3):
+        update(each[0][i], each[1][:, i], each[2][i], each[3][i], mean[i], var[i])
+    assert all(torch.equal(a, b) for a, b in zip(mapped, each, strict=True))
+    with pytest.raises(InputError, match="statistics of 3 batches into one running_mean"):
+        torch.vmap(lambda m, v: update(torch.zeros(4), None, None, None, m, v))(mean, var)

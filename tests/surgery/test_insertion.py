@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -274,14 +275,26 @@ def test_failure_leaves_network_and_optimizer_as_they_were(monkeypatch):
     assert all(p.grad is grads[name] for name, p in net.named_parameters())
 
 
-def test_forward_that_reads_the_layer_is_refused():
+def test_a_forward_that_reads_the_layer_is_checked_like_any_other():
+    class Reads(Plain):
+        def forward(self, x):
+            return super().forward(x) + float(self.conv1.kernel_size[0])
+
+    net = bn.insert(Reads(), IMAGES)
+    assert type(net.conv1) is nn.Conv2d
+    assert isinstance(net.conv1.norm, bn.BatchNorm2d)
+    assert isinstance(net.conv2, nn.Sequential)
+
+
+def test_a_name_that_is_taken_is_refused():
     class Reads(Plain):
         def forward(self, x):
             return super().forward(x) + float(self.conv1.kernel_size[0])
 
     net = Reads()
+    net.conv1.norm = 3
     before = snapshot(net)
-    with pytest.raises(SurgeryError, match=r"does not pass its check.*kernel_size"):
+    with pytest.raises(SurgeryError, match="'conv1' has an attribute 'norm' already"):
         bn.insert(net, IMAGES)
     assert unchanged(net, before)
 
@@ -457,3 +470,47 @@ def test_initializations_that_contradict_or_cannot_be():
     with pytest.raises(SurgeryError, match="needs gamma"):
         bn.insert(net, IMAGES, initialize="preserve", affine=False)
     assert unchanged(net, before)
+
+
+class Reading(nn.Module):
+    """Its forward reads attributes of one layer, and the class of another."""
+
+    def __init__(self, by_class=False):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3)
+        self.head, self.by_class = nn.Linear(4, 2), by_class
+
+    def forward(self, x):
+        if self.by_class:
+            assert isinstance(self.other, nn.Conv2d)
+        else:
+            x = F.pad(x, (self.conv.stride[0],) * 4)
+        return self.head(self.other(torch.relu(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_a_layer_that_the_network_looks_into_stays_in_its_place(by_class):
+    torch.manual_seed(0)
+    net = Reading(by_class)
+    plain = copy.deepcopy(net)
+    x = torch.randn(4, 3, 9, 9)
+    bn.insert(net, x)
+    assert type(net.conv) is nn.Conv2d
+    assert (type(net.other) is nn.Sequential) == (not by_class)
+    assert net.conv.bias is None
+    assert "conv.norm.running_mean" in net.state_dict()
+    with torch.no_grad():
+        given = F.pad(x, (2,) * 4) if not by_class else x
+        expected = F.batch_norm(F.conv2d(given, net.conv.weight, stride=2), None, None, training=True)
+    seen = []
+    net.conv.norm.register_forward_hook(lambda m, args, y: seen.append(y))
+    net.train()(x)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+    net.conv.norm._forward_hooks.clear()
+    assert bn.summary(net, x).layers[0].fed_by == ("conv",)
+    net.eval()
+    folded = bn.fold(pickle.loads(pickle.dumps(net)), x)
+    assert {item.into for item in folded.certificate.folded} >= {"conv"}
+    torch.testing.assert_close(folded.model(x), net(x), rtol=1e-4, atol=1e-5)
+    assert copy.deepcopy(net)(x).equal(net(x))
+    assert plain.conv.bias is not None

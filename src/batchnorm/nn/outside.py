@@ -70,10 +70,29 @@ def keeps_fast_paths_away(module: nn.Module, args: Any) -> None:
     """
 
 
+NORM = "norm"
+"""The name under which a layer holds the normalization that `followed_by_norm` calls."""
+
+
+def followed_by_norm(module: nn.Module, args: Any, output: Any) -> Any:
+    """A hook behind a layer whose attributes are read elsewhere: the normalization that `insert` gave it."""
+    norm = module._modules[NORM]
+    assert norm is not None
+    return norm(output)
+
+
+def is_followed(module: nn.Module) -> bool:
+    """Whether a normalization is called by a hook behind the module."""
+    return any(hook is followed_by_norm for hook in module._forward_hooks.values())
+
+
+_OURS = (keeps_fast_paths_away, followed_by_norm)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of anybody else."""
     registries = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hook is not keeps_fast_paths_away for registry in registries for hook in registry.values())
+    return any(hook not in _OURS for registry in registries for hook in registry.values())
 
 
 def teach_fusers(pairs: dict[type[nn.Module], type[nn.Module]], as_torch: Callable[[Any], nn.Module]) -> None:

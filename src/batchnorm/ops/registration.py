@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.errors import InputError
 from batchnorm.kernels import aten, cpu
 from batchnorm.moments import merge_axis
 from batchnorm.ops import autograd, cuda
@@ -149,5 +150,29 @@ for _name, _function in _operators.items():
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     LIBRARY.impl(_name, by_name(_name, cuda.implementation(_name, _function)), "CUDA")
 LIBRARY.impl("gradients", by_name("gradients", autograd.gradients_operator), "CompositeImplicitAutograd")
+
+
+def _batching(name: str) -> None:
+    """vmap of an operator that changes running statistics in place: the operator for each, on views of the buffers."""
+    operator, fields = getattr(torch.ops.batchnorm, name).default, ARGUMENTS[name]._fields
+    changed = [i for i, each in enumerate(operator._schema.arguments) if each.alias_info is not None]
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[None, None]:
+        for i in changed:
+            if i < len(args) and args[i] is not None and in_dims[i] is None:
+                raise InputError(
+                    f"vmap: batchnorm::{name} would write the statistics of {info.batch_size} batches into one "
+                    f"{fields[i]}; map the buffers, too (torch.func.stack_module_state), or set update='never'"
+                )
+        for k in range(info.batch_size):
+            each = zip(args, in_dims, strict=True)
+            operator(*(value if dim is None else value.select(dim, k) for value, dim in each))
+        return None, None
+
+    torch.library.register_vmap(f"batchnorm::{name}", rule, lib=LIBRARY)
+
+
+for _name in ("update_statistics", "mix_statistics"):
+    _batching(_name)
 
 cpu.load()

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import SurgeryError
-from batchnorm.nn.outside import has_hooks
+from batchnorm.nn.outside import NORM, followed_by_norm, has_hooks, is_followed
 from batchnorm.surgery.comparison import (
     Example,
     copy_of,
@@ -34,6 +34,7 @@ from batchnorm.surgery.flow import EXPORTED, ROOT, SHAPE_ATTRIBUTES, SHAPE_READE
 from batchnorm.surgery.modules import is_compiled, is_leaf, is_plain, original
 from batchnorm.surgery.rounding import attempt as run_or_none
 
+_FOLLOWED = "_is_followed_by_norm"
 _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
 
 
@@ -51,7 +52,7 @@ def capture(net: nn.Module, example: Any) -> DataFlow:
     """
     given = Example.of(example)
     keeps = _needs_hooks(net, given)
-    expected = run_example(_traceable(net, keeps)[0], given)
+    expected = run_example(_traceable(net, keeps, runs=True)[0], given)
     failures = []
     attempts = {"torch.fx": _trace, "torch.fx on the example's shapes": _trace_on_example, EXPORTED: _export}
     for method, attempt in attempts.items():
@@ -75,15 +76,18 @@ def _needs_hooks(net: nn.Module, example: Example) -> bool:
     """Whether the forward reads what the network's own hooks collect, as a run without them shows."""
     if not any(has_hooks(module) for module in net.modules()):
         return False
-    without = run_or_none(_traceable(net)[0], example)
+    without = run_or_none(_traceable(net, runs=True)[0], example)
     if without is None:
         return run_or_none(_traceable(net, keeps=True)[0], example) is not None
     with_hooks = run_or_none(_traceable(net, keeps=True)[0], example)
     return with_hooks is not None and [p for p, _ in tensors_of(with_hooks)] != [p for p, _ in tensors_of(without)]
 
 
-def _traceable(net: nn.Module, keeps: bool = False) -> tuple[nn.Module, set[int]]:
+def _traceable(net: nn.Module, keeps: bool = False, runs: bool = False) -> tuple[nn.Module, set[int]]:
     """A copy without hooks, or with those of the forward, and the ids of its modules that had some.
+
+    Layers that are followed by a normalization have their hook in a copy that ``runs``; in others the normalization is
+    a layer of its own in the graph.
 
     Batch normalization is in eval mode there, so that one value a channel, which training refuses,
     is enough.
@@ -91,9 +95,16 @@ def _traceable(net: nn.Module, keeps: bool = False) -> tuple[nn.Module, set[int]
     traced = copy_of(net)
     hooked = {id(module) for module in traced.modules() if has_hooks(module)}
     for module in traced.modules():
+        followed = is_followed(module)
         for key, value in module.__dict__.items():
             if key.startswith("_backward" if keeps else ("_forward", "_backward")) and isinstance(value, dict):
                 value.clear()
+        if followed and runs and not keeps:
+            module.register_forward_hook(followed_by_norm)
+        elif followed and not runs:
+            module.__dict__[_FOLLOWED] = True
+            for number in [n for n, hook in module._forward_hooks.items() if hook is followed_by_norm]:
+                del module._forward_hooks[number]
         module._compiled_call_impl = None
         if isinstance(module, _BatchNorm) and is_plain(module):
             module.eval()
@@ -147,6 +158,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, net: nn.Module, hooked: set[int]) -> None:
         super().__init__()
         self.hooked = hooked
+        self.behind = False
         self.leaves = {id(module) for module in net.modules() if is_leaf(module)}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -161,6 +173,12 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if is_compiled(m):
             return original(m)(*args, **kwargs)
+        if _FOLLOWED in m.__dict__ and id(m) in self.leaves and not self.behind:
+            self.behind = True
+            output = self.call_module(m, forward, args, kwargs)
+            self.behind = False
+            norm: Any = m._modules[NORM]
+            return self.call_module(norm, norm.forward, (output,), {})
         if id(m) not in self.hooked:
             return super().call_module(m, forward, args, kwargs)
         name = self.path_of_module(m)
@@ -296,7 +314,7 @@ def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, A
 
 def _export(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
     traced, hooked = _traceable(net, keeps)
-    if hooked:
+    if hooked or any(_FOLLOWED in module.__dict__ for module in traced.modules()):
         raise SurgeryError("the network has forward hooks, which torch.export would hide")
     inputs = tuple(_inputs(example))
     program = torch.export.export(_Flat(traced, example), inputs, strict=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from batchnorm.errors import BatchNormError, InputError, SurgeryError
 from batchnorm.nn.batch_norm import BY_RANK
+from batchnorm.nn.outside import NORM, followed_by_norm
 from batchnorm.surgery.capture import capture
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank
@@ -71,7 +73,9 @@ def insert(
     A layer ``conv`` becomes ``Sequential(conv=conv, norm=BatchNorm2d(...))`` in its place, so the
     ``state_dict`` keys of all other modules stay: ``features.3.weight`` becomes
     ``features.3.conv.weight``, and ``features.3.norm.*`` is new. After an activation module it is
-    the activation that is so wrapped.
+    the activation that is so wrapped. A module whose attributes the network reads when it runs (``self.conv.stride``)
+    stays where it is: the new layer is its child ``norm``, called by a hook behind it, and ``conv.weight`` keeps its
+    key.
 
     Args:
         net: the network; it is changed and returned.
@@ -155,6 +159,10 @@ def plan_insertion(
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in skipped.items())
         message = f"insert: nothing to normalize ({reasons or 'no linear or convolution layer'})"
         raise NothingToInsertError(message, skipped)
+    placed = _placed(net, insertions, given)
+    if isinstance(placed, str):
+        raise SurgeryError(f"insert: {placed}")
+    insertions = placed
     original = copy_of(net).eval()
     steps = [step for item in insertions for step in item.steps(net, optimizer)]
     if zero_gamma:
@@ -180,6 +188,7 @@ class Insertion:
     after: str
     module: nn.Module
     norm: _BatchNorm
+    in_place: bool = False
 
     @property
     def direct(self) -> bool:
@@ -192,10 +201,15 @@ class Insertion:
             return "activation"
         return "linear" if isinstance(self.layer, nn.Linear) else "conv"
 
+    def wrapper(self) -> nn.Sequential:
+        """The module and the new layer, to stand in the module's place."""
+        made = nn.Sequential(OrderedDict([(self.key, self.module), (NORM, self.norm)]))
+        made.training = self.module.training
+        return made
+
     def steps(self, net: nn.Module, optimizer: Optimizer | None) -> list[Step]:
-        wrapper = nn.Sequential(OrderedDict([(self.key, self.module), ("norm", self.norm)]))
-        wrapper.training = self.module.training
-        steps = [Step(f"{self.after}: followed by {self.norm}", _wrapping(net, self.module, wrapper))]
+        do = _following(self.module, self.norm) if self.in_place else _wrapping(net, self.module, self.wrapper())
+        steps = [Step(f"{self.after}: followed by {self.norm}", do)]
         bias = self.layer.bias if self.direct else None
         if bias is not None:
             steps.append(Step(f"{self.name}: bias removed", _no_bias(self.layer)))
@@ -384,6 +398,73 @@ def _matching(patterns: str | Iterable[str], names: list[str], argument: str) ->
 
 def _wrapping(net: nn.Module, module: nn.Module, wrapper: nn.Module) -> Callable[[], None]:
     return lambda: replace_module(net, module, wrapper)
+
+
+def _following(module: nn.Module, norm: nn.Module) -> Callable[[], None]:
+    def do() -> None:
+        module.add_module(NORM, norm)
+        module.register_forward_hook(followed_by_norm)
+
+    return do
+
+
+def _placed(net: nn.Module, insertions: list[Insertion], example: Example) -> list[Insertion] | str:
+    """The insertions, those of modules that the network looks into in place; or why that cannot be."""
+    read = _looked_into(net, [item.after for item in insertions], example)
+    if not _runs_wrapped(net, [item for item in insertions if item.after not in read], example):
+        read = {item.after for item in insertions}
+    taken = [name for name in sorted(read) if hasattr(net.get_submodule(name), NORM)]
+    if taken:
+        return f"'{taken[0]}' has an attribute 'norm' already, and the network reads others of its attributes; skip it"
+    return [replace(item, in_place=item.after in read) for item in insertions]
+
+
+def _runs_wrapped(net: nn.Module, insertions: list[Insertion], example: Example) -> bool:
+    """False where a forward fails with a ``Sequential`` in a module's place: it asks what the module is, say."""
+    twin = copy_of(net).eval()
+    for item in insertions:
+        module = twin.get_submodule(item.after)
+        replace_module(twin, module, nn.Sequential(OrderedDict([(item.key, module)])))
+    try:
+        found = distances(example.run(copy_of(net).eval()), example.run(twin))
+    except Exception:  # whatever a forward of any class raises
+        return False
+    return all(d.relative <= 0.1 * _coarseness(net) for d in found)
+
+
+def _looked_into(net: nn.Module, names: list[str], example: Example) -> set[str]:
+    """The modules of which something is read while the network runs, other than by their own call."""
+    watched, found, running = copy_of(net).eval(), set[str](), list[str]()
+
+    def note(name: str) -> None:
+        if running:
+            found.add(name)
+
+    for name in dict.fromkeys(names):
+        module = watched.get_submodule(name)
+        module.__class__ = _watching(type(module), partial(note, name))
+    watched.register_forward_pre_hook(lambda module, args: running.append("forward"))
+    watched.register_forward_hook(lambda module, args, output: running.clear())
+    run_example(watched, example)
+    return found
+
+
+def _watching(kind: type[nn.Module], note: Callable[[], None]) -> type[nn.Module]:
+    calls: list[None] = []  # that are running
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        try:
+            return kind.__call__(self, *args, **kwargs)
+        finally:
+            calls.pop()
+
+    def read(self: nn.Module, name: str) -> Any:
+        if not calls and not name.startswith("__"):
+            note()
+        return kind.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__getattribute__": read, "__module__": kind.__module__})
 
 
 def _no_bias(layer: nn.Module) -> Callable[[], None]:
