@@ -240,6 +240,30 @@ def test_a_layer_that_keeps_nothing():
     assert set(kinds(bn.diagnose(mixed, batches()))) == {"by_batch", "untrained"}
 
 
+@pytest.mark.parametrize(
+    ("mean", "momentum", "dtype"),
+    [(1e6, 0.1, torch.float32), (1e4, 0.01, torch.float32), (100.0, 0.1, torch.bfloat16), (1.0, 0.002, torch.bfloat16)],
+)
+def test_a_moving_average_that_rounds_to_a_halt(mean, momentum, dtype):
+    """The same data are not of other data, and weights that do not change are not of earlier weights."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(512, 1), torch.randn(512, 1) * 1e-2 + mean], 1)
+    x = x if dtype is torch.float32 else (x.round() if mean > 10 else x).to(dtype)
+    norm = nn.BatchNorm1d(2, momentum=momentum, dtype=dtype)
+    net = nn.Sequential(norm, nn.Linear(2, 2, dtype=dtype))
+    for _ in range(int(20 / momentum)):
+        norm(x[torch.randint(512, (64,))])
+    found = bn.diagnose(net, list(x.split(64)))
+    assert found.layers[0].cause == "rounding"
+    assert str(dtype).removeprefix("torch.") in found.findings[0].text
+
+
+def test_other_causes_are_not_taken_for_rounding():
+    data = batches()
+    for net in (network(), seen(network(0.01), data, 2), seen(network(), [(x + 3, y) for x, y in data], 20)):
+        assert bn.diagnose(net, data).layers[0].cause in ("untrained", "young", "stale")
+
+
 @pytest.mark.parametrize("source", [None, "batch"])
 @pytest.mark.parametrize("keeps", [True, False])
 def test_the_repair_of_evaluation_by_batches_can_be_carried_out(source, keeps):

@@ -135,6 +135,7 @@ KINDS: dict[str, str] = {
     "untrained": "running statistics as initialized",
     "young": "too few updates",
     "stale": "statistics of other data, or of earlier weights",
+    "rounding": "the moving average's own rounding",
     "noisy_average": "the moving average remembers too few values",
     "several_places": "one layer at several places whose inputs differ",
     "unlike_batches": "batches that are not alike",
@@ -207,6 +208,9 @@ def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Rec
     error = max(kept.error(exact, layer.eps))
     if error <= NOTICEABLE:
         return None
+    chance = [max(NOTICEABLE, SIGMAS * _remembered(layer) * noise) for noise in _noise(received, layer.eps)]
+    if _is_rounding(layer, kept, exact, chance):
+        return "rounding"
     within, seen = Statistics.of(received.training, within=True), Statistics.of(received.training)
     predictions = {
         "untrained": Statistics(torch.zeros_like(within.mean), torch.ones_like(within.var)),
@@ -220,10 +224,38 @@ def _cause(layer: _BatchNorm, kept: Statistics, exact: Statistics, received: Rec
     nearest = min(errors, key=lambda cause: max(errors[cause]))
     if max(errors[nearest]) <= EXPLAINS * error:
         return nearest
-    chance = [max(NOTICEABLE, SIGMAS * _remembered(layer) * noise) for noise in _noise(received, layer.eps)]
     chances = {cause: errors[cause] for cause in ("several_places", "unlike_batches", "dropout") if cause in errors}
     by_chance = (all(map(operator.le, error, chance)) for error in chances.values())
     return "noisy_average" if any(by_chance) else "stale"
+
+
+def _is_rounding(layer: _BatchNorm, kept: Statistics, exact: Statistics, chance: list[float]) -> bool:
+    """Whether what is kept is as far from the data as a moving average stops short of them.
+
+    A step of ``momentum * (batch - kept)`` that is below half a spacing of the buffer's dtype rounds to nothing: so the
+    average stands still within ``spacing / (2 momentum)``, or twice that where the product is rounded, too.
+    ``chance`` is how far noise may take it besides, in means and in standard deviations.
+    """
+    left, momentum, counter = _left(layer), _momentum(layer), layer.num_batches_tracked
+    if (left is not None and left > LEAST_LEFT) or (counter is not None and not counter.any()):
+        return False
+    if momentum is None:
+        momentum = 0.0 if counter is None else 1 / max(1.0, float(counter.max()))
+    if not momentum:
+        return False
+    nearer = []
+    for name, now, right in (("running_mean", kept.mean, exact.mean), ("running_var", kept.var, exact.var)):
+        short = _spacing(now, getattr(layer, name).dtype) / momentum
+        nearer.append(right + (now - right).sign() * ((now - right).abs() - short).clamp(min=0))
+    mean, var = nearer
+    before, after = (each.error(exact, layer.eps) for each in (kept, Statistics(mean, var, kept.known)))
+    return all(map(operator.le, after, chance)) and not all(map(operator.le, before, chance))
+
+
+def _spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance to the next number of a dtype."""
+    _, exponent = torch.frexp(value.abs().clamp(min=torch.finfo(dtype).tiny))
+    return torch.finfo(dtype).eps * torch.exp2((exponent - 1).to(value.dtype))
 
 
 def _averaged(layer: _BatchNorm, received: Received) -> Statistics:
@@ -389,6 +421,15 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
             f"The running statistics of {of} are not those of these data under the present weights, but of other data "
             f"or of earlier weights. {off}",
             CALIBRATE + " on the data to serve; bn.adapt(net, batches, prior=...) keeps part of the old",
+        )
+    if kind == "rounding":
+        dtype = str(layer.running_mean.dtype if layer.running_mean is not None else "").removeprefix("torch.")
+        step = "1/t" if momentum is None else f"{momentum:g}"
+        return (
+            f"The running statistics of {of} stand still short of the data: a step of {step} of what is missing is "
+            f"less than half of the distance between two {dtype} numbers of that size, and rounds to nothing. {off}",
+            CALIBRATE + "; in training, bn.convert(net), whose averages carry what rounding leaves; centred inputs, or "
+            "the layer in " + ("float64" if dtype in ("float32", "float64") else "float32"),
         )
     if kind == "noisy_average":
         remembered = "the batches so far" if momentum is None else f"about {(2 - momentum) / momentum:.2g} batches"
