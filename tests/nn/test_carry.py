@@ -269,3 +269,15 @@ def test_a_round_trip_through_a_checkpoint_costs_at_most_one_rounding(tmp_path: 
             layer = bn.BatchNorm1d(1, momentum=0.01)
             layer.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert abs(layer.eval()(x)[0].item()) < 1e-3
+
+
+def test_buffers_that_another_rank_broadcasts():
+    """What DDP does before each forward: rank 0's buffers, and each rank's own carry beside them."""
+    first, second = (bn.BatchNorm1d(1, momentum=0.01) for _ in range(2))
+    x = torch.full((8, 1), 2026.0)
+    for _ in range(3000):
+        for name, buffer in second.named_buffers():
+            buffer.copy_(getattr(first, name))
+        first(x), second(x + torch.randn(8, 1))
+    assert abs(first.eval()(x)[0].item()) < 1e-3
+    torch.testing.assert_close(second.running_mean, first.running_mean, rtol=1e-4, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -245,3 +246,54 @@ def test_running_statistics_are_taken_out_by_torch_func():
     torch.func.replace_all_batch_norm_modules_(nn.Sequential(layer))
     x = torch.randn(5, 3)
     torch.testing.assert_close(layer.eval()(x), nn.functional.batch_norm(x, None, None, training=True))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("options", [options for options in OPTIONS if "pool" not in options])
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_to_mkldnn_computes_the_same_or_refuses(axes, options):
+    layer = KINDS[axes](4, **options)
+    layer(batch(axes, options))
+    net, x = nn.Sequential(layer).eval(), batch(axes, options)
+    expected = net(x)
+    if {"track_running_stats", "affine"} & options.keys():  # torch's own refusal
+        refused: Any = pytest.raises(AssertionError, match="Only support")
+    elif {"activation", "domains", "example_weight", "source"} & options.keys():
+        refused = pytest.raises(SurgeryError, match="would lose")
+    else:
+        refused = contextlib.nullcontext()
+    made = None
+    with refused, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        made = torch.utils.mkldnn.to_mkldnn(copy.deepcopy(net))
+    if made is None:
+        return
+    torch.testing.assert_close(made(x.to_mkldnn()).to_dense(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_to_mkldnn_names_what_would_be_lost():
+    with pytest.raises(SurgeryError, match=r"activation='silu'.*bn.fold"):
+        torch.utils.mkldnn.to_mkldnn(nn.Sequential(bn.BatchNorm2d(4, activation="silu")).eval())
+    layer = bn.BatchNorm2d(4)
+    assert layer.affine is True
+    assert not hasattr(bn.BatchNorm2d.__new__(bn.BatchNorm2d), "affine")
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip_channel"}, {"running": "debiased"}, {"ghost_size": 4}])
+def test_averages_of_weights_measure_statistics_anew(options):
+    data = [torch.randn(8, 4) + k for k in range(4)]
+    ours, theirs = nn.Sequential(bn.BatchNorm1d(4, **options)), nn.Sequential(nn.BatchNorm1d(4))
+    ours(data[0] * 9)
+    for net in (ours, theirs):
+        torch.optim.swa_utils.update_bn(data, net)
+    torch.testing.assert_close(ours[0].running_var, theirs[0].running_var)
+    assert ours[0].momentum == 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip_channel"}, {"renorm": bn.Renorm(warmup=0)}])
+def test_functorch_takes_running_statistics_away(options):
+    from torch.func import replace_all_batch_norm_modules_
+
+    net, x = replace_all_batch_norm_modules_(nn.Sequential(bn.BatchNorm1d(4, **options))), torch.randn(3, 8, 4)
+    y = torch.func.vmap(net)(x)
+    torch.testing.assert_close(y[1], nn.BatchNorm1d(4)(x[1]))

@@ -420,6 +420,13 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         lost = [o for o in options.changed(self) if o.name not in kept]
         return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
 
+    def _lost_in_evaluation(self) -> str | None:
+        guarded = outside.GUARDED in self.__dict__
+        if self.source == "batch" or self.update == "always":
+            return f"source={self.source!r}, update={self.update!r}"
+        lost = [o for o in options.changed(self) if not o.affine or (o.name == "activation" and not guarded)]
+        return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
+
     def _in_one_node(self, x: Tensor, fusion: Fusion) -> Tensor | None:
         """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics

@@ -60,6 +60,31 @@ class Swappable(Unscriptable):
     def qconfig(self, value: Any) -> None:
         self.__dict__["qconfig"] = value
 
+    def _lost_in_evaluation(self) -> str | None:
+        """The part of the layer that scale and shift by running statistics would lose, in words, or None."""
+        raise NotImplementedError
+
+    @property
+    def affine(self) -> bool:
+        """Whether the layer has gamma and beta.
+
+        ``torch.utils.mkldnn.to_mkldnn`` asks for it before it makes a plain layer of this one: there it is refused.
+        """
+        if "affine" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'affine'")
+        if sys._getframe(1).f_globals.get("__name__") == "torch.utils.mkldnn":
+            lost = self._lost_in_evaluation()
+            if lost is not None:
+                raise SurgeryError(
+                    f"to_mkldnn: a plain layer in the place of {self!r} would lose {lost}; call bn.fold(net, example) "
+                    "first, or bn.revert(net) after bn.accelerate"
+                )
+        return bool(self.__dict__["affine"])
+
+    @affine.setter
+    def affine(self, value: bool) -> None:
+        self.__dict__["affine"] = value
+
 
 def keeps_fast_paths_away(module: nn.Module, args: Any) -> None:
     """A hook before ``forward`` that does nothing.
