@@ -72,6 +72,41 @@ def test_the_preview():
     assert left.to_dict()["layers"][0]["layer"] == "3"
 
 
+class Output(nn.Module):
+    """The output of a recurrent layer alone."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+STEPS = torch.randn(2, 3, 4)
+EVALUATED = {
+    "example_weight": lambda: (nn.Sequential(bn.BatchNorm2d(3, example_weight=0.3)), IMAGES),
+    "frame": lambda: (nn.Sequential(bn.BatchNorm1d(4, pool="frame", max_steps=3)), STEPS),
+    "Standardize": lambda: (nn.Sequential(bn.Standardize(3)), IMAGES),
+    "activation": lambda: (nn.Sequential(bn.BatchNorm2d(3, activation="relu")), IMAGES),
+    "recurrent": lambda: (Output(bn.GRU(4, 5, batch_norm="frame", max_steps=2, recurrent=True)), STEPS),
+    "recurrent, folded": lambda: (bn.fold(Output(bn.LSTM(4, 5, batch_norm="sequence")).eval(), STEPS).model, STEPS),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_is_exported_in_core_operators(name):
+    """Those that every tool of deployment reads; `_assert_tensor_metadata` is export's own, and computes nothing."""
+    net, x = EVALUATED[name]()
+    program = torch.export.export(net.eval(), (x,)).run_decompositions()
+    called = {n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    called -= {torch.ops.aten._assert_tensor_metadata.default}
+    assert called
+    assert {str(each) for each in called if torch.Tag.core not in each.tags} == set()
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
 class Sequences(nn.Module):
     """A masked normalization, and a recurrent layer with statistics for each time step."""
 
