@@ -76,6 +76,7 @@ FILES = {
     "mlx.npz": File("mlx"),
     "tinygrad.safetensors": File("tinygrad", {"framework": "tinygrad"}),
     "chainer.npz": File("chainer"),
+    "jittor.pkl": File("jittor"),
 }
 WITH_SETTINGS = (".keras", "h5")  # files that hold momentum and epsilon
 
@@ -304,19 +305,11 @@ def test_a_pickle_is_not_executed(protocol: int, tmp_path: Path):
     assert np.dtype("f8").byteorder == "="
 
 
-def test_jittor_by_its_mark(tmp_path: Path):
-    """As Jittor 1.3.11 writes, by its source: a pickle, its SHA-1, and eight letters."""
-    vectors = {
-        "0.running_mean": np.zeros(3),
-        "0.running_var": np.ones(3),
-        "0.weight": np.ones(3),
-        "0.bias": np.zeros(3),
-    }
-    path = tmp_path / "net.pkl"
-    path.write_bytes(pickle.dumps(vectors, 4) + bytes(20) + b"HCAJSLHD")
-    net = nn.Sequential(bn.BatchNorm1d(3, eps=0.5))
-    assert bn.load_statistics(net, path).framework == "jittor"
-    assert (net[0].running_var_kind, net[0].eps) == ("biased", 0.5)  # torch's settings stay
+def test_jittor_keeps_the_biased_variance_under_torchs_names(tmp_path: Path):
+    path = unpacked("jittor.pkl", tmp_path)
+    net = network(4)
+    assert bn.load_statistics(net, path, layers={"0": "first", "2": "second"}).framework == "jittor"
+    assert (net[0].running_var_kind, net[0].eps) == ("biased", 1e-5)  # our settings stay
 
 
 # Caffe and Darknet

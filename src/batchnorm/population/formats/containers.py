@@ -125,7 +125,8 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Vector for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
-    **{(module, "Var"): _same for module in ("jittor", "jittor_core", "jittor.jittor_core", "jittor_core.jittor_core")},
+    ("jittor", "jittor_core.Var"): _same,
+    **{(module, "Var"): _same for module in ("jittor_core", "jittor.jittor_core", "jittor_core.jittor_core")},
 }
 
 

@@ -187,7 +187,6 @@ CONVENTIONS: dict[str, Convention] = {
         "beta",
         ".pkl (arrays alone)",
         keeps_settings=True,
-        evidence="source",
     ),
     "tinygrad": Convention(
         "tinygrad",
