@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -487,6 +489,74 @@ def test_what_is_spelled_and_stays_is_as_it_was(tmp_path):
     assert [n.op_type for n in model.graph.node if n.output[0] in ("m", "z", "by_place")] == ["Mul", "Add", "Mul"]
     assert {t.name for t in model.graph.initializer} >= {"s", "t", "p"}
     assert exact(path, model)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_channels_that_are_the_last_axis(before, tmp_path):
+    """As TensorFlow has them: around a Transpose to a convolution, or beside a product of sequences."""
+    m = Model("batch", 6, 6, 3) if before else Model("batch", 6, 3)
+    if before:
+        source, operators = "x", ("Mul", "Add")
+    else:
+        m.node("MatMul", f"x {m.constant('w', 3, 5)}", "y", "fc")
+        source, operators = "y", ("Sub", "Mul", "Mul", "Add")
+    for i, kind in enumerate(operators):
+        m.node(kind, f"{source} {m.constant(f'c{i}', *(() if i == 2 else (3 if before else 5,)))}", f"s{i}")
+        source = f"s{i}"
+    if before:
+        m.node("Transpose", f"{source} ", "t", perm=[0, 3, 1, 2])
+        m.nodes[-1].input[:] = [source]
+        m.node("Conv", f"t {m.constant('w', 4, 3, 3, 3)}", "z", "conv")
+    else:
+        m.node("Relu", source, "z")
+    path = m.save(tmp_path / "m.onnx")
+    model, certificate = fold_onnx(path)
+    assert [item.into for item in certificate.folded] == ["conv" if before else "fc"]
+    assert kinds(model) == (["Transpose", "Conv"] if before else ["MatMul", "Add", "Relu"])
+    assert exact(path, model)
+
+
+FOREIGN = Path(__file__).parent.parent / "data" / "foreign"
+EXPORTED = {
+    "keras3.images": ["Transpose", "Conv", "Relu", "Conv", "GlobalAveragePool", "Squeeze", "MatMul", "Add"],
+    "tf2onnx.images": ["Transpose", "Conv", "Relu", "Conv", "GlobalAveragePool", "Squeeze", "MatMul", "Add"],
+    "keras3.sequences": None,
+    "tf2onnx.sequences": None,
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_files_that_keras_and_tf2onnx_wrote(name, tmp_path):
+    """Each batch normalization goes, however it is spelled; what there was beside it stays."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(gzip.decompress((FOREIGN / f"{name}.onnx.gz").read_bytes()))
+    model, certificate = fold_onnx(path)
+    assert not certificate.kept
+    assert not {"Mul", "BatchNormalization"} & set(kinds(model))
+    assert EXPORTED[name] in (kinds(model), None)
+    assert kinds(model).count("Transpose") == kinds(onnx.load(path)).count("Transpose")
+    assert exact(path, model)
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_quantized_data_say_what_to_do_first(where, tmp_path):
+    m = Model("batch", 4, 5, 5)
+    quantized = [m.constant("scale", value=np.float32(0.1))]
+    m.constant("zero", value=np.int8(0), kind=TensorProto.INT8)
+    conv = f"{{}} {m.constant('w', 6, 4, 3, 3)}"
+    first, second = ("y", "z") if where == "behind" else ("n", "z")
+    if where == "behind":
+        m.node("Conv", conv.format("x"), "y", "conv")
+    else:
+        m.norm("x", "n", 4)
+    m.node("QuantizeLinear", f"{first} {quantized[0]} zero", "q")
+    m.node("DequantizeLinear", f"q {quantized[0]} zero", "d")
+    if where == "behind":
+        m.norm("d", second, 6)
+    else:
+        m.node("Conv", conv.format("d"), second, "conv")
+    _, certificate = fold_onnx(m.save(tmp_path / "m.onnx"))
+    assert "fold before you quantize" in certificate.kept[0].reason
 
 
 def test_a_quantized_weight_says_what_to_do_first(tmp_path):

@@ -21,7 +21,7 @@ from batchnorm.surgery.conversion import convert
 from batchnorm.surgery.folding import Folding, fold
 from batchnorm.surgery.onnx_flow import OnnxFlow
 from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed, nested
-from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms
+from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms, without_pairs
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
 from batchnorm.surgery.rounding import TOLERANCE, errors_against
@@ -38,9 +38,10 @@ def fold_onnx(
     shift in, also through Identity, Dropout in inference, pooling, reshaping, transposing, Concat and Split, and one
     BatchNormalization takes in another, wherever that is exact. A layer whose padding would need a value is refused,
     since an ONNX Conv pads with zeros. Mul, Add, Sub and Div by constants per channel are folded as well, where they
-    scale and shift together, or stand beside a BatchNormalization: Keras 3 and tf2onnx spell batch normalization so,
-    and Paddle the bias of a convolution. What is not folded stays as it was. Weights are computed in float64 and
-    rounded once; constants that other nodes read too are copied. Names, opset and metadata stay.
+    scale and shift together, or stand beside a BatchNormalization, also where the channels are the last axis: Keras 3
+    and tf2onnx spell batch normalization so, and Paddle the bias of a convolution. What is not folded stays as it was.
+    Weights are computed in float64 and rounded once; constants that other nodes read too are copied. Names, opset and
+    metadata stay.
 
     Args:
         path: the file, which is not changed; external data is read from beside it.
@@ -72,7 +73,7 @@ def fold_onnx(
     before = {name: original(example) for name, example in given.items()}
     inside = [n.name or n.output[0] for n, _ in nested(graph.graph) if graph.is_own(n, "BatchNormalization")]
     spelled = chains(graph, values)
-    model, folding = _with_chains(onnx, path, model, spelled, values)
+    model, folding, behind = _with_chains(onnx, path, model, spelled, values)
     flow = folding.flow
     if not flow.labels and not inside and not folding.folded:
         raise SurgeryError(
@@ -83,6 +84,7 @@ def fold_onnx(
     kept += [Kept(name, "it is inside a branch or a loop") for name in inside]
     dtype = _coarsest(flow)
     folding.write()
+    without_pairs(model, behind)
     try:
         if model.ByteSize() < IN_MEMORY:
             onnx.checker.check_model(model)
@@ -106,22 +108,23 @@ def fold_onnx(
 
 def _with_chains(
     onnx: Any, path: str | Path, model: Any, spelled: list[Chain], values: dict[str, Tensor]
-) -> tuple[Any, _OnnxFolding]:
-    """The model to edit, and its folding, where chains of Mul and Add that fold are BatchNormalization; others stay.
+) -> tuple[Any, _OnnxFolding, list[str]]:
+    """The model to edit, where chains of Mul and Add that fold are BatchNormalization, and others stay; its folding.
+
+    The third result names the Transpose nodes that stand behind such a BatchNormalization.
 
     A chain folds or stays whole, and one that stays may have been what another one needed, so this is tried again
     with those that folded until all do.
     """
     labels = {chain.label for chain in spelled}
     while True:
-        if labels:
-            with_norms(model, spelled, labels, values)
+        behind = with_norms(model, spelled, labels, values)
         folding = _OnnxFolding(OnnxFlow(OnnxGraph(model), values))
         if any(is_norm(module) for module in folding.flow.modules.values()):
             folding.run()
         stay = labels - {item.layer for item in folding.folded}
         if not stay:
-            return model, folding
+            return model, folding, behind
         labels -= stay
         model = _read(onnx, path)
 

@@ -89,6 +89,8 @@ class OnnxFlow(DataFlow):
         quantized = any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
         how = "quantized: fold before you quantize" if quantized else "computed, or an input that callers may set"
         what = f" ('{self._label(node)}', whose weight or bias is {how})"
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            what, computed = " (fold before you quantize)", True
         self._opaque(node, f"{node.op_type}{what if computed else ''}")
 
     def _set(self, name: str, call: fx.Node) -> None:
