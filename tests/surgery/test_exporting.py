@@ -162,7 +162,7 @@ def test_onnx_of_training_mode_is_what_the_preview_warns_of(tmp_path):
 
 def test_the_preview_warns_of_tools_that_err_on_half_precision():
     def preview(dtype, eps=1e-5, variance=1.0):
-        net = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, eps=eps)).eval().to(dtype)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=eps)).eval().to(dtype)  # statistics, too
         net[1].running_var[0] = variance
         return bn.preview_export(net, torch.randn(2, 3, 6, 6, dtype=dtype)).warnings
 
