@@ -6,6 +6,7 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -20,6 +21,8 @@
 #define BATCHNORM_SHARED_NODES  // before torch 2.13
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "../torch/operators.h"
@@ -48,10 +51,15 @@ bool is_plain(const at::Tensor& t) {
   return !t.defined() || (known.has_all(t.key_set()) && !torch::autograd::isFwGradDefined(t));
 }
 
-// Whether anything looks on that must see each operator.
+// Of `recompute_outputs`: how many contexts this thread is in, and how many of them are on the stack of modes. While
+// one of them handles a function of torch's, it is not.
+thread_local int64_t recomputing = 0, own_modes = 0;
+
+// Whether anything looks on that must see each operator: anything but the modes of `recompute_outputs`.
 bool is_watched() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled() ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         (at::impl::torch_function_mode_enabled() && at::impl::PythonTorchFunctionTLS::stack_len() != own_modes) ||
          torch::jit::tracer::isTracing();
 }
 
@@ -71,7 +79,18 @@ struct Saved {
 
 using Wanted = std::vector<bool>;  // of x, weight, bias and residual
 
-variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& settings, const Wanted& wanted) {
+// Whether nobody else can see a tensor's memory, so that a result may take its place: no other tensor, no Python
+// object, no view, and nobody outside torch, who might have lent it (NumPy, a file, another process). This is the rule
+// by which torch itself writes into gradients, and the last part is stricter.
+// A tensor that Python has seen is never alone, because its Python object counts.
+bool is_alone(const at::Tensor& t) {
+  return t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 && !t.requires_grad() &&
+         t.storage().data_ptr().get_deleter() == c10::GetAllocator(c10::kCPU)->raw_deleter();
+}
+
+std::atomic<int64_t> in_place{0};  // gradients that took the place of another
+
+variable_list gradients(at::Tensor&& dy, const Saved& s, const Settings& settings, const Wanted& wanted) {
   variable_list results(4);
   const bool passes_through = settings.activation == 0;  // then the residual's gradient is dy itself
   const bool want_residual = wanted[3] && !passes_through;
@@ -99,6 +118,7 @@ variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& se
     if (want_residual) results[3] = stack[3].toTensor();
     return results;
   }
+  const bool over_dy = is_alone(dy);
   const auto [dx, d_residual, d_weight, d_bias] = operators->backward({.dy = lend(dy),
                                                                        .x = lend(s.x),
                                                                        .weight = lend_if(s.weight),
@@ -114,16 +134,88 @@ variable_list gradients(const at::Tensor& dy, const Saved& s, const Settings& se
                                                                        .population = settings.population,
                                                                        .want_x = wanted[0],
                                                                        .want_residual = want_residual,
-                                                                       .mask = std::nullopt});
+                                                                       .mask = std::nullopt},
+                                                                      over_dy);
   if (wanted[0]) results[0] = take(dx);
   if (wanted[1]) results[1] = take(d_weight);
   if (wanted[2]) results[2] = take(d_bias);
   if (want_residual) results[3] = take(d_residual);
+  if (results[0].is_same(dy) || (want_residual && results[3].is_same(dy))) ++in_place;
   return results;
 }
 
-struct BatchNormBackward : Node {
+// ---------------------------------------------------------------------------------------------- outputs made again
+// An operand of the forward that the backward will read once more, if nobody has changed it.
+class Operand {
+ public:
+  Operand() = default;
+  explicit Operand(const at::Tensor& t) : tensor_(t.defined() ? t.detach() : t), version_(version_of(t)) {}
+  const at::Tensor& tensor() const { return tensor_; }
+  bool is_unchanged() const { return version_of(tensor_) == version_; }
+
+ private:
+  static int64_t version_of(const at::Tensor& t) { return t.defined() && !t.is_inference() ? t._version() : 0; }
+  at::Tensor tensor_;
+  int64_t version_ = 0;
+};
+
+// What an output was made of: `normalize` gives its bits once more. The residual is a tensor, or is made again itself.
+struct Source {
+  Operand x, weight, bias, residual;
+  std::shared_ptr<const Source> of_residual;
+  at::Tensor mean, var;
   Settings settings{};
+  int64_t depth = 0;  // normalizations that are needed before this one
+
+  virtual ~Source() = default;
+  virtual bool is_unchanged() const {
+    return x.is_unchanged() && weight.is_unchanged() && bias.is_unchanged() && residual.is_unchanged() &&
+           (!of_residual || of_residual->is_unchanged());
+  }
+
+  virtual at::Tensor make() const {
+    const at::Tensor added = of_residual ? of_residual->make() : residual.tensor();
+    const auto result = operators->normalize({.x = lend(x.tensor()),
+                                              .mean = lend(mean),
+                                              .var = lend(var),
+                                              .weight = lend_if(weight.tensor()),
+                                              .bias = lend_if(bias.tensor()),
+                                              .residual = lend_if(added),
+                                              .pool_size = settings.pool_size,
+                                              .eps = settings.eps,
+                                              .activation = settings.activation,
+                                              .slope = settings.slope,
+                                              .save_signs = false,
+                                              .mask = std::nullopt});
+    return take(std::get<0>(result));
+  }
+};
+
+struct OfBatchNorm : Node {
+  Settings settings{};
+  std::shared_ptr<const Source> source;  // of the output, where it is made again
+  int64_t version = 0;                   // of the output, as it was made
+  bool keeps_output = false;             // since it would take too many normalizations to make it again
+};
+
+// Leaves a node to a function of packed arguments, outside the graph of compiled autograd.
+template <class Function>
+variable_list call_packed(const Node& node, const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap,
+                          std::vector<c10::IValue> args, Function* packed_gradients) {
+  std::vector<at::TypePtr> schema;
+  for (const c10::IValue& each : args)
+    schema.push_back(each.isTensor() ? at::TypePtr(at::TensorType::get()) : each.type<>());
+  auto metadata =
+      torch::dynamo::autograd::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+          torch::dynamo::autograd::get_input_metadata(node.next_edges()));
+  const auto& python = torch::dynamo::autograd::getPyCompilerInterface();
+  const auto function =
+      python->bind_function(swap.get_py_compiler(), node.name(), packed_gradients, schema, /*is_custom_function=*/true,
+                            /*is_traceable=*/false);
+  return python->call_function(swap.get_py_compiler(), "apply_functional", function, dy, args, metadata);
+}
+
+struct BatchNormBackward : OfBatchNorm {
   SavedVariable x, weight, bias, residual;
   at::Tensor mean, var, signs;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of x, in whose order the signs lie
@@ -133,11 +225,12 @@ struct BatchNormBackward : Node {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* each : {&x, &weight, &bias, &residual}) each->reset_data();
+    source.reset();
   }
 
   variable_list apply(variable_list&& dy) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    return dy[0].defined() ? gradients(dy[0], saved(), settings, wanted()) : variable_list(4);
+    return dy[0].defined() ? gradients(std::move(dy[0]), saved(), settings, wanted()) : variable_list(4);
   }
 
   Saved saved() const {
@@ -173,18 +266,7 @@ struct BatchNormBackward : Node {
     packed.pack(settings.pool_size);
     packed.pack(settings.population);
     packed.pack(wanted());
-    auto args = std::move(packed).vec();
-    std::vector<at::TypePtr> schema;
-    for (const c10::IValue& each : args)
-      schema.push_back(each.isTensor() ? at::TypePtr(at::TensorType::get()) : each.type<>());
-    auto metadata =
-        torch::dynamo::autograd::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
-            torch::dynamo::autograd::get_input_metadata(next_edges()));
-    const auto& python = torch::dynamo::autograd::getPyCompilerInterface();
-    const auto function =
-        python->bind_function(swap.get_py_compiler(), name(), packed_gradients, schema, /*is_custom_function=*/true,
-                              /*is_traceable=*/false);
-    auto results = python->call_function(swap.get_py_compiler(), "apply_functional", function, dy, args, metadata);
+    auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
     for (SavedVariable* each : {&x, &weight, &bias, &residual}) swap.after(*each);
     for (at::Tensor* each : {&mean, &var, &signs}) swap.after(*each);
     return results;
@@ -200,15 +282,25 @@ struct BatchNormBackward : Node {
     settings.pool_size = packed.unpack<int64_t>();
     settings.population = packed.unpack<bool>();
     if (!dy[0].defined()) return variable_list(4);
-    return gradients(dy[0], {t[0], t[1], t[2], t[3], t[4], t[5], t[6]}, settings, packed.unpack<Wanted>());
+    return gradients(at::Tensor(dy[0]), {t[0], t[1], t[2], t[3], t[4], t[5], t[6]}, settings, packed.unpack<Wanted>());
   }
 };
 
+// The node that made an output, if it is one of these and the output is as it was; a view stands for what it is a view
+// of.
+const OfBatchNorm* node_of(const at::Tensor& t) {
+  if (!t.defined() || !t.requires_grad() || t.is_leaf()) return nullptr;
+  const at::TensorBase& whole = t.is_view() ? t._base() : t;
+  const auto* const node = dynamic_cast<const OfBatchNorm*>(whole.grad_fn().get());
+  return node && node->version == int64_t(whole._version()) ? node : nullptr;
+}
+
+template <class Made>
 auto make_node() {
 #ifdef BATCHNORM_SHARED_NODES
-  return std::shared_ptr<BatchNormBackward>(new BatchNormBackward, torch::autograd::deleteNode);
+  return std::shared_ptr<Made>(new Made, torch::autograd::deleteNode);
 #else
-  return c10::make_intrusive<BatchNormBackward>();
+  return c10::make_intrusive<Made>();
 #endif
 }
 
@@ -217,7 +309,7 @@ struct Arguments {
   at::Tensor x, residual, weight, bias, running_mean, running_var, batches, carry;
   std::optional<double> momentum;
   Settings settings{};
-  bool use_batch = false, update = false;
+  bool use_batch = false, update = false, keep = false;
 
   int64_t values() const { return x.numel() / x.size(1); }
 
@@ -250,6 +342,45 @@ struct Arguments {
            (vector.scalar_type() == dtype || (vector.scalar_type() == at::kFloat && at::isReducedFloatingType(dtype)));
   }
 };
+
+// Of the output of a call; or nothing, where it has a residual that its own readers might not keep, or that it would
+// take too many normalizations to make again (`too_deep`).
+std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& mean, const at::Tensor& var,
+                                        bool& too_deep) {
+  constexpr int64_t deepest = 2;
+  auto source = std::make_shared<Source>();
+  if (a.residual.defined()) {
+    const OfBatchNorm* const before = a.residual.is_view() ? nullptr : node_of(a.residual);
+    if (!before || !(before->source || before->keeps_output)) return nullptr;
+    source->of_residual = before->source;
+    source->depth = before->source ? before->source->depth + 1 : 0;
+    too_deep = source->depth > deepest;
+    if (too_deep) return nullptr;
+    if (!before->source) source->residual = Operand(a.residual);
+  }
+  source->x = Operand(a.x);
+  source->weight = Operand(a.weight);
+  source->bias = Operand(a.bias);
+  source->mean = mean;
+  source->var = var;
+  source->settings = a.settings;
+  return source;
+}
+
+// The running statistics take the batch's in.
+void update(const Arguments& a, const at::Tensor& mean, const at::Tensor& var) {
+  const int64_t pool = a.settings.pool_size * (a.values() / a.x.size(0));
+  operators->update_statistics({.running_mean = lend_if(a.running_mean),
+                                .running_var = lend_if(a.running_var),
+                                .num_batches_tracked = lend_if(a.batches),
+                                .mean = lend(mean),
+                                .var = lend(var),
+                                .count = a.values(),
+                                .pool_count = pool ? pool : a.values(),
+                                .momentum = a.momentum,
+                                .unbiased = true,
+                                .carry = lend_if(a.carry)});
+}
 
 at::Tensor forward(const Arguments& a) {
   RECORD_FUNCTION("batchnorm::batch_norm", c10::ArrayRef<const c10::IValue>());
@@ -296,9 +427,10 @@ at::Tensor forward(const Arguments& a) {
     }
   }
   if (needs_graph) {
-    auto node = make_node();
+    auto node = make_node<BatchNormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(a.x, a.weight, a.bias, a.residual));
     node->settings = settings;
+    node->version = int64_t(y._version());
     node->x = SavedVariable(a.x, false);
     node->weight = SavedVariable(a.weight, false);
     node->bias = SavedVariable(a.bias, false);
@@ -308,21 +440,285 @@ at::Tensor forward(const Arguments& a) {
     node->var = var;
     node->signs = signs;
     if (saves_signs) node->format = a.x.suggest_memory_format();
+    if (recomputing && !a.keep) node->source = source_of(a, mean, var, node->keeps_output);
     torch::autograd::set_history(y, node);
   }
-  if (a.update) {
-    const int64_t pool = settings.pool_size * (a.values() / a.x.size(0));
-    operators->update_statistics({.running_mean = lend_if(a.running_mean),
-                                  .running_var = lend_if(a.running_var),
-                                  .num_batches_tracked = lend_if(a.batches),
-                                  .mean = lend(mean),
-                                  .var = lend(var),
-                                  .count = a.values(),
-                                  .pool_count = pool ? pool : a.values(),
-                                  .momentum = a.momentum,
-                                  .unbiased = true,
-                                  .carry = lend_if(a.carry)});
+  if (a.update) update(a, mean, var);
+  return y;
+}
+
+// ---------------------------------------------------------------------------------------------- inputs in parts
+// Moments that this thread has measured of parts. In a dense block each layer reads the same features again.
+class Measured {
+ public:
+  // Puts the moments of a part where they belong; false where they are not known.
+  bool copy_to(const at::Tensor& part, int64_t channel, const at::Tensor& mean, const at::Tensor& var) {
+    for (const Entry& each : entries_) {
+      if (each.part._unsafe_get_target() != part.unsafeGetTensorImpl() || each.part.expired()) continue;
+      if (each.version != part._version()) return false;
+      const int64_t count = part.size(1);
+      std::copy_n(each.mean.const_data_ptr<double>() + each.channel, count, mean.data_ptr<double>() + channel);
+      std::copy_n(each.var.const_data_ptr<double>() + each.channel, count, var.data_ptr<double>() + channel);
+      return true;
+    }
+    return false;
   }
+
+  void remember(const at::Tensor& part, int64_t channel, const at::Tensor& mean, const at::Tensor& var) {
+    Entry entry{Weak(part.getIntrusivePtr()), part._version(), channel, mean, var};
+    const auto old = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& each) {
+      return each.part.expired() || each.part._unsafe_get_target() == part.unsafeGetTensorImpl();
+    });
+    if (old != entries_.end())
+      *old = std::move(entry);
+    else if (entries_.size() < kMost)
+      entries_.push_back(std::move(entry));
+    else
+      entries_[next_++ % kMost] = std::move(entry);
+  }
+
+ private:
+  static constexpr size_t kMost = 128;
+  using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+  struct Entry {
+    Weak part;
+    int64_t version, channel;
+    at::Tensor mean, var;  // of all channels of the call that measured it
+  };
+  std::vector<Entry> entries_;
+  size_t next_ = 0;
+};
+thread_local Measured measured;
+
+// activation(BN) of parts along the channels, which are not put together for it.
+at::Tensor normalize_parts(const std::vector<at::Tensor>& parts, const at::Tensor& weight, const at::Tensor& bias,
+                           const at::Tensor& mean, const at::Tensor& var, const Settings& settings, bool are_measured) {
+  std::vector<int64_t> sizes = parts[0].sizes().vec();
+  sizes[1] = mean.numel();
+  at::Tensor y = at::empty(sizes, parts[0].options().requires_grad(false));
+  operators->advise(lend(y));
+  int64_t channel = 0;
+  for (const at::Tensor& part : parts) {
+    const bool known = are_measured || (!part.is_inference() && measured.copy_to(part, channel, mean, var));
+    operators->forward_part({.x = lend(part),
+                             .channel = channel,
+                             .is_measured = known,
+                             .y = lend(y),
+                             .mean = lend(mean),
+                             .var = lend(var),
+                             .weight = lend_if(weight),
+                             .bias = lend_if(bias),
+                             .eps = settings.eps,
+                             .activation = settings.activation,
+                             .slope = settings.slope});
+    if (!known && !part.is_inference()) measured.remember(part, channel, mean, var);
+    channel += part.size(1);
+  }
+  return y;
+}
+
+// What an output of parts was made of.
+struct PartsSource : Source {
+  std::vector<Operand> parts;
+
+  bool is_unchanged() const override {
+    return Source::is_unchanged() &&
+           std::all_of(parts.begin(), parts.end(), [](const Operand& each) { return each.is_unchanged(); });
+  }
+  at::Tensor make() const override {
+    std::vector<at::Tensor> tensors;
+    for (const Operand& each : parts) tensors.push_back(each.tensor());
+    return normalize_parts(tensors, weight.tensor(), bias.tensor(), mean, var, settings, true);
+  }
+};
+
+// The gradients of the parts, of gamma and of beta.
+struct BatchNormPartsBackward : OfBatchNorm {
+  std::vector<SavedVariable> parts;
+  std::vector<int64_t> channels;  // of each part
+  SavedVariable weight, bias;
+  at::Tensor mean, var;
+
+  std::string name() const override { return "BatchNormPartsBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& each : parts) each.reset_data();
+    for (SavedVariable* each : {&weight, &bias}) each->reset_data();
+    source.reset();
+  }
+
+  std::vector<at::Tensor> saved_parts() const {
+    std::vector<at::Tensor> tensors;
+    for (const SavedVariable& each : parts) tensors.push_back(each.unpack());
+    return tensors;
+  }
+
+  variable_list apply(variable_list&& dy) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list results(parts.size() + 2);
+    if (!dy[0].defined()) return results;
+    const std::vector<at::Tensor> tensors = saved_parts();
+    const at::Tensor gamma = weight.unpack(), beta = bias.unpack();
+    const bool are_plain = std::all_of(tensors.begin(), tensors.end(), is_plain) && is_plain(gamma) && is_plain(beta);
+    if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) || !are_plain)
+      return together(dy[0], tensors, gamma, beta, mean, var, settings, wanted());
+    const at::Tensor upstream = dy[0].contiguous();
+    at::Tensor sums = at::empty({2, mean.numel()}, mean.options());
+    int64_t channel = 0;
+    for (size_t i = 0; i < tensors.size(); channel += channels[i++]) {
+      const bool want_x = task_should_compute_output(i);
+      const auto dx = operators->backward_part({.dy = lend(upstream),
+                                                .x = lend(tensors[i]),
+                                                .channel = channel,
+                                                .mean = lend(mean),
+                                                .var = lend(var),
+                                                .weight = lend_if(gamma),
+                                                .bias = lend_if(beta),
+                                                .eps = settings.eps,
+                                                .activation = settings.activation,
+                                                .slope = settings.slope,
+                                                .population = settings.population,
+                                                .want_x = want_x,
+                                                .d_weight = sums.data_ptr<double>(),
+                                                .d_bias = sums.data_ptr<double>() + mean.numel()});
+      if (want_x) results[i] = take(dx);
+    }
+    for (size_t i : {0, 1}) {
+      const at::Tensor& parameter = i ? beta : gamma;
+      if (parameter.defined() && task_should_compute_output(parts.size() + i))
+        results[parts.size() + i] = sums.select(0, int64_t(i)).to(parameter.scalar_type());
+    }
+    return results;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const SavedVariable& each : parts) args.collect(each, false);
+    for (const SavedVariable* each : {&weight, &bias}) args.collect(*each, false);
+    for (const at::Tensor* each : {&mean, &var}) args.collect(*each);
+    for (double each : {settings.eps, settings.slope}) args.collect(each);
+    args.collect(settings.activation);
+    args.collect(settings.population);
+  }
+
+  variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (SavedVariable& each : parts) swap.before(each);
+    for (SavedVariable* each : {&weight, &bias}) swap.before(*each);
+    for (at::Tensor* each : {&mean, &var}) swap.before(*each);
+    PackedArgs packed;
+    packed.pack(saved_parts());
+    packed.pack(variable_list{weight.unpack(), bias.unpack(), mean, var});
+    packed.pack(settings.eps);
+    packed.pack(settings.slope);
+    packed.pack(settings.activation);
+    packed.pack(settings.population);
+    packed.pack(wanted());
+    auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
+    for (SavedVariable& each : parts) swap.after(each);
+    for (SavedVariable* each : {&weight, &bias}) swap.after(*each);
+    for (at::Tensor* each : {&mean, &var}) swap.after(*each);
+    return results;
+  }
+
+  static variable_list packed_gradients(const variable_list& dy, const std::vector<c10::IValue>& args) {
+    PackedArgs packed(args);
+    const auto tensors = packed.unpack<variable_list>();
+    const auto t = packed.unpack<variable_list>();
+    Settings settings{};
+    settings.eps = packed.unpack<double>();
+    settings.slope = packed.unpack<double>();
+    settings.activation = packed.unpack<int64_t>();
+    settings.population = packed.unpack<bool>();
+    const auto wanted = packed.unpack<Wanted>();
+    if (!dy[0].defined()) return variable_list(tensors.size() + 2);
+    return together(dy[0], tensors, t[0], t[1], t[2], t[3], settings, wanted);
+  }
+
+  Wanted wanted() const {
+    Wanted wanted(parts.size() + 2);
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
+    return wanted;
+  }
+
+  // By the gradients of one layer on the concatenation, which are differentiable.
+  static variable_list together(const at::Tensor& dy, const variable_list& tensors, const at::Tensor& gamma,
+                                const at::Tensor& beta, const at::Tensor& mean, const at::Tensor& var,
+                                const Settings& settings, const Wanted& wanted) {
+    const size_t count = tensors.size();
+    variable_list results(count + 2);
+    const bool want_x =
+        std::find(wanted.begin(), wanted.begin() + int64_t(count), true) - wanted.begin() < int64_t(count);
+    const Saved all{at::cat(tensors, 1), gamma, beta, {}, mean, var, {}};
+    auto found = gradients(at::Tensor(dy), all, settings, {want_x, wanted[count], wanted[count + 1], false});
+    int64_t channel = 0;
+    for (size_t i = 0; i < count; channel += tensors[i++].size(1))
+      if (wanted[i]) results[i] = found[0].narrow(1, channel, tensors[i].size(1));
+    results[count] = found[1];
+    results[count + 1] = found[2];
+    return results;
+  }
+};
+
+// Those that lie alike, in the order of planes.
+bool fit_together(const std::vector<at::Tensor>& parts) {
+  if (parts.size() < 2) return false;
+  for (const at::Tensor& each : parts) {
+    if (!each.defined() || each.dim() != parts[0].dim() || each.dim() < 2 || each.numel() == 0) return false;
+    if (each.scalar_type() != parts[0].scalar_type() || !each.is_contiguous()) return false;
+    if (each.suggest_memory_format() != at::MemoryFormat::Contiguous) return false;
+    for (int64_t i = 0; i < each.dim(); ++i)
+      if (i != 1 && each.size(i) != parts[0].size(i)) return false;
+  }
+  return true;
+}
+
+// Of the shape and dtype that the parts have together, without memory: for checks alone.
+at::Tensor as_together(const std::vector<at::Tensor>& parts) {
+  std::vector<int64_t> sizes = parts[0].sizes().vec();
+  sizes[1] = 0;
+  for (const at::Tensor& each : parts) sizes[1] += each.size(1);
+  return at::empty({1}, parts[0].options().requires_grad(false)).expand(sizes);
+}
+
+at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& parts) {
+  RECORD_FUNCTION("batchnorm::batch_norm", c10::ArrayRef<const c10::IValue>());
+  const Settings& settings = a.settings;
+  const bool needs_graph = torch::autograd::compute_requires_grad(at::TensorList(parts), a.weight, a.bias);
+  at::Tensor y, mean, var;
+  {
+    at::NoGradGuard no_grad;
+    const auto doubles = at::TensorOptions().dtype(at::kDouble);
+    mean =
+        a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_mean.to(at::kDouble, false, true).view({1, -1});
+    var = a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_var.to(at::kDouble, false, true).view({1, -1});
+    y = normalize_parts(parts, a.weight, a.bias, mean, var, settings, !a.use_batch);
+  }
+  if (needs_graph) {
+    auto node = make_node<BatchNormPartsBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(at::TensorList(parts), a.weight, a.bias));
+    node->settings = settings;
+    node->version = int64_t(y._version());
+    for (const at::Tensor& each : parts) {
+      node->parts.emplace_back(each, false);
+      node->channels.push_back(each.size(1));
+    }
+    node->weight = SavedVariable(a.weight, false);
+    node->bias = SavedVariable(a.bias, false);
+    node->mean = mean;
+    node->var = var;
+    if (recomputing && !a.keep) {
+      auto source = std::make_shared<PartsSource>();
+      for (const at::Tensor& each : parts) source->parts.emplace_back(each);
+      source->weight = Operand(a.weight);
+      source->bias = Operand(a.bias);
+      source->mean = mean;
+      source->var = var;
+      source->settings = settings;
+      node->source = std::move(source);
+    }
+    torch::autograd::set_history(y, node);
+  }
+  if (a.update) update(a, mean, var);
   return y;
 }
 
@@ -333,6 +729,15 @@ bool read(PyObject* given, at::Tensor& t) {
   if (!python::is_exact_tensor(given)) return false;
   t = python::tensor(given);
   return is_plain(t);
+}
+
+// Parts of an input, that lie alike.
+bool read_parts(PyObject* given, std::vector<at::Tensor>& parts) {
+  const Py_ssize_t count = PyList_Size(given);
+  parts.resize(size_t(std::max<Py_ssize_t>(count, 0)));
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (PyObject* const each = PyList_GetItem(given, i); each == Py_None || !read(each, parts[size_t(i)])) return false;
+  return fit_together(parts);
 }
 
 bool read(PyObject* given, double& value) {
@@ -366,6 +771,7 @@ enum Given {
   kUseBatch,
   kUpdate,
   kPoolSize,
+  kKeep,
   kCount
 };
 
@@ -374,10 +780,11 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   double momentum = 0;
   TORCH_CHECK(count == kCount, "batchnorm: expected ", int(kCount), " arguments, got ", count);
   if (is_watched()) Py_RETURN_NONE;
-  if (!read(given[kX], a.x) || !read(given[kResidual], a.residual) || !read(given[kWeight], a.weight) ||
-      !read(given[kBias], a.bias) || !read(given[kRunningMean], a.running_mean) ||
-      !read(given[kRunningVar], a.running_var) || !read(given[kNumBatchesTracked], a.batches) ||
-      !read(given[kCarry], a.carry))
+  std::vector<at::Tensor> parts;
+  if (PyList_Check(given[kX]) ? !read_parts(given[kX], parts) : !read(given[kX], a.x)) Py_RETURN_NONE;
+  if (!read(given[kResidual], a.residual) || !read(given[kWeight], a.weight) || !read(given[kBias], a.bias) ||
+      !read(given[kRunningMean], a.running_mean) || !read(given[kRunningVar], a.running_var) ||
+      !read(given[kNumBatchesTracked], a.batches) || !read(given[kCarry], a.carry))
     Py_RETURN_NONE;
   if (given[kMomentum] != Py_None) {
     if (!read(given[kMomentum], momentum)) Py_RETURN_NONE;
@@ -388,13 +795,15 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
     Py_RETURN_NONE;
   a.use_batch = given[kUseBatch] == Py_True;
   a.update = given[kUpdate] == Py_True;
+  a.keep = given[kKeep] == Py_True;
   a.settings.population = !a.use_batch;
   if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
-  if (!a.fit()) Py_RETURN_NONE;
+  if (!parts.empty()) a.x = as_together(parts);
+  if (!a.fit() || (!parts.empty() && (a.residual.defined() || a.settings.pool_size))) Py_RETURN_NONE;
   at::Tensor y;
   {
     python::OthersMayRun released;
-    y = forward(a);
+    y = parts.empty() ? forward(a) : forward_parts(a, parts);
   }
   return THPVariable_Wrap(std::move(y));
 }
@@ -403,6 +812,51 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
 PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   try {
     return call_plain(given, count);
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
+  }
+}
+
+// recompute(contexts, modes): by how many more contexts of `recompute_outputs` this thread is in, and has on its stack.
+PyObject* recompute(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  int64_t contexts = 0, modes = 0;
+  if (count == 2 && read(given[0], contexts) && read(given[1], modes)) {
+    recomputing += contexts;
+    own_modes += modes;
+  }
+  Py_RETURN_NONE;
+}
+
+// How many gradients took the place of another so far.
+PyObject* gradients_in_place(PyObject*, PyObject*) { return PyLong_FromLongLong(in_place); }
+
+constexpr const char* kSource = "batchnorm.source";
+using HeldSource = std::shared_ptr<const Source>;
+
+// source(a tensor): what it was made of, if it is an output to be made again, or a view of one; else None.
+PyObject* source(PyObject*, PyObject* t) {
+  if (!python::is_exact_tensor(t)) Py_RETURN_NONE;
+  const OfBatchNorm* const node = node_of(python::tensor(t));
+  if (!node || !node->source) Py_RETURN_NONE;
+  return PyCapsule_New(new HeldSource(node->source), kSource, [](PyObject* capsule) {
+    delete static_cast<HeldSource*>(PyCapsule_GetPointer(capsule, kSource));
+  });
+}
+
+// rebuild(what `source` returned): the output once more, or None where an operand has changed since.
+PyObject* rebuild(PyObject*, PyObject* capsule) {
+  const auto* const held = static_cast<const HeldSource*>(PyCapsule_GetPointer(capsule, kSource));
+  if (!held) return nullptr;
+  try {
+    if (!(*held)->is_unchanged()) Py_RETURN_NONE;
+    at::Tensor y;
+    {
+      python::OthersMayRun released;
+      at::NoGradGuard no_grad;
+      y = (*held)->make();
+    }
+    return THPVariable_Wrap(std::move(y));
   } catch (...) {
     torch::translate_exception_to_python(std::current_exception());
     return nullptr;
@@ -426,6 +880,10 @@ PyCFunction method(Function* function) {
 
 PyMethodDef methods[] = {{"attach", method(attach), METH_FASTCALL, nullptr},
                          {"call", method(call), METH_FASTCALL, nullptr},
+                         {"recompute", method(recompute), METH_FASTCALL, nullptr},
+                         {"gradients_in_place", gradients_in_place, METH_NOARGS, nullptr},
+                         {"source", source, METH_O, nullptr},
+                         {"rebuild", rebuild, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -4,6 +4,8 @@
 // interleaved order (N, C) and (N, *space, C) the channels are contiguous, a sample is one row and inner is 1.
 // A pool is a run of `pool_size` samples: values of one channel in one pool share one mean and one variance.
 // Statistics are float64, of shape (pools, channels).
+// A result may take the place of an operand that has its strides: y that of x or of the residual (normalize, forward),
+// dx or d_residual that of dy (backward, backward_apply); not where only some positions are valid.
 #pragma once
 
 #include <cstddef>

@@ -22,6 +22,9 @@ INLINE T* at(const Operand& o, i64 sample, i64 channel) {
   return static_cast<T*>(o.data) + sample * o.sample_stride + channel * o.channel_stride;
 }
 
+// Whether a result takes the place of what it is made of.
+INLINE bool is_over(const Operand& result, const Operand& operand) { return result && result.data == operand.data; }
+
 // An operand whose address and strides the compiler can keep in registers, whatever is written through it.
 template <class T>
 struct RowAccess {
@@ -307,21 +310,22 @@ INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add
 }
 
 // Writes a plane: `value(i)` is the vector at i, `some(i, count)` that of the elements left where they are fewer than
-// a vector, or where vectors must not overlap.
+// a vector, or where vectors must not overlap: where signs are read, and where what is written is read (`in_place`),
+// which is then in the cache.
 template <bool overlap, class T, class Value, class Some>
-INLINE void write_plane(T* out, i64 inner, bool around_cache, Value value, Some some) {
+INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Value value, Some some) {
   using L = Lane<T>;
   constexpr i64 W = L::width;
   i64 i = 0;
   constexpr uintptr_t bytes = sizeof(T) * W;
-  if (overlap && around_cache && inner >= 4 * W) {
+  if (overlap && around_cache && !in_place && inner >= 4 * W) {
     const i64 head = i64(-reinterpret_cast<uintptr_t>(out) % bytes / sizeof(T));
     if (head) L::store(out, value(0));
     for (i = head; i + W <= inner; i += W) stream(out + i, value(i));
   }
   for (; i + W <= inner; i += W) L::store(out + i, value(i));
   if (i == inner) return;
-  if (overlap && inner >= W)
+  if (overlap && !in_place && inner >= W)
     L::store(out + inner - W, value(inner - W));
   else
     store_some(out + i, some(i, inner - i), inner - i);
@@ -332,13 +336,13 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, Value value, Some 
 // prefetchers follow one row in a page. A tile is read before it is written: rows whose addresses agree in their last
 // 12 bits would wait for one another.
 template <bool overlap, class T, class Columns, class Value, class Some>
-INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, Columns prepare, Value value,
-                       Some some) {
+INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool in_place, Columns prepare,
+                       Value value, Some some) {
   using L = Lane<T>;
   constexpr i64 W = L::width, tile = 4;
   const RowAccess<T> out(to);
   const bool aligned =
-      around_cache && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
+      around_cache && !in_place && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
   const auto write = [&](auto height, auto width, auto streamed, i64 n, i64 c) {
     typename L::V v[decltype(width)::value][decltype(height)::value];
     for (int g = 0; g < width; ++g) {
@@ -360,7 +364,7 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
     for (; c + several * W <= columns; c += several * W) write(height, several, streamed, n, c);
     for (; several > 1 && c + W <= columns; c += W) write(height, one, streamed, n, c);
     if (c == columns) return;
-    if (overlap && columns >= W)
+    if (overlap && !in_place && columns >= W)
       write(height, one, std::false_type{}, n, columns - W);
     else
       some(n, n + height, c, columns - c);
@@ -529,6 +533,7 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
                       const KernelFusion& f) {
   using L = Lane<T>;
   using V = typename L::V;
+  const bool in_place = is_over(y, x) || is_over(y, f.residual);
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
     const Span span = slab.span(order(step));
@@ -540,7 +545,7 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
       const T* r = residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       uint8_t* bits = signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       write_plane<!signs>(
-          at<T>(y, n, c) + span.first, span.inner, f.stream,
+          at<T>(y, n, c) + span.first, span.inner, f.stream, in_place,
           [&](i64 i) {
             const V rv = residual ? L::load(r + i) : V{};
             return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits, i, L::width, f);
@@ -564,7 +569,8 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   using L = Lane<T>;
   using V = typename L::V;
   write_rows<!signs, T>(
-      y, slab.samples, slab.channels, f.stream, [&](i64 c) { return Normal<T, P>::of_columns(k, c); },
+      y, slab.samples, slab.channels, f.stream, is_over(y, x) || is_over(y, f.residual),
+      [&](i64 c) { return Normal<T, P>::of_columns(k, c); },
       [&](i64 n, i64 c, const Normal<T, P>& normal) {
         const V rv = residual ? L::load(rs(n, c)) : V{};
         uint8_t* bits = signs ? all_signs + n * signs_row : nullptr;
@@ -717,6 +723,7 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
                   const NormalizeCoefficients k, const ApplyCoefficients a, const KernelFusion& f) {
   using L = Lane<T>;
   using V = typename L::V;
+  const bool in_place = is_over(dx, dy) || is_over(d_residual, dy);
   const Backward order(slab, sizeof(T));
   for (i64 step = 0; step < slab.samples; ++step) {
     const Span span = slab.span(order(step));
@@ -730,7 +737,7 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       T* out = d_residual ? at<T>(d_residual, n, c) + span.first : nullptr;
       write_plane<gate != Gate::signs>(
-          at<T>(dx, n, c) + span.first, span.inner, f.stream,
+          at<T>(dx, n, c) + span.first, span.inner, f.stream, in_place,
           [&](i64 i) {
             const V v = L::load(p + i);
             const V rv = gate == Gate::residual ? L::load(r + i) : V{};
@@ -763,7 +770,8 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   using L = Lane<T>;
   using V = typename L::V;
   write_rows<gate != Gate::signs, T>(
-      dx, slab.samples, slab.channels, f.stream, [&](i64 c) { return Apply<T, P>::of_columns(k, a, c); },
+      dx, slab.samples, slab.channels, f.stream, is_over(dx, dy) || is_over(d_residual, dy),
+      [&](i64 c) { return Apply<T, P>::of_columns(k, a, c); },
       [&](i64 n, i64 c, const Apply<T, P>& apply) {
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};

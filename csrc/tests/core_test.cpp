@@ -190,6 +190,45 @@ void lengths() {
   test_caches = kOrdinaryCaches;
 }
 
+// A result in the place of an operand has the bits that it has beside it, whatever the partition.
+void examine_in_place(const Case& c) {
+  const Problem p(c);
+  for (const char* name : instruction_sets()) {
+    batchnorm::select_instruction_set(name);
+    for (const InPlace& each : kInPlace) {
+      if (each.needs_residual && !c.fused.residual) continue;
+      Partition one;
+      Run apart{p, one.parallel(), false};
+      run(each.apart, apart);
+      for (Partition partition : {Partition{1}, {3, true}, {1 << 30, false}}) {
+        Run over{p, partition.parallel(), false};
+        run(each.over, over);
+        over.expect(over.bytes() == apart.bytes(), "other bits than apart");
+        tally(over.fault.empty() ? apart.fault : over.fault);
+      }
+    }
+  }
+}
+
+void places() {
+  uint64_t k = 0;
+  for (Dtype dtype : kDtypes)
+    for (int64_t length : {1, 3, 8, 15, 17, 33, 49, 70, 143})
+      for (int variant = 0; variant < 5; ++variant) {
+        test_caches = ++k % 2 ? kTinyCaches : kOrdinaryCaches;
+        const Fused fused = fusion(10 * k + (2 * k + variant) % 10);
+        const Layout layout = Layout((k + variant) % 4);  // no broadcast ones: these cannot be written
+        examine_in_place({planar(dtype, 5, 7, length, variant % 2 ? 5 : 2), layout, fused, k});
+        examine_in_place({interleaved(dtype, 40, length, variant % 2 ? 40 : 9), layout, fused, k});
+      }
+  test_caches = kSmallCaches;
+  for (Dtype dtype : kDtypes) {
+    examine_in_place({planar(dtype, 4, 2, 3001, 4), Layout::dense, fusion(++k), k});
+    examine_in_place({interleaved(dtype, 2100, 19, 2100), Layout::dense, fusion(++k), k});
+  }
+  test_caches = kOrdinaryCaches;
+}
+
 // Planes and rows so short that several are walked at once, with what is left of them, from pieces of every kind.
 void short_runs() {
   uint64_t k = 0;
@@ -552,12 +591,11 @@ void selection(const std::string& at_load) {
 // All parts, or the one that is named.
 int main(int count, char** arguments) {
   using namespace test;
-  const std::pair<const char*, void (*)()> parts[] = {{"lengths", lengths},    {"masks", masks},
-                                                      {"large", large},        {"short_runs", short_runs},
-                                                      {"counts", counts},      {"values", values},
-                                                      {"empties", empties},    {"activations", activations},
-                                                      {"corners", corners},    {"conversions", conversions},
-                                                      {"nonfinite", nonfinite}};
+  const std::pair<const char*, void (*)()> parts[] = {
+      {"lengths", lengths}, {"places", places},           {"masks", masks},
+      {"large", large},     {"short_runs", short_runs},   {"counts", counts},
+      {"values", values},   {"empties", empties},         {"activations", activations},
+      {"corners", corners}, {"conversions", conversions}, {"nonfinite", nonfinite}};
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "while checking %s\n", now.c_str()); });

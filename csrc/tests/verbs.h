@@ -243,6 +243,60 @@ inline void backward_by(Run& r, const Doubles& mean, const Doubles& var, bool po
 inline void backward(Run& r) { backward_by(r, r.p.mean, r.p.var, false); }
 inline void backward_frozen(Run& r) { backward_by(r, r.p.population_mean, r.p.population_var, true); }
 
+// The same with a result in the place of an operand: in the tensor that the verb above fills, a copy of the operand.
+inline const Tensor& in_place_of(Run& r, const Tensor& operand) {
+  const Tensor& t = r.tensor();
+  r.p.for_each_element([&](int64_t n, int64_t c, int64_t i) { t.set(n, c, i, operand.get(n, c, i)); });
+  return t;
+}
+
+inline void forward_over(Run& r, bool over_residual) {
+  const Problem& p = r.p;
+  const Doubles work = r.workspace();
+  const Tensor& y = in_place_of(r, over_residual ? p.residual : p.x);
+  double *mean = r.doubles(), *var = r.doubles();
+  Fusion fusion = r.forward_fusion();
+  if (over_residual) fusion.residual = y.operand();
+  batchnorm::forward(r.shape(), over_residual ? p.x.operand() : y.operand(), y.operand(), mean, var, p.gamma.vector(),
+                     p.beta.vector(), p.c.eps, fusion, work.data(), r.parallel);
+}
+
+inline void normalize_over_x(Run& r) {
+  const Problem& p = r.p;
+  const Doubles work = r.workspace();
+  const Tensor& y = in_place_of(r, p.x);
+  batchnorm::normalize(r.shape(), y.operand(), y.operand(), p.population_mean.data(), p.population_var.data(),
+                       p.gamma.vector(), p.beta.vector(), p.c.eps, r.forward_fusion(), work.data(), r.parallel);
+}
+
+// In the order of the results of `backward_by`: dx, then d_residual.
+inline void backward_over(Run& r, bool over_residual) {
+  const Problem& p = r.p;
+  const Doubles work = r.workspace();
+  const Tensor& dx = over_residual ? r.tensor() : in_place_of(r, p.dy);
+  const Tensor& d_residual = over_residual ? in_place_of(r, p.dy) : r.tensor();
+  double *sum = r.doubles(), *centered = r.doubles(), *d_gamma = r.of_channels(), *d_beta = r.of_channels();
+  batchnorm::backward(r.shape(), (over_residual ? d_residual : dx).operand(), p.x.operand(), dx.operand(),
+                      d_residual.operand(), p.mean.data(), p.var.data(), p.gamma.vector(), p.beta.vector(), p.c.eps,
+                      r.backward_fusion(), false, sum, centered, d_gamma, d_beta, work.data(), r.parallel);
+}
+
+inline void forward_over_x(Run& r) { forward_over(r, false); }
+inline void forward_over_residual(Run& r) { forward_over(r, true); }
+inline void backward_over_dy(Run& r) { backward_over(r, false); }
+inline void backward_residual_over_dy(Run& r) { backward_over(r, true); }
+
+// With both results, whatever the seed says.
+inline void backward_with_residual(Run& r) {
+  const Problem& p = r.p;
+  const Doubles work = r.workspace();
+  const Tensor &dx = r.tensor(), &d_residual = r.tensor();
+  double *sum = r.doubles(), *centered = r.doubles(), *d_gamma = r.of_channels(), *d_beta = r.of_channels();
+  batchnorm::backward(r.shape(), p.dy.operand(), p.x.operand(), dx.operand(), d_residual.operand(), p.mean.data(),
+                      p.var.data(), p.gamma.vector(), p.beta.vector(), p.c.eps, r.backward_fusion(), false, sum,
+                      centered, d_gamma, d_beta, work.data(), r.parallel);
+}
+
 inline void backward_sums_only(Run& r) {
   const Problem& p = r.p;
   const Doubles work = r.workspace();
@@ -267,5 +321,17 @@ constexpr Verb kVerbs[] = {{"moments", moments},
                            {"backward", backward},
                            {"backward of population statistics", backward_frozen},
                            {"backward, sums only", backward_sums_only}};
+
+// A verb, and one that gives the same bits where a result takes the place of an operand.
+struct InPlace {
+  Verb apart, over;
+  bool needs_residual = false;
+};
+constexpr InPlace kInPlace[] = {
+    {{"forward", forward}, {"forward over x", forward_over_x}},
+    {{"forward", forward}, {"forward over the residual", forward_over_residual}, true},
+    {{"normalize", normalize}, {"normalize over x", normalize_over_x}},
+    {{"backward", backward_with_residual}, {"backward over dy", backward_over_dy}},
+    {{"backward", backward_with_residual}, {"backward, d_residual over dy", backward_residual_over_dy}}};
 
 }  // namespace test

@@ -181,21 +181,37 @@ MemoryFormat suggested_format(const Tensor& t) {
   return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
+// Sizes of a tensor, and the strides of a dense one of them in a memory format.
+struct Dense {
+  static constexpr int64_t most = 16;
+  int64_t dim, sizes[most], strides[most];
+
+  Dense(const Tensor& t, MemoryFormat format) : dim(t.dim()) {
+    int64_t next = 1;
+    for (int64_t i = 0; i < dim; ++i) sizes[i] = t.size(i);
+    auto place = [&](int64_t axis) {
+      strides[axis] = next;
+      next *= std::max<int64_t>(sizes[axis], 1);
+    };
+    if (format != MemoryFormat::Contiguous) place(1);
+    for (int64_t i = dim - 1; i > 1; --i) place(i);
+    if (format == MemoryFormat::Contiguous && dim > 1) place(1);
+    place(0);
+  }
+
+  // Whether a tensor is one of these; the stride of an axis of one element says nothing.
+  bool is_that_of(const Tensor& t) const {
+    if (t.dim() != dim) return false;
+    for (int64_t i = 0; i < dim; ++i)
+      if (t.size(i) != sizes[i] || (sizes[i] > 1 && t.stride(i) != strides[i])) return false;
+    return true;
+  }
+};
+
 Tensor empty_as(const Tensor& t, MemoryFormat format) {
-  constexpr int64_t most = 16;
-  const int64_t dim = t.dim();
-  if (dim > most) return torch::stable::empty(t.sizes(), t.scalar_type());
-  int64_t sizes[most], strides[most], next = 1;
-  for (int64_t i = 0; i < dim; ++i) sizes[i] = t.size(i);
-  auto place = [&](int64_t axis) {
-    strides[axis] = next;
-    next *= std::max<int64_t>(sizes[axis], 1);
-  };
-  if (format != MemoryFormat::Contiguous) place(1);
-  for (int64_t i = dim - 1; i > 1; --i) place(i);
-  if (format == MemoryFormat::Contiguous && dim > 1) place(1);
-  place(0);
-  return empty_strided(sizes, strides, dim, t.scalar_type());
+  if (t.dim() > Dense::most) return torch::stable::empty(t.sizes(), t.scalar_type());
+  const Dense dense(t, format);
+  return empty_strided(dense.sizes, dense.strides, dense.dim, t.scalar_type());
 }
 
 batchnorm::Operand operand(const Tensor& t, const Walk& walk) {
@@ -254,6 +270,10 @@ class Call {
     Tensor t = empty_as(x_, format_);
     advised_ += huge_pages.advise(t);
     return t;
+  }
+  // Whether a tensor lies in memory as a result would.
+  bool is_as_result(const Tensor& t) const {
+    return t.scalar_type() == x_.scalar_type() && t.dim() <= Dense::most && Dense(x_, format_).is_that_of(t);
   }
   batchnorm::Operand write(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
 
@@ -418,12 +438,13 @@ Tensor parameter_gradient(const OptionalTensor& parameter, const double* gradien
 
 // The gradients with respect to x, residual, weight and bias; those not wanted, and those of absent parameters, are
 // empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArguments& a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardArguments& a, bool over_dy) {
   Call call(a.x, a.pool_size, a.mask);
   const auto nothing = [&] { return empty_of({0}, a.x.scalar_type()); };
+  const bool over = over_dy && !a.mask && call.is_as_result(a.dy);
   OptionalTensor dx, d_residual;
-  if (a.want_x || a.want_residual) dx = call.empty();
-  if (a.want_residual) d_residual = call.empty();
+  if (a.want_residual) d_residual = over ? a.dy : call.empty();
+  if (a.want_x || a.want_residual) dx = over && !a.want_residual ? a.dy : call.empty();
   const Affine affine(call, a, a.residual, a.signs);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   std::vector<double> gradients(2 * call.shape.channels);
@@ -435,6 +456,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArg
   return {a.want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), parameter_gradient(a.weight, d_gamma, a.x),
           parameter_gradient(a.bias, d_beta, a.x)};
 }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArguments& a) {
+  return gradients(a, false);
+}
+
+// What belongs to the channels from `channel` on.
+batchnorm::Operand from_channel(batchnorm::Operand all, int64_t channel, const Tensor& t) {
+  all.data = static_cast<char*>(all.data) + channel * all.channel_stride * int64_t(t.element_size());
+  return all;
+}
+batchnorm::Vector from_channel(const OptionalTensor& t, int64_t channel) {
+  if (!t) return {};
+  return {static_cast<const char*>(t->const_data_ptr()) + channel * int64_t(t->element_size()), dtype_of(*t)};
+}
+batchnorm::Fusion activation_alone(int64_t activation, double slope) {
+  batchnorm::Fusion f;
+  f.activation = static_cast<batchnorm::Activation>(activation);
+  f.slope = slope;
+  return f;
+}
+
+void forward_part(const batchnorm::ForwardPart& a) {
+  Call call(a.x, 0);
+  const batchnorm::Operand y = from_channel(call.write(a.y), a.channel, a.y);
+  const batchnorm::Vector gamma = from_channel(a.weight, a.channel), beta = from_channel(a.bias, a.channel);
+  const batchnorm::Fusion fusion = activation_alone(a.activation, a.slope);
+  double *mean = doubles_of(a.mean) + a.channel, *var = doubles_of(a.var) + a.channel;
+  if (a.is_measured)
+    batchnorm::normalize(call.shape, call.input(), y, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
+                         Threads::parallel());
+  else
+    batchnorm::forward(call.shape, call.input(), y, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
+                       Threads::parallel());
+}
+
+Tensor backward_part(const batchnorm::BackwardPart& a) {
+  Call call(a.x, 0);
+  OptionalTensor dx;
+  if (a.want_x) dx = call.empty();
+  const batchnorm::Operand dy = from_channel(call.write(a.dy), a.channel, a.dy);
+  batchnorm::backward(call.shape, dy, call.input(), dx ? call.write(*dx) : batchnorm::Operand{}, {},
+                      doubles_of(a.mean) + a.channel, doubles_of(a.var) + a.channel, from_channel(a.weight, a.channel),
+                      from_channel(a.bias, a.channel), a.eps, activation_alone(a.activation, a.slope), a.population,
+                      nullptr, nullptr, a.d_weight + a.channel, a.d_bias + a.channel, call.workspace(),
+                      Threads::parallel());
+  return dx ? *dx : empty_of({0}, a.x.scalar_type());
+}
+
+void advise(const Tensor& t) { huge_pages.advise(t); }
 
 // The running mean (0) or variance (1) of `size` channels, and what rounding left of it: written in place, or where
 // they are not dense, in a copy that goes back.
@@ -553,7 +623,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
-  static const batchnorm::Operators operators{&forward, &normalize, &backward, &update_statistics};
+  static const batchnorm::Operators operators{&forward,      &normalize,     &gradients, &update_statistics,
+                                              &forward_part, &backward_part, &advise};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

@@ -109,11 +109,41 @@ struct BackwardOutArguments {
   double slope;
 };
 
+// An input that lies in parts, one after the other along the channels: each call takes one of them. y, dy, parameters
+// and statistics are of all channels, and its own begin at `channel`.
+struct ForwardPart {
+  Tensor x;
+  int64_t channel;
+  bool is_measured;  // whether mean and var hold its statistics already
+  Tensor y, mean, var;
+  OptionalTensor weight, bias;
+  double eps;
+  int64_t activation;
+  double slope;
+};
+
+struct BackwardPart {
+  Tensor dy, x;
+  int64_t channel;
+  Tensor mean, var;
+  OptionalTensor weight, bias;
+  double eps;
+  int64_t activation;
+  double slope;
+  bool population, want_x;
+  double *d_weight, *d_bias;
+};
+
 struct Operators {
-  std::tuple<Tensor, Tensor, Tensor, Tensor> (*forward)(const ForwardArguments&);    // y, mean, var, signs
-  std::tuple<Tensor, Tensor> (*normalize)(const NormalizeArguments&);                // y, signs
-  std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&);  // dx, d_residual, d_weight, d_bias
+  std::tuple<Tensor, Tensor, Tensor, Tensor> (*forward)(const ForwardArguments&);  // y, mean, var, signs
+  std::tuple<Tensor, Tensor> (*normalize)(const NormalizeArguments&);              // y, signs
+  // dx, d_residual, d_weight, d_bias. Where nobody else reads dy (`over_dy`), the residual's gradient, or else dx,
+  // takes its place if dy lies in memory as it would.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&, bool over_dy);
   void (*update_statistics)(const UpdateStatisticsArguments&);
+  void (*forward_part)(const ForwardPart&);
+  Tensor (*backward_part)(const BackwardPart&);  // dx
+  void (*advise)(const Tensor&);                 // asks for huge pages where a result is large
 };
 
 }  // namespace batchnorm

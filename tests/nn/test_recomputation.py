@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from batchnorm.kernels import cpu
 from batchnorm.ops.schemas import ACTIVATIONS
 
 
@@ -162,3 +163,58 @@ def test_nothing_outlives_the_context():
     assert y.grad_fn.name() == "BatchNormBackward"  # at once again
     out = net[2](y)
     assert out.grad_fn._saved_input is y
+
+
+class Chain(nn.Module):
+    """Each block adds its input to what it computes, as residual networks do; the first adds a projection."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.projection = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.shortcut = bn.BatchNorm2d(4)
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(blocks))
+        self.norms = nn.ModuleList(bn.BatchNorm2d(4, activation="relu") for _ in range(blocks))
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, h = self.shortcut(self.projection(x)), self.stem(x)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            y = norm(convolution(h), y)
+            h = y
+        return self.last(h)
+
+
+@pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
+def test_outputs_with_a_residual_are_made_again_but_every_third():
+    """Of the outputs y1 ... y7: y1 needs the projection's, y2 also y1; y3 would need three more, and so does y6."""
+    (ours, kept), (expected, before) = (step(Chain(7), recompute) for recompute in (True, False))
+    assert_same_bits(ours, expected)
+    assert (kept, before) == (2, 7)
+
+
+@pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
+def test_a_layer_may_keep_its_output():
+    net = network()
+    net[1].keeps_output = True
+    (ours, kept), (expected, _) = step(net, True), step(net, False)
+    assert_same_bits(ours, expected)
+    assert kept == 1
+
+
+def test_calls_inside_are_made_at_once_but_for_others_modes():
+    class Other(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    if cpu.call is None:
+        pytest.skip(f"needs the C++ call: {cpu.call_error}")
+    layer, x = bn.BatchNorm1d(3), normal(6, 3)
+    with bn.recompute_outputs(), bn.recompute_outputs():
+        assert layer(x).grad_fn.name() == "BatchNormBackward"
+        assert cpu.calls.source(layer(x)) is not None
+        with Other():
+            assert layer(x).grad_fn.name() != "BatchNormBackward"
+    with Other(), bn.recompute_outputs():
+        assert layer(x).grad_fn.name() != "BatchNormBackward"
+    assert cpu.calls.source(layer(x)) is None

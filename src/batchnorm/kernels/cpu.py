@@ -20,6 +20,7 @@ import torch
 path: Path | None = None
 error: str | None = None
 call: Callable[..., Any] | None = None  # of `_autograd`; see ops/autograd.py
+calls: Any = None  # that module
 call_error: str | None = None
 _library: ctypes.CDLL | None = None
 
@@ -67,7 +68,7 @@ def _load() -> None:
 
 def _load_calls(library: ctypes.CDLL, beside: Path) -> None:
     """Loads the `_autograd` of this minor version of torch; else `call_error` says why calls go another way."""
-    global call, call_error
+    global call, calls, call_error
     running = str(torch.__version__)
     version = _VERSION.match(running)
     file = beside.with_name(beside.name.replace("_C", f"_autograd_{version[1]}_{version[2]}" if version else "", 1))
@@ -88,7 +89,7 @@ def _load_calls(library: ctypes.CDLL, beside: Path) -> None:
     if not module.attach(library.batchnorm_operators(), probe, probe._cdata):
         call_error = "tensors of this torch and Python do not lie in memory as it expects"
         return
-    call = module.call
+    call, calls = module.call, module
 
 
 def _module(file: Path) -> Any:

@@ -65,6 +65,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     affine_by: str
     domain: int = 0
     reads_sizes: bool = False  # whether forward takes frames and the sizes of steps, and not sequences
+    keeps_output: bool = False  # whether the output is kept for the backward in `recompute_outputs`, too
     label: str = ""  # the layer's name in its network, for errors of synchronization
     num_batches_skipped: Tensor
     renorm_r: Tensor
@@ -229,9 +230,15 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
                 return batch.restore(y)  # type: ignore[no-any-return]
         return self._normalize(batch)  # type: ignore[no-any-return]
 
-    def _in_one_call(self, x: Tensor, residual: Tensor | None, pool_size: int) -> Tensor | None:
+    def forward_parts(self, parts: list[Tensor]) -> Tensor | None:
+        """`forward` of `torch.cat(parts, 1)`, which is not made; None, with nothing done, if it cannot do without."""
+        if self._call_size != 0 or type(self).forward is not BatchNorm.forward:
+            return None
+        return self._in_one_call(parts, None, 0)
+
+    def _in_one_call(self, x: Tensor | list[Tensor], residual: Tensor | None, pool_size: int) -> Tensor | None:
         """`forward` in one call of C++, or None where there is none for it."""
-        if pool_size and (x.ndim < 2 or x.shape[1] != self.num_features):
+        if pool_size and isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != self.num_features):
             return None
         # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
         # in none of them.
@@ -247,7 +254,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         y = ops.in_one_call(
             x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
-            self.activation, self.negative_slope, use_batch, updates, pool_size, carry,
+            self.activation, self.negative_slope, use_batch, updates, pool_size, carry, self.keeps_output,
         )  # fmt: skip
         if updates and y is not None:
             layer_buffers.look_at_times(self)

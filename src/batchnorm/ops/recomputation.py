@@ -12,10 +12,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.errors import StateError
+from batchnorm.kernels import cpu
 from batchnorm.ops.context import is_compiled
 
+_CHANGED = (
+    "recompute_outputs: the input, weight, bias or residual of a batch normalization has been modified by an inplace "
+    "operation since the forward, so its output cannot be made again; modify a copy"
+)
 
-class Source:
+
+class InOneCall:
+    """What an output of the C++ call was made of, which C++ keeps."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def rebuild(self) -> Tensor:
+        y: Tensor | None = cpu.calls.rebuild(self._source)
+        if y is None:
+            raise StateError(_CHANGED)
+        return y
+
+
+class InPython:
     """What an output was made of: operands of `normalize`, which gives its bits once more."""
 
     def __init__(self, y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any):
@@ -27,10 +46,7 @@ class Source:
     @torch.no_grad()
     def rebuild(self) -> Tensor:
         if [None if t is None else t._version for t in self._operands] != self._versions:
-            raise StateError(
-                "recompute_outputs: the input, weight or bias of a batch normalization has been modified by an inplace "
-                "operation since the forward, so its output cannot be made again; modify a copy"
-            )
+            raise StateError(_CHANGED)
         x, weight, bias = self._operands
         operator = torch.ops.batchnorm.normalize.default
         y: Tensor = operator(x, *self._statistics, weight, bias, None, *self._settings, False, self._mask)[0]
@@ -46,14 +62,15 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     the backward may be outside.
 
     It covers outputs of this package's layers and of `functional.batch_norm`, also seen through views, read by torch's
-    own functions. Kept as ever are outputs with a residual (which would have to be kept in their place), of
-    synchronized and channel-grouped layers, modified in place, or read by other layers of this package, by custom
-    `autograd.Function`s, under autocast after a cast, under `torch.utils.checkpoint` and other hooks on saved tensors.
-    Where the activation is a module of its own it is that one's output which is kept, not BN's: fuse it first
-    (`accelerate`, or ``activation=``). For eager mode: calls go through Python inside.
+    own functions. An output with a residual is made again if the residual is itself an output of this package that is
+    made again or kept: every third output along a chain of residuals is kept. Kept as ever are outputs with other
+    residuals (which would have to be kept in their place), of synchronized and channel-grouped layers, modified in
+    place, or read by other layers of this package, by custom `autograd.Function`s, under autocast after a cast, under
+    `torch.utils.checkpoint` and other hooks on saved tensors. If the activation is a module of its own, its output is
+    kept, not that of the batch normalization: fuse it first (`accelerate`, or ``activation=``). For eager mode.
 
     Raises:
-        StateError: in the backward, where x, weight or bias were modified in place after the forward.
+        StateError: in the backward, if x, weight, bias or residual were modified in place after the forward.
 
     Source: Chen et al. 2016 (recomputation); Rota Bulò et al. 2018 (of batch normalization).
 
@@ -72,15 +89,21 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     def __enter__(self) -> recompute_outputs:
         _active.modes = (*_modes(), self)
         super().__enter__()
+        _tell(1, 1)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _active.modes = _modes()[:-1]
+        _tell(-1, -1)
         super().__exit__(*exception)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if self._sources and torch.is_grad_enabled() and not is_compiled():
+        _tell(0, -1)  # this mode is off the stack meanwhile
+        try:
+            result = function(*args, **(kwargs or {}))
+        finally:
+            _tell(0, 1)
+        if torch.is_grad_enabled() and not is_compiled():
             self._forget(list(_tensors((*args, *(kwargs or {}).values()))), list(_tensors((result,))))
         return result
 
@@ -104,15 +127,21 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
                         view = None if t._base is None else (t.shape, t.stride(), t.storage_offset())
                         getattr(node, f"_raw_saved_{name}").register_hooks(_Note(source, view), _unpack)
 
-    def _source(self, t: Tensor) -> Source | None:
-        source: Source | None = self._sources.get(t if t._base is None else t._base)
+    def _source(self, t: Tensor) -> InPython | InOneCall | None:
+        if not t.requires_grad:
+            return None
+        if cpu.calls is not None and (held := cpu.calls.source(t)) is not None:
+            return InOneCall(held)
+        if not self._sources:
+            return None
+        source: InPython | None = self._sources.get(t if t._base is None else t._base)
         return source if source is not None and source.version == t._version else None
 
 
 class _Note:
     """Stands for a saved tensor; also the hook that puts it in its place."""
 
-    def __init__(self, source: Source, view: Any) -> None:
+    def __init__(self, source: InPython | InOneCall, view: Any) -> None:
         self._source, self._view = source, view
 
     def __call__(self, _: Tensor) -> _Note:
@@ -136,6 +165,12 @@ def _modes() -> tuple[recompute_outputs, ...]:
     return modes
 
 
+def _tell(contexts: int, modes: int) -> None:
+    """Tells the C++ call how many contexts were entered (left: below 0) and how many modes came onto torch's stack."""
+    if cpu.calls is not None:
+        cpu.calls.recompute(contexts, modes)
+
+
 def is_active() -> bool:
     """Whether a context is entered, in eager mode."""
     return not is_compiled() and bool(_modes())
@@ -144,7 +179,7 @@ def is_active() -> bool:
 def note(y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any) -> None:
     """Tells the innermost context what an output was made of."""
     if y.requires_grad:
-        _modes()[-1]._sources[y] = Source(y, operands, statistics, settings, mask)
+        _modes()[-1]._sources[y] = InPython(y, operands, statistics, settings, mask)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

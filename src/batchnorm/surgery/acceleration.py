@@ -17,7 +17,7 @@ from batchnorm.errors import InputError, SurgeryError
 from batchnorm.kernels import aten
 from batchnorm.nn import foreign
 from batchnorm.nn.outside import GUARDED, has_hooks
-from batchnorm.surgery import activations
+from batchnorm.surgery import activations, concatenations
 from batchnorm.surgery.activations import Activation
 from batchnorm.surgery.capture import capture
 from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, random_state_kept, run_example
@@ -43,7 +43,9 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
       makes the call is generated anew from its captured graph, with one call of the fused layer in their place. The
       module stays the same object; its class becomes a subclass of its own. This is done where the forward is the
-      same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``.
+      same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``;
+    - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
+      training each part is measured once, whoever normalizes it.
 
     A subclass of torch.nn's layers whose forward is normalization and an activation, such as timm's
     ``BatchNormAct2d``, becomes a fused layer, too. It stays an instance of its class.
@@ -157,7 +159,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
         steps.append(Step(f"{name or 'the network'}: calls fused layers", _generated(net.get_submodule(name), forward)))
     original = copy_of(net)
     plan = Plan(net, steps, lambda: _verify(original, net, given), skipped=skipped | fusions.refused)
-    told = {name: fusions.told(name) for name in layers if name in fusions.fused or name in fusions.sums}
+    told = {name: fusions.told(name) for name in layers if name in fusions.fused.keys() | fusions.sums | fusions.joined}
     swapped = [name for name in swapped if name not in told]
     return plan, Acceleration(told, tuple(swapped), skipped, fusions.refused)
 
@@ -217,6 +219,7 @@ class Fusions:
         inside: the activation in the forward of each layer of another class, or None.
         fused: the activation that each layer takes in.
         sums: the layers that take an addition in.
+        joined: the layers that read the parts of a concatenation.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
         refused: modules whose forward could not be generated anew although there is something to fuse, and why.
@@ -227,6 +230,7 @@ class Fusions:
     inside: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, Activation] = field(default_factory=dict)
     sums: set[str] = field(default_factory=set)
+    joined: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -251,7 +255,7 @@ class Fusions:
         inputs = _inputs(self.net, example)
         names = {id(module): name for name, module in self.net.named_modules()}
         for name, module in reversed(list(self.net.named_modules())):
-            if name in inputs and free - self.taken:
+            if name in inputs:
                 self.rewrite(name, module, inputs[name], free, names)
 
     def absorb(self, name: str, flows: list[DataFlow]) -> None:
@@ -266,7 +270,11 @@ class Fusions:
     def told(self, name: str) -> str:
         """What a layer computes besides its normalization, in words."""
         activation = self.fused.get(name)
-        parts = ["an addition"] * (name in self.sums) + ([] if activation is None else [activation.name])
+        parts = (
+            ["a concatenation"] * (name in self.joined)
+            + ["an addition"] * (name in self.sums)
+            + ([] if activation is None else [activation.name])
+        )
         return " and ".join(parts)
 
     def rewrite(
@@ -277,6 +285,8 @@ class Fusions:
             graphs = [_own_graph(module, mode) for mode in (False, True)]
             _record(module, graphs[0], inputs)
         except Exception as error:
+            if not free - self.taken:
+                return
             first = (str(error).strip().splitlines() or [""])[0]
             self.refused[name] = f"its forward cannot be captured by itself ({type(error).__name__}: {first})"
             return
@@ -286,7 +296,8 @@ class Fusions:
             layer = names.get(id(module.get_submodule(str(node.target)))) if node.op == "call_module" else None
             if layer in free - self.taken and _pattern(module, node) is not None:
                 found[layer] = node
-        if not found:
+        joined = concatenations.readers(module, graph, lambda each: names.get(id(each)) in self.candidates)
+        if not found and not joined:
             return
         if str(graphs[0]) != str(graphs[1]):
             self.refused[name] = "its forward is another one in training mode"
@@ -299,6 +310,9 @@ class Fusions:
                     self.fused[layer] = pattern.activation
                 if pattern.residual is not None:
                     self.sums.add(layer)
+        for node in set(joined) - set(found.values()):
+            self.joined.add(names[id(module.get_submodule(str(node.target)))])
+            concatenations.hand_in_parts(graph, node)
         graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
         graph.lint()
         self.forwards[name] = type(fx.GraphModule(module, graph)).forward
