@@ -19,8 +19,8 @@ PACKAGE = ROOT / "src" / "batchnorm"
 
 # As DESIGN.md has it; `test_the_design_says_the_same` keeps the two together.
 ARROW = (
-    "cli > report > {lab, diagnosis, training} > surgery > population > nn > functional > sources > running > batch > "
-    "ops > kernels"
+    "{cli, integrations} > report > {lab, diagnosis, training} > surgery > population > nn > functional > sources > "
+    "running > batch > ops > kernels"
 )
 LEVELS = {part: level for level, group in enumerate(reversed(ARROW.split(" > "))) for part in re.findall(r"\w+", group)}
 BASE = {
@@ -33,6 +33,7 @@ BASE = {
 }  # below everyone, and what they may know
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 HEAVY = {"jinja2", "matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "rich"}
+HEAVY |= {"lightning", "pytorch_lightning", "tensorboard", "transformers"}
 HEAVY |= {"dask", "polars", "pyarrow", "pyspark", "ray", "scipy", "sklearn", "triton", "typer"}
 
 

@@ -21,7 +21,7 @@ from batchnorm.errors import MissingDependencyError
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 VERBS = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-OTHERS = ("federated", "gallery", "pools", "questions", "own-data", "run-files", "traps")
+OTHERS = ("federated", "gallery", "own-data", "pools", "questions", "run-files", "trainers", "traps")
 RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in OTHERS), *VERBS]
 
 

@@ -360,7 +360,7 @@ def _try(verb: str, net: nn.Module, example: Any) -> dict[str, Any]:
     return {"outcome": "right"}
 
 
-def run(path: Path, packages: list[str], limit: int | None) -> None:
+def run(path: Path, packages: list[str], limit: int | None, verbs: list[str]) -> None:
     done = {(r["package"], r["name"]) for r in _read(path)} if path.exists() else set()
     for package in packages:
         try:
@@ -379,17 +379,19 @@ def run(path: Path, packages: list[str], limit: int | None) -> None:
                 print(f"{package} {name}: cannot be built: {error}", file=sys.stderr)
                 continue
             randomized(net)
-            row |= {verb: tried(verb, net, example) for verb in VERBS}
+            row |= {verb: tried(verb, net, example) for verb in verbs}
             with path.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
-            print(package, name, {verb: row[verb]["outcome"] for verb in VERBS}, flush=True)
+            print(package, name, {verb: row[verb]["outcome"] for verb in verbs}, flush=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _cell(verb: str, found: dict[str, Any]) -> str:
+def _cell(verb: str, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not run"
     if found["outcome"] != "right":
         return {"none": "-", "unchanged": "nothing to change"}.get(found["outcome"], found["outcome"])
     if verb == "fold":
@@ -405,7 +407,7 @@ def _cell(verb: str, found: dict[str, Any]) -> str:
 def page(path: Path) -> str:
     """The page as Markdown."""
     rows = _read(path)
-    counts = {verb: Counter(row[verb]["outcome"] for row in rows) for verb in VERBS}
+    counts = {verb: Counter(row[verb]["outcome"] for row in rows if verb in row) for verb in VERBS}
     worst = max(
         r["fold"]["relative"] / max(r["fold"].get("rounding") or 0, 1e-7) for r in rows if "relative" in r["fold"]
     )
@@ -414,7 +416,8 @@ def page(path: Path) -> str:
         "# Other people's networks",
         "",
         f"{len(rows)} architectures of {len(versions)} packages were put through the verbs for networks, with random"
-        f" weights and statistics and small inputs, on {datetime.date.today():%Y-%m-%d}, with torch {torch.__version__}: "
+        f" weights and statistics and small inputs, on {datetime.date.today():%Y-%m-%d}, with torch"
+        f" {torch.__version__}: "
         f"{', '.join(versions)}. `python docs/scripts/zoo.py` makes this page.",
         "",
         "A verb is *right* if the outputs in evaluation are what they were, up to four times the network's own"
@@ -434,14 +437,14 @@ def page(path: Path) -> str:
             "| --- " * (len(VERBS) + 1) + "|",
         ]
         lines += [
-            f"| {row['name']} | " + " | ".join(_cell(verb, row[verb]) for verb in VERBS) + " |"
+            f"| {row['name']} | " + " | ".join(_cell(verb, row.get(verb)) for verb in VERBS) + " |"
             for row in rows
             if row["package"] == package
         ]
     lines += ["", "## Reasons", "", "What was refused, kept or left alone, and why, as the verbs tell it.", ""]
     for row in rows:
         for verb in VERBS:
-            found = row[verb]
+            found = row.get(verb, {})
             reason = found.get("reason") or found.get("told")
             if reason:
                 text = " ".join(str(reason).split())
@@ -456,9 +459,10 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--package", action="append", choices=PACKAGES)
     parser.add_argument("--limit", type=int, help="architectures of each package")
+    parser.add_argument("--verb", action="append", choices=VERBS, help="by default all")
     given = parser.parse_args()
     if given.what == "run":
-        run(given.results, given.package or list(PACKAGES), given.limit)
+        run(given.results, given.package or list(PACKAGES), given.limit, given.verb or list(VERBS))
     else:
         PAGE.write_text(page(given.results))
 

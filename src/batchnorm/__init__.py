@@ -64,9 +64,10 @@ _PUBLIC = {
     "tune_example_weight": "batchnorm.population.weighing",
     "unfreeze": "batchnorm.surgery.freezing",
     "use_domain": "batchnorm.nn.domains",
+    "watch": "batchnorm.report.live",
 }
 
-_MODULES = ("data", "errors", "functional", "lab", "nn", "training")
+_MODULES = ("data", "errors", "functional", "integrations", "lab", "nn", "training")
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
@@ -148,6 +149,7 @@ if TYPE_CHECKING:
     from batchnorm.population.checkpoints import to_flax as to_flax
     from batchnorm.population.checkpoints import to_keras as to_keras
     from batchnorm.population.weighing import tune_example_weight as tune_example_weight
+    from batchnorm.report.live import watch as watch
     from batchnorm.sources import Renorm as Renorm
     from batchnorm.surgery.acceleration import accelerate as accelerate
     from batchnorm.surgery.conversion import convert as convert

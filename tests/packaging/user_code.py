@@ -51,6 +51,8 @@ def life(net: nn.Sequential, example: Tensor, batches: list[Tensor], optimizer: 
     bn.tune_example_weight(normalized, [(example, example)])
     print(bn.summary(normalized, example), bn.diagnose(normalized, batches), bn.preview_export(normalized, example))
     bn.show_config()
+    with bn.watch(normalized, alerts="gap > 1 nat for 3 evaluations") as watch:
+        print(watch.report(), bn.integrations.Life(normalized).state_dict())
     folded = bn.fold(normalized, example)
     print(bn.__version__, folded.certificate)
     return folded.model

@@ -117,7 +117,8 @@ _OURS = (keeps_fast_paths_away, followed_by_norm)
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of anybody else."""
     registries = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hook not in _OURS for registry in registries for hook in registry.values())
+    hooks = (hook for registry in registries for hook in registry.values())
+    return any(hook not in _OURS and not getattr(hook, "changes_nothing", False) for hook in hooks)
 
 
 def teach_fusers(pairs: dict[type[nn.Module], type[nn.Module]], as_torch: Callable[[Any], nn.Module]) -> None:
