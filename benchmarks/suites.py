@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import calibration, growth, kernels, peers, pools, ranks, recurrent, steps, wall
+from . import calibration, growth, kernels, peers, pools, ranks, recurrent, steps, wall, whole
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -54,6 +54,17 @@ def _memory(quick: bool) -> list[Job]:
     return [partial(steps.memory, network, dtype) for network, dtype in grid]
 
 
+def _networks(quick: bool) -> list[Job]:
+    networks = ("mobilenet_v2",) if quick else tuple(whole.NETWORKS)
+    return [partial(whole.measure, network, 4.0 if quick else 20.0) for network in networks] + _residents(
+        "glibc", quick
+    )
+
+
+def _residents(allocator: str, quick: bool) -> list[Job]:
+    return [] if quick else [partial(whole.resident, network, allocator) for network in whole.RESIDENT]
+
+
 def _recurrent(quick: bool) -> list[Job]:
     return [partial(recurrent.measure, *case, 1.0 if quick else 2.5) for case in recurrent.cases(quick)]
 
@@ -83,6 +94,12 @@ SUITES: dict[str, Suite] = {
     "wall": Suite(_wall),
     "step": Suite(_step),
     "memory": Suite(_memory),
+    "networks": Suite(_networks),
+    "networks-thp": Suite(partial(_residents, "glibc, huge pages"), {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
+    "networks-trimmed": Suite(
+        partial(_residents, "glibc, trimmed"), {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    ),
+    "networks-tcmalloc": Suite(partial(_residents, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),
     "growth": Suite(_growth),
     "recurrent": Suite(_recurrent),
     "ranks": Suite(_ranks),

@@ -104,6 +104,34 @@ def steps(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def networks(rows: Sequence[Row]) -> str:
+    """Training steps of whole networks: live and resident memory over torch's, times as fast as torch."""
+    header = ("network", "input", "contestant", "memory, MB", "of torch's", "x torch", "x torch, processor time")
+    lines = []
+    for row in _of(rows, suite="networks", direction="forward+backward"):
+        figures = (
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['of_torch']:.0%}",
+            *map(_number, (row["x_torch"], row["x_torch_processor"])),
+        )
+        lines.append((row["network"], tuple(row["shape"]), row["contestant"], *figures))
+    return table(header, lines)
+
+
+def resident(rows: Sequence[Row]) -> str:
+    """Resident memory of a process over that of torch's."""
+    header = ("network", "input", "allocator", "contestant", "resident, MB", "of torch's")
+    found = [r for r in _of(rows, direction="resident") if r["suite"].startswith("networks")]
+    lines = [
+        (
+            r["network"], tuple(r["shape"]), r["allocator"], r["contestant"], f"{r['bytes'] / 1e6:.0f}",
+            f"{r['of_torch']:.0%}",
+        )
+        for r in found
+    ]  # fmt: skip
+    return table(header, lines)
+
+
 def peers(rows: Sequence[Row]) -> str:
     """JAX, and the same under other allocators: times as fast as torch there; BN + ReLU, forward + backward."""
     header = ("shape", "dtype", "order", "allocator", "contestant", "ms", "x torch")

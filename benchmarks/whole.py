@@ -1,0 +1,183 @@
+"""What a training step of a well-known network costs: live bytes, resident memory, time."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm
+
+from .machine import ROOT
+from .rows import Row
+from .steps import _resident
+from .timing import Phases, alternate
+
+NETWORKS: dict[str, tuple[int, ...]] = {
+    "mobilenet_v2": (16, 3, 96, 96),
+    "densenet121": (8, 3, 96, 96),
+    "resnet50": (8, 3, 96, 96),
+    "efficientnet_b0": (8, 3, 96, 96),
+    "shufflenet_v2_x1_0": (16, 3, 96, 96),
+    "regnet_y_400mf": (8, 3, 96, 96),
+}
+"""Definitions of torchvision, and the input of a step."""
+
+CONTESTANTS = ("torch", "accelerated", "saving")
+"""torchvision's network; after `accelerate`; the same inside `recompute_outputs`."""
+
+RESIDENT = ("mobilenet_v2", "densenet121")
+"""The networks whose resident memory is measured, with a batch four times as large."""
+
+CLASSES = 1000
+NO_TORCHVISION = "torchvision is not installed: pip install --no-deps torchvision"
+_operators: list[Any] = []
+
+
+def torchvision() -> Any:
+    """The package, or None. Builds for another torch lack operators that its import asks for by name."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _operators.append(library)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torchvision as package
+    except ImportError:
+        return None
+    return package
+
+
+class Step:
+    """Forward, cross-entropy and backward of one network."""
+
+    def __init__(self, network: str, contestant: str, shape: tuple[int, ...] | None = None) -> None:
+        torch.manual_seed(0)
+        self.net: nn.Module = torchvision().models.get_model(network, weights=None).train()
+        shape = shape or NETWORKS[network]
+        self.saving = contestant == "saving"
+        if contestant != "torch":
+            batchnorm.accelerate(self.net, torch.randn(2, *shape[1:]))
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(shape, generator=generator)
+        self.target = torch.randint(CLASSES, shape[:1], generator=generator)
+
+    def run(self) -> None:
+        """One step; no optimizer, which is the same for all."""
+        self.net.zero_grad(set_to_none=True)
+        torch.manual_seed(2)  # of dropout
+        saving: AbstractContextManager[Any] = batchnorm.recompute_outputs() if self.saving else nullcontext()
+        with saving:
+            loss = F.cross_entropy(self.net(self.x), self.target)
+        loss.backward()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of all parameters."""
+        self.run()
+        return {name: p.grad.clone() for name, p in self.net.named_parameters() if p.grad is not None}
+
+
+def live_bytes(run: Callable[[], None], net: nn.Module) -> int:
+    """What torch's allocator has handed out at the peak of a step beyond what it had before, less parameters' gradients.
+
+    The step must have run before, and gradients must be None.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak - sum(p.grad.numel() * p.grad.element_size() for p in net.parameters() if p.grad is not None)
+
+
+def measure(network: str, seconds: float) -> Iterator[Row]:
+    """Live bytes and time of every contestant; those whose gradients differ from torch's get no figure."""
+    columns = {"suite": "networks", "network": network, "dtype": "float32", "shape": list(NETWORKS[network])}
+    if torchvision() is None:
+        yield {**columns, "contestant": "accelerated", "absent": NO_TORCHVISION}
+        return
+    steps = {name: Step(network, name) for name in CONTESTANTS}
+    errors = _distances({name: step.gradients() for name, step in steps.items()})
+    runs = {name: _timed(step) for name, step in steps.items() if errors[name] <= 1e-2}
+    for name in steps.keys() - runs.keys():
+        yield {**columns, "contestant": name, "absent": f"{name}: gradients are off by {errors[name]:.3g}, no figure"}
+    live = {}
+    for name in runs:
+        steps[name].net.zero_grad(set_to_none=True)
+        live[name] = live_bytes(steps[name].run, steps[name].net)
+    times, rounds = alternate(runs, seconds, least=3)
+    for name in runs:
+        yield {
+            **columns, "direction": "forward+backward", "contestant": name, "rounds": rounds, "bytes": live[name],
+            "of_torch": live[name] / live["torch"], "ms": times[name]["wall"] * 1e3,
+            "x_torch": times["torch"]["wall"] / times[name]["wall"], "processor_ms": times[name]["processor"] * 1e3,
+            "x_torch_processor": times["torch"]["processor"] / times[name]["processor"], "error": errors[name],
+        }  # fmt: skip
+
+
+def _distances(gradients: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Of each contestant's gradients from torch's, over their length."""
+    flat = {name: torch.cat([g.flatten().double() for g in each.values()]) for name, each in gradients.items()}
+    return {name: float((each - flat["torch"]).norm() / flat["torch"].norm()) for name, each in flat.items()}
+
+
+def _timed(step: Step) -> Callable[[], Phases]:
+    """On the clock, and by the time that processors worked for this process, which others' work disturbs less."""
+
+    def run() -> Phases:
+        begin, worked = time.perf_counter(), time.process_time()
+        step.run()
+        return {"wall": time.perf_counter() - begin, "processor": time.process_time() - worked}
+
+    return run
+
+
+def resident(network: str, allocator: str) -> Iterator[Row]:
+    """By how much two steps raise the resident memory of a process of their own, with a batch four times as large."""
+    shape = (4 * NETWORKS[network][0], *NETWORKS[network][1:])
+    columns = {
+        "suite": "networks",
+        "network": network,
+        "dtype": "float32",
+        "shape": list(shape),
+        "allocator": allocator,
+    }
+    if torchvision() is None or not Path("/proc/self/clear_refs").exists():
+        yield {**columns, "contestant": "accelerated", "absent": "resident memory needs torchvision and Linux's /proc"}
+        return
+    peaks = {}
+    for name in CONTESTANTS:
+        code = f"from benchmarks.whole import resident_here; resident_here({network!r}, {name!r}, {shape!r})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks[name] = int(json.loads(done.stdout))
+    for name, peak in peaks.items():
+        yield {
+            **columns, "direction": "resident", "contestant": name, "bytes": peak, "of_torch": peak / peaks["torch"],
+        }  # fmt: skip
+
+
+def resident_here(network: str, contestant: str, shape: tuple[int, ...]) -> None:
+    """Prints the peak; the process must not have done anything else."""
+    step = Step(network, contestant, shape)
+    Step(network, contestant, (2, *shape[1:])).run()  # loads what is loaded once
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    before = _resident("VmRSS")
+    for _ in range(2):
+        step.run()
+    print(_resident("VmHWM") - before)
