@@ -91,7 +91,7 @@ class Step:
 
 
 def live_bytes(run: Callable[[], None], net: nn.Module) -> int:
-    """What torch's allocator has handed out at the peak of a step beyond what it had before, less parameters' gradients.
+    """The most that torch has allocated at once in a step beyond what it had before, without parameters' gradients.
 
     The step must have run before, and gradients must be None.
     """

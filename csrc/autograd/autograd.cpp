@@ -307,9 +307,10 @@ auto make_node() {
 // ---------------------------------------------------------------------------------------------- forward
 struct Arguments {
   at::Tensor x, residual, weight, bias, running_mean, running_var, batches, carry;
+  at::Tensor skipped;  // counts the batches that are refused because they are not finite; undefined: none are
   std::optional<double> momentum;
   Settings settings{};
-  bool use_batch = false, update = false, keep = false;
+  bool use_batch = false, update = false, keep = false, unbiased = true;
 
   int64_t values() const { return x.numel() / x.size(1); }
 
@@ -324,6 +325,7 @@ struct Arguments {
     if (batches.defined() && (batches.scalar_type() != at::kLong || batches.numel() != 1)) return false;
     if (running_mean.defined() != running_var.defined() || !std::isfinite(settings.eps)) return false;
     if (update && carry.defined() && !fits_carry()) return false;
+    if (update && skipped.defined() && !can_refuse()) return false;
     if (!use_batch) return !update && settings.eps >= 0 && running_mean.defined();
     const bool has_share = momentum ? std::isfinite(*momentum) : batches.defined();
     return settings.eps > 0 && values() > 1 && (!update || has_share);
@@ -332,8 +334,13 @@ struct Arguments {
   // One that does not fit is made anew, in Python.
   bool fits_carry() const {
     const auto beside = running_mean.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    return carry.scalar_type() == beside && carry.dim() == 2 && carry.size(0) == 2 && carry.numel() == 2 * x.size(1) &&
-           carry.is_contiguous();
+    return carry.scalar_type() == beside && carry.dim() == 2 && carry.size(0) == 2 && carry.numel() == 2 * x.size(1);
+  }
+
+  bool can_refuse() const {
+    const bool is_wide = running_mean.defined() && running_mean.scalar_type() == running_var.scalar_type() &&
+                         (running_mean.scalar_type() == at::kFloat || running_mean.scalar_type() == at::kDouble);
+    return is_wide && !settings.pool_size && skipped.scalar_type() == at::kLong && skipped.numel() == 1;
   }
 
   bool fits(const at::Tensor& vector) const {
@@ -367,8 +374,22 @@ std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& me
   return source;
 }
 
+// Whether statistics are finite in the dtype of the running ones.
+bool are_finite(const at::Tensor& statistics, double factor, at::ScalarType kept) {
+  const auto* const values = statistics.const_data_ptr<double>();
+  return std::all_of(values, values + statistics.numel(), [&](double value) {
+    return kept == at::kFloat ? std::isfinite(float(value * factor)) : std::isfinite(value * factor);
+  });
+}
+
 // The running statistics take the batch's in.
 void update(const Arguments& a, const at::Tensor& mean, const at::Tensor& var) {
+  if (a.skipped.defined()) {
+    const double count = double(a.values());
+    const auto kept = a.running_mean.scalar_type();
+    if (!are_finite(mean, 1, kept) || !are_finite(var, a.unbiased ? count / (count - 1) : 1, kept))
+      return void(++*a.skipped.data_ptr<int64_t>());
+  }
   const int64_t pool = a.settings.pool_size * (a.values() / a.x.size(0));
   operators->update_statistics({.running_mean = lend_if(a.running_mean),
                                 .running_var = lend_if(a.running_var),
@@ -378,7 +399,7 @@ void update(const Arguments& a, const at::Tensor& mean, const at::Tensor& var) {
                                 .count = a.values(),
                                 .pool_count = pool ? pool : a.values(),
                                 .momentum = a.momentum,
-                                .unbiased = true,
+                                .unbiased = a.unbiased,
                                 .carry = lend_if(a.carry)});
 }
 
@@ -772,6 +793,8 @@ enum Given {
   kUpdate,
   kPoolSize,
   kKeep,
+  kUnbiased,
+  kSkipped,
   kCount
 };
 
@@ -796,6 +819,8 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   a.use_batch = given[kUseBatch] == Py_True;
   a.update = given[kUpdate] == Py_True;
   a.keep = given[kKeep] == Py_True;
+  a.unbiased = given[kUnbiased] == Py_True;
+  if (!read(given[kSkipped], a.skipped)) Py_RETURN_NONE;
   a.settings.population = !a.use_batch;
   if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
   if (!parts.empty()) a.x = as_together(parts);

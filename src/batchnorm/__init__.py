@@ -51,6 +51,7 @@ _PUBLIC = {
     "restore": "batchnorm.population.adaptation",
     "revert": "batchnorm.surgery.conversion",
     "save_keras": "batchnorm.population.checkpoints",
+    "save_memory": "batchnorm.surgery.memory",
     "save_statistics": "batchnorm.population.checkpoints",
     "set_mode": "batchnorm.nn.modes",
     "show_config": "batchnorm.ops.configuration",
@@ -159,5 +160,6 @@ if TYPE_CHECKING:
     from batchnorm.surgery.freezing import freeze as freeze
     from batchnorm.surgery.freezing import unfreeze as unfreeze
     from batchnorm.surgery.insertion import insert as insert
+    from batchnorm.surgery.memory import save_memory as save_memory
     from batchnorm.surgery.parameter_groups import param_groups as param_groups
     from batchnorm.training.runs import load_run as load_run

@@ -193,7 +193,7 @@ class Population:
         if momentum is None and batches is None:
             momentum = 0.0
         if estimator.kind == "debiased" and momentum and batches is not None:
-            momentum = min(1.0, _debiased(momentum, int(batches) + 1))
+            momentum = debiased(momentum, int(batches) + 1)
         pool_number = pool.size * math.prod(measured.batch.x.shape[2:]) or number
         unbiased = estimator.variance == "unbiased"
         torch.ops.batchnorm.update_statistics.default(
@@ -276,6 +276,11 @@ class Population:
 def _debiased(momentum: float, t: Any) -> Any:
     """The share of batch t, from 1 up, in a moving average that is divided by 1 - (1 - m)^t."""
     return momentum / (1 - (1 - momentum) ** t)
+
+
+def debiased(momentum: float, t: int) -> float:
+    """The share of batch t, from 1 up, in the running statistics of ``running="debiased"``."""
+    return float(min(1.0, _debiased(momentum, t)))
 
 
 def _merged(measured: Measured, pool: Pool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

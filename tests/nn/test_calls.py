@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
 from batchnorm.kernels import cpu
+from batchnorm.nn.options import DEFAULTS
 from batchnorm.ops.schemas import ACTIVATIONS
 
 NODE = "BatchNormBackward"
@@ -111,7 +112,7 @@ def test_what_is_not_plain_goes_through_python():
         y = layer(x.requires_grad_())  # no tangent: the value alone
         assert was_at_once(y)
         assert forward_ad.unpack_dual(y).tangent is None
-    special = bn.BatchNorm1d(3, nonfinite="skip")
+    special = bn.BatchNorm1d(3, nonfinite="skip_channel")
     assert not was_at_once(special(x))
 
 
@@ -121,15 +122,43 @@ def test_ghost_batches_beside_other_options_go_through_python():
     assert was_at_once(layer(x))
     assert was_at_once(copy.deepcopy(layer)(x))
     assert not was_at_once(layer(x, mask=torch.ones(6, dtype=torch.bool)))
-    for option, value in {"channel_groups": 2, "ghost_update": "decay", "running": "debiased", "domains": 2}.items():
+    for option, value in {"channel_groups": 2, "ghost_update": "decay", "nonfinite": "skip"}.items():
         other = bn.BatchNorm1d(4, **{"ghost_size": 2, option: value})
         assert not was_at_once(other(x)), option
-        setattr(other, option, 0 if option in ("channel_groups", "domains") else "merge" if value == "decay" else "ema")
+        setattr(other, option, DEFAULTS[option])
         assert was_at_once(other(x)), option
     with pytest.raises(bn.BatchNormError, match="expected 4 channels"):
         bn.BatchNorm1d(4, affine=False, track_running_stats=False, ghost_size=2)(normal(6, 3))
     with pytest.raises(bn.BatchNormError, match="expected 4D input"):
         bn.BatchNorm2d(4, ghost_size=2)(x)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"running": "debiased"}, {"running": "cumulative"}, {"running_var": "biased"}, {"nonfinite": "skip"},
+     {"domains": 3}, {"domains": 2, "running": "debiased", "running_var": "biased", "nonfinite": "skip"}],
+)  # fmt: skip
+def test_other_estimates_of_the_population_are_made_at_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """The same outputs and buffers as by Python, where a batch is refused in the middle, and in evaluation."""
+    layers = [bn.BatchNorm1d(3, **given) for _ in range(2)]
+    batches = [normal(6, 3, seed=seed) for seed in range(5)]
+    batches[2][1, 1] = float("inf")
+    for mode in (True, False):
+        for k, x in enumerate(batches if mode else batches[:1]):
+            for layer in layers:
+                if layer.domains:
+                    layer.domain = k % layer.domains
+                layer.train(mode)
+            ours = layers[0](x)
+            assert was_at_once(ours)
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu, "call", None)
+                patch.setattr(cpu, "torch_below", 0)
+                expected = layers[1](x)
+            assert not was_at_once(expected)
+            assert_same_bits(ours, expected)
+            assert_same_bits([*layers[0].buffers()], [*layers[1].buffers()])
+            assert_same_bits(layers[0].running_carry, layers[1].running_carry)
 
 
 def test_errors_and_detours_are_those_of_python():

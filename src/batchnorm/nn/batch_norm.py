@@ -21,11 +21,11 @@ from batchnorm.nn.leaves import is_of_this_package, recorded_call
 from batchnorm.nn.options import DEFAULTS
 from batchnorm.nn.outside import Swappable
 from batchnorm.ops import normalization as ops
-from batchnorm.ops.context import Way, is_mapped, is_recomputing, is_recorded, is_traced_by_jit, way
+from batchnorm.ops.context import Way, is_compiled, is_mapped, is_recomputing, is_recorded, is_traced_by_jit, way
 from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import carry_dtype
 from batchnorm.pools import Pool, is_alone
-from batchnorm.running import Accumulator, Estimator, Population
+from batchnorm.running import Accumulator, Estimator, Population, debiased
 from batchnorm.sources import Given, OfBatch, Renorm, Renormalized, Source, Weighed, by_step, measure, of_one_step
 
 
@@ -75,6 +75,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     _accumulator: Accumulator | None = None  # takes in statistics in place of the buffers
     _padding: Any = None  # tells the valid frames of an input that comes without them; see `padding.mask_padding`
     _call_size: int | None = None  # samples of a pool in the C++ call on the input itself; None: there is none
+    _estimates: bool = False  # whether the running statistics are other than torch's
     _is_special: bool = True  # whether that call cannot compute the layer whatever its pools are
 
     def __init__(
@@ -252,6 +253,8 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         if updates or not use_batch:
             mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
             var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
+        if self._estimates:
+            return self._in_one_call_with(x, residual, weight, bias, mean, var, carry, use_batch, updates, pool_size)
         y = ops.in_one_call(
             x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
             self.activation, self.negative_slope, use_batch, updates, pool_size, carry, self.keeps_output,
@@ -260,8 +263,44 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             layer_buffers.look_at_times(self)
         return y
 
+    def _in_one_call_with(
+        self,
+        x: Tensor | list[Tensor],
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        carry: Tensor | None,
+        use_batch: bool,
+        updates: bool,
+        pool_size: int,
+    ) -> Tensor | None:
+        """`_in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
+        batches, skipped = self._buffers.get("num_batches_tracked"), self._buffers.get("num_batches_skipped")
+        if is_compiled() or self.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
+            return None
+        if self.domains and mean is not None and var is not None:
+            row = self.domain
+            mean, var, carry = mean[row], var[row], None if carry is None else carry[:, row]
+            batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
+        momentum = self.momentum
+        if self.running == "cumulative":
+            momentum = None
+        elif updates and self.running == "debiased" and momentum and batches is not None:
+            momentum = debiased(momentum, int(batches) + 1)
+        y = ops.in_one_call(
+            x, residual, weight, bias, mean, var, batches, momentum, self.eps, self.activation, self.negative_slope,
+            use_batch, updates, pool_size, carry, self.keeps_output, self.running_var_kind == "unbiased", skipped,
+        )  # fmt: skip
+        if updates and y is not None:
+            layer_buffers.look_at_times(self)
+        return y
+
     def _in_two_calls(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The same through Python, or None for a recorder, for vmap and for a layer without the statistics it needs."""
+        if self._estimates:
+            return None
         use_batch, updates, how = self.normalizes_by_batch, self.updates_statistics, way(x)
         mean, var, fusion = self.running_mean, self.running_var, self._fusion(residual)
         lacks_statistics = not use_batch and (mean is None or var is None)
@@ -437,7 +476,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
     def _in_one_node(self, x: Tensor, fusion: Fusion) -> Tensor | None:
         """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
         use_batch, updates = self.normalizes_by_batch, self.updates_statistics
-        if self._call_size != 0 or (updates and (self.momentum is None or not use_batch)):
+        if self._call_size != 0 or self._estimates or (updates and (self.momentum is None or not use_batch)):
             return None
         if updates and self.num_batches_tracked is not None:
             ops.count_one(self.num_batches_tracked, x)

@@ -19,9 +19,10 @@ from batchnorm.ops.schemas import carry_dtype
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm
 
-FLAGS = ("_call_size", "_is_special")
+FLAGS = ("_call_size", "_is_special", "_estimates")
 HANDED_IN = ("_source", "_accumulator", "_padding")
 """Attributes by which the package itself puts another source, population or mask into a layer for a time."""
+_ESTIMATES = ("running", "running_var_kind", "nonfinite", "domains")
 _STATISTICS = (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0))
 
 
@@ -101,13 +102,17 @@ def warn_of_overflow(layer: BatchNorm) -> None:
 
 
 def set_flags(layer: BatchNorm) -> None:
-    """Sets ``_call_size`` and ``_is_special`` from the options."""
+    """Sets ``_call_size``, ``_is_special`` and ``_estimates`` from the options."""
     handed = any(layer.__dict__.get(name) is not None for name in HANDED_IN)
-    changed = [option for option in options.changed(layer) if not option.in_one_call]
+    every = options.changed(layer)
+    changed = [option for option in every if not option.in_one_call]
+    if layer.__dict__.get("nonfinite") == "skip":
+        changed = [option for option in changed if option.name != "nonfinite"]
     is_special = handed or any(not option.parts and not option.belongs for option in changed)
     ghosts_alone = all(option.name == "ghost_size" for option in changed) and not layer.channels_last
     own = layer.__dict__
     own["_is_special"] = is_special
+    own["_estimates"] = any(option.name in _ESTIMATES for option in every)
     own["_call_size"] = own.get("ghost_size", 0) if ghosts_alone and not is_special else None
 
 

@@ -104,8 +104,8 @@ TABLE = (
     Option("source", "auto", "source", SOURCES, **_CALL, **_STEP, **_SAMPLE),
     Option("update", "auto", "population", UPDATES, **_CALL, **_STEP, **_SAMPLE),
     Option("trains_affine", True, "training", (True, False), argument=None, **_STEP),
-    Option("running", "ema", "population", ESTIMATORS, **_STEP),
-    Option("running_var_kind", "unbiased", "population", VARIANCES, argument="running_var", **_STEP),
+    Option("running", "ema", "population", ESTIMATORS, **_CALL, **_STEP),
+    Option("running_var_kind", "unbiased", "population", VARIANCES, argument="running_var", **_CALL, **_STEP),
     Option("nonfinite", "propagate", "population", NONFINITE, **_STEP),
     Option("renorm", None, "source", problem=_renorm, walked=False),
     Option("example_weight", 0.0, "source", problem=_share, affine=False),
@@ -116,7 +116,7 @@ TABLE = (
     Option("ghost_update", "merge", "population", ("merge", "decay"), belongs=True, **_SAMPLE),
     Option("channel_groups", 0, "pool", problem=_number, **_PARTS, **_SAMPLE),
     Option("process_group", None, "pool", problem=_group, parts=True, **_STEP),
-    Option("domains", 0, "population", problem=_number, affine=False, rows=True, **_PARTS, **_STEP),
+    Option("domains", 0, "population", problem=_number, affine=False, rows=True, **_CALL, **_PARTS, **_STEP),
     Option("affine_by", "shared", "fusion", AFFINES, belongs=True, rows=True, **_STEP),
 )
 BY_NAME = {option.name: option for option in TABLE}

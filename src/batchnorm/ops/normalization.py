@@ -52,11 +52,14 @@ def in_one_call(
     pool_size: int = 0,
     carry: Tensor | None = None,
     keep: bool = False,
+    unbiased: bool = True,
+    skipped: Tensor | None = None,
 ) -> Tensor | None:
     """A plain eager call on the CPU as one call of C++: y, or None, with nothing done, where this is no such call.
 
     x may be parts along the channels. ``keep`` says that the output is kept for the backward, also in
-    `recompute_outputs`.
+    `recompute_outputs`; ``unbiased``, which variance the running one takes in; ``skipped`` counts the batches that are
+    refused because they are not finite (None: none are).
 
     C++ raises no errors about its arguments: it returns None, and the way through Python raises them. If this torch has
     no such function in C++, torch's own operator takes small calls.
@@ -64,7 +67,7 @@ def in_one_call(
     if is_compiled():
         return None
     if cpu.call is None:
-        if pool_size or isinstance(x, list) or not x.numel() < cpu.torch_below:
+        if pool_size or isinstance(x, list) or skipped is not None or not (unbiased and x.numel() < cpu.torch_below):
             return None
         return by_torch(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
@@ -75,7 +78,7 @@ def in_one_call(
         return None
     y: Tensor | None = cpu.call(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, carry, momentum, eps, kind, slope,
-        use_batch, update, pool_size, keep,
+        use_batch, update, pool_size, keep, unbiased, skipped,
     )  # fmt: skip
     return y
 
