@@ -93,7 +93,7 @@ def test_a_bad_batch(running: str, kind: str, nonfinite: str, bad: float):
 
 
 def test_what_overflows_the_buffer_is_not_finite():
-    layer = bn.BatchNorm1d(2, nonfinite="skip_channel").half()
+    layer = bn.BatchNorm1d(2, nonfinite="skip_channel", dtype=torch.float16)
     x = torch.tensor([[3e4, 1.0], [-3e4, 2.0]], dtype=torch.float16)
     layer(x)
     assert layer.num_batches_skipped.tolist() == [1, 0]
