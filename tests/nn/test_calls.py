@@ -330,7 +330,8 @@ def test_by_torch_it_is_what_torch_computes(activation: str | None, training: bo
             layer.to(dtype)
             for k, parameter in enumerate(layer.parameters()):
                 nn.init.normal_(parameter, 1.0 - k, generator=torch.Generator().manual_seed(k))
-        theirs.running_mean, theirs.running_var = ours.running_mean.clone(), ours.running_var.clone()
+        for name in ("running_mean", "running_var"):  # ours stay float32 by themselves
+            setattr(ours, name, getattr(ours, name).to(dtype))
         if dtype == torch.bfloat16:  # whose running statistics the layer's own operator updates, with their carry
             ours.update = "never"
         x = [normal(4, 5, 3, 3, dtype=dtype).requires_grad_() for _ in range(2)]
