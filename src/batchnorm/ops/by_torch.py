@@ -16,6 +16,7 @@ from batchnorm.ops.schemas import ACTIVATIONS
 
 _C = torch._C
 _TENSORS = (Tensor, torch.nn.Parameter)
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def by_torch(
@@ -65,6 +66,8 @@ def by_torch(
         momentum = 1.0 / (int(num_batches_tracked) + 1)
     elif not math.isfinite(momentum):
         return None
+    if running_mean is not None and running_mean.dtype is torch.float32:  # torch wants all four vectors alike
+        weight, bias = (t.float() if t is not None and t.dtype in _NARROW else t for t in (weight, bias))
     try:
         y = torch.batch_norm(x, weight, bias, running_mean, running_var, use_batch, momentum or 0.0, eps, False)
     except RuntimeError:
