@@ -1,6 +1,7 @@
 """Plain eager calls by torch's own operator, where ours would cost more: without `_autograd`, or without C++ at all.
 
-What such a call costs is then that of torch.nn's layers, and its bits are those of torch.
+What such a call costs is then that of torch.nn's layers, and its bits are those of torch: running statistics keep no
+carry of what rounding left, since the few operations that this takes would cost more than the call.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ def by_torch(
     slope: float,
     use_batch: bool,
     update: bool,
-    carry: Tensor | None = None,
 ) -> Tensor | None:
     """activation(BN(x) + residual), with the running statistics updated; None, with nothing done, for any other call.
 
@@ -55,11 +55,8 @@ def by_torch(
             running_mean, running_var = running_mean.clone(), running_var.clone()
     elif not update:
         running_mean = running_var = None
-    elif carry is not None:
-        return _by_torch_with_carry(
-            x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-            carry,
-        )  # fmt: skip
+    elif running_mean is not None and running_mean.dtype in (torch.bfloat16, torch.float16):
+        return None  # which would stick without a carry
     elif momentum is None:
         if num_batches_tracked is None:
             return None
@@ -79,40 +76,6 @@ def by_torch(
     if activation == "relu":
         return y.relu_()
     return y if activation is None else aten.activate(y, activation, slope)
-
-
-def _by_torch_with_carry(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    carry: Tensor,
-) -> Tensor | None:
-    """`by_torch` where running statistics keep what rounding left: torch measures, and the operator mixes.
-
-    torch's operator writes the batch's statistics into empty buffers with momentum 1, its variance unbiased. 16-bit
-    buffers would round them.
-    """
-    if running_mean is None or running_mean.dtype in (torch.bfloat16, torch.float16):
-        return None
-    if momentum is None and num_batches_tracked is None:
-        return None
-    mean, var = torch.empty_like(running_mean).zero_(), torch.empty_like(running_mean).zero_()
-    y = by_torch(x, residual, weight, bias, mean, var, None, 1.0, eps, activation, slope, True, True)
-    if y is not None:
-        count = x.numel() // x.shape[1]
-        torch.ops.batchnorm.update_statistics.default(
-            running_mean, running_var, num_batches_tracked, mean.double()[None], var.double()[None], count, count,
-            momentum, False, carry,
-        )  # fmt: skip
-    return y
 
 
 def _is_watched() -> bool:

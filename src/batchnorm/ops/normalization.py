@@ -71,7 +71,7 @@ def in_one_call(
             return None
         return by_torch(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
-            use_batch, update, carry,
+            use_batch, update,
         )  # fmt: skip
     kind = _KINDS.get(activation)
     if kind is None:
