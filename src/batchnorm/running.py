@@ -114,9 +114,9 @@ class Population:
             mean, var = mean[self.domain], var[self.domain]
             batches = None if batches is None else batches[self.domain]
         if steps:
-            row = torch.arange(first, first + steps, device=mean.device).clamp(max=len(mean) - 1)
+            row = torch.arange(first, first + steps, device=mean.device).clamp(0, len(mean) - 1)
             if batches is not None:
-                row = row.minimum((batches > 0).sum() - 1).clamp(min=0)
+                row = row.minimum((batches > 0).sum() - 1).clamp(0, len(mean) - 1)
             mean, var = mean[row], var[row]
         return mean, var
 

@@ -76,7 +76,7 @@ def by_step(
     for parameter, apply in ((fusion.weight, torch.mul), (fusion.bias, torch.add)):
         if parameter is None:
             continue
-        row = torch.arange(batch.first, batch.first + batch.steps, device=x.device).clamp(max=len(parameter) - 1)
+        row = torch.arange(batch.first, batch.first + batch.steps, device=x.device).clamp(0, len(parameter) - 1)
         row = row if last is None else row.minimum(last)
         y = apply(y, parameter.to(wide)[row][:, None])
     y = y.flatten(0, 1)
@@ -248,9 +248,9 @@ class Weighed(NamedTuple):
 
         wide = x.to(dtype)
         if space:
-            # Two operators of the Core ATen set, which tools of deployment read; var_mean is none.
-            example_var = torch.var(wide, space, correction=0, keepdim=True)
+            # In operators that every tool of deployment has: some lack var_mean, or var's correction.
             example_mean = torch.mean(wide, space, keepdim=True)
+            example_var = torch.mean((wide - example_mean).square(), space, keepdim=True)
         else:
             example_var, example_mean = torch.zeros_like(wide), wide
         mean, var = mix(along(self.mean), along(self.var), example_mean, example_var, self.share)

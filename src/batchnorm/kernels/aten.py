@@ -70,7 +70,8 @@ def batch_statistics(x: Tensor, pools: Pools) -> tuple[Tensor, Tensor]:
 def standardized(x: Tensor, mean: Tensor, var: Tensor, eps: float, pools: Pools) -> tuple[Tensor, Tensor]:
     """xhat = (x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps), in the compute dtype."""
     dtype = compute_dtype(x.dtype)
-    inv_std = torch.rsqrt(var.to(pools.wide) + eps)
+    wide = dtype if torch.compiler.is_exporting() else pools.wide  # some tools have no roots in float64
+    inv_std = torch.rsqrt(var.to(wide) + eps)
     scale = pools.expand(inv_std, dtype)
     return (pools.clean(x).to(dtype) - pools.expand(mean, dtype)) * scale, scale
 

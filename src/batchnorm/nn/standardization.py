@@ -253,7 +253,7 @@ def _affine(x: Tensor, axis: int, map_: Callable[[Tensor, Callable[[Tensor], Ten
 def _scale(mean: Tensor, var: Tensor) -> Tensor:
     """The standard deviation, and 1 for features that are constant up to float64's rounding."""
     std = var.sqrt()
-    return torch.where(std > 8 * torch.finfo(torch.float64).eps * mean.abs(), std, 1.0)
+    return torch.where(std > 8 * torch.finfo(torch.float64).eps * mean.abs(), std, torch.ones_like(std))
 
 
 def _finite_moments(x: Tensor, axis: int, called: str, skip: bool = False) -> Moments:
