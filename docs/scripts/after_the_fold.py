@@ -12,6 +12,7 @@ import argparse
 import copy
 import datetime
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -190,7 +191,7 @@ def render(results: dict[str, dict[str, dict[str, Any]]], versions: dict[str, st
         for tool in shown:
             found = row.get(tool, {"failed": "not run"})
             if "failed" in found:
-                text = f"{tool}: {found['failed']}"
+                text = f"{tool}: " + re.sub(r"/[^\s:]*/(?=[^/\s:]+:)", "", found["failed"])  # no path of this machine
                 if text not in notes:
                     notes.append(text)
                 cells.append(f"no ({notes.index(text) + 1})")
