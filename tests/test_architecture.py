@@ -25,6 +25,7 @@ ARROW = (
 LEVELS = {part: level for level, group in enumerate(reversed(ARROW.split(" > "))) for part in re.findall(r"\w+", group)}
 BASE = {
     "errors": set(),
+    "memory": set(),
     "moments": {"errors"},
     "pools": {"errors", "moments"},
     "progress": set(),

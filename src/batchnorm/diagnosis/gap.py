@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.diagnosis.findings import Finding, LayerGap, Statistics, compare, findings
-from batchnorm.diagnosis.readings import REFERENCE, Buffers, Outcome, Readings, checked, untouched
+from batchnorm.diagnosis.readings import REFERENCE, Outcome, Readings, checked, untouched
 from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import InputError
+from batchnorm.memory import Buffers
 from batchnorm.ops.context import eager
 from batchnorm.population.calibration import calibrate
 from batchnorm.population.feeding import Lengths, feed, progress_bar, with_lengths
@@ -218,7 +219,7 @@ def _states(
         calibrate(net, batches, forward=run, progress=progress)
     exact = _statistics(kept)
     for buffers in own:
-        buffers.load()
+        buffers.restore()
     return {**states, "calibrated": Buffers(net)}, before, exact
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import functional
 from batchnorm.batch import Batch
 from batchnorm.errors import BatchNormError, InputError
+from batchnorm.memory import Attributes, Buffers, kept
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import BatchNorm as Ours
 from batchnorm.pools import Pool
@@ -98,32 +99,8 @@ class Received:
 @contextlib.contextmanager
 def untouched(net: nn.Module) -> Iterator[None]:
     """All buffers, modes and random states afterwards as before."""
-    before, modes = Buffers(net), [(module, module.training) for module in net.modules()]
-    try:
-        with torch.no_grad(), random_state_kept(net):
-            yield
-    finally:
-        before.load()
-        for module, training in modes:
-            module.training = training
-
-
-class Buffers:
-    """The values of all buffers of a network at one time."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._held = [
-            (module._buffers, name, buffer, buffer.detach().clone())
-            for module in net.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    @torch.no_grad()
-    def load(self) -> None:
-        for place, name, buffer, value in self._held:
-            buffer.copy_(value)
-            place[name] = buffer
+    with kept(Buffers(net), Attributes(net.modules(), "training")), torch.no_grad(), random_state_kept(net):
+        yield
 
 
 class Readings:
@@ -153,7 +130,7 @@ class Readings:
     def read(self, batch: Any) -> None:
         """All modes on one batch."""
         reference = self.by_batch(batch, self._batchwise)
-        self._states["evaluation"].load()
+        self._states["evaluation"].restore()
         self._net.train()
         for received in self.received.values():
             received.calls = 0
@@ -162,10 +139,10 @@ class Readings:
         outputs = {"training": training, REFERENCE: reference}
         self._net.eval()
         for mode, state in self._states.items():
-            state.load()
+            state.restore()
             with self._watched(self._in_evaluation) if mode == "evaluation" else contextlib.nullcontext():
                 outputs[mode] = self._run(batch, "evaluation")
-        self._states["evaluation"].load()
+        self._states["evaluation"].restore()
         for mode, output in outputs.items():
             self._tallies[mode].add(output, reference, batch, self._loss)
 

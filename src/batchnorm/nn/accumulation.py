@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from batchnorm.batch import Batch
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
+from batchnorm.memory import Attributes, kept
 from batchnorm.moments import Moments
 from batchnorm.nn import modes, options
 from batchnorm.ops.fusion import Fusion
@@ -121,13 +122,10 @@ class _Passes:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """The layers normalize by the given statistics."""
-        try:
+        with kept(Attributes(self.layers.values(), "_source")):
             for name, layer in self.layers.items():
                 layer._source = _OfAll(self, name)
             yield
-        finally:
-            for layer in self.layers.values():
-                layer._source = None
 
     def statistics_of(self, name: str, x: Tensor) -> _Point:
         """The statistics for the next use of a layer in this forward, which receives x."""

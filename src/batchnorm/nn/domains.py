@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from batchnorm.errors import InputError
+from batchnorm.memory import Attributes
 from batchnorm.nn.batch_norm import BatchNorm
 
 
@@ -48,7 +49,7 @@ class use_domain:  # noqa: N801 - a function that is also a context manager
                     f"use_domain: layer {name!r} has domains 0 to {layer.domains - 1}, got {index!r}. "
                     "Nothing was changed"
                 )
-        self._before = [(layer, layer.domain) for layer in layers.values()]
+        self._before = Attributes(layers.values(), "domain")
         for layer in layers.values():
             layer.domain = index
 
@@ -56,5 +57,4 @@ class use_domain:  # noqa: N801 - a function that is also a context manager
         return None
 
     def __exit__(self, *_: Any) -> None:
-        for layer, domain in self._before:
-            layer.domain = domain
+        self._before.restore()

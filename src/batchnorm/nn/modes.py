@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm.errors import InputError
+from batchnorm.memory import Attributes, Values, kept
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign, options, saved_modes
 from batchnorm.nn.saved_modes import Memory
@@ -52,7 +53,7 @@ def set_mode(net: Net, *, source: str | None = None, update: str | None = None, 
         >>> set_mode(net, source="running", affine=False)[1].extra_repr().split(", ")[-2:]
         ["source='running'", 'trains_affine=False']
     """
-    _change(net, "set_mode", source, update, affine)
+    change(net, "set_mode", source, update, affine)
     return net
 
 
@@ -64,12 +65,8 @@ def mode(
 
     Gradients of gamma and beta that ``affine=False`` drops are not restored.
     """
-    memories = _change(net, "mode", source, update, affine)
-    try:
+    with kept(*change(net, "mode", source, update, affine)):
         yield
-    finally:
-        for layer, memory in memories:
-            restore(layer, memory)
 
 
 def no_update(net: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -97,23 +94,16 @@ def accumulate(net: nn.Module) -> Iterator[None]:
     Raises:
         InputError: no batch normalization, a layer of a class with a life of its own, or an `accumulate` in another.
     """
-    memories = _change(net, "accumulate", None, None, None)
-    layers = [layer for layer, _ in memories if layer.running_mean is not None]
-    try:
+    memories = change(net, "accumulate")
+    layers = [before.layer for before in memories if before.layer.running_mean is not None]
+    with kept(*memories, Attributes(layers, "_accumulator")):
         if any(layer._accumulator is not None for layer in layers):
             raise InputError("accumulate: the network is already accumulating; leave the outer block first")
         for layer in layers:
             assert layer.running_mean is not None
             layer._accumulator = Accumulator(layer.running_mean)
-        try:
-            yield
-            _commit(layers)
-        finally:
-            for layer in layers:
-                layer._accumulator = None
-    finally:
-        for layer, memory in memories:
-            restore(layer, memory)
+        yield
+        _commit(layers)
 
 
 @torch.no_grad()
@@ -150,7 +140,7 @@ def transaction(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         raise InputError(f"transaction: {type(net).__name__} has no batch normalization")
-    before: list[tuple[Tensor, Tensor]] = [(b, b.clone()) for layer in layers for b in layer.buffers(recurse=False)]
+    before = Values(b for layer in layers for b in layer.buffers(recurse=False))
     steps: list[bool] = []
 
     def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -158,16 +148,13 @@ def transaction(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         steps.append(found is None or not bool(found))
 
     hook = optimizer.register_step_post_hook(stepped)
-    finished = False
     try:
-        yield
-        finished = True
+        with kept(before, if_it_fails=True):
+            yield
+        if not any(steps):
+            before.restore()
     finally:
         hook.remove()
-        if not (finished and any(steps)):
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
 
 
 def restore(layer: nn.Module, memory: Memory) -> None:
@@ -218,20 +205,30 @@ def check(net: nn.Module, verb: str, source: str | None = None, update: str | No
     return layers
 
 
-def _change(
-    net: nn.Module, verb: str, source: str | None, update: str | None, affine: bool | None
-) -> list[tuple[ours.BatchNorm, Memory]]:
-    """Sets the modes of all layers, after all checks; returns what they were."""
+class Before(NamedTuple):
+    """A layer, and what it was."""
+
+    layer: ours.BatchNorm
+    memory: Memory
+
+    def restore(self) -> None:
+        restore(self.layer, self.memory)
+
+
+def change(
+    net: nn.Module, verb: str, source: str | None = None, update: str | None = None, affine: bool | None = None
+) -> list[Before]:
+    """Makes every layer one that has modes, and sets them, after all checks; returns what the layers were."""
     for name, value in (("source", source), ("update", update), ("trains_affine", affine)):
         if value is not None:
             options.check(name, value)
     layers = check(net, verb, source, update)
     flags = [saved_modes.flags(layer) for layer in layers.values()]  # before any changes: layers may share gamma
-    memories: list[tuple[ours.BatchNorm, Memory]] = []
+    memories: list[Before] = []
     for layer, before in zip(layers.values(), flags, strict=True):
         memory = adopt(layer, before)
         assert isinstance(layer, ours.BatchNorm)
-        memories.append((layer, memory))
+        memories.append(Before(layer, memory))
         if source is not None:
             layer.source = source
         if update is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError
+from batchnorm.memory import Attributes, Flags, Values, kept
 from batchnorm.nn import modes
 from batchnorm.population.calibration import calibrate
 from batchnorm.population.feeding import Lengths, feed, sample_count, with_lengths
@@ -75,12 +76,11 @@ def adapt(
     if method == "tent" and iter(batches) is batches:
         raise InputError(f"adapt: got a one-shot {type(batches).__name__} for method='tent'; expected a list")
     layers = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    before = [(layer, _contents(layer)) for layer in layers]
     run = with_lengths(forward or feed, lengths)
-    first = [layer for layer in layers if _SOURCE not in layer.__dict__]
-    try:
-        for layer, contents in before:
-            layer.__dict__.setdefault(_SOURCE, contents)
+    tensors = [t for layer in layers for t in _contents(layer).values()]
+    with kept(Values(tensors), Attributes(layers, _SOURCE), if_it_fails=True):
+        for layer in layers:
+            layer.__dict__.setdefault(_SOURCE, {name: value.clone() for name, value in _contents(layer).items()})
             _put(layer, layer.__dict__[_SOURCE])
         if method == "tent":
             _tent(net, batches, learning_rate, run)
@@ -89,12 +89,6 @@ def adapt(
         share = 0.0 if math.isinf(prior) else seen.samples / (prior + seen.samples)
         for layer in layers:
             _mix(layer, layer.__dict__[_SOURCE], share)
-    except BaseException:
-        for layer, contents in before:
-            _put(layer, contents)
-        for layer in first:
-            layer.__dict__.pop(_SOURCE, None)
-        raise
     return net
 
 
@@ -108,7 +102,7 @@ def restore(net: Net) -> Net:
 
 def _contents(layer: nn.Module) -> dict[str, Tensor]:
     tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-    return {name: value.detach().clone() for name, value in tensors}
+    return {name: value.detach() for name, value in tensors}
 
 
 @torch.no_grad()
@@ -143,27 +137,19 @@ def _tent(net: nn.Module, batches: Iterable[Any], learning_rate: float, forward:
     affine = {id(p): p for m in net.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
     if not affine:
         raise InputError("adapt: no batch normalization has gamma or beta for method='tent' to train")
-    training = [(m, m.training) for m in net.modules()]
-    kept = [(p, p.requires_grad, p.grad) for p in net.parameters()]
-    try:
-        with modes.mode(net, source="batch", update="never"), torch.enable_grad():
-            net.eval()
-            for p, _, _ in kept:
-                p.grad = None
-                p.requires_grad_(id(p) in affine)
-            optimizer = torch.optim.Adam(affine.values(), lr=learning_rate)
-            for i, batch in enumerate(batches):
-                logits = forward(net, batch)
-                log_p = logits.log_softmax(-1)
-                entropy = -(log_p.exp() * log_p).sum(-1).mean()
-                if not torch.isfinite(entropy):
-                    raise InputError(f"adapt: the entropy of batch {i} (counted from 0) is not finite")
-                optimizer.zero_grad()
-                entropy.backward()
-                optimizer.step()
-    finally:
-        for p, requires_grad, grad in kept:
-            p.requires_grad_(requires_grad)
-            p.grad = grad
-        for module, mode in training:
-            module.training = mode
+    memories = Attributes(net.modules(), "training"), Flags(net.parameters())
+    with kept(*memories), modes.mode(net, source="batch", update="never"), torch.enable_grad():
+        net.eval()
+        for p in net.parameters():
+            p.grad = None
+            p.requires_grad_(id(p) in affine)
+        optimizer = torch.optim.Adam(affine.values(), lr=learning_rate)
+        for i, batch in enumerate(batches):
+            logits = forward(net, batch)
+            log_p = logits.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1).mean()
+            if not torch.isfinite(entropy):
+                raise InputError(f"adapt: the entropy of batch {i} (counted from 0) is not finite")
+            optimizer.zero_grad()
+            entropy.backward()
+            optimizer.step()

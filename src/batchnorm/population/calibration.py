@@ -19,6 +19,7 @@ from batchnorm.data.reading import check_batch_size
 from batchnorm.data.sources import Local, is_dataset, source_of
 from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import InputError
+from batchnorm.memory import Values, kept
 from batchnorm.nn import buffers
 from batchnorm.ops.context import eager
 from batchnorm.pools import process_group as process_group_of
@@ -267,9 +268,7 @@ def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]])
                     f"calibrate: the statistics of layer {name!r} overflow its buffers of "
                     f"{buffer.dtype}; {_advice(buffer.dtype)}"
                 )
-    changed = [buffer for layer, *_ in updates for buffer in layer.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in changed]
-    try:
+    with kept(Values(b for layer, *_ in updates for b in layer.buffers(recurse=False)), if_it_fails=True):
         for layer, _, mean, var, uses in updates:
             running_mean, running_var = buffers_of(layer)
             uses, domain = torch.as_tensor(uses), domain_of(layer)
@@ -283,7 +282,3 @@ def _commit(updates: list[tuple[_BatchNorm, str, Tensor, Tensor, int | Tensor]])
                 batches.copy_(uses.max())
             running_mean.copy_(mean)
             running_var.copy_(var)
-    except BaseException:
-        for buffer, old in zip(changed, before, strict=True):
-            buffer.copy_(old)
-        raise

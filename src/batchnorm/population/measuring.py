@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.batch import Batch
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
+from batchnorm.memory import Attributes, Memory
 from batchnorm.moments import Moments
 from batchnorm.nn import modes, saved_modes
 from batchnorm.nn.batch_norm import BatchNorm as Ours
@@ -202,9 +203,12 @@ class Measurement:
     def __init__(self, net: nn.Module, layers: dict[str, _BatchNorm], verb: str = "calibrate") -> None:
         self._layers = layers
         self._verb = verb
-        self._modes = [(module, module.training) for module in net.modules()]
+        self._net = net
         self._buffers = {name: (layer.running_mean, layer.running_var) for name, layer in layers.items()}
-        self._memories: dict[str, saved_modes.Memory] = {}
+        self._memories: list[Memory] = [
+            Attributes(net.modules(), "training"),
+            Attributes(layers.values(), "running_mean", "running_var"),
+        ]
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._estimates: dict[str, Estimate] = {}
         self._runs: dict[str, _Runs] = {}  # what is not in the estimates yet
@@ -213,13 +217,15 @@ class Measurement:
 
     def __enter__(self) -> Measurement:
         try:
-            for module, _ in self._modes:
+            for module in self._net.modules():
                 module.training = False
             for name, layer in self._layers.items():
                 if isinstance(layer, Ours) or _takes_source(layer):
-                    self._memories[name] = modes.adopt(layer, saved_modes.flags(layer))
-                assert isinstance(layer, Ours) or name not in self._memories
+                    memory = modes.adopt(layer, saved_modes.flags(layer))
+                    assert isinstance(layer, Ours)
+                    self._memories.append(modes.Before(layer, memory))
                 if _takes_source(layer) and isinstance(layer, Ours):
+                    self._memories.append(Attributes([layer], "_source"))
                     layer._source = _Measuring(self, name, layer)
                     continue
                 if isinstance(layer, Ours):  # the buffers alone are to normalize, where they can
@@ -330,12 +336,5 @@ class Measurement:
     def _restore(self) -> None:
         for handle in self._hooks.values():
             handle.remove()
-        for name, layer in self._layers.items():
-            layer.running_mean, layer.running_var = self._buffers[name]
-            if name in self._memories:
-                assert isinstance(layer, Ours)
-                layer._source = None
-                layer.__dict__.pop("_source")
-                modes.restore(layer, self._memories[name])
-        for module, training in self._modes:
-            module.training = training
+        for memory in reversed(self._memories):
+            memory.restore()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError
+from batchnorm.memory import Attributes, evaluating, kept
 from batchnorm.nn import modes
 from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.population.feeding import feed, sample_count
@@ -61,23 +62,12 @@ def tune_example_weight(
     if not weights or not all(0 <= w <= 1 for w in weights):
         raise InputError(f"tune_example_weight: got weights={list(weights)}; expected numbers in [0, 1]")
     weights = tuple(sorted({float(w) for w in weights}))
-    memories = modes._change(net, "tune_example_weight", None, None, None)
+    memories = modes.change(net, "tune_example_weight")
     layers = [layer for layer, _ in memories if layer.running_mean is not None]
-    before = [layer.example_weight for layer in layers]
-    training = [(module, module.training) for module in net.modules()]
-    try:
+    with kept(*memories, Attributes(layers, "example_weight"), if_it_fails=True), evaluating(net):
         if not layers:
             raise InputError("tune_example_weight: no layer keeps running statistics")
-        net.eval()
         curve = _curve(net, layers, validation_batches, weights, loss or _cross_entropy, forward or feed)
-    except BaseException:
-        _set(layers, before)
-        for layer, memory in memories:
-            modes.restore(layer, memory)
-        raise
-    finally:
-        for module, mode in training:
-            module.training = mode
     _set(layers, [curve.best] * len(layers))
     return curve
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+from batchnorm.memory import Memory, OptimizerState, Structure, kept
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,11 @@ class Plan:
 @contextlib.contextmanager
 def transaction(net: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
     """Undo every change of structure, attributes, flags and optimizer state if the body raises."""
-    undo = [_remember(module) for module in net.modules()]
+    memories: list[Memory] = [Structure(net.modules())]
     if optimizer is not None:
-        undo.append(_remember_optimizer(optimizer))
-    try:
+        memories.append(OptimizerState(optimizer))
+    with kept(*memories, if_it_fails=True):
         yield
-    except BaseException:
-        for restore in undo:
-            restore()
-        raise
 
 
 def references(net: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -68,40 +65,3 @@ def replace_module(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered; keys and order stay."""
     for parent, key in references(net, old):
         parent._modules[key] = new
-
-
-def _remember(module: nn.Module) -> Callable[[], None]:
-    attributes = dict(module.__dict__)
-    registries = {k: dict(v) for k, v in attributes.items() if isinstance(v, dict)}
-    kind = type(module)
-    flags = [(p, p.requires_grad, p.grad) for p in module.parameters(recurse=False)]
-
-    def restore() -> None:
-        if type(module) is not kind:
-            module.__class__ = kind
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        for key, content in registries.items():
-            registry = module.__dict__[key]
-            registry.clear()
-            registry.update(content)
-        for parameter, requires_grad, grad in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-
-    return restore
-
-
-def _remember_optimizer(optimizer: Optimizer) -> Callable[[], None]:
-    groups: list[tuple[dict[str, Any], list[Any]]] = [
-        (group, list(group["params"])) for group in optimizer.param_groups
-    ]
-    state = dict(optimizer.state)
-
-    def restore() -> None:
-        for group, params in groups:
-            group["params"][:] = params
-        optimizer.state.clear()
-        optimizer.state.update(state)
-
-    return restore

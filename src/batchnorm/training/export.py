@@ -15,8 +15,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError, MissingDependencyError, SurgeryError, WriteError
+from batchnorm.memory import evaluating
 from batchnorm.surgery.archives import quiet
-from batchnorm.training.loop import evaluating
 from batchnorm.training.results import Export
 from batchnorm.writing import write_bytes, writing
 

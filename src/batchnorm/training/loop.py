@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError
+from batchnorm.memory import evaluating
 from batchnorm.training.config import ResolvedConfig
 from batchnorm.training.datasets import Dataset
 from batchnorm.training.objectives import Classification, Regression, objective_of
@@ -245,18 +246,6 @@ def _percentiles(seen: list[Tensor]) -> list[float]:
     values = values[:: math.ceil(len(values) / MAX_PROBED)].double()
     at = torch.tensor(PERCENTILES, dtype=torch.float64, device=values.device) / 100
     return torch.quantile(values, at).tolist()
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is in the mode that it was in."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import batchnorm.training.files as files
 from batchnorm import Standardize, __version__, calibrate, convert, fold, freeze
 from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError, WriteError
+from batchnorm.memory import evaluating
 from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
 from batchnorm.training.datasets import Dataset, load_data
@@ -33,7 +34,6 @@ from batchnorm.training.loop import (
     Progress,
     batch_order,
     evaluate,
-    evaluating,
     load_checkpoint,
     make_optimizer,
     train_steps,
