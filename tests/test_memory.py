@@ -28,7 +28,7 @@ def test_after_the_body_or_only_if_it_fails(net):
     with kept(Attributes([net[1]], "eps"), if_it_fails=True):
         net[1].eps = 2.0
     assert net[1].eps == 2.0
-    with pytest.raises(Stopped), kept(Attributes([net[1]], "eps"), if_it_fails=True):
+    with pytest.raises(Stopped), kept(Attributes([net[1]], "eps"), if_it_fails=True):  # noqa: PT012
         net[1].eps = 3.0
         raise Stopped
     assert net[1].eps == 2.0

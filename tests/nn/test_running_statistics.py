@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm as bn
 from batchnorm import reference
 from batchnorm.errors import InputError
-from batchnorm.nn import batch_norm
+from batchnorm.nn import configured
 
 COMBINATIONS = list(
     product(("ema", "debiased", "cumulative"), ("unbiased", "biased"), ("propagate", "skip", "skip_channel"))
@@ -132,7 +132,7 @@ def test_compiled_and_exported(running: str, kind: str, nonfinite: str):
 
 
 def test_decay_is_one_minus_momentum(monkeypatch):
-    monkeypatch.setattr(batch_norm, "_warned", False)
+    monkeypatch.setattr(configured, "_warned", False)
     layer = bn.BatchNorm1d(3, decay=0.99)
     assert layer.momentum == 1 - 0.99
     assert layer.decay == pytest.approx(0.99)

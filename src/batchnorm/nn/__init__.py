@@ -1,5 +1,6 @@
 """Layers: drop-ins for torch.nn's, with explicit modes and fusions."""
 
+from batchnorm.nn import plain as plain
 from batchnorm.nn.batch_norm import BatchNorm as BatchNorm
 from batchnorm.nn.batch_norm import BatchNorm1d as BatchNorm1d
 from batchnorm.nn.batch_norm import BatchNorm2d as BatchNorm2d

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import warnings
 from typing import Any
 
 import torch
@@ -13,193 +10,25 @@ from torch import Tensor, fx, nn
 
 from batchnorm import functional
 from batchnorm.batch import Batch, batch_of
-from batchnorm.errors import InputError, SurgeryError
+from batchnorm.errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.nn import buffers as layer_buffers
-from batchnorm.nn import options, outside, saved_modes
+from batchnorm.nn.configured import ConfiguredLayer
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
-from batchnorm.nn.options import DEFAULTS
-from batchnorm.nn.outside import Swappable
-from batchnorm.ops import normalization as ops
-from batchnorm.ops.context import Way, is_compiled, is_mapped, is_recomputing, is_recorded, is_traced_by_jit, way
+from batchnorm.nn.short_calls import in_one_call, in_one_node, in_two_calls
+from batchnorm.ops.context import is_recorded, is_traced_by_jit
 from batchnorm.ops.fusion import Fusion
-from batchnorm.ops.schemas import carry_dtype
 from batchnorm.pools import Pool, is_alone
-from batchnorm.running import Accumulator, Estimator, Population, debiased
-from batchnorm.sources import Given, OfBatch, Renorm, Renormalized, Source, Weighed, by_step, measure, of_one_step
+from batchnorm.running import Estimator, Population
+from batchnorm.sources import Given, OfBatch, Renormalized, Source, Weighed, by_step, measure, of_one_step
 
 
-class _Default(float):
-    """A default that can be told from the same number given by hand."""
-
-
-_MOMENTUM = _Default(0.1)
-_warned = False
-
-
-class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
+class BatchNorm(ConfiguredLayer):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share; see there for options and shapes.
 
     ``forward`` makes a `Batch` of its input, and answers the three questions in turn: which values share statistics
     (`Pool`), which statistics normalize (`Source`), and how the population takes in the batch's (`Population`).
     """
-
-    activation: str | None
-    negative_slope: float
-    source: str
-    update: str
-    trains_affine: bool
-    running: str
-    running_var_kind: str
-    nonfinite: str
-    renorm: Renorm | None
-    example_weight: float
-    pool: str | None
-    batch_first: bool
-    max_steps: int
-    ghost_size: int
-    ghost_update: str
-    channel_groups: int
-    process_group: Any
-    domains: int
-    affine_by: str
-    domain: int = 0
-    reads_sizes: bool = False  # whether forward takes frames and the sizes of steps, and not sequences
-    keeps_output: bool = False  # whether the output is kept for the backward in `recompute_outputs`, too
-    label: str = ""  # the layer's name in its network, for errors of synchronization
-    num_batches_skipped: Tensor
-    renorm_r: Tensor
-    renorm_d: Tensor
-    running_carry: Tensor | None = None  # what rounding left of the running statistics; see `buffers.carry`
-    _source: Source | None = None  # normalizes in place of the layer's own, which then takes in nothing
-    _accumulator: Accumulator | None = None  # takes in statistics in place of the buffers
-    _padding: Any = None  # tells the valid frames of an input that comes without them; see `padding.mask_padding`
-    _call_size: int | None = None  # samples of a pool in the C++ call on the input itself; None: there is none
-    _estimates: bool = False  # whether the running statistics are other than torch's
-    _is_special: bool = True  # whether that call cannot compute the layer whatever its pools are
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = _MOMENTUM,
-        affine: bool | str = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-        source: str = "auto",
-        update: str = "auto",
-        decay: float | None = None,
-        running: str = "ema",
-        running_var: str = "unbiased",
-        nonfinite: str = "propagate",
-        renorm: Renorm | None = None,
-        example_weight: float = 0.0,
-        pool: str | None = None,
-        batch_first: bool = True,
-        max_steps: int = 0,
-        ghost_size: int = 0,
-        ghost_update: str = "merge",
-        channel_groups: int = 0,
-        process_group: Any = None,
-        domains: int = 0,
-        affine_by: str = "shared",
-    ) -> None:
-        if isinstance(affine, str):
-            affine_by = _agreed(affine, affine_by)
-            affine = True
-        given = dict(locals())  # by the names of the arguments
-        values = {**DEFAULTS, **{name: given[argument] for argument, name in options.ATTRIBUTES.items()}}
-        momentum = _momentum(momentum, decay)
-        _check_numbers(num_features, eps, momentum)
-        for name, value in values.items():
-            options.check(name, value)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        options.check_together(values, self, momentum)
-        if affine and not bias:
-            self.register_parameter("bias", None)
-        for name, value in values.items():
-            setattr(self, name, value)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in DEFAULTS:
-            options.check(name, value)
-        super().__setattr__(name, value)
-        if name in DEFAULTS or name in layer_buffers.HANDED_IN:
-            layer_buffers.prepare(self, name)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        old = ("_special", "_pooled", "_ghosts")  # flags of pickles made before
-        super().__setstate__({**DEFAULTS, **{name: value for name, value in state.items() if name not in old}})
-        layer_buffers.set_flags(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.process_group is not None and not isinstance(self.process_group, str):
-            raise InputError(
-                f"{self._name()} cannot be pickled, because its process_group is a handle of this process; set it to "
-                "'world' or None before, or save net.state_dict()"
-            )
-        return dict(self.__dict__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy in the same process group, which is a handle and is not copied."""
-        memo[id(self.process_group)] = self.process_group
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        return twin
-
-    def train(self, mode: bool = True) -> Any:
-        """Sets the mode; warns if evaluation would use running statistics that are not finite."""
-        super().train(mode)
-        if not mode:
-            layer_buffers.warn_of_overflow(self)
-        return self
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for key, parameter in self._parameters.items():
-            if parameter is not None and self.__dict__.get("affine_by", "shared") != "shared":
-                nn.init.constant_(parameter, float(key.startswith("weight")))
-
-    def reset_running_stats(self) -> None:
-        super().reset_running_stats()
-        layer_buffers.forget_carry(self)
-        layer_buffers.forget_refusals(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What ``.to()``, ``.half()`` and their like do; running statistics that are wide stay so."""
-        with layer_buffers.wide_statistics(self):
-            return super()._apply(fn, recurse)
-
-    @property
-    def decay(self) -> float | None:
-        """1 - momentum, as Keras, Flax and ONNX call it; None where the average is cumulative."""
-        return None if self.momentum is None else 1 - self.momentum
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether the channels are the last axis of the input, and not the second."""
-        return self.__dict__.get("pool") is not None
-
-    @property
-    def normalizes_by_batch(self) -> bool:
-        """Whether the batch's statistics normalize, or else the running ones."""
-        if self.source == "auto":
-            return self.training or (self.running_mean is None and self.running_var is None)
-        return self.source == "batch"
-
-    @property
-    def updates_statistics(self) -> bool:
-        """Whether a forward changes the running statistics; not while a backward runs, which recomputes."""
-        if self.update == "auto":
-            wanted = self.training and self.track_running_stats
-        else:
-            wanted = self.update == "always" and self.running_mean is not None
-        return wanted and not is_recomputing()
 
     def forward(
         self,
@@ -214,9 +43,9 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         is_bare = mask is None and lengths is None and weights is None
         if size is not None and is_bare and isinstance(input, Tensor) and not input.is_nested:
             self._check_input_dim(input)
-            y = self._in_one_call(input, residual, size)
+            y = in_one_call(self, input, residual, size)
             if y is None and not size:
-                y = self._in_two_calls(input, residual)
+                y = in_two_calls(self, input, residual)
             if y is not None:
                 return y
             return self._normalize(Batch(input, residual))  # type: ignore[no-any-return]
@@ -226,7 +55,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
                 return recorded
         batch = self._batch(input, residual, mask, lengths, weights)
         if not self._is_special and self._is_whole(batch) and isinstance(batch.x, Tensor):
-            y = self._in_one_call(batch.x, batch.residual, 0)
+            y = in_one_call(self, batch.x, batch.residual, 0)
             if y is not None:
                 return batch.restore(y)  # type: ignore[no-any-return]
         return self._normalize(batch)  # type: ignore[no-any-return]
@@ -235,85 +64,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         """`forward` of `torch.cat(parts, 1)`, which is not made; None, with nothing done, if it cannot do without."""
         if self._call_size != 0 or type(self).forward is not BatchNorm.forward:
             return None
-        return self._in_one_call(parts, None, 0)
-
-    def _in_one_call(self, x: Tensor | list[Tensor], residual: Tensor | None, pool_size: int) -> Tensor | None:
-        """`forward` in one call of C++, or None where there is none for it."""
-        if pool_size and isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != self.num_features):
-            return None
-        # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
-        # in none of them.
-        parameters, buffers = self._parameters, self._buffers
-        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        mean = var = carry = None
-        if updates and (carry := self.running_carry) is None:
-            carry = layer_buffers.carry(self)
-        if updates or not use_batch:
-            mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
-            var = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
-        if self._estimates:
-            return self._in_one_call_with(x, residual, weight, bias, mean, var, carry, use_batch, updates, pool_size)
-        y = ops.in_one_call(
-            x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), self.momentum, self.eps,
-            self.activation, self.negative_slope, use_batch, updates, pool_size, carry, self.keeps_output,
-        )  # fmt: skip
-        if updates and y is not None:
-            layer_buffers.look_at_times(self)
-        return y
-
-    def _in_one_call_with(
-        self,
-        x: Tensor | list[Tensor],
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        carry: Tensor | None,
-        use_batch: bool,
-        updates: bool,
-        pool_size: int,
-    ) -> Tensor | None:
-        """`_in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
-        batches, skipped = self._buffers.get("num_batches_tracked"), self._buffers.get("num_batches_skipped")
-        if is_compiled() or self.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
-            return None
-        if self.domains and mean is not None and var is not None:
-            row = self.domain
-            mean, var, carry = mean[row], var[row], None if carry is None else carry[:, row]
-            batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
-        momentum = self.momentum
-        if self.running == "cumulative":
-            momentum = None
-        elif updates and self.running == "debiased" and momentum and batches is not None:
-            momentum = debiased(momentum, int(batches) + 1)
-        y = ops.in_one_call(
-            x, residual, weight, bias, mean, var, batches, momentum, self.eps, self.activation, self.negative_slope,
-            use_batch, updates, pool_size, carry, self.keeps_output, self.running_var_kind == "unbiased", skipped,
-        )  # fmt: skip
-        if updates and y is not None:
-            layer_buffers.look_at_times(self)
-        return y
-
-    def _in_two_calls(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The same through Python, or None for a recorder, for vmap and for a layer without the statistics it needs."""
-        if self._estimates:
-            return None
-        use_batch, updates, how = self.normalizes_by_batch, self.updates_statistics, way(x)
-        mean, var, fusion = self.running_mean, self.running_var, self._fusion(residual)
-        lacks_statistics = not use_batch and (mean is None or var is None)
-        if lacks_statistics or how is Way.RECORDED or (how is Way.TRANSFORMED and is_mapped()):
-            return None
-        tracked = updates or not use_batch
-        functional.check(x, mean if tracked else None, var if tracked else None, fusion, use_batch, self._advice)
-        batches, carry = self._buffers.get("num_batches_tracked"), None
-        if updates and how is Way.EAGER and mean is not None:
-            carry = self.running_carry
-            if carry is None or carry.shape[1:] != mean.shape or carry.dtype is not carry_dtype(mean.dtype):
-                carry = layer_buffers.carry(self)
-        return ops.in_two_calls(x, fusion, mean, var, batches, self.momentum, use_batch, updates, carry)
+        return in_one_call(self, parts, None, 0)
 
     def _normalize(self, batch: Batch) -> Any:
         """The output that belongs to the input: the pool, the source and the population, one after the other."""
@@ -325,7 +76,7 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
             if self.pool == "frame" and not batch.steps:  # sequences of no steps
                 return batch.restore(batch.x.clone())
             self._check(batch, fusion, use_batch, updates)
-        if batch.is_plain and is_recorded(batch.x) and (y := self._in_one_node(batch.x, fusion)) is not None:
+        if batch.is_plain and is_recorded(batch.x) and (y := in_one_node(self, batch.x, fusion)) is not None:
             return batch.restore(y)
         if (use_batch or updates) and is_traced_by_jit():
             raise InputError(
@@ -458,32 +209,6 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         except ValueError as error:
             raise InputError(*error.args) from None
 
-    def _name(self) -> str:
-        return f"layer '{self.label}'" if self.label else f"{type(self).__name__}({self.num_features})"
-
-    def _lost_in_a_swap(self, caller: str) -> str | None:
-        kept = {"process_group", *(("activation", "negative_slope") if outside.GUARDED in self.__dict__ else ())}
-        lost = [o for o in options.changed(self) if o.name not in kept]
-        return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
-
-    def _lost_in_evaluation(self) -> str | None:
-        guarded = outside.GUARDED in self.__dict__
-        if self.source == "batch" or self.update == "always":
-            return f"source={self.source!r}, update={self.update!r}"
-        lost = [o for o in options.changed(self) if not o.affine or (o.name == "activation" and not guarded)]
-        return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
-
-    def _in_one_node(self, x: Tensor, fusion: Fusion) -> Tensor | None:
-        """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
-        use_batch, updates = self.normalizes_by_batch, self.updates_statistics
-        if self._call_size != 0 or self._estimates or (updates and (self.momentum is None or not use_batch)):
-            return None
-        if updates and self.num_batches_tracked is not None:
-            ops.count_one(self.num_batches_tracked, x)
-        tracked = updates or not use_batch
-        mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
-        return ops.in_one_node(x, fusion, mean, var, use_batch, 0.0 if self.momentum is None else self.momentum)
-
     @torch.no_grad()
     def input_moments(
         self,
@@ -512,66 +237,9 @@ class BatchNorm(Swappable, nn.modules.batchnorm._BatchNorm):
         missing = (0, 0, first, self.max_steps - first - kept)
         return Moments(*(F.pad(each[:kept], missing) for each in (counts[:, :1], mean, var * counts)))
 
-    # Modes in the state: in the metadata of a state_dict, so that its keys stay torch's
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None and (mode := saved_modes.save(self)):
-            metadata[prefix[:-1]]["batchnorm"] = mode
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
-        layer_buffers.fill_in(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        layer_buffers.settle(self)
-        layer_buffers.forget_carry(self)
-        saved_modes.load(self, local_metadata.get("batchnorm"))
-
-    def extra_repr(self) -> str:
-        return ", ".join([super().extra_repr(), *options.shown(self)])
-
 
 _BatchNorm = BatchNorm
 """The name of the base class in version 0.1."""
-
-
-def _agreed(affine: str, affine_by: str) -> str:
-    """``affine_by`` of a constructor's ``affine=`` that is a word."""
-    if affine_by not in ("shared", affine):
-        raise InputError(
-            f"got affine={affine!r} and affine_by={affine_by!r}, two words for one thing; give one of them"
-        )
-    return affine
-
-
-def _momentum(momentum: float | None, decay: float | None) -> float | None:
-    """The momentum of `momentum=` or `decay=`; warns once of what looks like the other convention."""
-    global _warned
-    if decay is not None:
-        if momentum is not _MOMENTUM:
-            raise InputError(f"got momentum={momentum} and decay={decay}, two names for one number; give one of them")
-        if not 0 <= decay <= 1:
-            raise InputError(f"decay must be in [0, 1], got {decay}")
-        return 1 - decay
-    if momentum is None:
-        return None
-    if 0.5 < momentum < 1 and not _warned:
-        _warned = True
-        warnings.warn(
-            f"momentum={momentum}: torch's momentum is the share of the *new* batch. If TensorFlow's convention was "
-            f"meant (the share of the old), write decay={momentum}",
-            stacklevel=3,
-        )
-    return float(momentum)
-
-
-def _check_numbers(num_features: int, eps: float, momentum: float | None) -> None:
-    if num_features < 0:
-        raise InputError(f"num_features must not be negative, got {num_features}")
-    if not math.isfinite(eps):
-        raise InputError(f"eps must be finite, got {eps}")
-    if momentum is not None and not math.isfinite(momentum):
-        raise InputError(f"momentum must be finite or None, got {momentum}")
 
 
 _DOC = """Batch normalization over {axes}, a drop-in for `torch.nn.{name}`.
@@ -670,28 +338,3 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
 
 BY_RANK: dict[int, type[BatchNorm]] = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 """The layer for so many axes of space (1 also for none)."""
-
-
-def as_torch(layer: BatchNorm) -> nn.Module:
-    """The layer of torch.nn that holds the same tensors and computes the same.
-
-    Raises:
-        SurgeryError: if the layer is more than torch's.
-    """
-    kind = next((theirs for theirs in _TORCH if isinstance(layer, theirs)), None)
-    changed = [option for option in options.changed(layer) if option.name != "negative_slope"]
-    if kind is None or changed or not is_of_this_package(type(layer)):
-        what = f"has {changed[0].spelled}={getattr(layer, changed[0].name)!r}" if changed else "is of another class"
-        raise SurgeryError(
-            f"{layer._name()} {what}, which torch.nn's layers lack; bn.revert(net) after bn.accelerate, or "
-            "bn.convert(net, to='torch'), gives torch's layers back"
-        )
-    layer_buffers.widen_parameters(layer)
-    plain = kind(layer.num_features, layer.eps, layer.momentum, device="meta")
-    names = plain.__dict__.keys() | {"affine", "track_running_stats"}
-    plain.__dict__.update({name: value for name, value in layer.__dict__.items() if name in names})
-    return plain
-
-
-_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-outside.teach_fusers(dict(zip(_TORCH, BY_RANK.values(), strict=True)), as_torch)

@@ -17,7 +17,7 @@ from batchnorm.ops.context import Way, can_read, is_compiled, way
 from batchnorm.ops.schemas import carry_dtype
 
 if TYPE_CHECKING:
-    from batchnorm.nn.batch_norm import BatchNorm
+    from batchnorm.nn.configured import ConfiguredLayer
 
 FLAGS = ("_call_size", "_is_special", "_estimates")
 HANDED_IN = ("_source", "_accumulator", "_padding")
@@ -26,7 +26,7 @@ _ESTIMATES = ("running", "running_var_kind", "nonfinite", "domains")
 _STATISTICS = (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0))
 
 
-def prepare(layer: BatchNorm, name: str) -> None:
+def prepare(layer: ConfiguredLayer, name: str) -> None:
     """Makes the buffers that an option needs, and the flags that choose the short call."""
     if name == "nonfinite":
         _count_refusals(layer)
@@ -42,7 +42,7 @@ def prepare(layer: BatchNorm, name: str) -> None:
     set_flags(layer)
 
 
-def _hook(layer: BatchNorm) -> None:
+def _hook(layer: ConfiguredLayer) -> None:
     """The hook of a layer over sequences, once."""
     own = layer.pool is not None and not layer.reads_sizes
     for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is keeps_fast_paths_away]:
@@ -51,7 +51,7 @@ def _hook(layer: BatchNorm) -> None:
         layer.register_forward_pre_hook(keeps_fast_paths_away)
 
 
-def carry(layer: BatchNorm) -> Tensor | None:
+def carry(layer: ConfiguredLayer) -> Tensor | None:
     """What rounding left of the running statistics: made when it is first needed, and anew when it no longer fits them.
 
     It is an attribute and no buffer: tools that walk the buffers of a layer of ours beside one of torch's see the same
@@ -68,12 +68,12 @@ def carry(layer: BatchNorm) -> Tensor | None:
     return kept
 
 
-def forget_carry(layer: BatchNorm) -> None:
+def forget_carry(layer: ConfiguredLayer) -> None:
     """Starts the carry anew, for running statistics that somebody else has set."""
     layer.running_carry = None
 
 
-def look_at_times(layer: BatchNorm) -> None:
+def look_at_times(layer: ConfiguredLayer) -> None:
     """`warn_of_overflow` after 1, 2, 4, 8, ... updates: looking each time would cost as much as a small layer."""
     if is_compiled():
         return
@@ -83,7 +83,7 @@ def look_at_times(layer: BatchNorm) -> None:
         warn_of_overflow(layer)
 
 
-def warn_of_overflow(layer: BatchNorm) -> None:
+def warn_of_overflow(layer: ConfiguredLayer) -> None:
     """Warns once a layer if its running statistics are not finite, which makes its output constant or NaN."""
     if is_compiled() or layer.__dict__.get("_has_warned"):
         return
@@ -101,7 +101,7 @@ def warn_of_overflow(layer: BatchNorm) -> None:
         )
 
 
-def set_flags(layer: BatchNorm) -> None:
+def set_flags(layer: ConfiguredLayer) -> None:
     """Sets ``_call_size``, ``_is_special`` and ``_estimates`` from the options."""
     handed = any(layer.__dict__.get(name) is not None for name in HANDED_IN)
     every = options.changed(layer)
@@ -143,7 +143,7 @@ def untrack(layer: Any, flag: bool) -> None:
         _count_refusals(layer)
 
 
-def _count_refusals(layer: BatchNorm) -> None:
+def _count_refusals(layer: ConfiguredLayer) -> None:
     if layer.nonfinite == "propagate":
         layer._buffers.pop("num_batches_skipped", None)
         return
@@ -155,7 +155,7 @@ def _count_refusals(layer: BatchNorm) -> None:
         layer.register_buffer("num_batches_skipped", torch.zeros(shape, dtype=torch.long, device=at))
 
 
-def forget_refusals(layer: BatchNorm) -> None:
+def forget_refusals(layer: ConfiguredLayer) -> None:
     """Starts the count of refused batches anew, for as many channels as there are."""
     skipped = layer._buffers.get("num_batches_skipped")
     if skipped is None or not layer.track_running_stats:
@@ -165,7 +165,7 @@ def forget_refusals(layer: BatchNorm) -> None:
 
 
 @contextlib.contextmanager
-def wide_statistics(layer: BatchNorm) -> Iterator[None]:
+def wide_statistics(layer: ConfiguredLayer) -> Iterator[None]:
     """Running statistics of 32 bits or more have no fewer than 32 afterwards, whatever dtype the layer is moved to.
 
     16 bits hold three digits of a mean and no variance beyond 65,504 (float16), and the kernels take float32 statistics
@@ -209,7 +209,7 @@ def _tell_that_they_stay() -> None:
         )
 
 
-def check_shapes(layer: BatchNorm) -> None:
+def check_shapes(layer: ConfiguredLayer) -> None:
     """Makes r and d anew for other channels, and raises where what the options keep does not fit the channels.
 
     Tools that prune a network cut weight, bias and running statistics to the channels that stay, and know no others.
@@ -234,7 +234,7 @@ def check_shapes(layer: BatchNorm) -> None:
         _keep_corrections(layer)
 
 
-def settle(layer: BatchNorm) -> None:
+def settle(layer: ConfiguredLayer) -> None:
     """Takes the buffers that a state does not hold to where the state's are, if the layer was on ``meta`` before."""
     mean, skipped = layer._buffers.get("running_mean"), layer._buffers.get("num_batches_skipped")
     if mean is None or mean.is_meta:
@@ -245,7 +245,7 @@ def settle(layer: BatchNorm) -> None:
         _keep_corrections(layer)
 
 
-def _keep_corrections(layer: BatchNorm) -> None:
+def _keep_corrections(layer: ConfiguredLayer) -> None:
     for name, value in (("renorm_r", torch.ones), ("renorm_d", torch.zeros)):
         if layer.renorm is None:
             layer._buffers.pop(name, None)
@@ -256,7 +256,7 @@ def _keep_corrections(layer: BatchNorm) -> None:
             layer.register_buffer(name, value(layer.num_features, dtype=dtype, device=device), persistent=False)
 
 
-def _shape_statistics(layer: BatchNorm, name: str) -> None:
+def _shape_statistics(layer: ConfiguredLayer, name: str) -> None:
     """Rows of running statistics for each domain and time step; rows that are added take the current domain's."""
     domains, steps = options.rows(layer.__dict__)
     shape = tuple(filter(None, (domains, steps)))
@@ -282,7 +282,7 @@ def _shape_statistics(layer: BatchNorm, name: str) -> None:
         layer.domain = 0
 
 
-def _shape_affine(layer: BatchNorm, name: str) -> None:
+def _shape_affine(layer: ConfiguredLayer, name: str) -> None:
     """Parameters for each domain, or rows of them for each time step; new ones take the values of those in use.
 
     Those of domain 0 are ``weight`` and ``bias``, those of domain k ``weight_k`` and ``bias_k``. They are no rows of
@@ -313,14 +313,14 @@ def _shape_affine(layer: BatchNorm, name: str) -> None:
             layer.register_parameter(f"{key}_{k}", twin)
 
 
-def affine_keys(layer: BatchNorm) -> list[tuple[str, str]]:
+def affine_keys(layer: ConfiguredLayer) -> list[tuple[str, str]]:
     """The names of gamma and beta, domain by domain; only those that there are."""
     domains, _ = options.affine_rows(layer.__dict__)
     names = [("weight", "bias"), *((f"weight_{k}", f"bias_{k}") for k in range(1, domains))]
     return [pair for pair in names if pair[0] in layer._parameters or pair[1] in layer._parameters]
 
 
-def fill_in(layer: BatchNorm, state: dict[str, Any], prefix: str) -> None:
+def fill_in(layer: ConfiguredLayer, state: dict[str, Any], prefix: str) -> None:
     """Adds to a state that is loaded what torch's layers do not have: refused batches, rows of domains and steps."""
     key = prefix + "num_batches_skipped"
     if "num_batches_skipped" in layer._buffers and key not in state:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from batchnorm.nn.batch_norm import BatchNorm
+    from batchnorm.nn.configured import ConfiguredLayer
 
 MODE = {"source": "auto", "update": "auto", "trains_affine": True}
 FROZEN = "_before_freezing"
@@ -38,7 +38,7 @@ def mode(layer: nn.Module) -> dict[str, Any]:
     return {name: getattr(layer, name, default) for name, default in MODE.items()}
 
 
-def train_affine(layer: BatchNorm, trains: bool, before: dict[str, bool]) -> None:
+def train_affine(layer: ConfiguredLayer, trains: bool, before: dict[str, bool]) -> None:
     """Stops or resumes the training of gamma and beta; `before` is what their flags return to."""
     if trains and not layer.trains_affine:
         set_flags(layer, layer.__dict__.pop(FLAGS, {}))
@@ -58,7 +58,7 @@ def set_flags(layer: nn.Module, requires_grad: dict[str, bool]) -> None:
             parameter.requires_grad_(flag)
 
 
-def save(layer: BatchNorm) -> dict[str, Any]:
+def save(layer: ConfiguredLayer) -> dict[str, Any]:
     """What is not the default, as plain values."""
     now: dict[str, Any] = mode(layer)
     memory: Memory | None = layer.__dict__.get(FROZEN)
@@ -67,7 +67,7 @@ def save(layer: BatchNorm) -> dict[str, Any]:
     return {} if now == MODE else now
 
 
-def load(layer: BatchNorm, saved: dict[str, Any] | None) -> None:
+def load(layer: ConfiguredLayer, saved: dict[str, Any] | None) -> None:
     """Puts a layer in the modes that were saved with its state; where none were, or it is frozen, it keeps its own."""
     if not saved or FROZEN in layer.__dict__:
         return

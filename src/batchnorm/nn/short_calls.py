@@ -1,0 +1,111 @@
+"""Plain calls of a layer, each at once: in one call of C++, in two operators, in one node of a recorder.
+
+They give the values of `BatchNorm._normalize`, where they give any.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from batchnorm import functional
+from batchnorm.nn import buffers as layer_buffers
+from batchnorm.ops import normalization as ops
+from batchnorm.ops.context import Way, is_compiled, is_mapped, way
+from batchnorm.ops.fusion import Fusion
+from batchnorm.running import debiased
+
+if TYPE_CHECKING:
+    from batchnorm.nn.batch_norm import BatchNorm
+
+
+def in_one_call(layer: BatchNorm, x: Tensor | list[Tensor], residual: Tensor | None, pool_size: int) -> Tensor | None:
+    """`forward` in one call of C++, or None where there is none for it."""
+    if pool_size and isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != layer.num_features):
+        return None
+    # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
+    # in none of them.
+    parameters, buffers = layer._parameters, layer._buffers
+    use_batch, updates = layer.normalizes_by_batch, layer.updates_statistics
+    weight = parameters["weight"] if "weight" in parameters else layer.weight  # noqa: SIM401
+    bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
+    mean = var = carry = None
+    if updates and (carry := layer.running_carry) is None:
+        carry = layer_buffers.carry(layer)
+    if updates or not use_batch:
+        mean = buffers["running_mean"] if "running_mean" in buffers else layer.running_mean  # noqa: SIM401
+        var = buffers["running_var"] if "running_var" in buffers else layer.running_var  # noqa: SIM401
+    if layer._estimates:
+        return in_one_call_with(layer, x, residual, weight, bias, mean, var, carry, use_batch, updates, pool_size)
+    y = ops.in_one_call(
+        x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), layer.momentum, layer.eps,
+        layer.activation, layer.negative_slope, use_batch, updates, pool_size, carry, layer.keeps_output,
+    )  # fmt: skip
+    if updates and y is not None:
+        layer_buffers.look_at_times(layer)
+    return y
+
+
+def in_one_call_with(
+    layer: BatchNorm,
+    x: Tensor | list[Tensor],
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    carry: Tensor | None,
+    use_batch: bool,
+    updates: bool,
+    pool_size: int,
+) -> Tensor | None:
+    """`_in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
+    batches, skipped = layer._buffers.get("num_batches_tracked"), layer._buffers.get("num_batches_skipped")
+    if is_compiled() or layer.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
+        return None
+    if layer.domains and mean is not None and var is not None:
+        row = layer.domain
+        mean, var, carry = mean[row], var[row], None if carry is None else carry[:, row]
+        batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
+    momentum = layer.momentum
+    if layer.running == "cumulative":
+        momentum = None
+    elif updates and layer.running == "debiased" and momentum and batches is not None:
+        momentum = debiased(momentum, int(batches) + 1)
+    y = ops.in_one_call(
+        x, residual, weight, bias, mean, var, batches, momentum, layer.eps, layer.activation, layer.negative_slope,
+        use_batch, updates, pool_size, carry, layer.keeps_output, layer.running_var_kind == "unbiased", skipped,
+    )  # fmt: skip
+    if updates and y is not None:
+        layer_buffers.look_at_times(layer)
+    return y
+
+
+def in_two_calls(layer: BatchNorm, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The same through Python, or None for a recorder, for vmap and for a layer without the statistics it needs."""
+    if layer._estimates:
+        return None
+    use_batch, updates, how = layer.normalizes_by_batch, layer.updates_statistics, way(x)
+    mean, var, fusion = layer.running_mean, layer.running_var, layer._fusion(residual)
+    lacks_statistics = not use_batch and (mean is None or var is None)
+    if lacks_statistics or how is Way.RECORDED or (how is Way.TRANSFORMED and is_mapped()):
+        return None
+    tracked = updates or not use_batch
+    functional.check(x, mean if tracked else None, var if tracked else None, fusion, use_batch, layer._advice)
+    batches, carry = layer._buffers.get("num_batches_tracked"), None
+    if updates and how is Way.EAGER and mean is not None:
+        carry = layer_buffers.carry(layer)
+    return ops.in_two_calls(x, fusion, mean, var, batches, layer.momentum, use_batch, updates, carry)
+
+
+def in_one_node(layer: BatchNorm, x: Tensor, fusion: Fusion) -> Tensor | None:
+    """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
+    use_batch, updates = layer.normalizes_by_batch, layer.updates_statistics
+    if layer._call_size != 0 or layer._estimates or (updates and (layer.momentum is None or not use_batch)):
+        return None
+    if updates and layer.num_batches_tracked is not None:
+        ops.count_one(layer.num_batches_tracked, x)
+    tracked = updates or not use_batch
+    mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
+    return ops.in_one_node(x, fusion, mean, var, use_batch, 0.0 if layer.momentum is None else layer.momentum)
