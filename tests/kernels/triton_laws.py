@@ -477,7 +477,7 @@ class TritonLaws:
         calls: list[str] = []
 
         def recorded(name: str, function: Any) -> Any:
-            return lambda *args: calls.append(name) or function(*args)
+            return lambda *args, **settings: calls.append(name) or function(*args, **settings)
 
         names = [
             "forward", "normalize", "backward", "update_statistics", "count_moments", "normalize_merged",

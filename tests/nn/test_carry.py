@@ -281,3 +281,26 @@ def test_buffers_that_another_rank_broadcasts():
         first(x), second(x + torch.randn(8, 1))
     assert abs(first.eval()(x)[0].item()) < 1e-3
     torch.testing.assert_close(second.running_mean, first.running_mean, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.01, "ghost_size": 2}, {"domains": 2}, {"nonfinite": "skip"}])
+def test_a_run_that_goes_on_from_its_state_has_the_bits_of_one_that_was_not_stopped(options, tmp_path):
+    net, data = nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, **options)), torch.randn(30, 4, 3) + 100
+    for x in data[:15]:
+        net(x)
+    torch.save(net.state_dict(), tmp_path / "state.pt")
+    other = nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, **options))
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert other[1].running_carry is not net[1].running_carry
+    for x in data[15:]:
+        assert torch.equal(net(x), other(x))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), other.buffers(), strict=True))
+    assert torch.equal(net[1].running_carry, other[1].running_carry)
+
+
+def test_a_carry_of_other_statistics_is_not_taken_over():
+    trained = bn.BatchNorm1d(3)
+    trained(torch.randn(4, 3))
+    for layer in (bn.BatchNorm1d(3).double(), bn.BatchNorm1d(3, domains=2)):
+        layer.load_state_dict(trained.state_dict())
+        assert layer.running_carry is None

@@ -83,6 +83,16 @@ def look_at_times(layer: ConfiguredLayer) -> None:
         warn_of_overflow(layer)
 
 
+def load_carry(layer: ConfiguredLayer, saved: Any) -> None:
+    """Takes over the carry of a state, where it fits the layer's running statistics; else starts anew."""
+    forget_carry(layer)
+    if isinstance(saved, Tensor) and not saved.is_meta and (own := carry(layer)) is not None:
+        if saved.shape == own.shape and saved.dtype == own.dtype:
+            own.copy_(saved)
+        else:
+            forget_carry(layer)
+
+
 def warn_of_overflow(layer: ConfiguredLayer) -> None:
     """Warns once a layer if its running statistics are not finite, which makes its output constant or NaN."""
     if is_compiled() or layer.__dict__.get("_has_warned"):

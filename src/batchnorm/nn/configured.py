@@ -202,19 +202,23 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
         lost = [o for o in options.changed(self) if not o.affine or (o.name == "activation" and not guarded)]
         return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
 
-    # Modes in the state: in the metadata of a state_dict, so that its keys stay torch's
+    # Modes and the carry in the state: in the metadata of a state_dict, so that its keys stay torch's
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
-        if metadata is not None and (mode := saved_modes.save(self)):
+        if metadata is None:
+            return
+        if mode := saved_modes.save(self):
             metadata[prefix[:-1]]["batchnorm"] = mode
+        if self.running_carry is not None:  # with it a run that goes on has the bits of one that was not stopped
+            metadata[prefix[:-1]]["batchnorm_carry"] = self.running_carry
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
         layer_buffers.fill_in(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         layer_buffers.settle(self)
-        layer_buffers.forget_carry(self)
+        layer_buffers.load_carry(self, local_metadata.get("batchnorm_carry"))
         saved_modes.load(self, local_metadata.get("batchnorm"))
 
     def extra_repr(self) -> str:
