@@ -223,7 +223,11 @@ def joined(device: str, synchronized: bool, timeout: float) -> Iterator[Ranks]:
     if own:
         backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+            limit = datetime.timedelta(seconds=timeout)
+            store, rank, size = next(dist.distributed_c10d.rendezvous("env://", timeout=limit))
+            # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
+            store = dist.distributed_c10d.PrefixStore(f"restart_{restarts()}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SynchronizationError(
