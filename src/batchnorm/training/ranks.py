@@ -224,7 +224,7 @@ def joined(device: str, synchronized: bool, timeout: float) -> Iterator[Ranks]:
         backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
         try:
             limit = datetime.timedelta(seconds=timeout)
-            store, rank, size = next(dist.distributed_c10d.rendezvous("env://", timeout=limit))
+            store, rank, size = next(dist.distributed_c10d.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
             # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
             store = dist.distributed_c10d.PrefixStore(f"restart_{restarts()}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
