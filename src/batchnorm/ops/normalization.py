@@ -96,7 +96,7 @@ def in_one_node(
         x = _checked_when_run(x)
     weight, bias = fusion.weight, fusion.bias
     if running_mean is not None and running_mean.dtype is torch.float32:  # torch wants all four vectors alike
-        weight, bias = (t.float() if t is not None and t.dtype in _NARROW else t for t in (weight, bias))
+        weight, bias = (t.float() if isinstance(t, Tensor) and t.dtype in _NARROW else t for t in (weight, bias))
     y = F.batch_norm(x, running_mean, running_var, weight, bias, use_batch, momentum, fusion.eps)
     return finish(y, fusion)
 
