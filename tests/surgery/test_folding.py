@@ -541,3 +541,20 @@ def test_networks_that_need_their_own_hooks_fold():
     result = fold(net, x)
     assert [item.into for item in result.certificate.folded] == ["layers.0"]
     torch.testing.assert_close(result.model(x), net(x))
+
+
+def test_tensors_that_a_forward_makes_of_numbers_are_no_obstacle():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            if x.shape[-1] > 2:  # so that the trace needs the example
+                x = x * torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
+            return self.norm(self.conv(x))
+
+    net, x = randomize(Scaled()).eval(), torch.randn(2, 3, 4, 4)
+    result = fold(net, x)
+    assert [item.into for item in result.certificate.folded] == ["conv"]
+    torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)

@@ -106,6 +106,14 @@ def test_what_computes_something_else_is_told():
         bn.fold(nn.Sequential(nn.Conv2d(3, 4, 1), Doubled(4)).eval(), torch.randn(2, 3, 4, 4))
 
 
+@pytest.mark.parametrize("verb", [bn.freeze, bn.convert, lambda net: bn.accelerate(net, torch.randn(2, 3, 4, 4))])
+def test_verbs_for_layers_that_train_say_what_is_there(verb):
+    with pytest.raises(
+        SurgeryError, match="no batch normalization but 1 layers whose class is frozen, such as '1', a Fr"
+    ):
+        verb(nn.Sequential(nn.Conv2d(3, 4, 1), FrozenAct(4)))
+
+
 def test_nothing_is_inserted_before_it():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenAct(4), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     bn.insert(net, torch.randn(2, 3, 6, 6))

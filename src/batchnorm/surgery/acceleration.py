@@ -23,6 +23,7 @@ from batchnorm.surgery.capture import capture
 from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, random_state_kept, run_example
 from batchnorm.surgery.conversion import REPORT, Absorbed, becoming, our_class, refusal, replacing
 from batchnorm.surgery.flow import DataFlow, operation
+from batchnorm.surgery.frozen import told_of_frozen
 from batchnorm.surgery.layers import AddActivation
 from batchnorm.surgery.modules import is_leaf, is_plain, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, references
@@ -128,7 +129,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
     given = Example.of(example)
     layers = {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
     if not layers:
-        raise SurgeryError("accelerate: the network has no batch normalization")
+        raise SurgeryError("accelerate: the network has no batch normalization" + told_of_frozen(net))
     inside = _inside(net, layers, given)
     own = {name: found for name, found in inside.items() if not isinstance(found, str)}
     refused = {

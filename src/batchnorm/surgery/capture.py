@@ -30,7 +30,16 @@ from batchnorm.surgery.comparison import (
     run_example,
     tensors_of,
 )
-from batchnorm.surgery.flow import EXPORTED, ROOT, SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, observed, operation
+from batchnorm.surgery.flow import (
+    EXPORTED,
+    ROOT,
+    SHAPE_ATTRIBUTES,
+    SHAPE_READERS,
+    DataFlow,
+    attribute,
+    observed,
+    operation,
+)
 from batchnorm.surgery.modules import is_compiled, is_leaf, is_plain, original
 from batchnorm.surgery.rounding import attempt as run_or_none
 
@@ -230,13 +239,27 @@ class _Known(fx.Proxy):
         return len(self.tracer.values[self.node])
 
 
+class _Values(dict[fx.Node, Any]):
+    """The values of nodes; those of tensors that a forward makes of Python numbers are attributes of the root."""
+
+    def __init__(self, tracer: fx.Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __missing__(self, node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            raise KeyError(node)
+        self[node] = attribute(self.tracer.root, str(node.target))
+        return self[node]
+
+
 class ExampleTracer(_Tracer):
     """Computes every value on the example while it traces, and takes the way that its shapes, not its data, decide."""
 
     def __init__(self, net: nn.Module, hooked: set[int], inputs: list[Any]) -> None:
         super().__init__(net, hooked)
         self.inputs = iter(inputs)
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = _Values(self)
         self.computing = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -21,6 +21,7 @@ from batchnorm.surgery import sample_fit
 from batchnorm.surgery.activations import is_computed_by
 from batchnorm.surgery.comparison import Example, copy_of, run_example
 from batchnorm.surgery.freezing import is_frozen
+from batchnorm.surgery.frozen import told_of_frozen
 from batchnorm.surgery.modules import is_plain, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.rounding import Rounding
@@ -166,6 +167,7 @@ def convert(
     if not layers:
         raise SurgeryError(
             f"convert: the network has no {'batch normalization' if of == 'batch_norm' else _BY_SAMPLE[of]}"
+            + (told_of_frozen(root) if of == "batch_norm" else "")
         )
     given = None if example is None else Example.of(example)
     seen = {} if given is None else _shapes(root, given, SOURCES[of])

@@ -11,6 +11,7 @@ from batchnorm.errors import SurgeryError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import modes
 from batchnorm.nn.saved_modes import FROZEN, flags, train_affine
+from batchnorm.surgery.frozen import told_of_frozen
 from batchnorm.surgery.modules import unwrap
 from batchnorm.surgery.plan import Plan, Step
 
@@ -40,7 +41,7 @@ def freeze(net: nn.Module) -> nn.Module:
     root = unwrap(net, "freeze")
     layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
     if not layers:
-        raise SurgeryError("freeze: the network has no batch normalization")
+        raise SurgeryError("freeze: the network has no batch normalization" + told_of_frozen(root))
     thawed = {name: layer for name, layer in layers.items() if not is_frozen(layer)}
     obstacles = {name: reason for name, m in thawed.items() if (reason := _obstacle(m))}
     if obstacles:

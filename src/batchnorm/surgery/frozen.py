@@ -71,6 +71,18 @@ def is_frozen_layer(module: nn.Module) -> bool:
     return looks_frozen(module) and (is_frozen_norm(module) or opened(module) is not None)
 
 
+def told_of_frozen(net: nn.Module) -> str:
+    """For a network without batch normalization of torch's: that its layers are frozen by their class, or nothing."""
+    found = [(name, module) for name, module in net.named_modules() if is_frozen_layer(module)]
+    if not found:
+        return ""
+    name, module = found[0]
+    return (
+        f" but {len(found)} layers whose class is frozen, such as '{name}', a {type(module).__qualname__}: they keep "
+        "their statistics in training, and bn.fold takes them; for layers that train, build the network with torch.nn's"
+    )
+
+
 def _is_seen(module: nn.Module) -> bool:
     return any(has_hooks(each) for each in module.modules())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,7 +109,9 @@ def _run_folded(net: nn.Module, example: Example) -> Any:
 def _in_bfloat16(net: nn.Module, folded: nn.Module, example: Example, truth: Any) -> list[Difference]:
     """Both networks rounded to bfloat16, against float64: folding may not make the error much larger."""
     narrow = torch.bfloat16
-    outputs = [attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the copies are ours
+        outputs = [attempt(copy_of(n).to(narrow), example.to(narrow)) for n in (net, folded)]
     if any(output is None for output in outputs):
         return []
     own = errors_against(truth, outputs[0])
