@@ -272,7 +272,8 @@ class ExampleTracer(_Tracer):
         if any(isinstance(x, Tensor) for _, x in leaves_of(value)) or node.op == "placeholder":
             return proxy
         known = not tensors_in(fx.map_arg((node.args, node.kwargs), self.values.__getitem__))
-        if not known and operation(node) not in _METADATA:
+        # An attribute of a tensor that is no tensor says nothing of the data.
+        if not known and operation(node) not in _METADATA | {"getattr"}:
             raise SurgeryError(f"{operation(node)} makes a Python value of the data")
         self.graph.erase_node(node)
         return value
