@@ -129,6 +129,33 @@ def test_imports_run_one_way():
     assert not found, "\n".join(found)
 
 
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The modules that import each other in a ring, and those that import such a one."""
+    left = {name: set(known) for name, known in arrows.items()}
+    while free := [name for name, known in left.items() if not known & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_modules_import_each_other_in_no_circle():
+    """Inside the parts, too; imports within functions count."""
+    known = dict(modules())
+    arrows = {}
+    for name, path in known.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        named = set(imported_names(ast.parse(path.read_text()), package))
+        named |= {each.rpartition(".")[0] for each in named if each not in known}
+        arrows[name] = named & known.keys() - {name}
+    lazy = {name for name, path in known.items() if path.name == "__init__.py"}  # public faces, which hand names on
+    assert not circle({name: {k for k in at if k not in lazy} for name, at in arrows.items()})
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert not circle({"a": {"b"}, "b": {"c"}, "c": set()})
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [

@@ -17,11 +17,12 @@ import batchnorm as bn
 from batchnorm import lab
 from batchnorm.cli import main
 from batchnorm.errors import DataError, InputError
-from batchnorm.lab.experiment import Config, Experiment, Measure, accuracy_panel
+from batchnorm.lab.experiment import Experiment, Measure, accuracy_panel
 from batchnorm.lab.experiments import EXPERIMENTS
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Table, Trial, difference
 from batchnorm.lab.runner import _digest
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.report import drawing, write_gallery
 from batchnorm.training.datasets import make_data

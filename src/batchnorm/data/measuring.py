@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from batchnorm.data.columns import ColumnMoments, NonFinite, check_choice, merge_all
-from batchnorm.data.sources import Local, Merge, Task, source_of
+from batchnorm.data.engines import Merge, Task
+from batchnorm.data.sources import Local, source_of
 from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import BatchNormError, DataError, InputError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from batchnorm.data.engines import Merge, PlacedTask, Task, placed
 from batchnorm.data.features import row_count
-from batchnorm.data.sources import Merge, PlacedTask, Task, placed
 from batchnorm.data.waiting import within
 from batchnorm.errors import DataError, MissingDependencyError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchnorm.data.columns import ColumnMoments
-from batchnorm.data.sources import Merge, PlacedTask, Task
+from batchnorm.data.engines import Merge, PlacedTask, Task
 from batchnorm.data.waiting import within
 from batchnorm.errors import BatchNormError, DataError, MissingDependencyError, SynchronizationError
 

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from batchnorm.data.sources import Merge, PlacedTask, Task, placed
+from batchnorm.data.engines import Merge, PlacedTask, Task, placed
 from batchnorm.data.waiting import within
 from batchnorm.errors import BatchNormError, DataError, MissingDependencyError
 

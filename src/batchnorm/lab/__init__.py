@@ -39,7 +39,6 @@ def __getattr__(name: str) -> Any:
 
 if TYPE_CHECKING:
     from batchnorm.lab import instruments as instruments
-    from batchnorm.lab.experiment import Config as Config
     from batchnorm.lab.experiment import Experiment as Experiment
     from batchnorm.lab.explanation import Explanation as Explanation
     from batchnorm.lab.explanation import explain as explain
@@ -51,3 +50,4 @@ if TYPE_CHECKING:
     from batchnorm.lab.results import Trial as Trial
     from batchnorm.lab.runner import run as run
     from batchnorm.lab.runner import run_all as run_all
+    from batchnorm.lab.settings import Config as Config

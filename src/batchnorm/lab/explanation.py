@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError
-from batchnorm.lab.experiment import Config, checked
 from batchnorm.lab.fitting import train
 from batchnorm.lab.instruments.objective import Loss, batch_loss
+from batchnorm.lab.settings import Config, checked
 from batchnorm.lab.task import Task
 from batchnorm.nn import options
 from batchnorm.training.loop import batch_indices

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError
-from batchnorm.lab.experiment import Config, checked
 from batchnorm.lab.explanation import Explanation, explain
 from batchnorm.lab.fitting import train
 from batchnorm.lab.instruments.objective import Loss
+from batchnorm.lab.settings import Config, checked
 from batchnorm.lab.task import Task
 from batchnorm.training.loop import batch_indices
 from batchnorm.training.networks import load_weights

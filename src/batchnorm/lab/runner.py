@@ -16,20 +16,23 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from batchnorm import __version__
 from batchnorm.errors import InputError
-from batchnorm.lab.experiment import Config, Experiment
 from batchnorm.lab.results import Result, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.training.config import TrainConfig
 from batchnorm.training.datasets import Dataset
 from batchnorm.training.files import write_json
 from batchnorm.training.loop import Interrupted
 from batchnorm.training.procedure2 import environment
+
+if TYPE_CHECKING:
+    from batchnorm.lab.experiment import Experiment
 
 Progress = Callable[[int, int, str], None]
 

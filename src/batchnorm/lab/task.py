@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import Standardize, convert, insert
 from batchnorm.errors import DataError, InputError
-from batchnorm.lab.experiment import Config
+from batchnorm.lab.settings import Config
 from batchnorm.surgery.layers import ScaleShift
 from batchnorm.surgery.plan import replace_module
 from batchnorm.training.datasets import Dataset, load_data, make_data

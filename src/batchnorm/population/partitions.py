@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import errors
+from batchnorm.data.engines import Source
 from batchnorm.data.features import columns_of, row_count, rows_of, to_tensors
 from batchnorm.data.reading import Batch, in_batches, joined
-from batchnorm.data.sources import Source
 from batchnorm.errors import BatchNormError, DataError, InputError
 from batchnorm.ops.context import eager
 from batchnorm.population.feeding import feed

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from batchnorm.lab.experiment import Config, Experiment, Measure, accuracy_panel
+from batchnorm.lab.experiment import Experiment, Measure, accuracy_panel
 from batchnorm.lab.experiments.small_batches import group_norm
 from batchnorm.lab.fitting import exact_accuracy, train
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, divergences, expect_more
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm import BatchNorm1d
-from batchnorm.lab.experiment import ACCURACY, Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import ACCURACY, Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.instruments import CovariateShift, Recorder, covariate_shift
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import divergences, expect_no_less
 

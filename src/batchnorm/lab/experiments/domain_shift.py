@@ -13,9 +13,10 @@ from torch.nn.functional import avg_pool2d, pad
 
 from batchnorm import adapt
 from batchnorm.errors import InputError
-from batchnorm.lab.experiment import Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Finding, Table, Trial, difference, points
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.training.loop import evaluate
 

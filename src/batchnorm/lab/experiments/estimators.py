@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import calibrate
-from batchnorm.lab.experiment import Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, expect_more
 from batchnorm.training.loop import batch_order, evaluate

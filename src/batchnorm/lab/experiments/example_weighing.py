@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from batchnorm import tune_example_weight
-from batchnorm.lab.experiment import Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Finding, Table, Trial, difference
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.training.datasets import Dataset
 from batchnorm.training.loop import evaluate

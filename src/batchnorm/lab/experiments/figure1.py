@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-from batchnorm.lab.experiment import ACCURACY, FINAL, Config, Experiment, Measure, Panel, accuracy_panel
+from batchnorm.lab.experiment import ACCURACY, FINAL, Experiment, Measure, Panel, accuracy_panel
 from batchnorm.lab.fitting import History, train
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import divergences, expect_more
 

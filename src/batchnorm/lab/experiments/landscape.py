@@ -7,10 +7,11 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 
-from batchnorm.lab.experiment import ACCURACY, Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import ACCURACY, Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.instruments import Descent, Recorder, descent, loss_surface
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, divergences, expect_more
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.lab.experiment import ACCURACY, FINAL, Config, Experiment, Panel, accuracy_panel
+from batchnorm.lab.experiment import ACCURACY, FINAL, Experiment, Panel, accuracy_panel
 from batchnorm.lab.fitting import Batch, train
 from batchnorm.lab.instruments import activations
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task, replace_norms
 from batchnorm.lab.verdicts import compare, divergences, expect_more
 

@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import BatchNorm1d, convert
 from batchnorm.errors import InputError
-from batchnorm.lab.experiment import Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Finding, Table, Trial, difference, points
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task, replace_norms
 from batchnorm.lab.verdicts import expect_more
 from batchnorm.training.datasets import Dataset

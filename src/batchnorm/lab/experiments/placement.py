@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from batchnorm.lab.experiment import ACCURACY, FINAL, Config, Experiment, Measure, accuracy_panel
+from batchnorm.lab.experiment import ACCURACY, FINAL, Experiment, Measure, accuracy_panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, divergences, expect_more
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from batchnorm.lab.experiment import Config, Experiment, Measure, Panel
+from batchnorm.lab.experiment import Experiment, Measure, Panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, expect_more
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from batchnorm.lab.experiment import ACCURACY, Config, Experiment, Measure, accuracy_panel
+from batchnorm.lab.experiment import ACCURACY, Experiment, Measure, accuracy_panel
 from batchnorm.lab.fitting import History, train
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import divergences, expect_more, median_ratio
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from batchnorm import Standardize
-from batchnorm.lab.experiment import ACCURACY, FINAL, Config, Experiment, accuracy_panel
+from batchnorm.lab.experiment import ACCURACY, FINAL, Experiment, accuracy_panel
 from batchnorm.lab.fitting import fit
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, divergences, expect_more
 from batchnorm.training.datasets import Dataset

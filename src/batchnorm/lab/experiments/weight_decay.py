@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchnorm import param_groups
-from batchnorm.lab.experiment import ACCURACY, FINAL, Config, Experiment, Measure, accuracy_panel
+from batchnorm.lab.experiment import ACCURACY, FINAL, Experiment, Measure, accuracy_panel
 from batchnorm.lab.fitting import train
 from batchnorm.lab.instruments import weight_scales
 from batchnorm.lab.results import Finding, Table, Trial
+from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.lab.verdicts import compare, expect_more
 from batchnorm.training.loop import evaluate
