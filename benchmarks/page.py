@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .rows import Row
-from .tables import BLOCKS, GPU_BLOCKS, LIMITS
+from .tables import BLOCKS, GPU_BLOCKS, LIMITS, NETWORK_BLOCKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,13 @@ def write_page(rows: Sequence[Row], docs: Path) -> list[Path]:
     page = docs / "performance.md"
     page.write_text(fill(page.read_text(), rows))
     return [page, *draw(rows, docs / "performance")]
+
+
+def write_networks(rows: Sequence[Row], docs: Path) -> Path:
+    """Puts the tables of whole networks' training steps between their markers."""
+    page = docs / "performance.md"
+    page.write_text(fill(page.read_text(), rows, NETWORK_BLOCKS))
+    return page
 
 
 def write_gpu_page(rows: Sequence[Row], docs: Path) -> Path:

@@ -219,6 +219,9 @@ def _case(row: Row) -> tuple[Any, ...]:
     return tuple(row["shape"]), row["dtype"], row["order"]
 
 
+NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environment": environment}
+"""Those of whole networks' training steps, in docs/performance.md, whose rows are kept by themselves."""
+
 GPU_BLOCKS = {"gpu targets": gpu_targets, "gpu": gpu}
 """Those of docs/gpu.md."""
 
