@@ -10,6 +10,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
@@ -50,6 +51,9 @@ bool is_plain(const at::Tensor& t) {
                                        c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
   return !t.defined() || (known.has_all(t.key_set()) && !torch::autograd::isFwGradDefined(t));
 }
+
+// Whether a call on this thread has made an output that is to be made again without a context.
+thread_local bool remakes = false;
 
 // Of `recompute_outputs`: how many contexts this thread is in, and how many of them are on the stack of modes. While
 // one of them handles a function of torch's, it is not.
@@ -195,6 +199,7 @@ struct OfBatchNorm : Node {
   Settings settings{};
   std::shared_ptr<const Source> source;  // of the output, where it is made again
   int64_t version = 0;                   // of the output, as it was made
+  bool forgets = false;                  // whether readers forget the output without a context
   bool keeps_output = false;             // since it would take too many normalizations to make it again
 };
 
@@ -295,6 +300,54 @@ const OfBatchNorm* node_of(const at::Tensor& t) {
   return node && node->version == int64_t(whole._version()) ? node : nullptr;
 }
 
+// In place of an output that a reader has saved: makes it again when the reader's backward asks for it.
+struct MadeAgain : torch::autograd::SavedVariableHooks {
+  explicit MadeAgain(std::shared_ptr<const Source> of) : source(std::move(of)) {}
+  std::shared_ptr<const Source> source;
+
+  void call_pack_hook(const at::Tensor&) override {}
+  at::Tensor call_unpack_hook() override {
+    at::NoGradGuard no_grad;
+    if (source->is_unchanged()) return source->make();
+    static const auto refuse = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::refuse", "");
+    torch::jit::Stack stack{source->mean};
+    refuse.callBoxed(stack);  // raises
+    return stack[0].toTensor();
+  }
+  std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>> retrieve_unpack_hook_data() const override {
+    return std::nullopt;
+  }
+};
+
+void forget(SavedVariable& saved) {
+  if (saved.has_hooks()) return;
+  const std::optional<at::Tensor> t = saved.get_raw_data();
+  if (!t || !t->defined() || t->is_view()) return;
+  if (const OfBatchNorm* const node = node_of(*t); node && node->forgets && node->source)
+    saved.register_hooks(std::make_unique<MadeAgain>(node->source));
+}
+
+// Looks for readers of outputs between an input and the batch normalizations before it. Readers of other kinds, and
+// those behind the last batch normalization, keep what they read.
+void forget_outputs(const at::Tensor& from) {
+  namespace nodes = torch::autograd::generated;
+  constexpr size_t most = 64;
+  if (!from.defined() || !from.grad_fn()) return;
+  std::vector<Node*> open{from.grad_fn().get()};
+  for (size_t seen = 0; !open.empty() && seen < most; ++seen) {
+    Node* const node = open.back();
+    open.pop_back();
+    if (dynamic_cast<OfBatchNorm*>(node)) continue;
+    if (auto* const each = dynamic_cast<nodes::ConvolutionBackward0*>(node)) forget(each->input_);
+    if (auto* const each = dynamic_cast<nodes::MulBackward0*>(node)) forget(each->self_);
+    if (auto* const each = dynamic_cast<nodes::MaxPool2DWithIndicesBackward0*>(node)) forget(each->self_);
+    if (auto* const each = dynamic_cast<nodes::AvgPool2DBackward0*>(node)) forget(each->self_);
+    if (auto* const each = dynamic_cast<nodes::AddmmBackward0*>(node)) forget(each->mat1_);
+    for (const auto& edge : node->next_edges())
+      if (edge.function && open.size() < most) open.push_back(edge.function.get());
+  }
+}
+
 template <class Made>
 auto make_node() {
 #ifdef BATCHNORM_SHARED_NODES
@@ -310,7 +363,8 @@ struct Arguments {
   at::Tensor skipped;  // counts the batches that are refused because they are not finite; undefined: none are
   std::optional<double> momentum;
   Settings settings{};
-  bool use_batch = false, update = false, keep = false, unbiased = true;
+  bool use_batch = false, update = false, unbiased = true;
+  enum { kAsContext, kKept, kMadeAgain } output = kAsContext;
 
   int64_t values() const { return x.numel() / x.size(1); }
 
@@ -336,6 +390,8 @@ struct Arguments {
     const auto beside = running_mean.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     return carry.scalar_type() == beside && carry.dim() == 2 && carry.size(0) == 2 && carry.numel() == 2 * x.size(1);
   }
+
+  bool makes_again() const { return output == kMadeAgain || (recomputing && output != kKept); }
 
   bool can_refuse() const {
     const bool is_wide = running_mean.defined() && running_mean.scalar_type() == running_var.scalar_type() &&
@@ -461,7 +517,9 @@ at::Tensor forward(const Arguments& a) {
     node->var = var;
     node->signs = signs;
     if (saves_signs) node->format = a.x.suggest_memory_format();
-    if (recomputing && !a.keep) node->source = source_of(a, mean, var, node->keeps_output);
+    if (a.makes_again()) node->source = source_of(a, mean, var, node->keeps_output);
+    node->forgets = a.output == Arguments::kMadeAgain;
+    remakes = remakes || node->forgets;
     torch::autograd::set_history(y, node);
   }
   if (a.update) update(a, mean, var);
@@ -727,7 +785,9 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
     node->bias = SavedVariable(a.bias, false);
     node->mean = mean;
     node->var = var;
-    if (recomputing && !a.keep) {
+    node->forgets = a.output == Arguments::kMadeAgain;
+    remakes = remakes || node->forgets;
+    if (a.makes_again()) {
       auto source = std::make_shared<PartsSource>();
       for (const at::Tensor& each : parts) source->parts.emplace_back(each);
       source->weight = Operand(a.weight);
@@ -818,7 +878,7 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
     Py_RETURN_NONE;
   a.use_batch = given[kUseBatch] == Py_True;
   a.update = given[kUpdate] == Py_True;
-  a.keep = given[kKeep] == Py_True;
+  if (given[kKeep] != Py_None) a.output = given[kKeep] == Py_True ? Arguments::kKept : Arguments::kMadeAgain;
   a.unbiased = given[kUnbiased] == Py_True;
   if (!read(given[kSkipped], a.skipped)) Py_RETURN_NONE;
   a.settings.population = !a.use_batch;
@@ -828,6 +888,11 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   at::Tensor y;
   {
     python::OthersMayRun released;
+    if (remakes && at::GradMode::is_enabled()) {
+      for (const at::Tensor& each : parts) forget_outputs(each);
+      if (parts.empty()) forget_outputs(a.x);
+      forget_outputs(a.residual);
+    }
     y = parts.empty() ? forward(a) : forward_parts(a, parts);
   }
   return THPVariable_Wrap(std::move(y));

@@ -51,7 +51,7 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
     affine_by: str
     domain: int = 0
     reads_sizes: bool = False  # whether forward takes frames and the sizes of steps, and not sequences
-    keeps_output: bool = False  # whether the output is kept for the backward in `recompute_outputs`, too
+    keeps_output: bool | None = None  # whether the output is kept for the backward; None: but in `recompute_outputs`
     label: str = ""  # the layer's name in its network, for errors of synchronization
     num_batches_skipped: Tensor
     renorm_r: Tensor

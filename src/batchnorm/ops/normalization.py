@@ -51,14 +51,14 @@ def in_one_call(
     update: bool,
     pool_size: int = 0,
     carry: Tensor | None = None,
-    keep: bool = False,
+    keep: bool | None = None,
     unbiased: bool = True,
     skipped: Tensor | None = None,
 ) -> Tensor | None:
     """A plain eager call on the CPU as one call of C++: y, or None, with nothing done, where this is no such call.
 
-    x may be parts along the channels. ``keep`` says that the output is kept for the backward, also in
-    `recompute_outputs`; ``unbiased``, which variance the running one takes in; ``skipped`` counts the batches that are
+    x may be parts along the channels. ``keep`` says whether the output is kept for the backward (None: except in
+    `recompute_outputs`); ``unbiased``, which variance the running one takes in; ``skipped`` counts the batches that are
     refused because they are not finite (None: none are).
 
     C++ raises no errors about its arguments: it returns None, and the way through Python raises them. If this torch has

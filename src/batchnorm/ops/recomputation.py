@@ -165,6 +165,11 @@ def _modes() -> tuple[recompute_outputs, ...]:
     return modes
 
 
+def refuse(a: Any) -> Tensor:
+    """The operator by which C++ raises the error."""
+    raise StateError(_CHANGED)
+
+
 def _tell(contexts: int, modes: int) -> None:
     """Tells the C++ call how many contexts were entered (left: below 0) and how many modes came onto torch's stack."""
     if cpu.calls is not None:

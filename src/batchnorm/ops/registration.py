@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm.errors import InputError
 from batchnorm.kernels import aten, cpu
 from batchnorm.moments import merge_axis
-from batchnorm.ops import autograd, cuda
+from batchnorm.ops import autograd, cuda, recomputation
 from batchnorm.ops.schemas import ACTIVATIONS, ARGUMENTS, LIBRARY, by_name, empty_like, signs_size
 from batchnorm.pools import Pool, Pools, merge_moments
 
@@ -176,3 +176,4 @@ for _name in ("update_statistics", "mix_statistics"):
     _batching(_name)
 
 cpu.load()
+LIBRARY.impl("refuse", by_name("refuse", recomputation.refuse), "CompositeImplicitAutograd")

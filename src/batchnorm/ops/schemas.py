@@ -112,6 +112,8 @@ _define(
     f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool[] wanted",
     "(Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)",
 )
+# Raises, for C++, since an operand of an output that is to be made again has changed.
+_define("refuse", "Tensor mean", "Tensor mean_again")
 _define(
     "update_statistics",
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from batchnorm.surgery.conversion import REPORT, Absorbed, becoming, our_class, 
 from batchnorm.surgery.flow import DataFlow, operation
 from batchnorm.surgery.frozen import told_of_frozen
 from batchnorm.surgery.layers import AddActivation
+from batchnorm.surgery.memory import remake_what_costs_little
 from batchnorm.surgery.modules import is_leaf, is_plain, obstacle, unwrap
 from batchnorm.surgery.plan import Plan, Step, references
 from batchnorm.surgery.rounding import TOLERANCE, Rounding, shaken
@@ -47,6 +49,10 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
       same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``;
     - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
       training each part is measured once, whoever normalizes it.
+
+    Outputs whose making takes little time beside a step, estimated from the sizes on the example, are made again in the
+    backward where a convolution reads them, with the same bits, instead of being kept for it. ``keeps_output`` of a
+    layer says so (False); `save_memory` and `recompute_outputs` save more.
 
     A subclass of torch.nn's layers whose forward is normalization and an activation, such as timm's
     ``BatchNormAct2d``, becomes a fused layer, too. It stays an instance of its class.
@@ -86,6 +92,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
         root = net = copy_of(root)
     plan, report = _planned(root, example)
     plan.apply()
+    remade = remake_what_costs_little(root, Example.of(example)) if report.fused or report.swapped else {}
+    report = dataclasses.replace(report, remade=remade)
     if not report.fused and not report.swapped:
         warnings.warn(f"accelerate changed nothing. {report}", stacklevel=2)
     elif not hasattr(type(root), REPORT) and root._modules.get(REPORT) is None:
@@ -107,12 +115,15 @@ class Acceleration:
         swapped: the names of layers that became this package's, with nothing to fuse behind them.
         kept: the reason for each layer that stayed as it was, by name.
         unfused: the reason for each module whose own calls could not be fused, by name.
+        remade: the bytes on the example of each output that is made again in the backward instead of kept, by the
+            layer's name; `save_memory` chooses others.
     """
 
     fused: dict[str, str]
     swapped: tuple[str, ...]
     kept: dict[str, str]
     unfused: dict[str, str]
+    remade: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         counts = f"{len(self.fused)} fused, {len(self.swapped)} without anything to fuse, {len(self.kept)} kept"
@@ -122,6 +133,9 @@ class Acceleration:
         lines += [f"  {name}: this package's layer" for name in self.swapped]
         lines += [f"  {name}: kept, since it {reason}" for name, reason in self.kept.items()]
         lines += [f"  {name or 'the network'}: calls not fused: {reason}" for name, reason in self.unfused.items()]
+        if self.remade:
+            size = sum(self.remade.values()) / 1e6
+            lines.append(f"The backward makes {len(self.remade)} outputs again ({size:.1f} MB on the example).")
         return "\n".join(lines)
 
 

@@ -129,6 +129,65 @@ def save_memory(net: nn.Module, example: Any, *, budget: float = 0.05) -> Memory
     return plan
 
 
+# What making outputs again may take where nobody set a budget: a share of what a step takes by the estimate below, in
+# which a core computes so many operations in the time in which it moves one byte.
+_SHARE = 0.04
+_OPERATIONS_A_BYTE = 8
+
+
+@torch.no_grad()
+def remake_what_costs_little(root: nn.Module, example: Example) -> dict[str, int]:
+    """Lets the largest outputs be made again whose making takes a small share of a step, by sizes alone.
+
+    A step is taken as three times the products of convolutions and linear layers and six passes over what is
+    normalized; an output made again, as two passes over it. Outputs with a residual are kept.
+
+    Returns:
+        The bytes of each output that is made again, by the layer's name.
+    """
+    twin = copy_of(root).eval()
+    _detach(twin)
+    sizes: dict[str, int] = {}
+    work = [0.0]
+    for name, module in twin.named_modules():
+        if isinstance(module, BatchNorm):
+            module.register_forward_hook(_sizing(sizes, work, name), with_kwargs=True)
+        elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            module.register_forward_hook(_counting(work))
+    with random_state_kept(twin):
+        run_example(twin, example)
+    left, remade = _SHARE * work[0], {}
+    for name in sorted(sizes, key=lambda n: sizes[n], reverse=True):
+        if 2 * sizes[name] <= left:
+            left -= 2 * sizes[name]
+            remade[name] = sizes[name]
+    for name in remade:
+        layer = root.get_submodule(name)
+        assert isinstance(layer, BatchNorm)
+        layer.keeps_output = False
+    return remade
+
+
+def _sizing(sizes: dict[str, int], work: list[float], name: str) -> Any:
+    def note(_: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+        if isinstance(y, Tensor) and not y.is_nested:
+            size = y.numel() * y.element_size()
+            work[0] += 6 * size
+            if len(args) < 2 and kwargs.get("residual") is None:
+                sizes[name] = sizes.get(name, 0) + size
+
+    return note
+
+
+def _counting(work: list[float]) -> Any:
+    def count(module: nn.Module, args: Any, y: Any) -> None:
+        if isinstance(y, Tensor) and isinstance(module.weight, Tensor) and module.weight.numel():
+            products = y.numel() * (module.weight.numel() // module.weight.shape[0])
+            work[0] += 3 * 2 * products / _OPERATIONS_A_BYTE
+
+    return count
+
+
 def _chosen(measured: dict[str, tuple[int, float]], seconds: float) -> dict[str, Output]:
     """Those that free the most bytes for their time first, while the time lasts."""
     remade, left = set(), seconds
