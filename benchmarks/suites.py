@@ -62,7 +62,8 @@ def _networks(quick: bool) -> list[Job]:
 
 
 def _residents(allocator: str, quick: bool) -> list[Job]:
-    return [] if quick else [partial(whole.resident, network, allocator) for network in whole.RESIDENT]
+    networks = whole.RESIDENT[:1] if quick else whole.RESIDENT
+    return [partial(whole.resident, network, allocator) for network in networks]
 
 
 def _recurrent(quick: bool) -> list[Job]:

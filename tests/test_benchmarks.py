@@ -31,6 +31,7 @@ from benchmarks import (
     targets,
     timing,
     wall,
+    whole,
 )
 from benchmarks.cases import FUSIONS, Case, draw, grid
 
@@ -451,3 +452,32 @@ def test_a_network_with_worse_gradients_gets_no_figure(monkeypatch: pytest.Monke
     found = list(steps.measure("mlp", "float32", 0))
     assert {r["contestant"] for r in found if "ms" in r} == {"torch", "ours fused"}
     assert [r["contestant"] for r in found if "absent" in r] == ["ours"]
+
+
+def test_networks_are_measured_in_live_bytes_and_shown():
+    """A step that allocates a known tensor and frees it; the rows' figures come back out of the tables."""
+    net = nn.Linear(3, 2)
+
+    def run() -> None:
+        net.zero_grad(set_to_none=True)
+        held = torch.empty(1 << 20)
+        net(torch.ones(1, 3)).sum().backward()
+        del held
+
+    run()
+    net.zero_grad(set_to_none=True)
+    assert 4 << 20 <= whole.live_bytes(run, net) < (4 << 20) + 4096
+    columns = {"suite": "networks", "network": "some_net", "shape": [2, 3], "contestant": "saving"}
+    step = {
+        "direction": "forward+backward",
+        "bytes": 1234567,
+        "of_torch": 0.4,
+        "x_torch": 1.5,
+        "x_torch_processor": 1.25,
+    }
+    found = [
+        {**columns, **step},
+        {**columns, "direction": "resident", "allocator": "glibc", "bytes": 2e6, "of_torch": 0.5},
+    ]
+    assert "| some_net | (2, 3) | saving | 1.2 | 40% | 1.5 | 1.25 |" in tables.networks(found)
+    assert "| some_net | (2, 3) | glibc | saving | 2 | 50% |" in tables.resident(found)

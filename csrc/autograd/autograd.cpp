@@ -9,6 +9,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -163,6 +164,46 @@ class Operand {
   int64_t version_ = 0;
 };
 
+// Memory for outputs that are made again during a backward, one after the other: each is needed for one reader alone,
+// so the next takes its place, in pages and cache lines that are there. It is given back when the backward ends.
+class Scratch {
+ public:
+  static void release();
+
+  // A tensor of the shape, dtype and memory format of x.
+  at::Tensor like(const at::Tensor& x) {
+    const auto format = x.suggest_memory_format();
+    const int64_t task = torch::autograd::get_current_graph_task_id();
+    const size_t bytes = size_t(x.numel()) * x.element_size();
+    if (task == -1) return at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
+    if (task != task_) {
+      task_ = task;
+      storage_ = c10::Storage();
+      torch::autograd::Engine::get_default_engine().queue_callback(release);
+    }
+    if (storage_ && storage_.use_count() == 1 && storage_.nbytes() >= bytes && storage_.nbytes() / 4 <= bytes) {
+      const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
+      return y.set_(storage_, 0, x.sizes(), strides_of(x, format));
+    }
+    if (storage_ && storage_.use_count() == 1) storage_ = c10::Storage();  // before there are two
+    const at::Tensor y = at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
+    operators->advise(lend(y));
+    storage_ = y.storage();
+    return y;
+  }
+
+ private:
+  static std::vector<int64_t> strides_of(const at::Tensor& x, at::MemoryFormat format) {
+    if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(x.sizes());
+    if (format == at::MemoryFormat::ChannelsLast3d) return c10::get_channels_last_strides_3d(x.sizes());
+    return at::detail::defaultStrides(x.sizes());
+  }
+  c10::Storage storage_;
+  int64_t task_ = -1;
+};
+thread_local Scratch scratch;
+void Scratch::release() { scratch.storage_ = c10::Storage(); }
+
 // What an output was made of: `normalize` gives its bits once more. The residual is a tensor, or is made again itself.
 struct Source {
   Operand x, weight, bias, residual;
@@ -179,19 +220,21 @@ struct Source {
 
   virtual at::Tensor make() const {
     const at::Tensor added = of_residual ? of_residual->make() : residual.tensor();
-    const auto result = operators->normalize({.x = lend(x.tensor()),
-                                              .mean = lend(mean),
-                                              .var = lend(var),
-                                              .weight = lend_if(weight.tensor()),
-                                              .bias = lend_if(bias.tensor()),
-                                              .residual = lend_if(added),
-                                              .pool_size = settings.pool_size,
-                                              .eps = settings.eps,
-                                              .activation = settings.activation,
-                                              .slope = settings.slope,
-                                              .save_signs = false,
-                                              .mask = std::nullopt});
-    return take(std::get<0>(result));
+    const at::Tensor y = of_residual ? added : scratch.like(x.tensor());  // over a residual that was made for it
+    operators->normalize_into({.x = lend(x.tensor()),
+                               .mean = lend(mean),
+                               .var = lend(var),
+                               .weight = lend_if(weight.tensor()),
+                               .bias = lend_if(bias.tensor()),
+                               .residual = lend_if(added),
+                               .pool_size = settings.pool_size,
+                               .eps = settings.eps,
+                               .activation = settings.activation,
+                               .slope = settings.slope,
+                               .save_signs = false,
+                               .mask = std::nullopt},
+                              lend(y));
+    return y;
   }
 };
 
@@ -410,7 +453,7 @@ struct Arguments {
 // take too many normalizations to make again (`too_deep`).
 std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& mean, const at::Tensor& var,
                                         bool& too_deep) {
-  constexpr int64_t deepest = 2;
+  constexpr int64_t deepest = 1;
   auto source = std::make_shared<Source>();
   if (a.residual.defined()) {
     const OfBatchNorm* const before = a.residual.is_view() ? nullptr : node_of(a.residual);

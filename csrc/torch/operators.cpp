@@ -504,6 +504,14 @@ Tensor backward_part(const batchnorm::BackwardPart& a) {
   return dx ? *dx : empty_of({0}, a.x.scalar_type());
 }
 
+void normalize_into(const batchnorm::NormalizeArguments& a, const Tensor& y) {
+  Call call(a.x, a.pool_size);
+  const Affine affine(call, a, a.residual, std::nullopt);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
+  batchnorm::normalize(call.shape, call.input(), call.write(y), mean.data(), var.data(), affine.gamma(), affine.beta(),
+                       a.eps, affine.fusion, call.workspace(), Threads::parallel());
+}
+
 void advise(const Tensor& t) { huge_pages.advise(t); }
 
 // The running mean (0) or variance (1) of `size` channels, and what rounding left of it: written in place, or where
@@ -623,8 +631,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
-  static const batchnorm::Operators operators{&forward,      &normalize,     &gradients, &update_statistics,
-                                              &forward_part, &backward_part, &advise};
+  static const batchnorm::Operators operators{&forward,        &normalize,    &gradients,     &update_statistics,
+                                              &normalize_into, &forward_part, &backward_part, &advise};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

@@ -141,6 +141,8 @@ struct Operators {
   // takes its place if dy lies in memory as it would.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&, bool over_dy);
   void (*update_statistics)(const UpdateStatisticsArguments&);
+  // Into a tensor that lies as a result does; it may be the residual.
+  void (*normalize_into)(const NormalizeArguments&, const Tensor& y);
   void (*forward_part)(const ForwardPart&);
   Tensor (*backward_part)(const BackwardPart&);  // dx
   void (*advise)(const Tensor&);                 // asks for huge pages where a result is large

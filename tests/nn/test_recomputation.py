@@ -187,7 +187,10 @@ class Chain(nn.Module):
 
 @pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
 def test_outputs_with_a_residual_are_made_again_but_every_third():
-    """Of the outputs y1 ... y7: y1 needs the projection's, y2 also y1; y3 would need three more, and so does y6."""
+    """Of the outputs y1 ... y7: y1 needs the projection's; y2 would need y1, too, and is kept, so y3 needs none.
+
+    y4 needs y3, and y5 is kept; y6 and y7 as y3 and y4.
+    """
     (ours, kept), (expected, before) = (step(Chain(7), recompute) for recompute in (True, False))
     assert_same_bits(ours, expected)
     assert (kept, before) == (2, 7)

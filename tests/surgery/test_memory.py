@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 import batchnorm as bn
+import batchnorm.ops
+from batchnorm.kernels import cpu
 from batchnorm.ops.recomputation import is_active
 from batchnorm.surgery import memory
 
@@ -98,3 +101,64 @@ def test_what_it_refuses():
         bn.save_memory(network(), example(), budget=-1)
     with pytest.raises(bn.errors.InputError, match="the network fails on the example"):
         bn.save_memory(network(), torch.zeros(2, 5))
+
+
+class Block(nn.Module):
+    """What `accelerate` fuses: two activations, and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.first_norm = nn.Conv2d(3, 8, 7, padding=3), nn.BatchNorm2d(8)
+        self.second, self.second_norm = nn.Conv2d(8, 3, 7, padding=3), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.first_norm(self.first(x)))
+        return self.relu(self.second_norm(self.second(y)) + x)
+
+
+@pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
+def test_accelerate_lets_outputs_be_made_again_that_cost_little():
+    """The same bits, less alive, without a context; an operand that changes is refused; other ways keep the output."""
+    net = bn.accelerate(nn.Sequential(Block(), Block(), nn.Conv2d(3, 2, 1)), example())
+    assert net.report.remade == {f"{k}.first_norm": 4 * 8 * 144 * 4 for k in range(2)}
+    assert "makes 2 outputs again (0.0 MB" in str(net.report)
+    ours, alive = results(net)
+    kept = copy.deepcopy(net)
+    for layer in kept.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert layer.keeps_output is (False if layer.num_features == 8 else None)
+            layer.keeps_output = True
+    expected, before = results(kept)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert (alive, before) == (2, 4)
+    x = example().requires_grad_()
+    convolved: list[Tensor] = []
+    net[0].first.register_forward_hook(lambda _, args, y: convolved.append(y))
+    loss = net(x).sum()
+    torch.autograd.grad(loss, x, retain_graph=True)
+    with torch.no_grad():
+        convolved[0].mul_(2)
+    with pytest.raises(bn.errors.StateError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
+def test_what_is_made_again_has_further_derivatives_and_compiled_autograd():
+    net, x = bn.accelerate(nn.Sequential(Block(), Block()), example()).double(), example().double().requires_grad_()
+    kept = copy.deepcopy(net)
+    for layer in kept.modules():
+        layer.keeps_output = True
+
+    def penalty(net: nn.Module) -> Any:
+        (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True)
+
+    torch.testing.assert_close(penalty(net), penalty(kept), rtol=1e-12, atol=1e-12)
+    loss = net(x).square().sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.compiler.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=1e-12)
