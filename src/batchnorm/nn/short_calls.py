@@ -60,7 +60,7 @@ def in_one_call_with(
     updates: bool,
     pool_size: int,
 ) -> Tensor | None:
-    """`_in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
+    """`in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
     batches, skipped = layer._buffers.get("num_batches_tracked"), layer._buffers.get("num_batches_skipped")
     if is_compiled() or layer.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
         return None
