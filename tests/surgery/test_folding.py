@@ -558,3 +558,29 @@ def test_tensors_that_a_forward_makes_of_numbers_are_no_obstacle():
     result = fold(net, x)
     assert [item.into for item in result.certificate.folded] == ["conv"]
     torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_a_forward_tries_and_that_fails_is_no_obstacle():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    class Trying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x):
+            try:
+                return self.inner(x, lengths=None)
+            except TypeError:
+                return self.inner(x)
+
+    net, x = randomize(Trying()).eval(), torch.randn(2, 3, 4, 4)
+    result = fold(net, x)
+    assert [item.into for item in result.certificate.folded] == ["inner.conv"]
+    torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)

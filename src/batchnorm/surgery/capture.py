@@ -189,13 +189,23 @@ class _Tracer(fx.Tracer):
             norm: Any = m._modules[NORM]
             return self.call_module(norm, norm.forward, (output,), {})
         if id(m) not in self.hooked:
-            return super().call_module(m, forward, args, kwargs)
+            return self.recorded(m, forward, args, kwargs)
         name = self.path_of_module(m)
         args, kwargs = self.observe((args, kwargs), name)
         if id(m) not in self.leaves:  # whose call runs the hooks that are left
-            return self.observe(super().call_module(m, forward, args, kwargs), name)
+            return self.observe(self.recorded(m, forward, args, kwargs), name)
         args, kwargs = _run_pre_hooks(m, args, kwargs)
-        return self.observe(_run_hooks(m, args, kwargs, super().call_module(m, forward, args, kwargs)), name)
+        return self.observe(_run_hooks(m, args, kwargs, self.recorded(m, forward, args, kwargs)), name)
+
+    def recorded(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of a layer or of a forward; one that a forward tries, and that fails, leaves the tracer's stack."""
+        depth = len(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem(last=True)
+            raise
 
     def observe(self, value: Any, name: str) -> Any:
         return pytree.tree_map(
