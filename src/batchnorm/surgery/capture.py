@@ -278,7 +278,11 @@ class ExampleTracer(_Tracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         proxy = super().create_proxy(*args, **kwargs)
         node = proxy.node
-        value = self.values[node] = self.compute(node)
+        try:
+            value = self.values[node] = self.compute(node)
+        except Exception:  # which the forward may catch
+            self.graph.erase_node(node)
+            raise
         if any(isinstance(x, Tensor) for _, x in leaves_of(value)) or node.op == "placeholder":
             return proxy
         known = not tensors_in(fx.map_arg((node.args, node.kwargs), self.values.__getitem__))
