@@ -22,6 +22,8 @@ from batchnorm.ops.schemas import statistics_dtype
 from batchnorm.pools import Pool, merge, merge_moments
 
 ESTIMATORS = ("ema", "debiased", "cumulative")
+MIXED = ("ema", "debiased", "cumulative")
+"""The estimates that are ``(1 - share) old + share new``, which the operators and the C++ call compute."""
 VARIANCES = ("unbiased", "biased")
 NONFINITE = ("propagate", "skip", "skip_channel")
 
@@ -175,6 +177,8 @@ class Population:
     def _is_simple(self, measured: Measured, pool: Pool) -> bool:
         """Whether one operator can mix these statistics in."""
         estimator, batch = self.estimator, measured.batch
+        if estimator.kind not in MIXED:
+            return False
         has_rows = self.domain is not None or batch.steps
         if has_rows or estimator.in_turn or estimator.nonfinite != "propagate" or self.accumulator is not None:
             return False
@@ -189,11 +193,7 @@ class Population:
     def _mix_by_operator(self, measured: Measured, pool: Pool, number: int) -> None:
         """The operator: mixes the statistics of all pools into one row, and counts one batch."""
         estimator, batches = self.estimator, self.batches
-        momentum = None if estimator.kind == "cumulative" else estimator.momentum
-        if momentum is None and batches is None:
-            momentum = 0.0
-        if estimator.kind == "debiased" and momentum and batches is not None:
-            momentum = debiased(momentum, int(batches) + 1)
+        momentum = momentum_of_next(estimator.kind, estimator.momentum, batches)
         pool_number = pool.size * math.prod(measured.batch.x.shape[2:]) or number
         unbiased = estimator.variance == "unbiased"
         torch.ops.batchnorm.update_statistics.default(
@@ -278,9 +278,15 @@ def _debiased(momentum: float, t: Any) -> Any:
     return momentum / (1 - (1 - momentum) ** t)
 
 
-def debiased(momentum: float, t: int) -> float:
-    """The share of batch t, from 1 up, in the running statistics of ``running="debiased"``."""
-    return float(min(1.0, _debiased(momentum, t)))
+def momentum_of_next(kind: str, momentum: float | None, batches: Tensor | None) -> float | None:
+    """The share of the batch after ``batches`` in an estimate of `MIXED`; None for 1 / t, which the operators count."""
+    if kind == "cumulative":
+        momentum = None
+    if momentum is None:
+        return None if batches is not None else 0.0
+    if kind == "debiased" and momentum and batches is not None:
+        return float(min(1.0, _debiased(momentum, int(batches) + 1)))
+    return momentum
 
 
 def _merged(measured: Measured, pool: Pool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

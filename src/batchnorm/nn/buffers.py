@@ -15,6 +15,7 @@ from batchnorm.nn import options
 from batchnorm.nn.outside import keeps_fast_paths_away
 from batchnorm.ops.context import Way, can_read, is_compiled, way
 from batchnorm.ops.schemas import carry_dtype
+from batchnorm.running import MIXED
 
 if TYPE_CHECKING:
     from batchnorm.nn.configured import ConfiguredLayer
@@ -114,6 +115,7 @@ def warn_of_overflow(layer: ConfiguredLayer) -> None:
 def set_flags(layer: ConfiguredLayer) -> None:
     """Sets ``_call_size``, ``_is_special`` and ``_estimates`` from the options."""
     handed = any(layer.__dict__.get(name) is not None for name in HANDED_IN)
+    handed = handed or layer.__dict__.get("running", "ema") not in MIXED
     every = options.changed(layer)
     changed = [option for option in every if not option.in_one_call]
     if layer.__dict__.get("nonfinite") == "skip":

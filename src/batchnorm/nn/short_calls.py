@@ -14,7 +14,7 @@ from batchnorm.nn import buffers as layer_buffers
 from batchnorm.ops import normalization as ops
 from batchnorm.ops.context import Way, is_compiled, is_mapped, way
 from batchnorm.ops.fusion import Fusion
-from batchnorm.running import debiased
+from batchnorm.running import momentum_of_next
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm
@@ -68,11 +68,7 @@ def in_one_call_with(
         row = layer.domain
         mean, var, carry = mean[row], var[row], None if carry is None else carry[:, row]
         batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
-    momentum = layer.momentum
-    if layer.running == "cumulative":
-        momentum = None
-    elif updates and layer.running == "debiased" and momentum and batches is not None:
-        momentum = debiased(momentum, int(batches) + 1)
+    momentum = momentum_of_next(layer.running, layer.momentum, batches) if updates else layer.momentum
     y = ops.in_one_call(
         x, residual, weight, bias, mean, var, batches, momentum, layer.eps, layer.activation, layer.negative_slope,
         use_batch, updates, pool_size, carry, layer.keeps_output, layer.running_var_kind == "unbiased", skipped,
