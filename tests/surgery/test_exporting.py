@@ -172,3 +172,24 @@ def test_the_preview_warns_of_tools_that_err_on_half_precision():
     assert warning.startswith("1: in float16 a channel's variance + eps is 0")
     (warning,) = preview(torch.bfloat16)
     assert "writes float32 weights into a bfloat16 model" in warning
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_network_of_half_precision_runs_elsewhere(tmp_path):
+    """Its running statistics are float32, and an exporter that fuses must not mix the two."""
+    runtime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, activation="relu"), bn.BatchNorm2d(4, affine=False))
+    for layer in net[1:]:
+        layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
+    net, x = net.half().eval(), torch.randn(2, 3, 6, 6).half()
+    torch.onnx.export(net, (x,), tmp_path / "net.onnx", external_data=False, verbose=False)
+    session = runtime.InferenceSession((tmp_path / "net.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(actual, net(x).detach().numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_the_preview_tells_of_openvino_where_it_counts():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    assert any("OpenVINO" in note for note in bn.preview_export(net, torch.randn(2, 3, 6, 6)).notes)
+    net, x = net.double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert not any("OpenVINO" in note for note in bn.preview_export(net, x).notes)

@@ -95,8 +95,14 @@ def in_one_node(
     if use_batch and is_traced_by_jit():
         x = _checked_when_run(x)
     weight, bias = fusion.weight, fusion.bias
-    if running_mean is not None and running_mean.dtype is torch.float32:  # torch wants all four vectors alike
-        weight, bias = (t.float() if isinstance(t, Tensor) and t.dtype in _NARROW else t for t in (weight, bias))
+    own = [t for t in (weight, bias) if t is not None] or [x]
+    narrow = any(isinstance(t, Tensor) and t.dtype in _NARROW for t in own)
+    if narrow and running_mean is not None and running_mean.dtype is torch.float32:
+        # torch wants all four vectors alike; and where x is not like them, exporters to ONNX that fuse the layer into a
+        # convolution make weights of float32 beside inputs of float16.
+        weight, bias = (t.float() if isinstance(t, Tensor) else t for t in (weight, bias))
+        y = F.batch_norm(x.float(), running_mean, running_var, weight, bias, use_batch, momentum, fusion.eps)
+        return finish(y.type_as(x), fusion)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, use_batch, momentum, fusion.eps)
     return finish(y, fusion)
 
