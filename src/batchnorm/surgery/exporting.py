@@ -20,7 +20,7 @@ from batchnorm.surgery.modules import unwrap
 from batchnorm.surgery.recurrent import normalizations
 
 _OPENVINO = (
-    'OpenVINO 2026.4.1 computes in bfloat16 where it can, 2e-3 to 5e-3 off: INFERENCE_PRECISION_HINT="f32" mends it.'
+    'OpenVINO 2026.4.1 computes in bfloat16 where it can, 2e-3 to 5e-3 off; INFERENCE_PRECISION_HINT="f32" mends it.'
 )
 _BY_BATCH = "the output for one sample will depend on the others in its batch; call net.eval() or bn.freeze(net)"
 
@@ -82,7 +82,7 @@ def preview_export(net: nn.Module, example: Any) -> ExportPreview:
         >>> print(preview_export(net, torch.randn(2, 3, 8, 8)))
         1: one BatchNormalization with its running statistics as constants
         1 of 1 could be folded first (bn.fold).
-        OpenVINO 2026.4.1 computes in bfloat16 where it can, 2e-3 to 5e-3 off: INFERENCE_PRECISION_HINT="f32" mends it.
+        OpenVINO 2026.4.1 computes in bfloat16 where it can, 2e-3 to 5e-3 off; INFERENCE_PRECISION_HINT="f32" mends it.
     """
     root = unwrap(net, "preview_export")
     given = Example.of(example)
