@@ -25,7 +25,7 @@ ARROW = (
 LEVELS = {part: level for level, group in enumerate(reversed(ARROW.split(" > "))) for part in re.findall(r"\w+", group)}
 BASE = {
     "errors": set(),
-    "memory": set(),
+    "undo": set(),
     "moments": {"errors"},
     "pools": {"errors", "moments"},
     "progress": set(),

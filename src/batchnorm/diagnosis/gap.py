@@ -18,13 +18,13 @@ from batchnorm.diagnosis.findings import Finding, LayerGap, Statistics, compare,
 from batchnorm.diagnosis.readings import REFERENCE, Outcome, Readings, checked, untouched
 from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import InputError
-from batchnorm.memory import Buffers
 from batchnorm.ops.context import eager
 from batchnorm.population.calibration import calibrate
 from batchnorm.population.feeding import Lengths, feed, progress_bar, with_lengths
 from batchnorm.population.measuring import buffers_of
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.modules import unwrap
+from batchnorm.undo import Buffers
 
 CLOSE = 0.05  # in standard deviations of the outputs
 _AWAY = "standard deviations from those with the batches' own statistics"

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm import functional
 from batchnorm.batch import Batch
 from batchnorm.errors import BatchNormError, InputError
-from batchnorm.memory import Attributes, Buffers, kept
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import BatchNorm as Ours
 from batchnorm.pools import Pool
@@ -24,6 +23,7 @@ from batchnorm.population.feeding import sample_count
 from batchnorm.population.measuring import Estimate, Measurement
 from batchnorm.sources import measure
 from batchnorm.surgery.comparison import random_state_kept, tensors_of
+from batchnorm.undo import Attributes, Buffers, kept
 
 Run = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from batchnorm.batch import Batch
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
-from batchnorm.memory import Attributes, kept
 from batchnorm.moments import Moments
 from batchnorm.nn import modes, options
 from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool
 from batchnorm.sources import Given
+from batchnorm.undo import Attributes, kept
 
 Use = tuple[str, int]  # a layer, and how often it ran before in this forward
 

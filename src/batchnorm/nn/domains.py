@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from batchnorm.errors import InputError
-from batchnorm.memory import Attributes
 from batchnorm.nn.batch_norm import BatchNorm
+from batchnorm.undo import Attributes
 
 
 class use_domain:  # noqa: N801 - a function that is also a context manager

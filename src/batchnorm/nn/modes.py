@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from batchnorm.errors import InputError
-from batchnorm.memory import Attributes, Values, kept
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign, options, saved_modes
 from batchnorm.nn.saved_modes import Memory
 from batchnorm.running import Accumulator
+from batchnorm.undo import Attributes, Values, kept
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import InputError
-from batchnorm.memory import Attributes, Flags, Values, kept
 from batchnorm.nn import modes
 from batchnorm.population.calibration import calibrate
 from batchnorm.population.feeding import Lengths, feed, sample_count, with_lengths
+from batchnorm.undo import Attributes, Flags, Values, kept
 
 Method = Literal["statistics", "tent"]
 Net = TypeVar("Net", bound=nn.Module)

@@ -19,7 +19,6 @@ from batchnorm.data.reading import check_batch_size
 from batchnorm.data.sources import Local, is_dataset, source_of
 from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import InputError
-from batchnorm.memory import Values, kept
 from batchnorm.nn import buffers
 from batchnorm.ops.context import eager
 from batchnorm.pools import process_group as process_group_of
@@ -35,6 +34,7 @@ from batchnorm.population.measuring import (
 )
 from batchnorm.population.merging import over_ranks
 from batchnorm.population.partitions import float_dtype, measure_partitions
+from batchnorm.undo import Values, kept
 
 Net = TypeVar("Net", bound=nn.Module)
 

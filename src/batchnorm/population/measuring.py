@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.batch import Batch
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
-from batchnorm.memory import Attributes, Memory
 from batchnorm.moments import Moments
 from batchnorm.nn import modes, saved_modes
 from batchnorm.nn.batch_norm import BatchNorm as Ours
@@ -25,6 +24,7 @@ from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool
 from batchnorm.running import Population
 from batchnorm.sources import Given, OfBatch
+from batchnorm.undo import Attributes, Memory
 
 Method = Literal["pooled", "ioffe", "sequential"]
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError
-from batchnorm.memory import Attributes, evaluating, kept
 from batchnorm.nn import modes
 from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.population.feeding import feed, sample_count
+from batchnorm.undo import Attributes, evaluating, kept
 
 WEIGHTS = (0.0, 1 / 256, 1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.optim import Optimizer
 
-from batchnorm.memory import Memory, OptimizerState, Structure, kept
+from batchnorm.undo import Memory, OptimizerState, Structure, kept
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from batchnorm.errors import InputError, MissingDependencyError, SurgeryError, WriteError
-from batchnorm.memory import evaluating
 from batchnorm.surgery.archives import quiet
 from batchnorm.training.results import Export
+from batchnorm.undo import evaluating
 from batchnorm.writing import write_bytes, writing
 
 TOLERANCE = 1e-5  # of the largest logit

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError
-from batchnorm.memory import evaluating
 from batchnorm.training.config import ResolvedConfig
 from batchnorm.training.datasets import Dataset
 from batchnorm.training.objectives import Classification, Regression, objective_of
 from batchnorm.training.ranks import Ranks
 from batchnorm.training.results import PERCENTILES, Curve
+from batchnorm.undo import evaluating
 from batchnorm.writing import writing
 
 CHECKPOINT_SECONDS = 30.0

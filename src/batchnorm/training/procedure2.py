@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import batchnorm.training.files as files
 from batchnorm import Standardize, __version__, calibrate, convert, fold, freeze
 from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError, WriteError
-from batchnorm.memory import evaluating
 from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
 from batchnorm.training.datasets import Dataset, load_data
@@ -50,6 +49,7 @@ from batchnorm.training.results import (
     TrainResult,
 )
 from batchnorm.training.samples import Parts, Samples
+from batchnorm.undo import evaluating
 
 EXAMPLE_BATCH = 256
 TIMING_ROUNDS = 31

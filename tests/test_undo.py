@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.memory import Attributes, Buffers, Flags, OptimizerState, Structure, Values, evaluating, kept
+from batchnorm.undo import Attributes, Buffers, Flags, OptimizerState, Structure, Values, evaluating, kept
 
 
 class Stopped(BaseException):
