@@ -674,3 +674,27 @@ def test_a_trace_of_frames_keeps_batch_and_length_free(affine):
     for batch, steps in ((2, 5), (3, 5), (1, 3), (4, 9)):
         x = torch.randn(batch, steps, 4)
         torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_weights_are_as_exact_as_the_plain_layer(mean: float):
+    """At any mean: y, gradients and moments are one rounding from float64's."""
+    x, weights = (torch.randn(64, 3) + mean).requires_grad_(), torch.rand(64)
+    dy = torch.randn(64, 3)
+    layer = bn.BatchNorm1d(3, momentum=1.0)
+    y = layer(x, weights=weights)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    wide, share = x.detach().double().requires_grad_(), (weights.double() / weights.double().sum())[:, None]
+    centre = (wide * share).sum(0)
+    expected = (wide - centre) * ((wide - centre).square() * share).sum(0).add(layer.eps).rsqrt()
+    (expected_dx,) = torch.autograd.grad(expected, wide, dy.double())
+    torch.testing.assert_close(y.double(), expected, rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(dx.double(), expected_dx, rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(layer.running_mean.double(), centre.detach(), rtol=1e-7, atol=1e-7)
+
+
+def test_a_weighted_pool_of_one_value_is_beta():
+    layer = bn.BatchNorm1d(1)
+    nn.init.constant_(layer.bias, 0.25)
+    y = layer(torch.tensor([[3e5], [1.0], [7.0]]), weights=torch.tensor([0.3, 0.0, 0.0]))
+    assert y[0].item() == 0.25

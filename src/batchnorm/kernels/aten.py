@@ -64,6 +64,9 @@ def batch_statistics(x: Tensor, pools: Pools) -> tuple[Tensor, Tensor]:
     centered = x.to(compute_dtype(x.dtype)) - pools.expand(mean, compute_dtype(x.dtype))
     # What rounding of the mean left: its square belongs to the variance no more than to the mean.
     rest = pools.mean(centered)
+    if pools.weights is not None:  # x * w / w is not x, and a pool of one value is to have exactly its value
+        mean, centered = mean + rest, centered - pools.expand(rest, centered.dtype)
+        rest = pools.mean(centered)
     return mean, (pools.mean(centered.square()) - rest.square()).clamp_min(0)
 
 

@@ -196,8 +196,12 @@ def by_batch(
     how = way(x)
     if weights is not None or how is Way.RECORDED or (pool.is_merged and how is Way.TRANSFORMED):
         # Of operations that torch itself differentiates, in the weights too, and that other runtimes know.
-        y, mean, var = aten.forward(x, *fusion.tensors, pool, *fusion.settings, mask, weights)
-        return Normalized(y, mean.detach(), var.detach(), Pools(x, pool, mask, weights).counts().detach())
+        dtype, (gamma, beta, residual) = x.dtype, fusion.tensors
+        if weights is not None and how is not Way.RECORDED:
+            x, weights = _in_float64(x), _in_float64(weights)
+            gamma, beta, residual = (None if t is None else _in_float64(t) for t in (gamma, beta, residual))
+        y, mean, var = aten.forward(x, gamma, beta, residual, pool, *fusion.settings, mask, weights)
+        return Normalized(y.to(dtype), mean.detach(), var.detach(), Pools(x, pool, mask, weights).counts().detach())
     if pool.is_merged:
         y, counts, mean, var = autograd.MergedStatistics.apply(x, *fusion.tensors, mask, pool, *fusion.settings)
         return Normalized(y, mean, var, counts)
@@ -210,6 +214,11 @@ def by_batch(
     else:
         y, mean, var, _ = autograd.TransformedBatchStatistics.apply(x, *fusion.tensors, pool.size, *fusion.settings)
     return Normalized(y, mean.detach(), var.detach())
+
+
+def _in_float64(t: Tensor) -> Tensor:
+    """A tensor with the digits that weighted sums need, where the device has them."""
+    return t if t.device.type == "mps" else t.double()
 
 
 def _by_batch_eagerly(x: Tensor, pool_size: int, fusion: Fusion, mask: Tensor | None) -> Normalized:
@@ -294,6 +303,8 @@ def measure(
         mean, m2 = torch.ops.batchnorm.moments.default(x.detach(), pool.size, mask)
         count, mean, m2 = merge_moments(Pools(x, pool.size, mask).counts(), mean, m2, pool)
         return mean, m2 / torch.where(count > 0, count, 1.0), count
+    if weights is not None and not is_recorded(x):
+        x, weights = _in_float64(x), _in_float64(weights)
     pools = Pools(x, pool, mask, weights)
     mean, var = aten.batch_statistics(x, pools)
     return mean, var, pools.counts()
