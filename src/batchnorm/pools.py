@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from batchnorm.errors import SynchronizationError
+from batchnorm.errors import InputError, SynchronizationError
 from batchnorm.moments import merge_axis
 
 
@@ -188,15 +188,34 @@ def all_reduce_max(number: int, pool: Pool, device: torch.device) -> int:
 
 
 def process_group(given: Any) -> Any:
-    """The group of torch.distributed that an option names: "world", or a group itself."""
+    """The group of torch.distributed that an option names: "world", or a group itself.
+
+    Raises:
+        InputError: something else.
+    """
+    if not is_group(given):
+        raise InputError(f"process_group must be None, 'world' or a group of torch.distributed, got {given!r}")
     return None if isinstance(given, str) else given
+
+
+def is_group(given: Any) -> bool:
+    """Whether an option names a group: None, "world", a group, or what torch gives those that are not in a new one."""
+    if given is None or isinstance(given, str):
+        return given in (None, "world")
+    if not dist.is_available():
+        return False
+    is_outside = type(given) is int and given == dist.GroupMember.NON_GROUP_MEMBER  # torch's word for it is a number
+    return is_outside or isinstance(given, dist.ProcessGroup)
 
 
 def is_alone(given: Any) -> bool:
     """Whether there are no other ranks to merge with."""
-    if given is None or not (dist.is_available() and dist.is_initialized()):
+    if given is None:
         return True
-    ranks = dist.get_world_size(process_group(given))
+    group = process_group(given)
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    ranks = dist.get_world_size(group)
     if ranks < 1:
         raise SynchronizationError(
             "this process is not in the process group that it was told to share statistics with; "

@@ -698,3 +698,17 @@ def test_a_weighted_pool_of_one_value_is_beta():
     nn.init.constant_(layer.bias, 0.25)
     y = layer(torch.tensor([[3e5], [1.0], [7.0]]), weights=torch.tensor([0.3, 0.0, 0.0]))
     assert y[0].item() == 0.25
+
+
+@pytest.mark.parametrize("group", [3, True, 0.5, [0, 1], "everyone", object()])
+def test_something_else_than_a_group_is_refused_everywhere(group):
+    x, net = torch.randn(4, 2), nn.Sequential(bn.BatchNorm1d(2))
+    with pytest.raises(InputError, match="process_group must be None, 'world' or a group"):
+        bn.BatchNorm1d(2, process_group=group)
+    with pytest.raises(InputError, match="process_group must be"):
+        bn.functional.batch_norm(x, None, None, training=True, process_group=group)
+    with pytest.raises(InputError, match="process_group must be"):
+        bn.convert(net, process_group=group)
+    with pytest.raises(InputError, match="process_group must be"):
+        bn.calibrate(net, [x], process_group=group)
+    assert not net[0].running_mean.any()

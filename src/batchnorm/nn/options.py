@@ -15,6 +15,7 @@ from torch import nn
 from batchnorm.batch import POOLS
 from batchnorm.errors import InputError
 from batchnorm.ops.schemas import ACTIVATIONS
+from batchnorm.pools import is_group
 from batchnorm.running import ESTIMATORS, NONFINITE, VARIANCES
 from batchnorm.sources import Renorm
 
@@ -82,8 +83,7 @@ def _number(value: Any) -> str | None:
 
 
 def _group(value: Any) -> str | None:
-    wrong = isinstance(value, str) and value != "world"
-    return "None, 'world' or a group of torch.distributed" if wrong else None
+    return None if is_group(value) else "None, 'world' or a group of torch.distributed"
 
 
 def _renorm(value: Any) -> str | None:
