@@ -18,6 +18,7 @@ import io
 import itertools
 import math
 import pickle
+import re
 import sys
 import time
 import warnings
@@ -36,6 +37,9 @@ from batchnorm.kernels import cpu
 CHANGED: dict[str, str] = {
     " ones": "one value that weights leave has no variance, so the running statistics stay",
     "always one": "nor has a batch of one value",
+    " one": "the error advises by the layer's options, which .eval() does not always help",
+    " infinite": "a running mean that is infinite becomes NaN with the next batch, where torch's stays infinite",
+    " weights": "weighted statistics are computed in float64",
     "ghosts_decay train empty": "an empty batch counts, as in torch",
     "ghosts_decay always empty": "an empty batch counts, as in torch",
     "function": "the function's running statistics are the layer's to the last bit; a rounding of float64 at most",
@@ -589,7 +593,8 @@ def compare(path: str, part: str = "") -> int:
         if name not in before["cases"]:
             print("NEW", name)
         elif not same(before["cases"][name], after):
-            if any(key in name for key in CHANGED) or is_mended(before["cases"][name], after):
+            meant_so = any(key in name for key in CHANGED) or is_mended(before["cases"][name], after)
+            if meant_so or is_carried(before["cases"][name], after):
                 meant += 1
                 continue
             wrong += 1
@@ -597,6 +602,22 @@ def compare(path: str, part: str = "") -> int:
                 print("DIFFERS", name, first_difference(before["cases"][name], after))
     print(f"{count} cases, {wrong} differ, {meant} differ as CHANGED says")
     return int(wrong > 0)
+
+
+def is_carried(a: Any, b: Any, key: Any = "") -> bool:
+    """Whether running statistics, and what evaluation makes of them, differ by their rounding, which is now carried."""
+    if key == "metadata":
+        return re.sub(r", 'batchnorm_carry': tensor\(.*?\)(?=[,}])", "", b, flags=re.DOTALL) == a
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and not same(a, b):
+        close = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-14}.get(a.dtype, 0.0)
+        return (
+            a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=close, atol=close, equal_nan=True)
+        )
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(is_carried(a[k], b[k], k) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(is_carried, a, b))
+    return same(a, b)
 
 
 def is_mended(before: Any, after: Any) -> bool:
