@@ -434,3 +434,18 @@ def test_vmap_of_the_update_is_the_update_of_each(momentum):
     assert all(torch.equal(a, b) for a, b in zip(mapped, each, strict=True))
     with pytest.raises(InputError, match="statistics of 3 batches into one running_mean"):
         torch.vmap(lambda m, v: update(torch.zeros(4), None, None, None, m, v))(mean, var)
+
+
+@pytest.mark.parametrize("options", [{"running": "debiased"}, {"running": "cumulative"}, {"running_var": "biased"}])
+def test_an_ensemble_under_vmap_estimates_as_its_layers_do(options):
+    layers, batches = [bn.BatchNorm2d(4, **options) for _ in range(2)], torch.randn(3, 2, 3, 4, 5, 5)
+    parameters, buffers = torch.func.stack_module_state(copy.deepcopy(layers))
+
+    def call(p, b, x):
+        return torch.func.functional_call(layers[0], (p, b), (x,))
+
+    for batch in batches:
+        y = torch.func.vmap(call)(parameters, buffers, batch)
+        torch.testing.assert_close(y, torch.stack([layer(x) for layer, x in zip(layers, batch, strict=True)]))
+    for name, stacked in buffers.items():
+        torch.testing.assert_close(stacked, torch.stack([layer.get_buffer(name) for layer in layers]))

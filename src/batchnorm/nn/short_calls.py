@@ -62,7 +62,7 @@ def in_one_call_with(
 ) -> Tensor | None:
     """`in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
     batches, skipped = layer._buffers.get("num_batches_tracked"), layer._buffers.get("num_batches_skipped")
-    if is_compiled() or layer.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
+    if is_compiled() or is_mapped() or layer.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
         return None
     if layer.domains and mean is not None and var is not None:
         row = layer.domain
