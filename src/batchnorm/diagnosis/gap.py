@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.diagnosis.findings import Finding, LayerGap, Statistics, compare, findings
 from batchnorm.diagnosis.readings import REFERENCE, Outcome, Readings, checked, untouched
-from batchnorm.diagnosis.tables import text_table
+from batchnorm.diagnosis.tables import finite, text_table
 from batchnorm.errors import InputError
 from batchnorm.ops.context import eager
 from batchnorm.population.calibration import calibrate
@@ -84,7 +84,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: what is not finite is None."""
-        return {**_finite(dataclasses.asdict(self)), "verdict": self.verdict}
+        return {**finite(dataclasses.asdict(self)), "verdict": self.verdict}
 
     def outcome_rows(self) -> list[dict[str, str]]:
         """One row a mode: column title to text; columns of which nothing is known are left out."""
@@ -251,12 +251,3 @@ def _text(value: float | None, pattern: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for floats that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,9 @@
-"""Tables as text."""
+"""Findings as tables of text, and as values for JSON."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 
 def text_table(rows: list[dict[str, str]]) -> list[str]:
@@ -10,3 +13,12 @@ def text_table(rows: list[dict[str, str]]) -> list[str]:
     padded = ([cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in table)
     head, *body = ("  ".join(cells).rstrip() for cells in padded)
     return [head, "-" * max(map(len, [head, *body])), *body]
+
+
+def finite(value: Any) -> Any:
+    """The same with None for floats that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

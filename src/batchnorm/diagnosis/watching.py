@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from batchnorm.diagnosis.alerts import Alert, Rule, Rules, parse_rule
 from batchnorm.diagnosis.summary import DEAD
+from batchnorm.diagnosis.tables import finite, text_table
 from batchnorm.errors import InputError
 from batchnorm.nn import batch_norm as ours
 from batchnorm.surgery.freezing import is_frozen
@@ -73,7 +74,7 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: what is not finite is None."""
-        return {"kind": "reading", **_finite(dataclasses.asdict(self))}
+        return {"kind": "reading", **finite(dataclasses.asdict(self))}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: what is not finite is None."""
-        return {"kind": "evaluation", **_finite(dataclasses.asdict(self))}
+        return {"kind": "evaluation", **finite(dataclasses.asdict(self))}
 
 
 Sink = Callable[["Watch", "Reading | Evaluation"], None]
@@ -384,8 +385,6 @@ class Watch:
         """The last reading as a table, the warnings and the alerts."""
         lines = [f"{len(self.readings)} readings in {self.steps} steps, {100 * self.cost:.2f} % of the time"]
         if self.readings:
-            from batchnorm.diagnosis.tables import text_table
-
             lines += text_table(rows(self.readings[-1]))
         lines += self.warnings + [f"alert: {alert}" for alert in self.alerts]
         return "\n".join(lines)
@@ -539,12 +538,3 @@ def rows(reading: Reading) -> list[dict[str, str]]:
         }
         for layer in reading.layers
     ]
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for floats that are not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

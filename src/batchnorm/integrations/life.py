@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -87,7 +88,7 @@ class Life:
             raise InputError("Life: calibrate_before_validation and freeze_from_epoch are numbers from 0 up")
         if ema is not None and not 0 <= ema < 1:
             raise InputError(f"Life: ema is the share that an average keeps, at least 0 and below 1; got {ema!r}")
-        if not any(isinstance(module, _BatchNorm) for module in net.modules()):
+        if not _layers(net):
             raise InputError(f"Life: {type(net).__name__} has no batch normalization")
         self.net, self.optimizer, self.batches, self.forward = net, optimizer, batches, forward
         self.calibrate_at_end = calibrate_at_end and batches is not None
@@ -116,10 +117,10 @@ class Life:
 
     def epoch(self, number: int) -> None:
         """The epoch ``number``, counted from 0, begins: layers are frozen from ``freeze_from_epoch`` on."""
-        if self.freeze_from_epoch is not None and number >= self.freeze_from_epoch:
-            layers = [module for module in self.net.modules() if isinstance(module, _BatchNorm)]
-            if not all(is_frozen(layer) for layer in layers):
-                freeze(self.net)
+        if self.freeze_from_epoch is None or number < self.freeze_from_epoch:
+            return
+        if not all(map(is_frozen, _layers(self.net))):
+            freeze(self.net)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -168,16 +169,13 @@ class Life:
             self._calibrate(None)
 
     def _trains_by_batch(self) -> bool:
-        layers = [module for module in self.net.modules() if isinstance(module, _BatchNorm)]
-        return any(layer.training and not is_frozen(layer) for layer in layers)
+        return any(layer.training and not is_frozen(layer) for layer in _layers(self.net))
 
     def _calibrate(self, samples: int | None) -> None:
-        batches = self.batches() if callable(self.batches) else self.batches
-        if not all(is_frozen(m) for m in self.net.modules() if isinstance(m, _BatchNorm)):
-            calibrate(self.net, batches, forward=self.forward, samples=samples)
-        if self.ema is not None:
+        networks = [] if all(map(is_frozen, _layers(self.net))) else [self.net]
+        for net in networks if self.ema is None else [*networks, self.ema]:
             batches = self.batches() if callable(self.batches) else self.batches
-            calibrate(self.ema, batches, forward=self.forward, samples=samples)
+            calibrate(net, batches, forward=self.forward, samples=samples)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -212,6 +210,16 @@ class Life:
 
 class _GivenUpError(Exception):
     """Leaves an accumulation without a commit."""
+
+
+def _layers(net: nn.Module) -> list[_BatchNorm]:
+    return [module for module in net.modules() if isinstance(module, _BatchNorm)]
+
+
+def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a callback hands on to `Life` as they are, out of all that it was given."""
+    own = ("net", "optimizer", "batches", "forward")
+    return {name: given[name] for name in inspect.signature(Life).parameters if name not in own}
 
 
 def layer_modes(net: nn.Module) -> dict[str, Any]:

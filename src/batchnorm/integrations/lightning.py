@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from batchnorm.errors import MissingDependencyError
-from batchnorm.integrations.life import Life, warn_of_trap
+from batchnorm.integrations.life import Life, options_of, warn_of_trap
 
 try:
     import lightning.pytorch as trainer_package
@@ -56,14 +56,7 @@ class BatchNormCallback(Callback):  # type: ignore[misc, unused-ignore]
         validation_loss: str = "val_loss",
     ) -> None:
         super().__init__()
-        self.options = {
-            "calibrate_at_end": calibrate_at_end,
-            "calibrate_before_validation": calibrate_before_validation,
-            "freeze_from_epoch": freeze_from_epoch,
-            "accumulate": accumulate,
-            "ema": ema,
-            "watch": watch,
-        }
+        self.options = options_of(locals())
         self.batches, self.forward, self.validation_loss = batches, forward, validation_loss
         self.life: Life | None = None
         self._loaded: dict[str, Any] | None = None
@@ -77,7 +70,7 @@ class BatchNormCallback(Callback):  # type: ignore[misc, unused-ignore]
             optimizers[0] if optimizers else None,
             batches=self.batches if self.batches is not None else lambda: _batches(trainer, pl_module),
             forward=self.forward,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
         self.life.begin()
         if self._loaded is not None:

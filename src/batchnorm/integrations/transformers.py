@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import MissingDependencyError
-from batchnorm.integrations.life import Life, layer_modes, set_layer_modes, warn_of_trap
+from batchnorm.integrations.life import Life, layer_modes, options_of, set_layer_modes, warn_of_trap
 from batchnorm.writing import write_text
 
 try:
@@ -60,14 +60,7 @@ class BatchNormCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         ema: float | None = None,
         watch: Mapping[str, Any] | bool | None = None,
     ) -> None:
-        self.options = {
-            "calibrate_at_end": calibrate_at_end,
-            "calibrate_before_validation": calibrate_before_validation,
-            "freeze_from_epoch": freeze_from_epoch,
-            "accumulate": accumulate,
-            "ema": ema,
-            "watch": watch,
-        }
+        self.options = options_of(locals())
         self.batches, self.forward = batches, forward or _without_labels
         self.life: Life | None = None
         self._handle: Any = None
@@ -77,8 +70,7 @@ class BatchNormCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Make the `Life` of the model, and put the layers in the modes of the checkpoint that is resumed."""
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         batches = self.batches if self.batches is not None else loader
-        options: dict[str, Any] = self.options
-        self.life = Life(model, kwargs.get("optimizer"), batches=batches, forward=self.forward, **options)
+        self.life = Life(model, kwargs.get("optimizer"), batches=batches, forward=self.forward, **self.options)
         modes = _checkpoint(args, state) / MODES_FILE
         if state.global_step and modes.exists():
             set_layer_modes(model, json.loads(modes.read_text(encoding="utf-8")))

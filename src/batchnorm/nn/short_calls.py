@@ -36,42 +36,20 @@ def in_one_call(layer: BatchNorm, x: Tensor | list[Tensor], residual: Tensor | N
     if updates or not use_batch:
         mean = buffers["running_mean"] if "running_mean" in buffers else layer.running_mean  # noqa: SIM401
         var = buffers["running_var"] if "running_var" in buffers else layer.running_var  # noqa: SIM401
+    batches, momentum, skipped, unbiased = buffers.get("num_batches_tracked"), layer.momentum, None, True
     if layer._estimates:
-        return in_one_call_with(layer, x, residual, weight, bias, mean, var, carry, use_batch, updates, pool_size)
-    y = ops.in_one_call(
-        x, residual, weight, bias, mean, var, buffers.get("num_batches_tracked"), layer.momentum, layer.eps,
-        layer.activation, layer.negative_slope, use_batch, updates, pool_size, carry, layer.keeps_output,
-    )  # fmt: skip
-    if updates and y is not None:
-        layer_buffers.look_at_times(layer)
-    return y
-
-
-def in_one_call_with(
-    layer: BatchNorm,
-    x: Tensor | list[Tensor],
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    carry: Tensor | None,
-    use_batch: bool,
-    updates: bool,
-    pool_size: int,
-) -> Tensor | None:
-    """`in_one_call` of a layer whose running statistics are estimated in another way than torch's."""
-    batches, skipped = layer._buffers.get("num_batches_tracked"), layer._buffers.get("num_batches_skipped")
-    if is_compiled() or is_mapped() or layer.affine_by != "shared" or (mean is not None and mean.device.type != "cpu"):
-        return None
-    if layer.domains and mean is not None and var is not None:
-        row = layer.domain
-        mean, var, carry = mean[row], var[row], None if carry is None else carry[:, row]
-        batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
-    momentum = momentum_of_next(layer.running, layer.momentum, batches) if updates else layer.momentum
+        if is_compiled() or is_mapped() or layer.affine_by != "shared" or (mean is not None and not mean.is_cpu):
+            return None
+        skipped, unbiased = buffers.get("num_batches_skipped"), layer.running_var_kind == "unbiased"
+        if layer.domains and mean is not None and var is not None:
+            row = layer.domain
+            mean, var, carry = mean[row], var[row], None if carry is None else carry[:, row]
+            batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
+        if updates:
+            momentum = momentum_of_next(layer.running, momentum, batches)
     y = ops.in_one_call(
         x, residual, weight, bias, mean, var, batches, momentum, layer.eps, layer.activation, layer.negative_slope,
-        use_batch, updates, pool_size, carry, layer.keeps_output, layer.running_var_kind == "unbiased", skipped,
+        use_batch, updates, pool_size, carry, layer.keeps_output, unbiased, skipped,
     )  # fmt: skip
     if updates and y is not None:
         layer_buffers.look_at_times(layer)
