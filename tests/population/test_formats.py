@@ -524,6 +524,10 @@ def test_states_of_torch_keep_its_settings_and_graphs_keys_are_known(tmp_path: P
     hetero = {"running_mean": torch.zeros(2, 3), "running_var": torch.ones(2, 3)}
     with pytest.raises(InputError, match="HeteroBatchNorm"):
         bn.load_statistics(nn.Sequential(bn.BatchNorm1d(3)), hetero)
+    own = nn.Sequential(bn.BatchNorm1d(3, domains=2))
+    own(torch.randn(4, 3))
+    with pytest.raises(InputError, match=r"row of statistics for each; net\.load_state_dict"):
+        bn.load_statistics(nn.Sequential(bn.BatchNorm1d(3, domains=2)), own.state_dict())
 
 
 # Refusals

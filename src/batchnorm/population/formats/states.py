@@ -13,6 +13,10 @@ from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
 from batchnorm.population.formats.values import array, flat, natural, numbered, owners, vector
 
+_ROWS = (
+    "this package's layers with domains or time steps keep a row of statistics for each; "
+    "net.load_state_dict(torch.load(file)) takes them all"
+)
 _HETERO = (
     "HeteroBatchNorm of PyTorch Geometric keeps statistics for each type, divides by sqrt(max(var, eps)) and lets no "
     "gradient through its statistics"
@@ -91,10 +95,12 @@ def _layer(path: str, leaves: Mapping[str, Any], separator: str, framework: str)
     assert mean is not None
     assert var is not None
     batches = named(row.counter) if row.counter else None
-    hetero = framework in _TORCH_ALIKE and mean.ndim > 1
+    obstacle = None
+    if framework in _TORCH_ALIKE and mean.ndim > 1:
+        obstacle = _HETERO if batches is None or batches.ndim == 0 else _ROWS
     layer = ForeignBatchNorm(path, mean, var, gamma, beta, row.decay or 0.0, row.eps, row.variance, row.running)
     counted = None if batches is None else int(batches.reshape(-1)[0])
-    return replace(layer, batches=counted, obstacle=_HETERO if hetero else None)
+    return replace(layer, batches=counted, obstacle=obstacle)
 
 
 # Haiku
