@@ -46,7 +46,7 @@ def _restore(memories: tuple[Memory, ...]) -> None:
 
 
 class Attributes:
-    """Some attributes of modules: the objects that they were, and that a module had none of its own."""
+    """Some attributes of modules. One that a module had from its class alone is its class's again."""
 
     def __init__(self, modules: Iterable[nn.Module], *names: str) -> None:
         self._held = [(m, n, n in m.__dict__, getattr(m, n, _MISSING)) for m in modules for n in names]

@@ -1,6 +1,6 @@
 """Plain calls of a layer, each at once: in one call of C++, in two operators, in one node of a recorder.
 
-They give the values of `BatchNorm._normalize`, where they give any.
+Each gives what `BatchNorm._normalize` gives, or None if it cannot compute the layer.
 """
 
 from __future__ import annotations
