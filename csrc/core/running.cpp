@@ -61,7 +61,8 @@ void mix(Value* value, CarryOf<Value>* carry, double momentum, double batch) {
   const double change = is_small ? rest + momentum * ((batch - old) - rest) : (1 - momentum) * ((old - batch) + rest);
   const double sum = base + change, added = sum - base;
   const double lost = (base - (sum - added)) + (change - added);
-  store(sum, value);
+  // The difference of two infinite values is no number, where their weighted sum is infinite.
+  store(sum - sum == 0 ? sum : (1 - momentum) * old + momentum * batch, value);
   const double kept = value_of(*value), left = (sum - kept) + lost;
   auto next = CarryOf<Value>(left - left == 0 ? left : 0);
   // Rounding the carry may have brought the sum to the middle between two values, and so to the other one.

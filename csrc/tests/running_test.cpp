@@ -200,11 +200,20 @@ void carries() {
     written.set_carry(NAN);
     written.take(9, 0.25);
     check(std::isfinite(written.rest()) && std::isfinite(written.get()), name + " takes in a carry that is NaN");
-    for (double spoilt : {double(INFINITY), double(NAN)}) {
-      Average average(dtype, 2);
-      average.take(spoilt, 0.1);
-      check(!std::isfinite(average.get()) && average.rest() == 0, name + " carries what is not finite");
-    }
+    for (double spoilt : {double(INFINITY), -double(INFINITY), double(NAN)})
+      for (double momentum : {0.1, 0.9}) {
+        Average average(dtype, 2);
+        average.take(spoilt, momentum);
+        check(!std::isfinite(average.get()) && average.rest() == 0, name + " carries what is not finite");
+        // As (1 - momentum) old + momentum batch is: infinite for good, unless the other infinity comes.
+        const bool number = !std::isnan(spoilt);
+        for (double next : {5.0, spoilt}) {
+          average.take(next, momentum);
+          check(number ? average.get() == spoilt : std::isnan(average.get()), name + " loses an infinity");
+        }
+        average.take(-spoilt, momentum);
+        check(std::isnan(average.get()) && average.rest() == 0, name + " makes a number of two infinities");
+      }
     // Momentum 1 is the batch, whatever there was; momentum 0 changes nothing.
     Average replaced(dtype, f.largest < 1e30L ? 6e4 : 1e30);
     replaced.take(0.1, 1);

@@ -115,6 +115,23 @@ def test_a_carry_counts_for_nothing_where_somebody_else_wrote_the_statistics():
     assert torch.equal(layer.running_carry, fresh.running_carry)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not finite", "ignore:momentum=")
+@pytest.mark.parametrize("momentum", [0.1, 0.6])
+@pytest.mark.parametrize("name", ["plain", "biased", "renorm", "domains", "debiased"])
+def test_an_infinite_average_stays_infinite_as_in_torch(name: str, momentum: float):
+    options = OPTIONS[name]
+    layer, plain = bn.BatchNorm1d(3, momentum=momentum, **options), nn.BatchNorm1d(3, momentum=momentum)
+    x = torch.tensor([1.0, 2.0, 4.0, 3.0])[:, None] * torch.ones(3)
+    for k in range(3):
+        given = x.clone()
+        given[0, 1] = torch.inf if k == 0 else 1.0
+        layer(given), plain(given)
+    for name in ("running_mean", "running_var"):
+        ours, theirs = getattr(layer, name).view(-1, 3)[0], getattr(plain, name)
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
 def test_other_dtypes_and_numbers_of_channels_make_the_carry_anew():
     layer = bn.BatchNorm1d(3)
     layer(torch.randn(4, 3))

@@ -298,7 +298,8 @@ def mixed(
     total = base + change
     added = total - base
     lost = (base - (total - added)) + (change - added)
-    value = total.to(running.dtype)
+    # The difference of two infinite values is no number, where their weighted sum is infinite.
+    value = torch.where(torch.isfinite(total), total, (1 - momentum) * old + momentum * batch).to(running.dtype)
     kept = value.to(batch.dtype)
     left = ((total - kept) + lost).to(carry.dtype)
     left = torch.where(torch.isfinite(left), left, 0.0)

@@ -814,6 +814,8 @@ def _mix(running, carry, channel, present, share, batch):
         total = base + change
         added = total - base
         lost = (base - (total - added)) + (change - added)
+        # The difference of two infinite values is no number, where their weighted sum is infinite.
+        total = tl.where(total - total == 0, total, (1 - share) * old + share * batch)
         kept = _rounded(total, running)
         left = _rounded((total - kept) + lost, carry)
         left = tl.where(left - left == 0, left, 0.0)
