@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS, DIST = ROOT / "build" / "headers", ROOT / "dist"
-TORCHES = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1")
+TORCHES = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0")
 PLATFORM = "manylinux_2_28"
 LIMIT = 5_000_000  # bytes
 PROCESSORS = ("x86_64", "aarch64")
@@ -32,8 +32,9 @@ NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": 
 
 def run(*command: str | Path, **environment: str) -> str:
     """What a command prints; stops with its errors where it fails."""
-    # `make` pins one torch for the environment of this clone; the headers of the others are taken all the same.
-    surroundings = {key: value for key, value in os.environ.items() if key != "PIP_CONSTRAINT"}
+    # `make` pins one torch for the environment of this clone, and pip's own settings may pin one, too. The headers of
+    # the others are taken all the same.
+    surroundings = {**os.environ, "PIP_CONSTRAINT": os.devnull}
     done = subprocess.run(
         [str(each) for each in command], cwd=ROOT, text=True, capture_output=True, env={**surroundings, **environment}
     )

@@ -25,6 +25,7 @@ ARROW = (
 LEVELS = {part: level for level, group in enumerate(reversed(ARROW.split(" > "))) for part in re.findall(r"\w+", group)}
 BASE = {
     "errors": set(),
+    "installation": {"errors"},
     "undo": set(),
     "moments": {"errors"},
     "pools": {"errors", "moments"},

@@ -86,20 +86,13 @@ def __getattr__(name: str) -> Any:
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as failure:
-        from batchnorm.errors import InstallationError
+    except ImportError as failure:
+        from batchnorm.installation import explained
 
-        missing = failure.name or ""
-        if missing == "torch":
-            raise InstallationError(
-                "batchnorm needs torch, and this Python has none: pip install 'torch>=2.10'"
-            ) from None
-        if missing.partition(".")[0] != "batchnorm":
+        error = explained(failure)
+        if error is failure:
             raise
-        raise InstallationError(
-            f"{missing} is missing from {__path__[0]}: this installation is damaged; "
-            "pip install --force-reinstall --no-deps batchnorm"
-        ) from None
+        raise error from None
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ The wheel is one without the native library, which takes seconds to make; `BATCH
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,11 +113,46 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_a_damaged_installation_says_what_to_do(site: Path):
-    shutil.rmtree(site / "batchnorm" / "kernels")
+def test_a_second_copy_on_the_path_is_told(site: Path, tmp_path: Path):
+    other = tmp_path / "copy" / "batchnorm"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text('__version__ = "0.0.2"\n')
+    done = run(site, "-m", "batchnorm", "info", beside=[str(other.parent), *LIBRARIES])
+    assert f"0.0.2 in {other.parent}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gone", "missing"),
+    [("kernels", "batchnorm.kernels"), ("pools.py", "batchnorm.pools"), ("ops/schemas.py", "batchnorm.ops.schemas")],
+)
+def test_a_damaged_installation_says_what_to_do(site: Path, gone: str, missing: str):
+    path = site / "batchnorm" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     message = last_line(run(site, "-c", "import batchnorm; batchnorm.BatchNorm1d"))
-    assert "batchnorm.kernels is missing" in message
-    assert "pip install --force-reinstall" in message
+    assert message.startswith("batchnorm.errors.InstallationError: ")
+    assert f"{missing} is missing from {site / 'batchnorm'}" in message
+    assert message.endswith("pip install --force-reinstall --no-deps batchnorm")
+
+
+@pytest.mark.parametrize("gone", ["cli/fold.py", "cli/settings.py", "errors.py"])
+def test_a_damaged_command_line_says_what_to_do(site: Path, gone: str):
+    (site / "batchnorm" / gone).unlink()
+    done = run(site, "-m", "batchnorm", "info")
+    message = last_line(done)
+    assert f"batchnorm.{gone[:-3].replace('/', '.')}" in message
+    if gone.startswith("cli"):
+        assert message.startswith("batchnorm: error: ")
+        assert "Traceback" not in done.stderr
+        assert f"{batchnorm.__version__} in {site / 'batchnorm'}" in done.stderr
+
+
+def test_info_lists_what_is_missing_and_changed(site: Path):
+    assert re.search(r"^files +complete$", run(site, "-m", "batchnorm", "info").stdout, re.MULTILINE)
+    (site / "batchnorm" / "py.typed").unlink()
+    with (site / "batchnorm" / "reference.py").open("a") as file:
+        file.write("# edited\n")
+    told = run(site, "-m", "batchnorm", "info").stdout
+    assert "batchnorm/py.typed missing; batchnorm/reference.py changed: pip install --force-reinstall" in told
 
 
 def test_a_library_that_does_not_load_is_left_out(site: Path):

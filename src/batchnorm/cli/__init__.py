@@ -7,28 +7,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from batchnorm.cli import adapt, bench, calibrate, convert, diagnose, fold, info, lab, summary, train
-from batchnorm.cli.application import app
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, InstallationError
 
-__all__ = ["INTERRUPTED", "app", "main"]
+__all__ = ["INTERRUPTED", "main"]
 
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
-
-for command in (
-    train,
-    summary,
-    diagnose,
-    calibrate,
-    adapt,
-    fold,
-    convert,
-    lab,
-    bench,
-    info,
-):  # in the order of the help
-    command.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,11 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    app = _application()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="batchnorm")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _application() -> Any:
+    """The application with its commands; else an error that tells which part of the installation is missing."""
+    try:
+        from batchnorm.cli.commands import app
+    except ImportError as failure:
+        from batchnorm.installation import described, explained
+
+        sys.stderr.write(f"batchnorm {described()}, Python {sys.version.split()[0]} in {sys.executable}\n")
+        error = explained(failure)
+        if isinstance(error, BatchNormError):
+            raise error from None
+        raise InstallationError(f"{failure}: pip install --force-reinstall batchnorm") from failure
+    return app
 
 
 def _drop_output() -> None:

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from batchnorm import installation
 from batchnorm.errors import InstallationError
 
 
@@ -17,7 +18,8 @@ def info() -> None:
     try:
         batchnorm.show_config()
     except InstallationError:  # without torch nothing else runs: say at least what is here
-        print(f"batchnorm         {batchnorm.__version__} in {batchnorm.__path__[0]}")
+        print(f"batchnorm         {installation.described()}")
+        print(f"files             {installation.condition()}")
         print(f"python            {platform.python_version()} ({sys.executable})")
         raise
 

@@ -10,6 +10,7 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import math
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ torch_below: float = 0  # in force: 0 with `_autograd`, infinite without the nat
 _VERSION = re.compile(r"(\d+)\.(\d+)\.")
 _RELEASE = re.compile(r"(\d+)\.(\d+)\.\d+(?:\+.*)?")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "neon")
+# What a processor of x86-64 must have for the better two, best first.
+_FEATURES = {"avx512": "AVX-512 F, BW, VL and DQ", "avx2": "AVX2, FMA and F16C"}
 
 
 def load() -> None:
@@ -116,6 +119,15 @@ def available() -> bool:
 def instruction_set() -> str | None:
     """The instruction set in use: one of `INSTRUCTION_SETS`."""
     return None if _library is None else _library.batchnorm_instruction_set().decode()
+
+
+def missing_features() -> list[str]:
+    """What this processor lacks for better instruction sets than the one in use, best first."""
+    own = instruction_set()
+    if own not in ("baseline", *_FEATURES) or platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    names = list(_FEATURES)
+    return [_FEATURES[name] for name in names[: names.index(own) if own in names else None]]
 
 
 def select_instruction_set(name: str) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from batchnorm import __version__
+from batchnorm import installation
 from batchnorm import ops as _ops  # noqa: F401  (loads the implementations)
 from batchnorm.kernels import cpu
 from batchnorm.ops import cuda
@@ -33,12 +32,13 @@ def configuration() -> dict[str, Any]:
         device = torch.device("cuda", torch.cuda.current_device())
         gpu = f"{torch.cuda.get_device_name()}: {cuda.describe(device)}"
     return {
-        "batchnorm": _described(),
+        "batchnorm": installation.described(),
+        "files": installation.condition(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "cpu kernels": f"C++, {cpu.instruction_set()}" if cpu.available() else f"ATen operations, because {cpu.error}",
+        "cpu kernels": _kernels(),
         "eager calls": _calls(),
         "native library": str(cpu.path) if cpu.path else None,
         "caches": ", ".join(f"{k} {v // 1024} KB" for k, v in cpu.cache_sizes().items()) or None,
@@ -52,13 +52,12 @@ def configuration() -> dict[str, Any]:
     }
 
 
-def _described() -> str:
-    """Version and folder; and what pip knows of other versions on the path, whose files may lie among these."""
-    folder = Path(__file__).parent.parent
-    found = importlib.metadata.distributions(name="batchnorm")
-    others = {f"{each.version} in {each.locate_file('')}" for each in found if each.version != __version__}
-    note = f"; on the path, too: {', '.join(sorted(others))}: pip uninstall the one not meant" if others else ""
-    return f"{__version__} in {folder}{note}"
+def _kernels() -> str:
+    """What computes on the CPU, and why nothing better does."""
+    if not cpu.available():
+        return f"ATen operations, because {cpu.error}"
+    lacks = cpu.missing_features()
+    return f"C++, {cpu.instruction_set()}" + (f"; this processor lacks {', and '.join(lacks)}" if lacks else "")
 
 
 def _calls() -> str:

@@ -1,0 +1,94 @@
+"""What of this package is on the path, whether it is whole, and in one line how to mend it. It runs without torch."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+from batchnorm.errors import InstallationError
+
+NAME = "batchnorm"
+FOLDER = Path(__file__).parent
+MEND = "pip install --force-reinstall --no-deps batchnorm"
+_SHOWN = 3  # names in one line
+
+
+def version() -> str:
+    """The version of these files."""
+    return _version_in(FOLDER) or "of an unknown version"
+
+
+def described() -> str:
+    """Version and folder; and the other versions on the path, whose files may lie among these."""
+    found = {f"{each.version} in {each.locate_file('')}" for each in importlib.metadata.distributions(name=NAME)}
+    for place in sys.path:
+        folder = Path(place or ".").resolve() / NAME
+        other = _version_in(folder)
+        if other and folder != FOLDER.resolve():
+            found.add(f"{other} in {folder.parent}")
+    others = sorted(each for each in found if each not in _same(version(), FOLDER.parent))
+    note = f"; on the path, too: {', '.join(others)}: pip uninstall the one not meant" if others else ""
+    return f"{version()} in {FOLDER}{note}"
+
+
+def _same(own: str, folder: Path) -> set[str]:
+    """What names these very files: the folder as it is written on the path, and as it is."""
+    names = {f"{own} in {folder}", f"{own} in {folder.resolve()}"}
+    for each in importlib.metadata.distributions(name=NAME):  # an editable installation lies elsewhere than its files
+        if each.version == own and not any(str(file) == f"{NAME}/__init__.py" for file in each.files or ()):
+            names.add(f"{own} in {each.locate_file('')}")
+    return names
+
+
+def _version_in(folder: Path) -> str | None:
+    try:
+        found = re.search(r'^__version__ = "([^"]+)"', (folder / "__init__.py").read_text("utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1] if found else None
+
+
+def condition() -> str:
+    """Whether all files are there as they were installed; else which are not, and the command that mends it."""
+    listed, missing, changed = 0, [], []
+    for each in importlib.metadata.distributions(name=NAME):
+        if Path(str(each.locate_file(NAME))).resolve() != FOLDER.resolve():
+            continue
+        for file in each.files or ():
+            if file.parts[0] != NAME or file.hash is None:
+                continue
+            listed += 1
+            try:
+                contents = Path(str(file.locate())).read_bytes()
+            except OSError:
+                missing.append(str(file))
+                continue
+            digest = base64.urlsafe_b64encode(hashlib.new(file.hash.mode, contents).digest()).rstrip(b"=").decode()
+            if digest != file.hash.value:
+                changed.append(str(file))
+    told = [f"{_some(files)} {verb}" for files, verb in ((missing, "missing"), (changed, "changed")) if files]
+    if told:
+        return f"{'; '.join(told)}: {MEND}"
+    return "complete" if listed else "not on any list of pip's: a source tree or an editable installation"
+
+
+def _some(files: list[str]) -> str:
+    rest = len(files) - _SHOWN
+    return ", ".join(sorted(files)[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def explained(failure: ImportError) -> ImportError:
+    """The error to raise in place of one from an import: what is missing, and the command that mends it."""
+    name = failure.name or ""
+    if name == "torch":
+        return InstallationError("batchnorm needs torch, and this Python has none: pip install 'torch>=2.10'")
+    if name.partition(".")[0] != NAME or isinstance(failure, InstallationError):
+        return failure
+    part = re.match(r"cannot import name '(\w+)'", str(failure))
+    return InstallationError(
+        f"{name}{'.' + part[1] if part else ''} is missing from {FOLDER}: this installation is damaged; {MEND}"
+    )
