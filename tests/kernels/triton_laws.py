@@ -467,6 +467,32 @@ class TritonLaws:
         assert counts[0].item() == 7
         torch.testing.assert_close(ours, before, rtol=0, atol=0)
 
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, of infinities, in the interpreter
+    @pytest.mark.parametrize("momentum", [0.125, 0.75])  # the interpreter rounds a scalar to float32
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_running_statistics_with_a_carry(self, momentum: float, dtype: torch.dtype) -> None:
+        """Nothing of ten steps is lost, and an infinity stays one."""
+        channels = 5
+        mean, var = self.randn(1, channels).double() + 100, self.randn(1, channels).double().square()
+        ours = [torch.full((channels,), 100.0, dtype=dtype, device=self.device) for _ in range(2)]
+        carry = torch.zeros(2, channels, dtype=dtype, device=self.device)
+        exact = [(t.double().clone(), torch.zeros(channels, dtype=torch.float64, device=self.device)) for t in ours]
+        for k in range(10):
+            batch = (mean + k / 7, var)
+            self.kernels.update_statistics(*ours, None, *batch, 20, 20, momentum, False, carry)
+            exact = [
+                aten.mixed(value, new[0], momentum, rest)  # type: ignore[misc]
+                for (value, rest), new in zip(exact, batch, strict=True)
+            ]
+        for value, rest, (right, _) in zip(ours, carry, exact, strict=True):
+            torch.testing.assert_close(value.double() + rest.double(), right, rtol=1e-13, atol=1e-13)
+        mean[0, 1], mean[0, 2] = torch.inf, -torch.inf
+        for _ in range(2):
+            self.kernels.update_statistics(*ours, None, mean, var, 20, 20, momentum, False, carry)
+            mean[0, 1] = 3.0
+        assert ours[0].isinf().tolist() == [False, True, True, False, False]
+        assert carry.isfinite().all()
+
     def test_the_self_test_passes(self) -> None:
         cuda._kernels = self.kernels
         cuda.self_test(torch.device(self.device))
