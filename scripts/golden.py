@@ -38,7 +38,6 @@ CHANGED: dict[str, str] = {
     " ones": "one value that weights leave has no variance, so the running statistics stay",
     "always one": "nor has a batch of one value",
     " one": "the error advises by the layer's options, which .eval() does not always help",
-    " infinite": "a running mean that is infinite becomes NaN with the next batch, where torch's stays infinite",
     " weights": "weighted statistics are computed in float64",
     "ghosts_decay train empty": "an empty batch counts, as in torch",
     "ghosts_decay always empty": "an empty batch counts, as in torch",

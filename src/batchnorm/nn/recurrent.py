@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.errors import InputError
 from batchnorm.kernels import recurrent as aten
 from batchnorm.nn.batch_norm import BatchNorm1d
 from batchnorm.nn.leaves import recorded_call
 from batchnorm.nn.outside import Unscriptable
+from batchnorm.nn.sequences import frames_of, reversed_frames
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from batchnorm.ops import recurrent as ops
 from batchnorm.ops.context import is_compiled
@@ -272,108 +273,41 @@ class _Layer(_Normalized, nn.RNNBase):
     ) -> tuple[Any, State]:
         if self._padding is not None and lengths is None and mask is None and isinstance(input, Tensor):
             mask = self._padding.mask_of(self, input)
-        if isinstance(input, Tensor) and input.is_nested:
-            return self._jagged(input, hx, lengths is not None or mask is not None, step)
-        if lengths is not None or mask is not None:
-            return self._padded(input, hx, lengths, mask, step)
-        if self.options.batch_norm is None:
+        is_torchs = self.options.batch_norm is None
+        told = lengths is not None or mask is not None or (isinstance(input, Tensor) and input.is_nested)
+        if is_torchs and not told:
             return super().forward(input, hx)  # type: ignore[no-any-return]
-        if isinstance(input, PackedSequence):
-            return self._packed(input, hx, step)
-        if input.dim() not in (2, 3):
-            raise InputError(
-                f"{type(self).__name__}: expected an input of 2 axes (one sequence) or 3, got {tuple(input.shape)}"
-            )
-        if input.dim() == 2:
-            batch = 0 if self.batch_first else 1
-            states = None if hx is None else self._each(hx, lambda h: h.unsqueeze(1))
-            output, states = self.forward(input.unsqueeze(batch), states, step=step)
-            return output.squeeze(batch), self._each(states, lambda h: h.squeeze(1))
-        x = input.transpose(0, 1) if self.batch_first else input
-        steps, samples, _ = x.shape
-        if not steps:
-            raise InputError(f"{type(self).__name__}: expected a step or more, got {tuple(input.shape)}")
-        self._check(input, hx, None)
-        output, states = self._run(x.flatten(0, 1), [samples] * steps, hx, step)
-        output = output.unflatten(0, (steps, samples))
-        return output.transpose(0, 1) if self.batch_first else output, states
-
-    def _padded(
-        self, input: Any, hx: State | None, lengths: Tensor | Sequence[int] | None, mask: Tensor | None, step: int
-    ) -> tuple[Tensor, State]:
-        """Sequences of given lengths, padded to one: packed, run, and padded with zeros again."""
-        called = type(self).__name__
-        if isinstance(input, PackedSequence) or input.dim() != 3:
-            raise InputError(f"{called}: lengths= and mask= belong to a padded input of 3 axes")
-        if lengths is not None and mask is not None:
-            raise InputError(f"{called}: got lengths and mask, two names for one thing; give one of them")
-        samples, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
-        if mask is not None:
-            lengths = _lengths_of(mask, (samples, steps), called)
-        counts = torch.as_tensor(lengths, dtype=torch.long, device="cpu")
-        if counts.shape != (samples,) or not bool(((counts >= 0) & (counts <= steps)).all()):
-            raise InputError(
-                f"{called}: lengths must be {samples} numbers from 0 to {steps}, those of the input "
-                f"{tuple(input.shape)}; got {counts.tolist()}"
-            )
-        if not samples:
-            return self.forward(input, hx, step=step)
-        if not bool(counts.all()):
-            return self._with_empty(input, hx, counts, step)
-        packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
-        output, states = self.forward(packed, hx, step=step)
-        return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], states
-
-    def _with_empty(self, input: Tensor, hx: State | None, counts: Tensor, step: int) -> tuple[Tensor, State]:
-        """The same where some have no frame: these end in the state that they begin with."""
-        there, batch = counts.nonzero().squeeze(1).to(input.device), 0 if self.batch_first else 1
-        given = None if hx is None else self._each(hx, lambda h: h.index_select(1, there))
-        output, states = self._padded(input.index_select(batch, there), given, counts[counts > 0], None, step)
-        shape = [*output.shape]
-        shape[batch] = len(counts)
-        h0, c0 = self._initial(input, len(counts), hx)
-        begun = iter((h0,) if c0 is None else (h0, c0))
-        states = self._each(states, lambda h: next(begun).to(h.dtype).index_copy(1, there, h))
-        return output.new_zeros(shape).index_copy(batch, there, output), states
-
-    def _jagged(self, input: Tensor, hx: State | None, also_told: bool, step: int) -> tuple[Tensor, State]:
-        """Sequences of a nested tensor (N, *, input); the batch comes first, whatever ``batch_first`` says."""
-        called = type(self).__name__
-        if also_told:
-            raise InputError(f"{called}: got lengths or mask beside a nested tensor, which knows its own lengths")
-        if input.layout is not torch.jagged or input.dim() != 3 or input._ragged_idx != 1:  # type: ignore[attr-defined]
-            raise InputError(f"{called}: expected a nested tensor (N, *, input) with layout=torch.jagged")
-        offsets, batch_first = input.offsets(), self.batch_first  # type: ignore[attr-defined]
-        lengths, x = offsets.diff(), input.to_padded_tensor(0.0)
-        output, states = self.forward(x if batch_first else x.transpose(0, 1), hx, lengths=lengths, step=step)
-        output = output if batch_first else output.transpose(0, 1)
-        there = torch.arange(output.shape[1], device=output.device) < lengths[:, None]
-        return torch.nested.nested_tensor_from_jagged(output[there], offsets), states
-
-    def _packed(self, input: PackedSequence, hx: State | None, step: int) -> tuple[PackedSequence, State]:
-        data, batch_sizes, order, back = input
-        self._check(data, hx, batch_sizes)
-        states = hx if hx is None or order is None else self._each(hx, lambda h: h.index_select(1, order))
-        output, states = self._run(data, batch_sizes.tolist(), states, step)
-        if back is not None:
-            states = self._each(states, lambda h: h.index_select(1, back))
-        return PackedSequence(output, batch_sizes, order, back), states
-
-    def _check(self, input: Tensor, hx: State | None, batch_sizes: Tensor | None) -> None:
-        """torch's own checks; those of the state only where there is one."""
+        frames = frames_of(input, lengths, mask, self.batch_first, type(self).__name__)
+        if frames.is_alone and hx is not None:
+            hx = self._each(hx, lambda h: h.unsqueeze(1))
+        sequences = torch.tensor([frames.sequences])
         if hx is None:
-            self.check_input(input, batch_sizes)
+            self.check_input(frames.data, sequences)
         else:
-            self.check_forward_args(input, hx, batch_sizes)
+            self.check_forward_args(frames.data, hx, sequences)
+        begun = self._initial(frames.data, frames.sequences, hx)
+        states = self._each(begun, frames.begin)
+        if not is_torchs:
+            output, states = self._run(frames.data, frames.sizes, states, step)
+        elif len(frames.data):
+            packed, states = super().forward(frames.packed(), states)
+            output = packed.data
+        else:
+            empty = frames.data.unflatten(0, (len(frames.sizes), 0))
+            output, states = super().forward(empty.transpose(0, 1) if self.batch_first else empty, states)
+            output = output.flatten(0, 1)
+        ended = self._each(states, frames.end, begun)
+        return frames.restore(output), ended
 
-    def _each(self, states: State, function: Callable[[Tensor], Tensor]) -> State:
+    def _each(self, states: State, function: Callable[..., Tensor], *others: State) -> State:
+        """The function of h, or of h and of c; ``others`` are further states, whose parts are further arguments."""
         if self.mode != "LSTM":
-            return function(states)
-        return tuple(function(state) for state in states)
+            return function(states, *others)
+        return tuple(map(function, states, *others))
 
-    def _run(self, data: Tensor, sizes: list[int], hx: State | None, step: int) -> tuple[Tensor, State]:
+    def _run(self, data: Tensor, sizes: list[int], states: State, step: int) -> tuple[Tensor, State]:
         suffixes = self._suffixes()
-        h0, c0 = self._initial(data, sizes[0], hx)
+        h0, c0 = states if self.mode == "LSTM" else (states, None)
         directions = 2 if self.bidirectional else 1
         flipped = reversed_frames(sizes, data.device) if self.bidirectional else None
         h_n, c_n = [], []
@@ -393,12 +327,13 @@ class _Layer(_Normalized, nn.RNNBase):
         h_last = torch.stack(h_n)
         return data, h_last if c0 is None else (h_last, torch.stack(c_n))  # type: ignore[arg-type]
 
-    def _initial(self, data: Tensor, samples: int, hx: State | None) -> tuple[Tensor, Tensor | None]:
+    def _initial(self, data: Tensor, samples: int, hx: State | None) -> State:
+        """The states that were given, or zeros."""
+        if hx is not None:
+            return hx
         count = self.num_layers * (2 if self.bidirectional else 1)
-        if hx is None:
-            h0 = data.new_zeros(count, samples, self.proj_size or self.hidden_size)
-            return h0, data.new_zeros(count, samples, self.hidden_size) if self.mode == "LSTM" else None
-        return hx if self.mode == "LSTM" else (hx, None)
+        h0 = data.new_zeros(count, samples, self.proj_size or self.hidden_size)
+        return (h0, data.new_zeros(count, samples, self.hidden_size)) if self.mode == "LSTM" else h0
 
     def cell(self, layer: int = 0, *, reverse: bool = False) -> nn.Module:
         """One layer in one direction as a cell, which shares its parameters and statistics: for streaming.
@@ -495,32 +430,6 @@ class InputBias(nn.Module):
 
     def forward(self, gates: Tensor) -> Tensor:
         return gates + self.bias
-
-
-def reversed_frames(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Where each frame's counterpart lies when every sequence is read from its own end; its own inverse."""
-    lasts = [0] * sizes[0]  # the last step of each sequence
-    starts = [0]
-    for t, size in enumerate(sizes):
-        lasts[:size] = [t] * size
-        starts.append(starts[-1] + size)
-    step = aten.steps_of(sizes, torch.device("cpu"))
-    start = torch.tensor(starts)
-    row = torch.arange(starts[-1]) - start[step]
-    return (start[torch.tensor(lasts, dtype=torch.long)[row] - step] + row).to(device)
-
-
-def _lengths_of(mask: Tensor, shape: tuple[int, int], called: str) -> Tensor:
-    """The length of each sequence from a mask (N, T) of valid frames, which come first."""
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise InputError(f"{called}: mask must be boolean (N, T) = {shape}, got {mask.dtype} {tuple(mask.shape)}")
-    lengths = mask.sum(1)
-    if not torch.equal(mask, torch.arange(shape[1], device=mask.device) < lengths[:, None]):
-        raise InputError(
-            f"{called}: the valid frames of a mask must come before the padding, in every sequence; "
-            "a recurrence cannot pass over a frame"
-        )
-    return lengths.cpu()
 
 
 _LAYER_DOC = """{paper}, a drop-in for `torch.nn.{name}`.

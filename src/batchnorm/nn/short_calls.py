@@ -76,7 +76,9 @@ def in_two_calls(layer: BatchNorm, x: Tensor, residual: Tensor | None) -> Tensor
 def in_one_node(layer: BatchNorm, x: Tensor, fusion: Fusion) -> Tensor | None:
     """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
     use_batch, updates = layer.normalizes_by_batch, layer.updates_statistics
-    if layer._call_size != 0 or layer._estimates or (updates and (layer.momentum is None or not use_batch)):
+    if layer._call_size != 0 or (updates and (layer.momentum is None or not use_batch)):
+        return None
+    if layer._estimates and (updates or layer.domains):
         return None
     if updates and layer.num_batches_tracked is not None:
         ops.count_one(layer.num_batches_tracked, x)
