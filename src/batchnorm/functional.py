@@ -71,7 +71,7 @@ def batch_norm(
             the pools; nothing is read at the others, and y is zero there.
         lengths: integers (N,), the valid lengths of the last axis: a mask.
         weights: (N, *space) or what broadcasts to it, >= 0: how often each value counts in mean and variance
-            (frequency weights: the variance kept is M2/(W - 1), W their sum). What has no weight is not valid.
+            (frequency weights: the variance kept is M2/(W - 1), W their sum). A value without weight is not valid.
             Differentiable. In training only.
         ghost_size: samples of a ghost batch, each normalized by its own statistics; the last may be smaller. The
             running statistics are those of the whole batch. In training only; 0: none.

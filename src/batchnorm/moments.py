@@ -85,7 +85,7 @@ class Moments:
             x: (N, C, *space), or any shape with the channels on `channel_axis`; any real dtype.
             channel_axis: the axis of the channels; all others are pooled.
             mask: boolean, True = valid, shaped like `x` without its channels or with one in their
-                place: (N, *space) or (N, 1, *space). What is masked reaches nothing, NaN included.
+                place: (N, *space) or (N, 1, *space). A masked value reaches nothing, be it NaN.
             weights: real, >= 0, of a mask's shape. A value counts as often as its weight says, so
                 the count is the sum of the weights; a weight of zero is a mask.
 

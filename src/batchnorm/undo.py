@@ -1,7 +1,7 @@
 """What modules and tensors were, and how they are put back: for everything that changes a network for a time.
 
-What a layer remembers for good, through copies and pickles, lies in the layer: `nn/saved_modes.py` while it is frozen,
-`surgery/conversion.py` until `revert`.
+The layer itself holds the things that it remembers for good, through copies and pickles: `nn/saved_modes.py` while it
+is frozen, `surgery/conversion.py` until `revert`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def fold(
     """Fold batch norm into the layers around it, prove the result, and write it.
 
     The certificate says what was folded into what, what stayed and why, and how far the outputs of the folded network
-    are from those of the unfolded one. What cannot be folded exactly stays; nothing is written if the outputs differ.
+    are from those of the unfolded one. A layer that cannot be folded exactly stays. Nothing is
+    written if the outputs differ.
     """
     kinds = (".onnx", ".pt2")
     if inputs is not None and (file is None or file.suffix != ".onnx"):

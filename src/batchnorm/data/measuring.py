@@ -102,7 +102,7 @@ def _locally(source: Local, columns: list[str] | None, axis: int, any_type: bool
 
 def _task(columns: list[str] | None, axis: int, any_type: bool) -> Task:
     def measure(partition: int, blocks: Iterator[Any]) -> bytes:
-        # What is wrong with the data is told, and not raised: an engine would work on the partition again in vain.
+        # A fault of the data is returned, and not raised: an engine would work on the partition again in vain.
         try:
             found = ColumnMoments.of_blocks(
                 blocks, columns=columns, feature_axis=axis, part=f"partition {partition}", any_type=any_type

@@ -26,8 +26,8 @@ RETRIES = 3  # of a block whose worker dies
 class MomentsOf(AggregateFn):  # type: ignore[misc]
     """An aggregation of Ray Data: the moments of columns, for ``dataset.aggregate(...)`` and ``groupby(...)``.
 
-    The result is JSON text: ``ColumnMoments.from_dict(json.loads(text))``. What is wrong with a block (no such column,
-    no numbers) is an entry "error" in it, so that Ray does not repeat the block in vain.
+    The result is JSON text: ``ColumnMoments.from_dict(json.loads(text))``. A fault of a block (no such column, no
+    numbers) is an entry "error" in it, so that Ray does not repeat the block in vain.
 
     It is an `AggregateFn` and no `AggregateFnV2`: of that kind Ray 2.60 hands on the keys of the groups and one column
     alone, and this one reads several.

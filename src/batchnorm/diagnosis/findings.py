@@ -449,8 +449,8 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
         times = math.sqrt(max(member.unlike or 1.0 for member in members))
         return (
             f"The batches are not alike: in {of} their means vary {times:.1f} times as much as those of random batches "
-            "would. They are sorted, or each is from a source of its own. What lies between batches is in no batch's "
-            "variance, and so not in a moving average of them.",
+            "would. They are sorted, or each is from a source of its own. The differences between batches are in no "
+            "batch's variance, and so not in a moving average of them.",
             "shuffle the training data; " + CALIBRATE + " counts the variance between batches",
         )
     if kind == "dropout":

@@ -37,7 +37,7 @@ DEAD = 1e-2  # a running variance below this share of eps
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One batch normalization layer. What comes from the data flow is None where it is unknown.
+    """One batch normalization layer. Facts of the data flow are None where it is unknown.
 
     Attributes:
         name: qualified name; type: its class; features: number of channels C.

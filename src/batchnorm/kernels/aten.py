@@ -62,7 +62,7 @@ def batch_statistics(x: Tensor, pools: Pools) -> tuple[Tensor, Tensor]:
     x = pools.clean(x)
     mean = pools.mean(x)
     centered = x.to(compute_dtype(x.dtype)) - pools.expand(mean, compute_dtype(x.dtype))
-    # What rounding of the mean left: its square belongs to the variance no more than to the mean.
+    # The rounding error of the mean: its square belongs to the variance no more than to the mean.
     rest = pools.mean(centered)
     if pools.weights is not None:  # x * w / w is not x, and a pool of one value is to have exactly its value
         mean, centered = mean + rest, centered - pools.expand(rest, centered.dtype)

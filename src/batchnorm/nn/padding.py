@@ -258,8 +258,8 @@ class _Padding:
 
         Args:
             layer: a normalization, or a recurrence.
-            x: its input. What knows its own lengths, a packed sequence or nested tensor, and what has no time is taken
-                whole.
+            x: its input. A packed sequence or nested tensor, which knows its own lengths, is taken whole, and so is an
+                input without an axis of time.
         """
         if not isinstance(x, Tensor) or x.is_nested or not self.samples:
             return None

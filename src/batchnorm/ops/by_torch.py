@@ -1,7 +1,7 @@
 """Plain eager calls by torch's own operator, where ours would cost more: without `_autograd`, or without C++ at all.
 
-What such a call costs is then that of torch.nn's layers, and its bits are those of torch: running statistics keep no
-carry of what rounding left, since the few operations that this takes would cost more than the call.
+Such a call then costs as much as one of torch.nn's layers, and has torch's bits: running statistics keep no carry of
+what rounding left, since the few operations that this takes would cost more than the call.
 """
 
 from __future__ import annotations

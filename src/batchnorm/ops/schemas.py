@@ -122,7 +122,7 @@ _define(
     "()",
 )
 # The same of rows of statistics that are given as they are: mean and var of (rows, C), momentum and accepted of shapes
-# that expand to it. What is not accepted stays as it is.
+# that expand to it. Rows that are not accepted stay as they are.
 _define(
     "mix_statistics",
     "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor momentum, Tensor accepted,"

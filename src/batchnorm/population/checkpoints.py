@@ -106,7 +106,7 @@ def load_statistics(
             as well. It is needed for layers whose training goes on differently here, which are refused without it.
 
     Returns:
-        What the file was taken for, and what was loaded where.
+        The format that the file was taken for, and what was loaded where.
 
     Raises:
         DataError: a file that holds no batch normalization or cannot be read.

@@ -37,7 +37,7 @@ def measure_partitions(
 
     A batch is the next `batch_size` rows of the whole data set, so the batches are those of one process, however the
     data are cut: a worker measures the batches that lie in its partition, and sends the rows at its edges, of which
-    the batches across borders are made here. What a worker finds is kept by the number of its partition, so a
+    the batches across borders are made here. Findings are kept by the number of the partition, so a
     partition that is worked on again counts once.
 
     Raises:
@@ -92,7 +92,7 @@ class _Pass:
 
     def __call__(self, partition: int, blocks: Iterator[Any], start: int, rows: int) -> bytes:
         label = f"partition {partition}"
-        # What is wrong with the data is told, and not raised: an engine would work on the partition again in vain.
+        # A fault of the data is returned, and not raised: an engine would work on the partition again in vain.
         try:
             found: Any = self._measure(label, blocks, start, rows)
         except BatchNormError as error:

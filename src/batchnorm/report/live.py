@@ -39,8 +39,8 @@ def watch(
     Now and then a training step is read: for each layer the distance between the batch's and the running statistics,
     ``KL(N(mean, var) || N(running_mean, running_var))`` in nats, mean over channels, with *biased* variance of the
     batch; dead and constant channels; the effective rate ``lr / |w|^2`` of the weights before the layer; gamma and its
-    gradient; padding in the statistics; running statistics that stick; batches refused as not finite. What is wrong is
-    told once in a warning, in words and with its repair. A step is read when the time that watching has taken stays
+    gradient; padding in the statistics; running statistics that stick; batches refused as not finite. A warning tells
+    once of each fault, in words and with its repair. A step is read when the time that watching has taken stays
     within ``budget``; the other steps run without a hook on any layer.
 
     Args:

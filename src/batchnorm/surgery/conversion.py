@@ -245,8 +245,8 @@ def _unlike_evaluation(layer: _BatchNorm) -> str | None:
 def revert(net: nn.Module) -> nn.Module:
     """Undo ``convert`` and ``accelerate``: every layer's class and options as they were, in place.
 
-    Parameters, running statistics and the ``training`` flags keep the values that they have. What was never changed
-    is left alone.
+    Parameters, running statistics and the ``training`` flags keep the values that they have. Layers that were
+    never changed are left alone.
 
     Raises:
         InputError: when ``net`` is no module.

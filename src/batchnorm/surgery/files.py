@@ -39,7 +39,7 @@ def fold_onnx(
     BatchNormalization takes in another, wherever that is exact. A layer whose padding would need a value is refused,
     since an ONNX Conv pads with zeros. Mul, Add, Sub and Div by constants per channel are folded as well, where they
     scale and shift together, or stand beside a BatchNormalization, also where the channels are the last axis: Keras 3
-    and tf2onnx spell batch normalization so, and Paddle the bias of a convolution. What is not folded stays as it was.
+    and tf2onnx spell batch normalization so, and Paddle the bias of a convolution. All else stays as it was.
     Weights are computed in float64 and rounded once; constants that other nodes read too are copied. Names, opset and
     metadata stay.
 

@@ -68,11 +68,11 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     3x3
       convolution with theirs (RepVGG; Ding et al. 2021, section 3.3), and so on. The module that computes the sum gets
       a forward that was generated from its graph, and keeps the submodules that are still called.
-    - Inside recurrent layers, what normalizes W_ih x over whole sequences goes into W_ih, with a new bias; statistics
-      by time step stay.
+    - Inside recurrent layers, the normalization of W_ih x over whole sequences goes into W_ih, with a new bias;
+      statistics by time step stay.
 
-    Layers are found by data flow, and only taken where nothing else sees their values. What cannot be folded is kept
-    and listed with the reason; where its statistics are known it becomes one ``ScaleShift`` that has its activation
+    Layers are found by data flow, and only taken where nothing else sees their values. Any other layer is kept
+    and listed with the reason; if its statistics are known, it becomes one ``ScaleShift`` that has its activation
     fused. Weights are computed in float64 and rounded once.
 
     Args:

@@ -80,7 +80,7 @@ class MemoryPlan:
 def save_memory(net: nn.Module, example: Any, *, budget: float = 0.05) -> MemoryPlan:
     """Let a network make outputs of batch normalization again in its backward, where that takes little time.
 
-    What follows a batch normalization keeps its input for its own backward. Each output that is made again instead,
+    The layer behind a batch normalization keeps its input for its own backward. Each output that is made again instead,
     with the same bits, costs one more normalization (see `recompute_outputs`, which covers all of them for a time).
     This function measures a training step on the example, and what each output would take. It then chooses those
     that free the most bytes for their time, until the budget is spent. From then on each forward of ``net`` in training
@@ -129,7 +129,7 @@ def save_memory(net: nn.Module, example: Any, *, budget: float = 0.05) -> Memory
     return plan
 
 
-# What making outputs again may take where nobody set a budget: a share of what a step takes by the estimate below, in
+# The time for making outputs again if nobody set a budget: this share of a step's time by the estimate below, in
 # which a core computes so many operations in the time in which it moves one byte.
 _SHARE = 0.04
 _OPERATIONS_A_BYTE = 8

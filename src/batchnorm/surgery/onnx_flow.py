@@ -38,7 +38,8 @@ class _Net(nn.Module):
 class OnnxFlow(DataFlow):
     """The graph with Conv, Gemm, MatMul and BatchNormalization as modules, and all else as calls.
 
-    Shapes are those of one run. What the rules of folding need not know keeps its ONNX name, which they refuse.
+    Shapes are those of one run. An operator that the rules of folding need not know keeps its ONNX name, which they
+    refuse.
 
     Attributes:
         owners: the nodes of each module: its own, and the Add of its bias if that is another.

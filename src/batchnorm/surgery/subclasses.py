@@ -28,8 +28,8 @@ def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
     """By name, what each batch normalization with a forward of its own computes, the normalization a module in it.
 
     A layer such as ``BatchNormAct2d`` calls ``batch_norm`` once on its own statistics and parameters, and does more
-    before or after. What is given for it is a ``torch.fx.GraphModule`` with copies of its tensors and modules, in
-    which that call is the submodule ``norm``. Frozen layers of other packages that call an activation behind the
+    before or after. Its value is a ``torch.fx.GraphModule`` with copies of its tensors and modules, in which
+    that call is the submodule ``norm``. Frozen layers of other packages that call an activation behind the
     normalization are opened, too. Layers in training mode or with hooks, and those whose forward cannot be traced, are
     left out.
     """

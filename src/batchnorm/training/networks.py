@@ -84,7 +84,7 @@ class SequenceClassifier(nn.Module):
             return self.classes(found[0][:, -1])  # type: ignore[no-any-return]
         steps = torch.arange(1, x.shape[1] + 1, device=x.device)
         frames = ((x != 0).any(2).long() * steps).amax(1).clamp(min=1)
-        # What comes after a frame does not reach it, so only normalization needs to know of padding.
+        # A frame does not see those after it, so only normalization needs to know of padding.
         masked = any(self.recurrent.children()) and not self.counts_padding
         found = self.recurrent(x, lengths=frames) if masked else self.recurrent(x)
         last = (frames - 1)[:, None, None].expand(-1, 1, self.recurrent.hidden_size)

@@ -69,7 +69,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     5. Write every form of it into the run folder, each checked against the unfolded network.
 
     Returns:
-        What was found; the run folder holds config.json, metrics.json, certificate.json,
+        The findings; the run folder holds config.json, metrics.json, certificate.json,
         checkpoint.pt and the exported files. `batchnorm.report.write_report` adds the page.
 
     Raises:
