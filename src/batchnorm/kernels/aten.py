@@ -225,6 +225,28 @@ def forward(
     return _normalize(x, mean, var, weight, bias, residual, eps, activation, slope, pools), mean, var
 
 
+def _dz_and_centered(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    slope: float,
+    pools: Pools,
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the activation, and x - mean, at the valid positions and zero elsewhere."""
+    xhat, _ = standardized(x, mean, var, eps, pools)
+    dz = pools.clean(dy).to(xhat.dtype)
+    if activation != "identity":
+        z = pre_activation(xhat, weight, bias, residual, pools)
+        dz = dz * derivative(z, activation, slope)
+    return dz, pools.clean(x).to(xhat.dtype) - pools.expand(mean, xhat.dtype)
+
+
 def backward_reduce(
     dy: Tensor,
     x: Tensor,
@@ -241,12 +263,7 @@ def backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """Sums over each pool of dz and dz * (x - mean)."""
     pools = Pools(x, pool, mask)
-    xhat, _ = standardized(x, mean, var, eps, pools)
-    dz = pools.clean(dy).to(xhat.dtype)
-    if activation != "identity":
-        z = pre_activation(xhat, weight, bias, residual, pools)
-        dz = dz * derivative(z, activation, slope)
-    centered = pools.clean(x).to(xhat.dtype) - pools.expand(mean, xhat.dtype)
+    dz, centered = _dz_and_centered(dy, x, weight, bias, residual, mean, var, eps, activation, slope, pools)
     return pools.own(dz), pools.own(dz * centered)
 
 
@@ -269,13 +286,8 @@ def backward_apply(
 ) -> tuple[Tensor, Tensor]:
     """dx = k1 * dz + k2 * (x - mean) + k3, and dz."""
     pools = Pools(x, pool, mask)
-    xhat, _ = standardized(x, mean, var, eps, pools)
-    dz = pools.clean(dy).to(xhat.dtype)
-    if activation != "identity":
-        z = pre_activation(xhat, weight, bias, residual, pools)
-        dz = dz * derivative(z, activation, slope)
-    centered = pools.clean(x).to(xhat.dtype) - pools.expand(mean, xhat.dtype)
-    q1, q2, q3 = (pools.expand(k, xhat.dtype) for k in (k1, k2, k3))
+    dz, centered = _dz_and_centered(dy, x, weight, bias, residual, mean, var, eps, activation, slope, pools)
+    q1, q2, q3 = (pools.expand(k, dz.dtype) for k in (k1, k2, k3))
     return pools.clean(q1 * dz + q2 * centered + q3).to(x.dtype), dz.to(x.dtype)
 
 

@@ -127,6 +127,30 @@ class _Normalized(Unscriptable, nn.Module):
     options: Options
     _padding: Any = None  # tells the valid steps of an input that comes without them; see `padding.mask_padding`
 
+    def __init__(
+        self,
+        *args: Any,
+        batch_norm: str | None = None,
+        recurrent: bool = False,
+        max_steps: int = 100,
+        gamma: float | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        process_group: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        options = Options(batch_norm, recurrent, max_steps, gamma, eps, momentum)
+        options.check_group(process_group)
+        super().__init__(*args, **kwargs)
+        self.options = options
+        if batch_norm is not None:
+            self._normalize_all(process_group)
+
+    def _normalize_all(self, process_group: Any) -> None:
+        """Puts normalizations into every direction of every layer."""
+        for suffix in self._suffixes():
+            self._normalize(suffix, process_group)
+
     def _normalize(self, suffix: str, process_group: Any) -> None:
         """Puts normalizations into one direction of one layer, and drops the biases that they make redundant."""
         weight = getattr(self, f"weight_hh{suffix}")
@@ -210,26 +234,8 @@ class _Normalized(Unscriptable, nn.Module):
 class _Layer(_Normalized, nn.RNNBase):
     """What `RNN`, `LSTM` and `GRU` share."""
 
-    def __init__(
-        self,
-        *args: Any,
-        batch_norm: str | None = None,
-        recurrent: bool = False,
-        max_steps: int = 100,
-        gamma: float | None = None,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        process_group: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        options = Options(batch_norm, recurrent, max_steps, gamma, eps, momentum)
-        options.check_group(process_group)
-        super().__init__(*args, **kwargs)
-        self.options = options
-        if batch_norm is None:
-            return
-        for suffix in self._suffixes():
-            self._normalize(suffix, process_group)
+    def _normalize_all(self, process_group: Any) -> None:
+        super()._normalize_all(process_group)
         self._all_weights = [[name for name in names if not name.startswith("bias")] for names in self._all_weights]
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
@@ -364,25 +370,6 @@ class _Layer(_Normalized, nn.RNNBase):
 
 class _Cell(_Normalized, nn.modules.rnn.RNNCellBase):
     """What `RNNCell`, `LSTMCell` and `GRUCell` share."""
-
-    def __init__(
-        self,
-        *args: Any,
-        batch_norm: str | None = None,
-        recurrent: bool = False,
-        max_steps: int = 100,
-        gamma: float | None = None,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        process_group: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        options = Options(batch_norm, recurrent, max_steps, gamma, eps, momentum)
-        options.check_group(process_group)
-        super().__init__(*args, **kwargs)
-        self.options = options
-        if batch_norm is not None:
-            self._normalize("", process_group)
 
     def _suffixes(self) -> list[str]:
         return [""]
