@@ -146,7 +146,10 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
         return self
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        self.reset_running_stats()
+        for name, value in (("weight", 1.0), ("bias", 0.0)):  # torch 2.10's own needs both of them
+            if getattr(self, name, None) is not None:
+                nn.init.constant_(getattr(self, name), value)
         for key, parameter in self._parameters.items():
             if parameter is not None and self.__dict__.get("affine_by", "shared") != "shared":
                 nn.init.constant_(parameter, float(key.startswith("weight")))
