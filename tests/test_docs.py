@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import doctest
 import importlib
+import inspect
 import io
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -114,6 +117,47 @@ def test_every_public_name_has_an_anchor_of_its_own():
         owner, _, last = f"batchnorm.{name}".rpartition(".")
         with contextlib.suppress(MissingDependencyError):  # of an engine that is not installed
             assert getattr(importlib.import_module(owner), last).__doc__, name
+
+
+def modules():
+    import batchnorm as bn
+
+    names = [m.name for m in pkgutil.walk_packages(bn.__path__, "batchnorm.") if "._" not in m.name]
+    for name in names:
+        with contextlib.suppress(MissingDependencyError):  # of an optional package that is not installed
+            yield importlib.import_module(name)
+
+
+def test_the_examples_of_docstrings_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = [e for m in modules() for e in doctest.DocTestFinder().find(m, globs={**vars(m)}) if e.examples]
+    assert len(examples) > 60
+    runner = doctest.DocTestRunner(verbose=False)
+    wrong = []
+    for example in examples:
+        torch.manual_seed(0)
+        printed = io.StringIO()
+        if runner.run(example, out=printed.write).failed:
+            wrong.append(printed.getvalue())
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_public_name_says_what_it_takes_gives_and_raises_and_from_where():
+    import batchnorm as bn
+
+    missing = []
+    for name in bn.__all__:
+        value = getattr(bn, name)
+        if not callable(value) or (inspect.isclass(value) and issubclass(value, Exception)):
+            continue
+        wanted = ["Source:", "Examples:"]
+        if inspect.signature(value).parameters:
+            wanted.append("Args:")
+        if inspect.isfunction(value):
+            wanted += ["Returns:", "Raises:"]
+        text = inspect.getdoc(value) or ""
+        missing += [f"{name}: {section}" for section in wanted if not re.search(rf"^{section}", text, re.MULTILINE)]
+    assert not missing, missing
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ class Moments:
     So chunks, ghost batches, batches and ranks all merge by the same operation, and never lose
     digits as E[x^2] - E[x]^2 does.
 
-    Arguments:
+    Args:
         count: number of values (or sum of their weights) of each pool; a number, or a tensor that
             broadcasts to the shape of `mean`.
         mean: tensor of any shape, one entry a pool: (C,), or (pools, C).
@@ -45,10 +45,11 @@ class Moments:
 
     Source: Chan, Golub & LeVeque 1983, Algorithms for Computing the Sample Variance.
 
-    >>> x = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
-    >>> whole = Moments.of(x[:3]) + Moments.of(x[3:])
-    >>> whole.mean.item(), whole.variance(unbiased=False).item()
-    (3.0, 3.5)
+    Examples:
+        >>> x = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
+        >>> whole = Moments.of(x[:3]) + Moments.of(x[3:])
+        >>> whole.mean.item(), whole.variance(unbiased=False).item()
+        (3.0, 3.5)
     """
 
     count: Tensor

@@ -161,6 +161,9 @@ def diagnose(
         InputError: no batch normalization, no batches, batches that cannot be read twice, a network that fails on them
             in one of the modes, or an input of a layer that is not finite (named by layer and batch).
 
+    Source: this package; Ioffe & Szegedy 2015, section 3.1 (statistics of inference), Kullback & Leibler 1951 (the
+    distance of a layer's statistics).
+
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
         >>> found = diagnose(net, [torch.randn(64, 4) + 3 for _ in range(4)])

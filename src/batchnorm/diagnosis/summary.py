@@ -153,8 +153,17 @@ def summary(net: nn.Module, example: Any = None) -> Summary:
         example: an input: a tensor, a tuple of positional or a mapping of keyword arguments.
             Without it, what depends on the data flow stays unknown.
 
+    Returns:
+        `Summary`: a row a layer. ``print`` shows it as a table.
+
     Raises:
         InputError: when ``net`` is no module or fails on the example.
+
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2 (the four vectors).
+
+    Examples:
+        >>> [(row.name, row.features) for row in summary(nn.Sequential(nn.BatchNorm1d(3))).layers]
+        [('0', 3)]
     """
     root = unwrap(net, "summary")
     flow, note = None, None

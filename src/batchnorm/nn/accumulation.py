@@ -51,6 +51,16 @@ def accumulate_exact(net: nn.Module, micro_batches: Sequence[Any], loss: Callabl
     Raises:
         InputError: no micro-batch, no layer that takes part, one with batch renormalization or other pools than its
             channels, or one that is given masked or packed values.
+
+    Source: this package: the fixed point of the statistics and of the multipliers (Ioffe & Szegedy 2015, section 3,
+    gives the gradient through the statistics of one batch).
+
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
+        >>> data = torch.randn(8, 1)
+        >>> total = accumulate_exact(net, data.split(4), lambda net, x: net(x).square().sum() / 8)
+        >>> torch.allclose(total, net(data).square().mean())
+        True
     """
     micro_batches = list(micro_batches)
     if not micro_batches:

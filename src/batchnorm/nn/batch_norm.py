@@ -28,6 +28,18 @@ class BatchNorm(ConfiguredLayer):
 
     ``forward`` makes a `Batch` of its input, and answers the three questions in turn: which values share statistics
     (`Pool`), which statistics normalize (`Source`), and how the population takes in the batch's (`Population`).
+
+    Args:
+        num_features: C. All others are those of `BatchNorm2d`.
+
+    Raises:
+        InputError: an option, or an input of `forward`, that does not fit; the text says which.
+
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
+
+    Examples:
+        >>> isinstance(BatchNorm2d(3), BatchNorm)
+        True
     """
 
     def forward(

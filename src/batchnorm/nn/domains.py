@@ -25,6 +25,8 @@ class use_domain:  # noqa: N801 - a function that is also a context manager
     Raises:
         InputError: no layer with domains, or one that has no such domain. Nothing is changed.
 
+    Source: Chang et al. 2019, Domain-specific batch normalization.
+
     Examples:
         >>> import torch
         >>> from batchnorm import BatchNorm1d

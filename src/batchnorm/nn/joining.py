@@ -33,6 +33,9 @@ def joinable(net: DistributedDataParallel) -> Joinable:
             ``torch.distributed.new_group()``: within the group in which gradients are reduced, their exchanges and the
             reductions would have to come in one order on all ranks, and a rank that has joined cannot know it.
 
+    Returns:
+        The joinable, for the list of `Join`.
+
     Raises:
         InputError: a network that is not wrapped, no layer that shares statistics, or one that does so in the
             network's own process group.
@@ -41,6 +44,8 @@ def joinable(net: DistributedDataParallel) -> Joinable:
 
     As for `Join` itself, each iteration is one forward and one backward of ``net`` (second derivatives, which exchange
     more, are not followed).
+
+    Source: this package; `torch.distributed.algorithms.join` has the protocol.
 
     Examples:
         >>> from torch.distributed.algorithms.join import Join

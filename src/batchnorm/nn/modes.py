@@ -48,6 +48,8 @@ def set_mode(net: Net, *, source: str | None = None, update: str | None = None, 
         InputError: no batch normalization, an unknown mode, a layer of a class with a life of its own, or
             ``source="running"`` or ``update="always"`` for a layer without running statistics. Nothing is changed.
 
+    Source: this package; docs/modes.md.
+
     Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         >>> set_mode(net, source="running", affine=False)[1].extra_repr().split(", ")[-2:]
@@ -64,6 +66,24 @@ def mode(
     """`set_mode` for the body of a ``with``; all modes and classes are restored on leaving, by an error as well.
 
     Gradients of gamma and beta that ``affine=False`` drops are not restored.
+
+    Args:
+        net: a layer or a network.
+        source, update, affine: as of `set_mode`.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        InputError: as `set_mode`, on entering; nothing is then changed.
+
+    Source: this package.
+
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1))
+        >>> with mode(net, source="running", update="never"):
+        ...     net(torch.tensor([[1.0], [3.0]])).flatten().tolist()
+        [0.9999949932098389, 2.9999849796295166]
     """
     with kept(*change(net, "mode", source, update, affine)):
         yield
@@ -71,6 +91,17 @@ def mode(
 
 def no_update(net: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Within it no forward changes running statistics: for probes, teachers and gradient penalties.
+
+    Args:
+        net: a layer or a network.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        InputError: no batch normalization, or a layer of a class with a life of its own.
+
+    Source: this package.
 
     Examples:
         >>> net = ours.BatchNorm1d(3)
@@ -91,8 +122,24 @@ def accumulate(net: nn.Module) -> Iterator[None]:
     values). Each micro-batch is still normalized by its own statistics; `accumulate_exact` does that as the large
     batch does. On an error the running statistics stay as they were.
 
+    Args:
+        net: the network, with torch's batch normalization or this package's.
+
+    Returns:
+        A context manager.
+
     Raises:
         InputError: no batch normalization, a layer of a class with a life of its own, or an `accumulate` in another.
+
+    Source: Chan, Golub & LeVeque 1983 (merging of moments).
+
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1, momentum=1.0))
+        >>> with accumulate(net):
+        ...     for x in torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]]):
+        ...         _ = net(x)
+        >>> net[0].running_mean, net[0].running_var
+        (tensor([4.]), tensor([6.6667]))
     """
     memories = change(net, "accumulate")
     layers = [before.layer for before in memories if before.layer.running_mean is not None]
@@ -127,6 +174,14 @@ def transaction(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         net: the network, with torch's batch normalization or this package's.
         optimizer: the one whose step decides; one that takes the scale itself (``fused=True``) counts as skipped when
             it found infinite gradients.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        InputError: no batch normalization.
+
+    Source: this package.
 
     Examples:
         >>> net = nn.Sequential(nn.BatchNorm1d(3))

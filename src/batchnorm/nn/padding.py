@@ -61,6 +61,9 @@ def mask_padding(
         rules: by module of the network, or its name: a function that gives the lengths (N,) behind that module from
             those before it; for a normalization, those of its own input. They go with ``lengths``.
 
+    Returns:
+        A context manager.
+
     Raises:
         InputError: lengths and mask, or none of the two; a layer that cannot take a mask, by name; sizes that do not
             fit, or that leave open which axis is time.

@@ -480,6 +480,8 @@ Shape:
 Raises:
     InputError: shapes that do not fit, a state without its step, one sample in training.
 
+Source: as of `{layer}`.
+
 Examples:
     >>> cell = {name}(3, 5, batch_norm="frame").eval()
     >>> state = cell(torch.randn(4, 3))

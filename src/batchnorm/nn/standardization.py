@@ -27,7 +27,7 @@ class Standardize(nn.Module):
     StandardScaler. A feature that is constant up to float64's rounding has the scale 1: it becomes
     0, and `inverse` gives the constant back. Before `fit` the layer is the identity.
 
-    Arguments:
+    Args:
         num_features: number of features C.
         feature_axis: where they lie in the input; 1 for (N, C, *space), -1 for (N, *space, C).
         device: where the statistics are kept.
@@ -43,9 +43,12 @@ class Standardize(nn.Module):
         InputError: another number of features than C, or, in `fit` and `partial_fit`, a value that
             is not finite (DataError for a data set). The statistics are then what they were before.
 
-    >>> layer = Standardize(2).fit([torch.tensor([[1.0, 7.0], [3.0, 7.0]])])
-    >>> layer(torch.tensor([[5.0, 7.0]]))
-    tensor([[3., 0.]])
+    Source: LeCun, Bottou, Orr & Müller 1998, Efficient BackProp, section 4.3; Chan, Golub & LeVeque 1983 (merging).
+
+    Examples:
+        >>> layer = Standardize(2).fit([torch.tensor([[1.0, 7.0], [3.0, 7.0]])])
+        >>> layer(torch.tensor([[5.0, 7.0]]))
+        tensor([[3., 0.]])
     """
 
     mean: Tensor
@@ -226,16 +229,22 @@ def standardize(x: Tensor, *, feature_axis: int = 1) -> Tensor:
     become 0, the arithmetic is float64, the result has the dtype of `x` (the default dtype for
     integers).
 
-    Arguments:
+    Args:
         x: (N, C, *space), or any shape with the features on `feature_axis`.
         feature_axis: the axis of the features.
+
+    Returns:
+        The standardized values, of the shape of `x`.
 
     Raises:
         InputError: no such axis, or a value that is not finite.
 
-    >>> standardize(torch.tensor([[1.0, 7.0], [3.0, 7.0]]))
-    tensor([[-1.,  0.],
-            [ 1.,  0.]])
+    Source: LeCun, Bottou, Orr & Müller 1998, Efficient BackProp, section 4.3.
+
+    Examples:
+        >>> standardize(torch.tensor([[1.0, 7.0], [3.0, 7.0]]))
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
     """
     moments = _finite_moments(x, feature_axis, "standardize")
     mean, scale = moments.mean, _scale(moments.mean, moments.variance(unbiased=False))

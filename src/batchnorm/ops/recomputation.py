@@ -75,6 +75,7 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     Source: Chen et al. 2016 (recomputation); Rota Bulò et al. 2018 (of batch normalization).
 
     Examples:
+        >>> from batchnorm import BatchNorm2d
         >>> conv, norm = torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8, activation="relu")
         >>> after = torch.nn.Conv2d(8, 8, 3)
         >>> with recompute_outputs():

@@ -61,11 +61,12 @@ def adapt(
     Source: Schneider et al. 2020, Improving robustness against common corruptions by covariate shift adaptation;
     Wang et al. 2021, Tent: Fully Test-Time Adaptation by Entropy Minimization.
 
-    >>> net = nn.Sequential(nn.BatchNorm1d(1))
-    >>> adapt(net, torch.tensor([[1.0], [3.0]]), prior=2)[0].running_mean
-    tensor([1.])
-    >>> restore(net)[0].running_mean
-    tensor([0.])
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1))
+        >>> adapt(net, torch.tensor([[1.0], [3.0]]), prior=2)[0].running_mean
+        tensor([1.])
+        >>> restore(net)[0].running_mean
+        tensor([0.])
     """
     if method not in get_args(Method):
         raise InputError(f"adapt: got method={method!r}; expected one of {get_args(Method)}")
@@ -93,7 +94,26 @@ def adapt(
 
 
 def restore(net: Net) -> Net:
-    """Undo `adapt`: statistics, gamma and beta as they were before the first one. Others stay as they are."""
+    """Undo `adapt`: statistics, gamma and beta as they were before the first one. Others stay as they are.
+
+    Args:
+        net: the network; it is changed and returned.
+
+    Returns:
+        The network.
+
+    Raises:
+        InputError: when ``net`` is no module.
+
+    Source: this package.
+
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1))
+        >>> restore(adapt(net, torch.tensor([[1.0], [3.0]])))[0].running_mean
+        tensor([0.])
+    """
+    if not isinstance(net, nn.Module):
+        raise InputError(f"restore: expected a torch.nn.Module, got {type(net).__name__}")
     for layer in net.modules():
         if _SOURCE in layer.__dict__:
             _put(layer, layer.__dict__.pop(_SOURCE))

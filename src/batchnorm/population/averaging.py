@@ -131,6 +131,8 @@ def sync_running_statistics(net: Net, process_group: Any = "world") -> Net:
         InputError: no layer with running statistics.
         SynchronizationError: a rank that does not make the call within the group's timeout, or has other layers.
 
+    Source: Chan, Golub & LeVeque 1983 (merging of moments).
+
     Examples:
         >>> net = nn.Sequential(nn.BatchNorm1d(2))
         >>> sync_running_statistics(net) is net  # a process alone is the world

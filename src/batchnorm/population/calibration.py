@@ -77,7 +77,7 @@ def calibrate(
     and normalize in one reading of their input, so that the passes cost no more than forward passes
     in training.
 
-    Arguments:
+    Args:
         net: any network with batch-norm layers (torch's, SyncBatchNorm included, or ours).
         batches: an iterable of what the network takes; a tensor is one batch. `"sequential"` needs
             one that can be read again, such as a list or a DataLoader. Or a data set: files (.npy, Parquet,
@@ -117,10 +117,11 @@ def calibrate(
 
     Source: Ioffe & Szegedy 2015, Algorithm 2, lines 8 to 10; Chan, Golub & LeVeque 1983 (merging).
 
-    >>> net = nn.Sequential(nn.BatchNorm1d(1))
-    >>> batches = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0]])]
-    >>> calibrate(net, batches)[0].running_mean
-    tensor([4.])
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(1))
+        >>> batches = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[10.0]])]
+        >>> calibrate(net, batches)[0].running_mean
+        tensor([4.])
     """
     if method not in get_args(Method):
         raise InputError(f"calibrate: got method={method!r}; expected one of {get_args(Method)}")

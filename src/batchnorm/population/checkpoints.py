@@ -64,9 +64,11 @@ def read_statistics(file_or_state: Any, framework: str | None = None) -> Checkpo
         InputError: a framework that is unknown, or whose file this is not.
         MissingDependencyError: the package that reads such files is not installed.
 
+    Source: docs/frameworks.md, with each framework's rules and versions.
+
     Examples:
-        >>> state = {"params": {"bn": {"scale": [1.0], "bias": [0.0]}}}
-        >>> state["batch_stats"] = {"bn": {"mean": [0.5], "var": [2.0]}}
+        >>> state = {"params": {"bn": {"scale": np.ones(1), "bias": np.zeros(1)}}}
+        >>> state["batch_stats"] = {"bn": {"mean": np.zeros(1), "var": np.ones(1)}}
         >>> read_statistics(state).layers[0].decay
         0.99
     """
@@ -114,10 +116,12 @@ def load_statistics(
             variance, values that are not finite), or that train by another rule; the network is then as it was.
         MissingDependencyError: the package that reads such files is not installed.
 
+    Source: docs/frameworks.md, with each framework's rules and versions.
+
     Examples:
         >>> from batchnorm import BatchNorm1d
-        >>> state = {"params": {"bn": {"scale": [1.0], "bias": [0.0]}}}
-        >>> state["batch_stats"] = {"bn": {"mean": [0.5], "var": [2.0]}}
+        >>> state = {"params": {"bn": {"scale": np.ones(1), "bias": np.zeros(1)}}}
+        >>> state["batch_stats"] = {"bn": {"mean": np.zeros(1), "var": np.ones(1)}}
         >>> print(load_statistics(BatchNorm1d(1), state).kind)
         Flax linen (variables of Flax linen)
     """
@@ -161,6 +165,11 @@ def load_keras(
         DataError: a file that holds no batch normalization or cannot be read.
         InputError: as `load_statistics`.
         MissingDependencyError: h5py is not installed.
+
+    Source: `keras.layers.BatchNormalization`; docs/frameworks.md has the rules with versions.
+
+    Examples:
+        >>> net = load_keras(net, "model.keras")  # doctest: +SKIP
     """
     load_keras_path = _only(recognition.read(path), ("keras2", "keras3"), "load_keras", path)
     _load(net, load_keras_path, layers, "load_keras", decay, eps, running_var, frozen)
@@ -188,10 +197,21 @@ def load_flax(
         decay: ``momentum`` and
         eps: ``epsilon`` of the modules, which Flax does not save; by default Flax' own 0.99 and 1e-5.
 
+    Returns:
+        The network.
+
     Raises:
         DataError: no batch normalization in the variables, or a file that cannot be read.
         InputError: as `load_statistics`, or an order that cannot be told.
         MissingDependencyError: msgpack is not installed (for files).
+
+    Source: `flax.linen.BatchNorm` and `flax.nnx.BatchNorm`; docs/frameworks.md has the rules with versions.
+
+    Examples:
+        >>> variables = {"params": {"bn": {"scale": np.ones(1), "bias": np.zeros(1)}}}
+        >>> variables["batch_stats"] = {"bn": {"mean": np.zeros(1), "var": np.full(1, 3.0)}}
+        >>> load_flax(nn.BatchNorm1d(1), variables).running_var
+        tensor([3.])
     """
     found = _only(recognition.read(variables), ("flax", "nnx"), "load_flax", variables)
     _load(net, found, layers, "load_flax", decay, eps, None, False)
@@ -398,21 +418,25 @@ def save_statistics(
             ``.npz`` need it.
         layers: our names to theirs; by default ours, and for Keras 3 the paths of a Sequential model.
 
+    Returns:
+        Nothing; the file is complete when it does.
+
     Raises:
         InputError: no batch normalization, names that ``net`` does not have, or a kind of file that is not written.
         MissingDependencyError: the package that writes such files is not installed.
+
+    Source: docs/frameworks.md, with each framework's rules and versions.
+
+    Examples:
+        >>> save_statistics(net, "layers.npz", "mlx")  # doctest: +SKIP
     """
     _save(net, Path(path), framework, layers, "save_statistics")
 
 
 def _save(net: nn.Module, path: Path, framework: str | None, layers: Mapping[str, str] | None, verb: str) -> None:
-    found, names = _ours(net, verb), dict(layers or {})
-    if unknown := names.keys() - {name for name, _ in found}:
-        raise InputError(f"{verb}: the network has no batch normalization {sorted(unknown)}")
+    found = _ours(net, verb)
     key = writing.framework_of(path, framework, verb)
-    theirs = writing.default_names([name for name, _ in found], key, names)
-    if len(set(theirs)) < len(theirs):
-        raise InputError(f"{verb}: two layers have one name there: {theirs}")
+    theirs = _theirs(found, key, layers, verb)
     named = [(name, f) for name, (_, f) in zip(theirs, found, strict=True)]
     _write(path, writing.content(named, key, path, verb))
 
@@ -423,6 +447,21 @@ def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
     gamma, beta (where there are any), moving mean, moving variance; the variance is *biased* where the layer keeps it
     so (``running_var_kind``), else it is what torch keeps, *unbiased*. Pass ``momentum=layer.decay, epsilon=layer.eps``
     to Keras' constructor.
+
+    Args:
+        net: the network.
+
+    Returns:
+        For each layer's name its list of NumPy arrays (C,).
+
+    Raises:
+        InputError: no batch normalization.
+
+    Source: `keras.layers.BatchNormalization`; docs/frameworks.md has the rules with versions.
+
+    Examples:
+        >>> [each.shape for each in to_keras(nn.Sequential(nn.BatchNorm1d(3)))["0"]]
+        [(3,), (3,), (3,), (3,)]
     """
     return {name: list(writing.vectors(f).values()) for name, f in _ours(net, "to_keras")}
 
@@ -440,9 +479,17 @@ def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[
             default "layers/batch_normalization", "layers/batch_normalization_1", ..., as in a Sequential model. For
             Keras 2 they are names of layers; by default ours.
 
+    Returns:
+        Nothing; the file is complete when it does.
+
     Raises:
         InputError: no batch normalization, or names that ``net`` does not have.
         MissingDependencyError: h5py is not installed.
+
+    Source: `keras.layers.BatchNormalization`; docs/frameworks.md has the rules with versions.
+
+    Examples:
+        >>> save_keras(net, "layers.weights.h5")  # doctest: +SKIP
     """
     _save(net, Path(path), "keras3" if str(path).endswith(".weights.h5") else "keras2", layers, "save_keras")
 
@@ -453,10 +500,39 @@ def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[
     Names of modules become nested keys; ``layers`` maps our names to Flax' paths, joined by "/". The variance is
     *biased* where the layer keeps it so, else what torch keeps. Flax takes ``momentum=layer.decay,
     epsilon=layer.eps`` in its constructor.
+
+    Args:
+        net: the network.
+        layers: our names to Flax' paths; by default ours, with "/" in place of dots.
+
+    Returns:
+        Nested dictionaries of NumPy arrays (C,).
+
+    Raises:
+        InputError: no batch normalization, or names that ``net`` does not have.
+
+    Source: `flax.linen.BatchNorm`; docs/frameworks.md has the rules with versions.
+
+    Examples:
+        >>> to_flax(nn.Sequential(nn.BatchNorm1d(1)))["batch_stats"]["0"]["var"]
+        array([1.], dtype=float32)
     """
     found = _ours(net, "to_flax")
-    names = writing.default_names([name for name, _ in found], "flax", layers or {})
+    names = _theirs(found, "flax", layers, "to_flax")
     return writing.tree([(name, f) for name, (_, f) in zip(names, found, strict=True)])
+
+
+def _theirs(
+    found: list[tuple[str, ForeignBatchNorm]], framework: str, layers: Mapping[str, str] | None, verb: str
+) -> list[str]:
+    """The names of layers there."""
+    ours, given = [name for name, _ in found], dict(layers or {})
+    if unknown := given.keys() - set(ours):
+        raise InputError(f"{verb}: the network has no batch normalization {sorted(unknown)}")
+    theirs = writing.default_names(ours, framework, given)
+    if len(set(theirs)) < len(theirs):
+        raise InputError(f"{verb}: two layers have one name there: {theirs}")
+    return theirs
 
 
 def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:

@@ -58,6 +58,13 @@ def tune_example_weight(
             everywhere. The network is then as it was.
 
     Source: Summers & Dinneen 2020, Four Things Everyone Should Know to Improve Batch Normalization, section 3.1.
+
+    Examples:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2))
+        >>> labels = torch.tensor([0, 1])
+        >>> curve = tune_example_weight(net, [(torch.randn(2, 2), labels) for _ in range(3)], weights=(0.0, 0.5))
+        >>> net[0].example_weight == curve.best
+        True
     """
     if not weights or not all(0 <= w <= 1 for w in weights):
         raise InputError(f"tune_example_weight: got weights={list(weights)}; expected numbers in [0, 1]")

@@ -82,6 +82,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
         SurgeryError: when there is no batch normalization, the network cannot be captured, or the result differs;
             ``net`` is then as it was.
 
+    Source: this package; He et al. 2016 and Huang et al. 2017 for the additions and concatenations that it looks for.
+
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> accelerate(net, torch.randn(2, 3, 8, 8))[1].activation

@@ -141,9 +141,15 @@ def convert(
         options: for ``"batchnorm"``: eps, momentum, decay, and what our layers take beyond torch's, as
             ``nonfinite="skip"``.
 
+    Returns:
+        The network.
+
     Raises:
         InputError: an unknown option, value or target.
         SurgeryError: a layer that cannot be converted; nothing is then changed.
+
+    Source: Wu & He 2018, Group normalization; Ba, Kiros & Hinton 2016, Layer normalization; Ulyanov, Vedaldi &
+    Lempitsky 2016, Instance normalization (the forms that are one sample's).
 
     Examples:
         >>> net = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nonfinite="skip")
@@ -248,10 +254,23 @@ def revert(net: nn.Module) -> nn.Module:
     Parameters, running statistics and the ``training`` flags keep the values that they have. Layers that were
     never changed are left alone.
 
+    Args:
+        net: the network; it is changed and returned.
+
+    Returns:
+        The network.
+
     Raises:
         InputError: when ``net`` is no module.
         SurgeryError: for frozen layers; unfreeze first. For statistics of domains or time steps that differ, where
             there was one set of them. Nothing is then changed.
+
+    Source: this package.
+
+    Examples:
+        >>> net = convert(nn.Sequential(nn.BatchNorm1d(4)), nonfinite="skip")
+        >>> type(revert(net)[0]) is nn.BatchNorm1d
+        True
     """
     root = unwrap(net, "revert")
     changed = {name: m for name, m in root.named_modules() if _MEMORY in m.__dict__}

@@ -74,8 +74,13 @@ def preview_export(net: nn.Module, example: Any) -> ExportPreview:
         net: the network.
         example: the input that it would be exported with.
 
+    Returns:
+        The preview: a row a layer, and warnings of what tools do with such files. ``print`` shows it.
+
     Raises:
         InputError: when ``net`` is no module or fails on the example.
+
+    Source: this package; docs/after-the-fold.md has the tools with versions.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()

@@ -90,6 +90,8 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
         SurgeryError: when there is nothing to fold, a batch normalization is in training mode, the network cannot be
             captured, or the folded network differs.
 
+    Source: Ioffe & Szegedy 2015, Algorithm 2, line 11; Ding et al. 2021, RepVGG (branches).
+
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
         >>> folded = fold(net, torch.randn(2, 3, 8, 8))

@@ -33,10 +33,20 @@ def freeze(net: nn.Module) -> nn.Module:
     Args:
         net: the network; it is changed and returned. The ``training`` flags stay as they are.
 
+    Returns:
+        The network.
+
     Raises:
         InputError: when ``net`` is no module.
         SurgeryError: when a layer keeps no running statistics, or is of a class whose forward does not
             follow its modes, as a trial run on copies shows; nothing is then changed.
+
+    Source: Ren et al. 2015, Faster R-CNN, and He et al. 2017, Mask R-CNN, which train with batch normalization fixed.
+
+    Examples:
+        >>> net = freeze(nn.Sequential(nn.BatchNorm1d(2)))
+        >>> net[0].source, net[0].weight.requires_grad
+        ('running', False)
     """
     root = unwrap(net, "freeze")
     layers = {n: m for n, m in root.named_modules() if isinstance(m, _BatchNorm)}
@@ -66,8 +76,21 @@ def unfreeze(net: nn.Module) -> nn.Module:
     Running statistics, gamma, beta and the ``training`` flags keep the values that they have.
     Layers that are not frozen are left alone.
 
+    Args:
+        net: the network; it is changed and returned.
+
+    Returns:
+        The network.
+
     Raises:
         InputError: when ``net`` is no module.
+
+    Source: this package.
+
+    Examples:
+        >>> net = unfreeze(freeze(nn.Sequential(nn.BatchNorm1d(2))))
+        >>> type(net[0]) is nn.BatchNorm1d, net[0].weight.requires_grad
+        (True, True)
     """
     root = unwrap(net, "unfreeze")
     frozen = {name: module for name, module in root.named_modules() if is_frozen(module)}

@@ -94,11 +94,23 @@ def insert(
             begin as their shortcut (Goyal et al. 2017, section 5.1).
         layer_options: arguments of the new layers, as ``eps=1e-3, momentum=0.05``.
 
+    Returns:
+        The network.
+
     Raises:
         InputError: for an unknown name, placement or option, or an example that ``net`` cannot take.
         SurgeryError: when a layer cannot be normalized (it is shared, has hooks, its activation is
             a call and not a module, ...; ``skip`` it), nothing is left to normalize, or the result
             does not pass the check. ``net`` and ``optimizer`` are then as they were.
+
+    Source: Ioffe & Szegedy 2015, section 3.2; Goyal et al. 2017, section 5.1 (``zero_gamma``).
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [type(layer).__name__ for layer in insert(net, torch.randn(8, 3))]
+        ['Sequential', 'ReLU', 'Linear']
+        >>> net[0].norm.num_features
+        4
     """
     plan_insertion(
         net,

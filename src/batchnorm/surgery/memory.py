@@ -105,6 +105,7 @@ def save_memory(net: nn.Module, example: Any, *, budget: float = 0.05) -> Memory
     Source: Chen et al. 2016 (recomputation); Rota Bulò et al. 2018 (of batch normalization).
 
     Examples:
+        >>> from batchnorm import BatchNorm2d
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 8, 3))
         >>> plan = save_memory(net, torch.randn(2, 3, 8, 8), budget=1.0)
         >>> plan.outputs["1"].remade

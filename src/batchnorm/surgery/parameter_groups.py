@@ -45,8 +45,13 @@ def param_groups(
             does it for groups with the key ``"decay_toward_one"``, once a step however many gradients were
             accumulated; layers without a gradient are left alone.
 
+    Returns:
+        The groups, for the first argument of an optimizer; groups without a parameter are there, too.
+
     Raises:
         InputError: when ``net`` is no module, or a decay is negative.
+
+    Source: Summers & Dinneen 2020, Four things everyone should know to improve batch normalization, section 3.4.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))

@@ -73,6 +73,8 @@ def load_run(folder: str | Path) -> Run:
         DataError: no run, or files that are damaged or of another version.
         InputError: the factory of the network cannot be called as it was.
 
+    Source: this package; docs/run-files.md has the files.
+
     Examples:
         >>> run = load_run("runs/figure1-mnist5k-1")  # doctest: +SKIP
         >>> run.network(run.prepare(images)).argmax(1)  # doctest: +SKIP
