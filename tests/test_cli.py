@@ -58,7 +58,7 @@ def test_train_writes_a_run_and_prints_its_verdict(tmp_path, capsys):
     assert main([*SMALL, "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
     assert "Report:" in shown.out
-    assert "model.onnx: verified" in shown.out.replace("\n", "")
+    assert "model.onnx:verified" in "".join(shown.out.split())  # lines break where the folder's name lets them
     assert "calibrating" in shown.err
     assert (tmp_path / "run" / "report.html").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
