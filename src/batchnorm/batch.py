@@ -51,10 +51,13 @@ class Batch(NamedTuple):
     first: int = 0
     restore: Callable[[Tensor], Any] = _same
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all values count alike, in pools that the input does not set."""
-        return self.mask is None and self.weights is None and not self.steps
+
+def is_plain(batch: Batch) -> bool:
+    """Whether all values count alike, in pools that the input does not set.
+
+    It is no property, since Dynamo of torch 2.10 traces none of a named tuple.
+    """
+    return batch.mask is None and batch.weights is None and not batch.steps
 
 
 @dataclass
@@ -92,7 +95,7 @@ class Measured:
     @property
     def number(self) -> int | None:
         """The number of values of a channel over all pools, where the shape of x tells it, else None."""
-        if not self.batch.is_plain or self.pool.process_group is not None or self.pool.ranks is not None:
+        if not is_plain(self.batch) or self.pool.process_group is not None or self.pool.ranks is not None:
             return None
         x, groups = self.batch.x, self.pool.groups
         return x.shape[0] * math.prod(x.shape[2:]) * (x.shape[1] // groups if groups else 1)

@@ -322,6 +322,8 @@ def test_pytorch_error_inputs(base, sample, training):
     theirs, ours = outcomes
     if isinstance(theirs, Tensor):  # eps = 0 is an error in training alone
         torch.testing.assert_close(ours, theirs)
+    elif not training and made.kwargs.get("eps") == 0:  # torch 2.10 refuses it there, too
+        assert isinstance(ours, Tensor)
     else:
         assert isinstance(ours, (sample.error_type, type(theirs)))
         assert isinstance(ours, BatchNormError)
@@ -391,8 +393,8 @@ FUNCTION_ERRORS = {
     "bias": ((MEAN, VAR, None, torch.ones(4)), {}, "bias should contain 3 elements not 4"),
     "mean": ((torch.zeros(4), VAR), {}, "running_mean should contain 3 elements not 4"),
     "variance": ((MEAN, torch.ones(4)), {}, "running_var should contain 3 elements not 4"),
-    "zero eps": ((MEAN, VAR), {**TRAIN, "eps": 0.0}, "eps must be positive during training"),
-    "negative eps": ((MEAN, VAR), {"eps": -1.0}, "eps must be non-negative"),
+    "zero eps": ((MEAN, VAR), {**TRAIN, "eps": 0.0}, "eps must be positive( during training)?"),
+    "negative eps": ((MEAN, VAR), {"eps": -1.0}, "eps must be (non-negative|positive)"),
 }
 
 

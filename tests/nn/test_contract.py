@@ -7,6 +7,7 @@ through what networks do to layers: copied, saved, compiled, exported, checkpoin
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,10 +125,20 @@ class TestPopulationStatistics(BatchNormContract):
         ]
 
 
+def torchs_layer(kind: type[nn.Module], features: int, **options: Any) -> nn.Module:
+    """torch's layer; made without a bias by hand where the option is newer than this torch."""
+    if "bias" in inspect.signature(kind).parameters or "bias" not in options:
+        return kind(features, **options)
+    layer = kind(features, **{name: value for name, value in options.items() if name != "bias"})
+    if not options["bias"]:
+        layer.register_parameter("bias", None)
+    return layer
+
+
 def layer_pair(options: dict[str, Any], base: int = 1) -> tuple[nn.Module, nn.Module, Tensor]:
     """Our layer and torch's with the same random state, and an input for both."""
     ours, theirs, shape = PAIRS[base]
-    theirs = theirs(3, **options)
+    theirs = torchs_layer(theirs, 3, **options)
     with torch.no_grad():
         for i, (name, tensor) in enumerate(theirs.state_dict().items()):
             if tensor.is_floating_point():

@@ -26,16 +26,22 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that pip makes of the source where there is no compiler."""
     if "BATCHNORM_WHEEL" in os.environ:
         return Path(os.environ["BATCHNORM_WHEEL"])
     pytest.importorskip("scikit_build_core")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
-    settings = {"cmake.define.BATCHNORM_NATIVE": "OFF", "build-dir": str(folder / "build")}
-    options = [f"--config-settings={key}={value}" for key, value in settings.items()]
-    done = subprocess.run([*command, *options, str(ROOT)], capture_output=True, text=True)
+    without_compiler = {**os.environ, "PATH": str(Path(sys.executable).parent), "CXX": "/no/compiler/here"}
+    done = subprocess.run(
+        [*command, f"--config-settings=build-dir={folder / 'build'}", str(ROOT)],
+        capture_output=True, text=True, env=without_compiler,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return next(folder.glob("batchnorm-*.whl"))
+    wheel = next(folder.glob("batchnorm-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    return wheel
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.batch import Batch
+from batchnorm.batch import Batch, is_plain
 from batchnorm.errors import InputError
 from batchnorm.functional import moments
 from batchnorm.moments import Moments
@@ -106,7 +106,7 @@ class _OfAll:
     def normalize(self, batch: Batch, pool: Pool, fusion: Fusion) -> tuple[Tensor, None]:
         """y; x is standardized first, then by the mean 0 and the variance 1 - eps."""
         x, restored = batch.x, batch.restore is not Batch(batch.x).restore
-        if not batch.is_plain or restored:
+        if not is_plain(batch) or restored:
             raise InputError(
                 f"accumulate_exact: layer {self.name!r} is given masked, weighted or packed values, which are not "
                 "merged exactly; bn.accumulate merges their statistics"

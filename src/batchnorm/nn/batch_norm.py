@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm import functional
-from batchnorm.batch import Batch, batch_of
+from batchnorm.batch import Batch, batch_of, is_plain
 from batchnorm.errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.nn import buffers as layer_buffers
@@ -88,7 +88,7 @@ class BatchNorm(ConfiguredLayer):
             if self.pool == "frame" and not batch.steps:  # sequences of no steps
                 return batch.restore(batch.x.clone())
             self._check(batch, fusion, use_batch, updates)
-        if batch.is_plain and is_recorded(batch.x) and (y := in_one_node(self, batch.x, fusion)) is not None:
+        if is_plain(batch) and is_recorded(batch.x) and (y := in_one_node(self, batch.x, fusion)) is not None:
             return batch.restore(y)
         if (use_batch or updates) and is_traced_by_jit():
             raise InputError(
@@ -183,7 +183,7 @@ class BatchNorm(ConfiguredLayer):
     def _is_whole(self, batch: Batch) -> bool:
         """Whether a channel is one pool with one set of statistics, as in torch."""
         parted = self.ghost_size or self.channel_groups or self.domains or not is_alone(self.process_group)
-        return batch.is_plain and not parted
+        return is_plain(batch) and not parted
 
     def _check(self, batch: Batch, fusion: Fusion, use_batch: bool, updates: bool) -> None:
         """Raises for a batch that the layer cannot take."""
