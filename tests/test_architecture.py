@@ -28,10 +28,12 @@ BASE = {
     "installation": {"errors"},
     "undo": set(),
     "moments": {"errors"},
-    "pools": {"errors", "moments"},
+    "exchanges": {"errors"},
+    "pools": {"errors", "exchanges", "moments"},
     "progress": set(),
     "data": {"errors", "moments"},
     "writing": {"errors"},
+    "memory": {"errors", "writing"},
 }  # below everyone, and what they may know
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 HEAVY = {"jinja2", "matplotlib", "mlxtend", "onnx", "onnxruntime", "onnxscript", "pandas", "rich"}

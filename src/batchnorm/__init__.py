@@ -46,6 +46,7 @@ _PUBLIC = {
     "no_update": "batchnorm.nn.modes",
     "param_groups": "batchnorm.surgery.parameter_groups",
     "preview_export": "batchnorm.surgery.exporting",
+    "rank_errors": "batchnorm.exchanges",
     "read_statistics": "batchnorm.population.checkpoints",
     "recompute_outputs": "batchnorm.ops.recomputation",
     "restore": "batchnorm.population.adaptation",
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
     from batchnorm.diagnosis.gap import diagnose as diagnose
     from batchnorm.diagnosis.summary import summary as summary
     from batchnorm.errors import BatchNormError as BatchNormError
+    from batchnorm.exchanges import rank_errors as rank_errors
     from batchnorm.moments import Moments as Moments
     from batchnorm.nn.accumulation import accumulate_exact as accumulate_exact
     from batchnorm.nn.batch_norm import BatchNorm as BatchNorm

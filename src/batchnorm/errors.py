@@ -29,6 +29,10 @@ class WriteError(InputError, OSError):
     """A file that the system would not write, as on a full disk; the file of before stays, and no half of a new one."""
 
 
+class OutOfMemoryError(BatchNormError, MemoryError):
+    """The system gave no more memory."""
+
+
 class MissingDependencyError(BatchNormError, ImportError):
     """An optional package that the called function needs is not installed."""
 

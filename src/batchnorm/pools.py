@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from batchnorm.errors import InputError, SynchronizationError
+from batchnorm.exchanges import waiting
 from batchnorm.moments import merge_axis
 
 
@@ -155,8 +156,9 @@ class _AllReduce(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, pool: Pool) -> Tensor:
         ctx.pool = pool
         total = values.detach().contiguous().clone()
-        with waiting(pool):
-            dist.all_reduce(total, group=process_group(pool.process_group))
+        group = process_group(pool.process_group)
+        with waiting(group, pool.layer):
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
@@ -174,7 +176,7 @@ def all_gather(values: Tensor, pool: Pool) -> Tensor:
     """Every rank's tensor of one shape, stacked in rank order."""
     group = process_group(pool.process_group)
     gathered = values.new_empty((dist.get_world_size(group), *values.shape))
-    with waiting(pool):
+    with waiting(group, pool.layer):
         dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
     return gathered
 
@@ -182,8 +184,9 @@ def all_gather(values: Tensor, pool: Pool) -> Tensor:
 def all_reduce_max(number: int, pool: Pool, device: torch.device) -> int:
     """The largest of the ranks' numbers."""
     most = torch.tensor(number, device=device)
-    with waiting(pool):
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=process_group(pool.process_group))
+    group = process_group(pool.process_group)
+    with waiting(group, pool.layer):
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     return int(most)
 
 
@@ -222,21 +225,3 @@ def is_alone(given: Any) -> bool:
             "give each process the group that has it as a member"
         )
     return ranks == 1
-
-
-class waiting:  # noqa: N801 - a context manager, named as one
-    """Around a collective: an error of it (a rank that never arrives, above all) names the layer."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise SynchronizationError(
-                f"{self.pool.layer}: the ranks of its process group did not all exchange their statistics ({reason}); "
-                "each must run the same layers forward and backward, an empty batch included"
-            ) from error

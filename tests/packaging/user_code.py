@@ -44,6 +44,8 @@ def life(net: nn.Sequential, example: Tensor, batches: list[Tensor], optimizer: 
     normalized = bn.restore(bn.adapt(normalized, batches, prior=16))
     normalized = bn.average_statistics(normalized, [normalized])
     normalized = bn.sync_running_statistics(normalized)
+    with bn.rank_errors("world"):
+        normalized(example)
     normalized = bn.set_mode(normalized, update="never")
     normalized = bn.unfreeze(bn.freeze(normalized))
     bn.use_domain(normalized, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import BatchNormError, InstallationError
+from batchnorm.memory import is_exhausted, out_of_memory
 
 __all__ = ["INTERRUPTED", "main"]
 
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
         return 1
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not is_exhausted(error):
+            raise
+        sys.stderr.write(f"batchnorm: error: {out_of_memory(error)}\n")
+        return 2
     except OSError as error:  # standard output that goes to a full disk, above all
         sys.stderr.write(f"batchnorm: error: {error}\n")
         _drop_output()

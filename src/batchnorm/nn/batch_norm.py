@@ -11,14 +11,16 @@ from torch import Tensor, fx, nn
 from batchnorm import functional
 from batchnorm.batch import Batch, batch_of, is_plain
 from batchnorm.errors import InputError
+from batchnorm.exchanges import agree
 from batchnorm.moments import Moments
 from batchnorm.nn import buffers as layer_buffers
+from batchnorm.nn import options
 from batchnorm.nn.configured import ConfiguredLayer
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
 from batchnorm.nn.short_calls import in_one_call, in_one_node, in_two_calls
-from batchnorm.ops.context import is_recorded, is_traced_by_jit
+from batchnorm.ops.context import is_compiled, is_recorded, is_traced_by_jit
 from batchnorm.ops.fusion import Fusion
-from batchnorm.pools import Pool, is_alone
+from batchnorm.pools import Pool, is_alone, process_group
 from batchnorm.running import Estimator, Population
 from batchnorm.sources import Given, OfBatch, Renormalized, Source, Weighed, by_step, measure, of_one_step
 
@@ -102,6 +104,8 @@ class BatchNorm(ConfiguredLayer):
             )
         group = self.process_group if given is None else None
         shared = (self.ghost_size, self.channel_groups, group, self._name())
+        if group is not None and (use_batch or updates):
+            self._agree(batch.x)
         batch, pool = functional.pools_of(batch, shared, use_batch or updates)
         if use_batch:
             functional.check_pools(batch, self.eps, pool, self._advice)
@@ -117,6 +121,20 @@ class BatchNorm(ConfiguredLayer):
             population.take(measured or measure(batch, pool), pool)
             layer_buffers.look_at_times(self)
         return batch.restore(y)
+
+    def _agree(self, x: Tensor) -> None:
+        """Before the first exchange, compares the layer with those of the other ranks.
+
+        Raises:
+            SynchronizationError: they differ.
+        """
+        if self._has_agreed or is_compiled() or is_alone(self.process_group):
+            return
+        changed = (o for o in options.changed(self) if o.name != "process_group")
+        told = [f"{self.num_features} channels of {x.dtype}", f"eps={self.eps}", f"momentum={self.momentum}"]
+        told += [f"{o.spelled}={getattr(self, o.name)!r}" for o in changed]
+        agree(process_group(self.process_group), self._name(), ", ".join(told), x.device)
+        self.__dict__["_has_agreed"] = True
 
     def _own_source(self, batch: Batch, population: Population, use_batch: bool) -> Source:
         """The statistics that normalize by the layer's options and mode."""

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import InputError, WriteError
+from batchnorm.errors import InputError, OutOfMemoryError, WriteError
+from batchnorm.memory import is_exhausted, out_of_memory
 from batchnorm.writing import write_atomically, write_text
 
 CHECKPOINT, CONFIG, METRICS, CERTIFICATE = ("checkpoint.pt", "config.json", "metrics.json", "certificate.json")
@@ -66,9 +67,22 @@ def make_run_folder(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def going_on_from(folder: Path, checkpoint: Path) -> Iterator[None]:
-    """Say of a file that cannot be written what is kept of the run, and how to go on with it."""
+    """Say, of a full disk and of exhausted memory, what is kept of the run, and how to go on with it."""
     try:
         yield
     except WriteError as error:
-        kept = f"{checkpoint} is kept" if checkpoint.exists() else "No step of the training is kept"
-        raise WriteError(f"{error} {kept}. Make room, then go on with: batchnorm train --resume {folder}") from error
+        raise WriteError(f"{error} {_kept(checkpoint)}. Make room, then go on with: {_command(folder)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_exhausted(error):
+            raise
+        raise OutOfMemoryError(
+            f"{out_of_memory(error)} {_kept(checkpoint)}. Where more memory is free, go on with: {_command(folder)}"
+        ) from error
+
+
+def _kept(checkpoint: Path) -> str:
+    return f"{checkpoint} is kept" if checkpoint.exists() else "No step of the training is kept"
+
+
+def _command(folder: Path) -> str:
+    return f"batchnorm train --resume {folder}"

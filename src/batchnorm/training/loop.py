@@ -220,32 +220,75 @@ def evaluate(network: nn.Module, data: Dataset, probe: Probe | None = None) -> t
     left as they were.
     """
     device = next(network.parameters()).device
-    seen: list[Tensor] = []
-    hook = None
-    if probe is not None:
-        hook = network.get_submodule(probe.module).register_forward_hook(
-            lambda module, args, output: seen.append(output.detach().select(probe.axis, probe.unit).flatten())
-        )
+    samples = len(data.y_test)
+    probed = Probed(network, probe, samples)
     objective, tally = objective_of(data), torch.zeros((), dtype=torch.float64)
-    try:
-        with evaluating(network), torch.no_grad():
-            for start in range(0, len(data.y_test), EVALUATION_BATCH):
-                part = slice(start, start + EVALUATION_BATCH)
-                output, y = network(data.x_test[part].to(device)), data.y_test[part].to(device)
-                tally = tally + objective.tally(output, y)
-    finally:
-        if hook is not None:
-            hook.remove()
-    return *objective.judge(tally, len(data.y_test)), _percentiles(seen)
+    with probed, evaluating(network), torch.no_grad():
+        for start in range(0, samples, EVALUATION_BATCH):
+            part = slice(start, start + EVALUATION_BATCH)
+            y = data.y_test[part].to(device)
+            tally = tally + objective.tally(network(data.x_test[part].to(device)), y)
+            probed.keep(len(y))
+    return *objective.judge(tally, samples), probed.percentiles()
 
 
-def _percentiles(seen: list[Tensor]) -> list[float]:
-    if not seen:
-        return []
-    values = torch.cat(seen)
-    values = values[:: math.ceil(len(values) / MAX_PROBED)].double()
-    at = torch.tensor(PERCENTILES, dtype=torch.float64, device=values.device) / 100
-    return torch.quantile(values, at).tolist()
+class Probed:
+    """What one unit gives over the test part, of which MAX_PROBED values are kept at most, evenly spaced.
+
+    They are copied into one tensor that is made once: small tensors that stay, between large ones that go, would leave
+    memory in pieces that nothing fits into.
+
+    Args:
+        network: whose module is watched inside a `with`.
+        probe: which unit; None for none.
+        samples: of the test part.
+    """
+
+    def __init__(self, network: nn.Module, probe: Probe | None, samples: int) -> None:
+        self._network, self._probe, self._samples = network, probe, samples
+        self._seen: list[Tensor] = []  # of the batch at work
+        self._kept: Tensor | None = None
+        self._step = 1
+        self._count = 0
+        self._hook: Any = None
+
+    def __enter__(self) -> None:
+        if self._probe is not None:
+            module = self._network.get_submodule(self._probe.module)
+            self._hook = module.register_forward_hook(self._see)
+
+    def __exit__(self, *_: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        assert self._probe is not None
+        self._seen.append(output.detach().select(self._probe.axis, self._probe.unit).flatten())
+
+    def keep(self, samples: int) -> None:
+        """Take what the batch of so many samples has given."""
+        if not self._seen:
+            return
+        values = torch.cat(self._seen)
+        self._seen.clear()
+        if self._kept is None:
+            total = values.numel() * self._samples // samples
+            self._step = max(1, math.ceil(total / MAX_PROBED))
+            self._kept = values.new_empty(math.ceil(total / self._step))
+        first = -self._count % self._step  # the first place in `values` that is a multiple of the step in all values
+        chosen = values[first :: self._step]
+        at = (self._count + first) // self._step
+        room = self._kept[at : at + len(chosen)]
+        room.copy_(chosen[: len(room)])
+        self._count += values.numel()
+
+    def percentiles(self) -> list[float]:
+        """Of what was kept; [] where nothing was."""
+        if self._kept is None:
+            return []
+        kept = self._kept[: math.ceil(self._count / self._step)].double()
+        at = torch.tensor(PERCENTILES, dtype=torch.float64, device=kept.device) / 100
+        return torch.quantile(kept, at).tolist()
 
 
 @contextmanager

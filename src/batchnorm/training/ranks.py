@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from batchnorm import convert, sync_running_statistics
 from batchnorm.errors import BatchNormError, DataError, InputError, SynchronizationError
+from batchnorm.exchanges import first_line, is_of_an_exchange
 
 T = TypeVar("T")
 
@@ -107,11 +108,10 @@ class Ranks:
         except SynchronizationError as error:  # of a layer, which it names
             raise SynchronizationError(f"{self._place()}: {error}{self._missing()}") from error
         except RuntimeError as error:
-            if isinstance(error, BatchNormError) or not _is_of_an_exchange(error):
+            if isinstance(error, BatchNormError) or not is_of_an_exchange(error):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SynchronizationError(
-                f"{self._place()}: the ranks did not all exchange {what} ({reason}){self._missing()}"
+                f"{self._place()}: the ranks did not all exchange {what} ({first_line(error)}){self._missing()}"
             ) from error
 
     def _place(self) -> str:
@@ -188,12 +188,6 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _is_of_an_exchange(error: RuntimeError) -> bool:
-    """Whether a RuntimeError, of which torch has one for all, comes from gloo, nccl or their store."""
-    words = ("gloo", "nccl", "connection", "timed out", "timeout", "peer", "process group", "socket", "store")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
-
-
 def is_launched() -> bool:
     """Whether torchrun, or a scheduler that sets the same variables, has started several ranks."""
     return dist.is_available() and int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
@@ -229,9 +223,9 @@ def joined(device: str, synchronized: bool, timeout: float) -> Iterator[Ranks]:
             store = dist.distributed_c10d.PrefixStore(f"restart_{restarts()}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SynchronizationError(
-                f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} did not find the others ({reason})"
+                f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} did not find the others "
+                f"({first_line(error)})"
             ) from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), synchronized)

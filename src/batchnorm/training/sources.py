@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import resource
 import tempfile
 import weakref
 import zipfile
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.errors import DataError, MissingDependencyError
+from batchnorm.memory import free_memory
 from batchnorm.writing import in_bytes
 
 Array = npt.NDArray[Any]
@@ -109,26 +109,6 @@ def fits_in_memory(shape: tuple[int, ...]) -> bool:
     """Whether an array of that shape can be prepared in memory: in float64, in a quarter of what is free."""
     free = free_memory()
     return 8 * math.prod(shape) <= min(LARGEST_IN_MEMORY, free / 4 if free is not None else math.inf)
-
-
-def free_memory() -> int | None:
-    """Bytes that this process may still take, by the system, its control group and its own limit; None if unknown."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        found += [int(limit) - int(used)] if limit.strip() != "max" else []
-    except (OSError, ValueError):
-        pass
-    limit_here = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit_here != resource.RLIM_INFINITY:
-        try:
-            used_here = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        except (OSError, ValueError):
-            used_here = 0
-        found.append(limit_here - used_here)
-    return max(0, min(found)) if found else None
 
 
 def too_large(name: str, part: str, shape: tuple[int, ...], dtype: np.dtype[Any], remedy: str) -> DataError:
