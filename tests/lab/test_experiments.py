@@ -20,7 +20,7 @@ from batchnorm.errors import DataError, InputError
 from batchnorm.lab.experiment import Experiment, Measure, accuracy_panel
 from batchnorm.lab.experiments import EXPERIMENTS
 from batchnorm.lab.fitting import train
-from batchnorm.lab.results import Table, Trial, difference
+from batchnorm.lab.results import Finding, Table, Trial, difference, settled
 from batchnorm.lab.runner import _digest
 from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
@@ -51,8 +51,12 @@ def test_smoke(name, tmp_path):
     assert getattr(lab, name) is experiment
     first = experiment(seeds=2, folder=tmp_path, **experiment.smoke)
     assert first.seeds == (0, 1)
-    claims = [finding for finding in first.findings if finding.kind != "note"]
-    assert claims
+    assert any(
+        finding.kind != "note"
+        for finding in experiment.verdict(experiment.configure(**experiment.smoke), Table(first.trials))
+    )
+    assert {finding.kind for finding in first.findings} == {"note"}  # two seeds reproduce nothing
+    assert any("2 seeds: a verdict needs 5." in finding.text for finding in first.findings)
     for finding in first.findings:
         assert not re.search(r"\bnan\b", finding.text), finding.text
     for panel in experiment.panels:
@@ -256,3 +260,29 @@ def test_the_face():
     assert bn.lab.instruments.descent
     with pytest.raises(AttributeError):
         bn.lab.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4, 5, 9])
+def test_a_verdict_needs_five_seeds(seeds):
+    found = settled([Finding("reproduced", "Better."), Finding("note", "By the way.")], seeds)
+    assert found[1] == Finding("note", "By the way.")
+    if seeds < 5:
+        assert found[0].kind == "note"
+        assert f"({seeds} seed{'s' * (seeds > 1)}: a verdict needs 5.)" in found[0].text
+    else:
+        assert found[0] == Finding("reproduced", "Better.")
+
+
+def wide(num_features, num_classes, width=8):
+    layers = [nn.Flatten(), nn.Linear(num_features, width), nn.BatchNorm1d(width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+
+def test_arguments_of_a_factory():
+    config = EXPERIMENTS["ghost"].configure(network=wide, data=data, arguments={"width": 5})
+    assert Task("ghost", config, 0).normalized()[1].out_features == 5
+    assert config.plain()["arguments"] == {"width": 5}
+    with pytest.raises(InputError, match="go with a network of yours"):
+        EXPERIMENTS["ghost"].configure(arguments={"width": 5})
+    with pytest.raises(InputError, match="it has no argument 'depth'"):
+        Task("ghost", EXPERIMENTS["ghost"].configure(network=wide, data=data, arguments={"depth": 5}), 0).normalized()

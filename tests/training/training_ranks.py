@@ -20,9 +20,11 @@ from batchnorm.training import TrainConfig, train
 from batchnorm.training.loop import load_checkpoint, save_checkpoint, train_steps
 from batchnorm.training.procedure2 import _calibrate, _Run
 from batchnorm.training.ranks import Ranks, joined
+from batchnorm.training.shards import gathered, is_sharded
 
 CONFIG = TrainConfig("training_ranks:network", "training_ranks:load", steps=8, batch_size=50, eval_every=2)
 CONFIG = dataclasses.replace(CONFIG, threads=1, baseline=True, optimizer="adam", lr=0.01)
+SHARDED = dataclasses.replace(CONFIG, fsdp=True, baseline=False)
 
 
 def load():
@@ -131,6 +133,67 @@ def _drop_last(made):
             getattr(contender.curve, name).pop()
 
 
+def sharded_run(ranks, steps=None):
+    """As `run`, with parameters that are cut over the ranks; with the networks gathered at the end."""
+    cut = copy.copy(ranks)
+    cut.sharded = True
+    made = run(cut, steps, SHARDED)
+    return cut, made
+
+
+def whole_values(made):
+    """As `values`, with whole parameters."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, contender in made.contenders.items()
+        for key, value in gathered(contender.network, contender.whole).state_dict().items()
+    }
+
+
+def check_sharded(ranks):
+    """In bfloat16 the curve is that of whole parameters to its rounding; statistics are float32, equal on all ranks."""
+    cut, made = sharded_run(ranks)
+    _, half = sharded_run(ranks, steps=4)
+    whole = run(ranks, config=dataclasses.replace(SHARDED, fsdp=False)).contenders["batch norm"].curve
+    assert made.contenders["batch norm"].curve.test_loss == pytest.approx(whole.test_loss, rel=5e-3)
+    network = made.contenders["batch norm"].network
+    assert is_sharded(network)
+    local = sum(p.to_local().numel() for p in network.parameters())
+    assert local < 0.9 * sum(p.numel() for p in network.parameters()) or ranks.size == 1
+    assert {b.dtype for n, b in network.named_buffers() if "running" in n} == {torch.float32}
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm1d)):
+        assert ranks.gather(norm.running_var.tolist()) == [norm.running_var.tolist()] * ranks.size
+    folder = Path(os.environ["SHARDS"])
+    save_checkpoint(folder / "checkpoint.pt", 4, half.contenders, half.data, cut)
+    expected = whole_values(half)
+    if ranks.is_first:
+        torch.save(expected, folder / "expected.pt")
+    ranks.gather(None)  # the files are there
+    resumed = _Run.build(SHARDED.resolve(), None, cut)
+    assert load_checkpoint(folder / "checkpoint.pt", resumed.contenders, resumed.data, cut) == 4
+    for contender in resumed.contenders.values():
+        contender.curve.steps.pop()
+    _drop_last(resumed)
+    train_steps(resumed.contenders, resumed.data, resumed.config, folder / "d" / "c.pt", start=4, ranks=cut)
+    expected = whole_values(made)
+    assert all(torch.equal(value, expected[key]) for key, value in whole_values(resumed).items())
+
+
+def check_sharded_elsewhere(ranks):
+    """What other ranks have written, on this number of ranks."""
+    cut = copy.copy(ranks)
+    cut.sharded = True
+    folder = Path(os.environ["SHARDS"])
+    made = _Run.build(SHARDED.resolve(), None, cut)
+    assert load_checkpoint(folder / "checkpoint.pt", made.contenders, made.data, cut) == 4
+    expected = torch.load(folder / "expected.pt")
+    assert all(torch.equal(value, expected[key]) for key, value in whole_values(made).items())
+    train_steps(made.contenders, made.data, made.config, folder / "e" / "c.pt", start=4, ranks=cut)
+    _, whole = sharded_run(ranks)
+    for name, contender in whole.contenders.items():
+        assert made.contenders[name].curve.test_loss[-1] == pytest.approx(contender.curve.test_loss[-1], rel=2e-3)
+
+
 def check_refused(ranks):
     """Batches of which a rank would have too little, and what the first rank refuses."""
     own = Ranks(ranks.rank, ranks.size, synchronized=False)
@@ -192,6 +255,7 @@ if __name__ == "__main__":
         train(dataclasses.replace(CONFIG, network="training_ranks:dying", out=sys.argv[2], checkpoint_every=4))
         sys.exit()
     limit = 5.0 if sys.argv[-1] == "lost" else 60.0
-    with joined("cpu", True, limit) as mine:
+    with joined("cpu", True, limit, sharded=True) as mine:
+        mine.sharded = False
         for name in sys.argv[1:]:
             globals()[f"check_{name}"](copy.copy(mine))

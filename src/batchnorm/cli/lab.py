@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from batchnorm.progress import trials_bar
 
 if TYPE_CHECKING:
     from batchnorm.lab import Experiment, Result
+    from batchnorm.lab.settings import Config
 
 EXAMPLES = """**Examples**
 
@@ -25,6 +27,8 @@ EXAMPLES = """**Examples**
 `batchnorm lab all --quick` - all of them, about 6 minutes on two cores; without --quick about an hour and a half
 
 `batchnorm lab landscape --network mymodels:resnet --data mydata:load --set steps=500` - on your own network
+
+`batchnorm lab ghost --network mymodels:small --data digits --set width=32` - an argument of your factory
 
 `batchnorm lab explain --set layer=3.norm --set channel=7` - walk one mini-batch through a layer, with real numbers
 
@@ -48,7 +52,11 @@ def lab(
     ] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting of every experiment named, NAME=VALUE as in steps=500; may be repeated."),
+        typer.Option(
+            "--set",
+            help="A setting of every experiment named, NAME=VALUE as in steps=500, or an argument of the factory of "
+            "--network; may be repeated.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the page and of the finished seeds.")] = Path("runs/lab"),
     workers: Annotated[
@@ -66,7 +74,7 @@ def lab(
     if names == ["list"]:
         _list_experiments(list(EXPERIMENTS.values()))
         return
-    changes = dict(assignment(text) for text in assignments or ())
+    changes = _changes(names, assignments, network)
     changes |= {key: value for key, value in (("network", network), ("data", data)) if value is not None}
     if insert:
         changes["insert"] = True
@@ -90,6 +98,24 @@ def lab(
     page = write_gallery(out / f"{name}{'-quick' if quick else ''}.html", chosen, results)
     _print_findings(chosen, results)
     typer.echo(f"\nPage: {page}")
+
+
+def _changes(names: list[str], assignments: list[str] | None, network: str | None) -> dict[str, Any]:
+    """What --set says: settings of what is to run, and arguments of the network's factory."""
+    from batchnorm.cli.networks import has_argument
+    from batchnorm.lab.experiments import EXPERIMENTS, find
+    from batchnorm.lab.explanation import ExplainConfig
+    from batchnorm.lab.playing import PlayConfig
+
+    given = dict(assignment(text) for text in assignments or ())
+    if network is None:
+        return given
+    other: dict[str, list[Config]] = {"explain": [ExplainConfig()], "play": [PlayConfig()]}
+    every = [experiment.config for experiment in EXPERIMENTS.values()] if names == ["all"] else None
+    configs = every or other.get(names[0]) or [find(name).config for name in names]
+    settings = {field.name for config in configs for field in dataclasses.fields(config)}
+    arguments = {name: given.pop(name) for name in list(given) if name not in settings and has_argument(network, name)}
+    return given | ({"arguments": arguments} if arguments else {})
 
 
 def _explain(out: Path, changes: dict[str, Any]) -> Path:

@@ -85,12 +85,24 @@ def names_argument(network: str, name: str) -> bool:
     import inspect
 
     from batchnorm import BatchNorm2d
+
+    return name not in inspect.signature(BatchNorm2d).parameters and has_argument(network, name)
+
+
+def has_argument(network: str, name: str) -> bool:
+    """Whether a factory takes an argument of that name."""
+    import inspect
+
     from batchnorm.training.networks import load_callable
 
-    if name in inspect.signature(BatchNorm2d).parameters:
+    if ":" not in network:
         return False
-    factory = load_callable(network, "network", "package.module:factory") if ":" in network else None
-    return factory is not None and name in inspect.signature(factory).parameters
+    factory = load_callable(network, "network", "package.module:factory")
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def save(net: nn.Module, out: Path, example: Tensor | None = None) -> None:

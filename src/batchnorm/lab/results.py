@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 Kind = Literal["reproduced", "tie", "not reproduced", "note"]
 
+VERDICT_SEEDS = 5  # with fewer, a run reproduces nothing and refutes nothing
+
 # Quantiles of Student's t for two-sided 95 %, by degrees of freedom; beyond, the normal's.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
 
@@ -20,6 +22,14 @@ class Finding:
 
     kind: Kind
     text: str
+
+
+def settled(findings: Iterable[Finding], seeds: int) -> tuple[Finding, ...]:
+    """The findings of so many seeds: of fewer than VERDICT_SEEDS each verdict becomes a note that says so."""
+    if seeds >= VERDICT_SEEDS:
+        return tuple(findings)
+    few = f"{seeds} seed{'s' * (seeds != 1)}: a verdict needs {VERDICT_SEEDS}."
+    return tuple(f if f.kind == "note" else Finding("note", f"{f.text} ({few})") for f in findings)
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 
 from batchnorm import __version__
 from batchnorm.errors import InputError
-from batchnorm.lab.results import Result, Table, Trial
+from batchnorm.lab.results import Result, Table, Trial, settled
 from batchnorm.lab.settings import Config
 from batchnorm.lab.task import Task
 from batchnorm.training.config import TrainConfig
@@ -219,5 +219,5 @@ def _numbers(value: Any) -> Any:
 def _result(experiment: Experiment, config: Config, trials: list[Trial]) -> Result:
     data = Task(experiment.name, config, trials[0].seed).data.to_dict()
     surroundings = {**environment(TrainConfig().resolve()), "CPU threads": "1 for each trial"}
-    findings = tuple(experiment.verdict(config, Table(trials)))
+    findings = settled(experiment.verdict(config, Table(trials)), len(trials))
     return Result(experiment.name, config.plain(), data, tuple(trials), findings, surroundings)

@@ -22,6 +22,7 @@ class Config:
         steps: updates of each network.
         batch_size: samples a batch.
         lr: learning rate of SGD, constant.
+        arguments: of the network's factory, by name, beside what the data gives; None for none.
     """
 
     network: Any = "figure1"
@@ -30,6 +31,7 @@ class Config:
     steps: int = 5000
     batch_size: int = 60
     lr: float = 0.1
+    arguments: Any = None
 
     def every(self, count: int = 50) -> int:
         """Steps between two of about `count` measurements."""
@@ -43,11 +45,18 @@ class Config:
 def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if callable(value):
         return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(value))}"
     return str(getattr(value, "name", value))
+
+
+def is_factory(network: Any) -> bool:
+    """Whether a network is one of the user's: a factory, or the name of one."""
+    return callable(network) or (isinstance(network, str) and ":" in network)
 
 
 C = TypeVar("C", bound=Config)
@@ -60,6 +69,9 @@ def checked(config: C, experiment: str, changes: Mapping[str, Any]) -> C:
         InputError: an unknown setting or a value out of range.
     """
     fields = [f.name for f in dataclasses.fields(config)]
+    own = changes.get("arguments") is not None and not is_factory(changes.get("network", config.network))
+    if own:
+        raise InputError(f"lab {experiment}: arguments go with a network of yours, as in package.module:factory")
     for name, value in changes.items():
         if name not in fields:
             raise InputError(f"lab {experiment}: no setting {name!r}; expected one of {', '.join(fields)}")
@@ -72,6 +84,10 @@ def _check(experiment: str, name: str, value: Any, default: Any) -> None:
         raise InputError(f"lab {experiment}: {name}={value!r}, expected {expected}")
 
     if name in ("network", "data"):
+        return
+    if name == "arguments":
+        if value is not None and not (isinstance(value, Mapping) and all(isinstance(one, str) for one in value)):
+            refuse("a mapping from names of the factory's arguments to values")
         return
     if isinstance(default, bool):
         if not isinstance(value, bool):

@@ -94,7 +94,7 @@ class Task:
     def _build(self) -> tuple[nn.Module, bool]:
         torch.manual_seed(self.seed)
         shape, classes = self.data.input_shape, self.data.num_classes
-        net = build_network(self.config.network, shape, classes)
+        net = build_network(self.config.network, shape, classes, self.config.arguments)
         has_own = any(isinstance(module, _BatchNorm) for module in net.modules())
         if self.data.standardize:
             first = Standardize(shape[0]).fit(self.data.x_train)

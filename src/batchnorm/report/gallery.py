@@ -89,10 +89,17 @@ def _section(experiment: Experiment, result: Result, images: str | Path | None) 
         columns=[experiment.measures[name].label for name in columns],
         rows=[(arm, [_cell(table(arm, name), experiment.measures[name]) for name in columns]) for arm in arms],
         findings=result.findings,
-        settings=[(name.replace("_", " "), _value(value)) for name, value in result.config.items() if name != "insert"],
+        settings=[(name.replace("_", " "), _value(value)) for name, value in _shown(result.config)],
         changed=", ".join(changed),
         counts=dict(Counter(finding.kind for finding in result.findings)),
     )
+
+
+def _shown(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The settings that the page lists."""
+    return [
+        (name, value) for name, value in config.items() if name != "insert" and (name, value) != ("arguments", None)
+    ]
 
 
 def _figure(experiment: Experiment, result: Result, images: str | Path | None) -> str:
@@ -124,6 +131,8 @@ def _cell(values: Sequence[float], measure: Measure) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, int):

@@ -110,6 +110,8 @@ class TrainConfig:
         statistics: Where torchrun has started several ranks, which share each batch of batch_size samples:
             synchronized (every layer normalizes by the whole batch; the curve is that of one process up to rounding)
             or rank (each by its own part, which exchanges less; the curve is another one).
+        fsdp: Shard the parameters over the ranks (fully_shard of torch), and compute in bfloat16; statistics, gamma and
+            beta stay float32. Checkpoints are sharded, too, and load on another number of ranks.
         timeout: Seconds that one rank may wait for the others.
         checkpoint_every: Steps between two checkpoints. Default: those of half a minute.
         task: classification or regression. Default: by the labels: floats are a regression.
@@ -137,6 +139,7 @@ class TrainConfig:
     method: Method = _setting("pooled", _METHOD)  # noqa: RUF009, a field
     eval_every: int | None = _setting(None, _INTERVAL)
     statistics: Statistics = _setting("synchronized", _STATISTICS)  # noqa: RUF009, a field
+    fsdp: bool = _setting(False, _FLAG)
     timeout: float = _setting(300.0, _RATE)
     checkpoint_every: int | None = _setting(None, _INTERVAL)
     task: str | None = _setting(None, _TASK)

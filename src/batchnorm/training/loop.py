@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, DataError
+from batchnorm.training import shards
 from batchnorm.training.config import ResolvedConfig
 from batchnorm.training.datasets import Dataset
 from batchnorm.training.objectives import Classification, Regression, objective_of
@@ -53,6 +54,7 @@ class Contender:
     optimizer: torch.optim.Optimizer
     probe: Probe
     parallel: nn.Module | None = None  # what is called in training, where it is not the network itself
+    whole: nn.Module | None = None  # the network before its parameters were cut over ranks
     curve: Curve = field(default_factory=Curve)
     losses: list[float] = field(default_factory=list)  # since the last measurement
 
@@ -129,7 +131,8 @@ def train_steps(
     y, objective = data.y_train.to(device), objective_of(data)
     if start == 0:
         for contender in contenders.values():
-            measure(contender, data, 0)
+            with ranks.watched("parameters"):
+                measure(contender, data, 0)
     saved_at = time.monotonic()
     with _signals() as stopped_by:
         for step in range(start, config.steps):
@@ -144,7 +147,8 @@ def train_steps(
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 for contender in running:
                     ranks.merge_statistics(contender.network)
-                    measure(contender, data, step + 1)
+                    with ranks.watched("parameters"):
+                        measure(contender, data, step + 1)
             if progress is not None:
                 progress.step(step + 1, config.steps, {n: c.curve for n, c in contenders.items()})
             due = ranks.is_first and _is_due(config, step + 1, saved_at)
@@ -323,17 +327,29 @@ def save_checkpoint(
     for contender in contenders.values():
         ranks.merge_statistics(contender.network)
     generators = ranks.gather(random_state())
+    cut = {name: (c.network, c.optimizer) for name, c in contenders.items()} if ranks.sharded else {}
+    if cut:
+        named = ranks.from_first(lambda: shards.fresh_name(path.parent, step))
+        with ranks.watched("shards"):
+            shards.save_shards(path.parent / named, cut)
     if not ranks.is_first:
         return
     state = {
         "step": step,
+        "shards": named if cut else None,
         "data": data.fingerprint(),
         "random": generators[0],
         "random_of_ranks": generators,
         "contenders": {
             name: {
-                "network": contender.network.state_dict(),
-                "optimizer": contender.optimizer.state_dict(),
+                **(
+                    {
+                        "network": shards.rest_of_network(contender.network),
+                        "optimizer": shards.rest_of_optimizer(contender.network, contender.optimizer),
+                    }
+                    if cut
+                    else {"network": contender.network.state_dict(), "optimizer": contender.optimizer.state_dict()}
+                ),
                 "curve": dataclasses.asdict(contender.curve),
                 "losses": contender.losses,
             }
@@ -342,6 +358,8 @@ def save_checkpoint(
     }
     with writing(path) as stream:
         torch.save(state, stream)  # type: ignore[arg-type]  # which is a binary stream
+    if cut:
+        shards.remove_shards(path.parent, but=named)
 
 
 def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset, ranks: Ranks | None = None) -> int:
@@ -365,16 +383,27 @@ def load_checkpoint(path: Path, contenders: dict[str, Contender], data: Dataset,
         )
     if set(saved) != set(contenders):
         raise DataError(f"checkpoint {path}: it holds {sorted(saved)}, expected {sorted(contenders)}.")
+    cut = state.get("shards")
+    if bool(cut) != any(shards.is_sharded(contender.network) for contender in contenders.values()):
+        raise DataError(
+            f"checkpoint {path}: one of the checkpoint and the run is sharded (--fsdp), and the other is not."
+        )
     for name, contender in contenders.items():
         try:
-            contender.network.load_state_dict(saved[name]["network"])
-            contender.optimizer.load_state_dict(saved[name]["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            contender.network.load_state_dict(saved[name]["network"], strict=not cut)
+            if cut:
+                shards.optimizer_state(contender.network, contender.optimizer, saved[name]["optimizer"])
+            else:
+                contender.optimizer.load_state_dict(saved[name]["optimizer"])
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
             raise DataError(
                 f"checkpoint {path}: it does not fit the network {name} ({error}). Was its factory changed?"
             ) from error
         contender.curve = Curve(**saved[name]["curve"])
         contender.losses = list(saved[name]["losses"])
+    if cut:
+        networks = {name: (c.network, c.optimizer) for name, c in contenders.items()}
+        shards.load_shards(path.parent / Path(str(cut)).name, networks)
     generators = state.get("random_of_ranks", [random])
     if ranks is not None and len(generators) == ranks.size:  # on another number of ranks all begin as the first
         random = generators[ranks.rank]

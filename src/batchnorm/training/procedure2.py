@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from batchnorm.training.results import (
     TrainResult,
 )
 from batchnorm.training.samples import Parts, Samples
+from batchnorm.training.shards import gathered, remove_shards, shard
 from batchnorm.undo import evaluating
 
 EXAMPLE_BATCH = 256
@@ -81,7 +82,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
         return resume(config.out, progress=progress)  # torchrun has started the ranks anew
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0") and config.out is None:
         raise InputError("train: got out=None under --max-restarts; give --out, so that a restart finds the run again.")
-    with _settings(resolved), joined(resolved.device, resolved.statistics == "synchronized", resolved.timeout) as ranks:
+    with _settings(resolved), _joined(resolved) as ranks:
         run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
         run.folder = Path(ranks.from_first(lambda: str(_make_folder(config))))
         if ranks.is_first:
@@ -107,7 +108,7 @@ def resume(folder: str | Path, *, steps: int | None = None, progress: Progress |
     if steps is not None:
         resolved = dataclasses.replace(resolved, steps=steps)
         resolved.check()
-    with _settings(resolved), joined(resolved.device, resolved.statistics == "synchronized", resolved.timeout) as ranks:
+    with _settings(resolved), _joined(resolved) as ranks:
         run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
         run.folder = folder
         if not ranks.from_first((folder / CHECKPOINT).exists):  # stopped before the first checkpoint
@@ -173,9 +174,13 @@ class _Run:
         contenders = {}
         for name, network in networks.items():
             network = ranks.prepare(network).to(config.device).train()
+            whole = copy.deepcopy(network) if ranks.sharded else None
+            if ranks.sharded:
+                network = shard(network, example.to(config.device), torch.device(config.device))
             optimizer = make_optimizer(network, config, rates[name])
             curve = Curve(task=data.task)
-            contenders[name] = Contender(network, optimizer, made.probes[name], ranks.parallel(network), curve)
+            parallel = ranks.parallel(network)
+            contenders[name] = Contender(network, optimizer, made.probes[name], parallel, whole, curve)
         if ranks.rank:  # dropout of the ranks' own; that of rank 0 is that of one process
             torch.manual_seed((config.seed + ranks.rank * 1_000_003) % 2**63)
         parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
@@ -207,7 +212,11 @@ class _Run:
 
     def _conclude(self) -> TrainResult:
         """All that comes after the training, and metrics.json."""
-        normalized = self.contenders["batch norm"].network
+        contender = self.contenders["batch norm"]
+        if contender.whole is not None:
+            with self.ranks.watched("parameters"):
+                contender.network = gathered(contender.network, contender.whole)
+        normalized = contender.network
         result = TrainResult(
             folder=self.folder,
             config=self.config,
@@ -626,7 +635,7 @@ def environment(config: ResolvedConfig, ranks: Ranks | None = None) -> dict[str,
         "device": f"{device} ({name})",
         "CPU threads": str(torch.get_num_threads()),
         **(
-            {"ranks": f"{ranks.size}, statistics {config.statistics}"}
+            {"ranks": f"{ranks.size}, statistics {config.statistics}" + ", sharded in bfloat16" * config.fsdp}
             if ranks is not None and not ranks.is_alone
             else {}
         ),
@@ -640,6 +649,11 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def _joined(config: ResolvedConfig) -> AbstractContextManager[Ranks]:
+    """This process among the ranks of the run."""
+    return joined(config.device, config.statistics == "synchronized", config.timeout, config.fsdp)
 
 
 @contextmanager
@@ -676,6 +690,7 @@ def _make_folder(config: TrainConfig) -> Path:
     if config.overwrite:  # what is left of an older run must not pass for this one's
         for name in (CHECKPOINT, METRICS, CERTIFICATE, *EXPORTED_FILES):
             (folder / name).unlink(missing_ok=True)
+        remove_shards(folder)
     return folder
 
 

@@ -31,12 +31,14 @@ class Ranks:
         size: number of processes.
         synchronized: whether layers normalize by the statistics of the whole batch.
         step: the update at work, for errors.
+        sharded: whether the parameters are cut over the ranks.
     """
 
     rank: int = 0
     size: int = 1
     synchronized: bool = True
     step: int = 0
+    sharded: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -63,7 +65,7 @@ class Ranks:
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """What to call in training: the network in DistributedDataParallel, which averages the gradients."""
-        if self.is_alone or not any(p.requires_grad for p in network.parameters()):
+        if self.is_alone or self.sharded or not any(p.requires_grad for p in network.parameters()):
             return network
         # Without its broadcast of buffers, which would overwrite the statistics of all ranks with those of rank 0.
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -199,25 +201,29 @@ def restarts() -> int:
 
 
 @contextlib.contextmanager
-def joined(device: str, synchronized: bool, timeout: float) -> Iterator[Ranks]:
+def joined(device: str, synchronized: bool, timeout: float, sharded: bool = False) -> Iterator[Ranks]:
     """This process among the others; a process that is alone exchanges nothing.
 
     Args:
         device: of the networks: gloo on the CPU, nccl on CUDA.
         synchronized: see `Ranks`.
         timeout: seconds that an exchange may take.
+        sharded: see `Ranks`; one process is then a group of its own.
 
     Raises:
         SynchronizationError: the ranks did not find each other in time.
     """
-    if not is_launched():
+    if not is_launched() and not sharded:
         yield Ranks(synchronized=synchronized)
         return
     own = not dist.is_initialized()
-    if own:
-        backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    limit = datetime.timedelta(seconds=timeout)
+    if own and not is_launched():
+        store = dist.distributed_c10d.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+    elif own:
         try:
-            limit = datetime.timedelta(seconds=timeout)
             store, rank, size = next(dist.distributed_c10d.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
             # torchrun's store outlives a restart, and with it the addresses of ranks that are gone.
             store = dist.distributed_c10d.PrefixStore(f"restart_{restarts()}", store)
@@ -228,7 +234,7 @@ def joined(device: str, synchronized: bool, timeout: float) -> Iterator[Ranks]:
                 f"({first_line(error)})"
             ) from error
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), synchronized)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), synchronized, sharded=sharded)
     finally:
         if own:
             with contextlib.suppress(RuntimeError):

@@ -21,6 +21,7 @@ from batchnorm.training.files import CHECKPOINT, CONFIG
 from batchnorm.training.networks import Rescale, build_network
 from batchnorm.training.procedure2 import normalize_network
 from batchnorm.training.samples import Preparation
+from batchnorm.training.shards import load_parameters
 
 EXAMPLE_SAMPLES = 8
 
@@ -109,7 +110,10 @@ def _load(network: nn.Module, folder: Path) -> None:
         raise DataError(f"load_run {folder}: it has neither {UNFOLDED} nor {CHECKPOINT}; expected the folder of a run.")
     state = read_state(folder / CHECKPOINT)
     try:
-        network.load_state_dict(state["contenders"]["batch norm"]["network"])
+        cut = state.get("shards")
+        network.load_state_dict(state["contenders"]["batch norm"]["network"], strict=not cut)
+        if cut:
+            load_parameters(folder / Path(str(cut)).name, "batch norm", network)
     except Exception as error:  # a damaged checkpoint
         raise DataError(f"load_run {folder}: {CHECKPOINT} does not fit the network ({error}).") from error
 
