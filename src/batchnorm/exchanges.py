@@ -55,6 +55,8 @@ class rank_errors:  # noqa: N801 - a context manager, named as one
     Raises:
         SynchronizationError: an exchange failed; the message names the ranks that are missing, and the layer before.
 
+    Source: this package (docs/synchronized.md).
+
     Examples:
         >>> import torch, batchnorm as bn
         >>> net = torch.nn.Linear(2, 2)
