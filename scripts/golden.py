@@ -45,7 +45,7 @@ CHANGED: dict[str, str] = {
     "samples=1": "one sequence has no variance at a step, so the running statistics stay",
     "^recurrent .*bfloat16": "running statistics stay in float32 beside parameters of 16 bits",
     "^option .* process_group": "no group of torch.distributed: refused",
-    "^traced": "torch.fx records the count of batches, and evaluation and 'never' as torch's node; errors name a way out",
+    "^traced": "torch.fx records the count of batches, evaluation and never as torch's node; errors name a way out",
     "^exported": "programs in training compute in the input's compute dtype; evaluation and 'never' are torch's node",
     "^diagnosed": "advice that can be copied",
     "^folded domains": "the reason names a way out",
