@@ -1,4 +1,4 @@
-// Short rows seen as long ones. Where the rows of a slab (interleaved) or its planes (planar) are short and lie beside
+// Short rows seen as long ones. If the rows of a slab (interleaved) or its planes (planar) are short and lie beside
 // one another, kernels of interleaved order walk several of them as one row. Each of its columns belongs to one
 // channel, so that coefficients are spread over the columns, and sums of columns are folded into those of the channels.
 #pragma once

@@ -137,7 +137,7 @@ struct BackwardPart {
 struct Operators {
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*forward)(const ForwardArguments&);  // y, mean, var, signs
   std::tuple<Tensor, Tensor> (*normalize)(const NormalizeArguments&);              // y, signs
-  // dx, d_residual, d_weight, d_bias. Where nobody else reads dy (`over_dy`), the residual's gradient, or else dx,
+  // dx, d_residual, d_weight, d_bias. If nobody else reads dy (`over_dy`), the residual's gradient, or else dx,
   // takes its place if dy lies in memory as it would.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&, bool over_dy);
   void (*update_statistics)(const UpdateStatisticsArguments&);

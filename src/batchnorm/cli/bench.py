@@ -31,7 +31,7 @@ def bench(
     """Measure this package's layer beside torch's here: first whether it is right, then how fast.
 
     Both take turns in one process; times are medians, the ratio is how many times as fast ours is, errors are against
-    float64 in units in the last place. Where our layer is off by more than 16 units and by more than torch's there is
+    float64 in units in the last place. If our layer is off by more than 16 units and by more than torch's there is
     no figure, and the exit code is 1. Other work on the machine shows in the times. After Ctrl-C what has been measured
     is shown.
     """

@@ -85,7 +85,7 @@ def columns_of(block: Any, columns: Sequence[str] | None, part: str) -> list[Col
 def to_tensors(columns: list[Column], dtype: torch.dtype, part: str) -> Tensor | dict[str, Tensor]:
     """What a network is fed of some columns: one tensor, or a dict of them.
 
-    Columns of numbers are the features (n, C), in `dtype`. A single column of arrays is (n, ...). Where columns of
+    Columns of numbers are the features (n, C), in `dtype`. A single column of arrays is (n, ...). If columns of
     arrays stand beside others, all are kept apart, by name. Whole numbers in arrays stay whole numbers.
     """
     for column in columns:

@@ -1,6 +1,6 @@
 """The operators with gradients: reverse and forward mode, any order, and under vmap.
 
-The first derivative runs on the kernels. Where a derivative of the derivative may be asked for, the same gradient is
+The first derivative runs on the kernels. If a derivative of the derivative may be asked for, the same gradient is
 made of differentiable operations instead.
 """
 

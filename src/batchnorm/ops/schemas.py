@@ -93,7 +93,7 @@ _define(
     f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool want_x, bool want_residual, {_MASK}",
     "(Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)",
 )
-# Where pools reach over channel groups or ranks: count, mean and m2 are gathered, merged where they normalize, and the
+# If pools reach over channel groups or ranks: count, mean and m2 are gathered, merged where they normalize, and the
 # sums of gamma dz and gamma dz (x - mean) where they make dx.
 _define("count_moments", f"Tensor x, int pool_size, {_MASK}", "Tensor")
 _define(

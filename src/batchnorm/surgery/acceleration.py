@@ -40,7 +40,7 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     """Make batch normalization, the addition of a residual and the activation after it one fused layer.
 
     Every ``torch.nn.BatchNorm*d`` becomes this package's layer of the same name: the same object with the same
-    parameters, statistics and ``state_dict`` keys. Where it alone feeds
+    parameters, statistics and ``state_dict`` keys. If it alone feeds
 
     - an activation module that is called once, the activation moves into the layer, and an identity takes its place;
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that

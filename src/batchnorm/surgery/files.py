@@ -53,7 +53,7 @@ def fold_onnx(
     Returns:
         The folded ``onnx.ModelProto`` (see `save_onnx`), and the certificate: folded and original model compared in
         onnxruntime with its optimizations off, or in onnx's reference evaluator where that has no kernels (a model of
-        float64 that neither runs, in float32). Where they differ by more than the default tolerance, both are compared
+        float64 that neither runs, in float32). If they differ by more than the default tolerance, both are compared
         with the file in float64, and up to four times the file's own rounding error is accepted, as in `fold`.
 
     Raises:

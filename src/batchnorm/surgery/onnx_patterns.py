@@ -2,7 +2,7 @@
 
 Keras 3 and tf2onnx write no BatchNormalization in inference, and Paddle writes a convolution's bias as an Add of
 (1, C, 1, 1). Each such chain is one map ``scale * x + shift`` per channel, so it becomes a BatchNormalization of mean
-0, variance 1 and epsilon 0, which the rules of folding know. Where the channels are the last axis, as TensorFlow has
+0, variance 1 and epsilon 0, which the rules of folding know. If the channels are the last axis, as TensorFlow has
 them, it stands between two Transpose nodes, which go again with it.
 """
 

@@ -107,7 +107,7 @@ class TrainConfig:
             mean of the batches' variances) or sequential (pooled, each layer under the final statistics of those
             before it); all are unbiased.
         eval_every: Steps between two measurements. Default: a hundredth of steps; more where the test part is large.
-        statistics: Where torchrun has started several ranks, which share each batch of batch_size samples:
+        statistics: If torchrun has started several ranks, which share each batch of batch_size samples:
             synchronized (every layer normalizes by the whole batch; the curve is that of one process up to rounding)
             or rank (each by its own part, which exchanges less; the curve is another one).
         fsdp: Shard the parameters over the ranks (fully_shard of torch), and compute in bfloat16; statistics, gamma and

@@ -76,7 +76,7 @@ def going_on_from(folder: Path, checkpoint: Path) -> Iterator[None]:
         if isinstance(error, OutOfMemoryError) or not is_exhausted(error):
             raise
         raise OutOfMemoryError(
-            f"{out_of_memory(error)} {_kept(checkpoint)}. Where more memory is free, go on with: {_command(folder)}"
+            f"{out_of_memory(error)} {_kept(checkpoint)}. If more memory is free, go on with: {_command(folder)}"
         ) from error
 
 

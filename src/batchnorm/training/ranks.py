@@ -76,7 +76,7 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(network, **options)
 
     def merge_statistics(self, network: nn.Module) -> None:
-        """Where each rank normalizes by its own part, give all of them the statistics of all parts."""
+        """If each rank normalizes by its own part, give all of them the statistics of all parts."""
         layers = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         if not self.is_alone and not self.synchronized and any(m.running_mean is not None for m in layers):
             with self.watched("running statistics"):

@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
     "a rate at which it trains without batch norm too. At a fifth of it, it stays on a plateau, where the loss is "
     "flat and all three numbers are smaller without batch norm: the claim is about training that moves.",
     criterion="Loss band, change of the gradient and effective beta-smoothness are each smaller with batch norm, "
-    "averaged over the training (95 % interval of the paired difference). Where the loss itself is lower, so is the "
+    "averaged over the training (95 % interval of the paired difference). If the loss itself is lower, so is the "
     "band: the same in units of loss and gradient is told beside.",
     source="Santurkar et al. 2018, section 3.1 and Figure 4; Li et al. 2018 (surface).",
     config=LandscapeConfig(network="convnet", data="mnist5k", steps=2000),
