@@ -38,8 +38,8 @@ PACKAGES = (
     "speechbrain",
     "torch_geometric",
 )
-VERBS = ("summary", "freeze", "convert", "accelerate", "fold", "insert")
-SECONDS = 60  # a verb may take
+VERBS = ("summary", "freeze", "convert", "modes", "calibrate", "accelerate", "fold", "insert")
+SECONDS = 600  # a verb may take
 
 TIMM = """
     bat_resnext26ts botnet26t_256 coat_lite_tiny coatnet_nano_rw_224 convit_tiny crossvit_9_240 cs3darknet_s csatv2
@@ -54,7 +54,7 @@ TIMM = """
     resnet10t resnet18 resnet18d resnetv2_50 resnext26ts rexnet_100 rexnetr_100 sebotnet33ts_256 selecsls42
     semnasnet_050 seresnext26ts shvit_s1 skresnet18 spnasnet_100 starnet_s1 swiftformer_xs tf_efficientnet_b0
     tf_efficientnet_lite0 tf_mixnet_s tf_mobilenetv3_small_minimal_100 tiny_vit_5m_224 tinynet_e tresnet_m vgg11_bn
-    visformer_tiny vovnet39a xception41
+    visformer_tiny vovnet39a xception41 lcnet_050 mobilenetv3_small_075 resnet14t
 """.split()  # noqa: SIM905
 
 
@@ -189,7 +189,7 @@ def monai_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     yield "BasicUNet 3-D", lambda: (nets.BasicUNet(3, 1, 2, (4, 4, 8, 8, 8, 4), norm="batch"), x)
     yield "UNet 3-D", lambda: (nets.UNet(3, 1, 2, (4, 8, 16), (2, 2), norm="batch", num_res_units=1), x)
     yield "SegResNet 3-D", lambda: (nets.SegResNet(3, 8, norm="batch"), x)
-    yield "VNet 3-D", lambda: (nets.VNet(), x)
+    yield "VNet 3-D", lambda: (nets.VNet(), torch.randn(2, 1, 16, 16, 16))
     yield "DynUNet 3-D", lambda: (nets.DynUNet(3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], norm_name="batch"), x)
     yield "DenseNet121 3-D", lambda: (nets.DenseNet121(3, 1, 2, init_features=8, growth_rate=4), x)
     yield (
@@ -261,8 +261,8 @@ def randomized(net: nn.Module) -> nn.Module:
     return net
 
 
-class TooLongError(Exception):
-    pass
+class TooLongError(BaseException):
+    """No Exception, since code that catches every exception would catch the limit of time, too."""
 
 
 def _too_long(*_: Any) -> None:
@@ -279,10 +279,12 @@ def tried(verb: str, net: nn.Module, example: Any) -> dict[str, Any]:
             found = _try(verb, copy.deepcopy(net), example)
         ours = [str(w.message) for w in told if str(w.message).startswith(verb)]
         return found | ({"told": ours[0]} if ours else {})
+    except TooLongError as error:
+        return {"outcome": "too slow", "reason": str(error)}
     except Exception as error:
         if type(error).__name__ == "NothingToInsertError" or "no batch normalization" in str(error):
             return {"outcome": "none"}
-        return {"outcome": "too slow" if isinstance(error, TooLongError) else "refused", "reason": str(error)}
+        return {"outcome": "refused", "reason": str(error)}
     finally:
         signal.alarm(0)
 
@@ -326,6 +328,13 @@ def _try(verb: str, net: nn.Module, example: Any) -> dict[str, Any]:
             "kept": len(report.kept),
             "reason": "; ".join(f"{reason} ({n}x)" for reason, n in reasons.most_common(2)),
         }
+    if verb == "modes":
+        return _modes(net, before, given)
+    if verb == "calibrate":
+        bn.calibrate(net, [None], forward=lambda each, _: given.run(each))
+        if not all(torch.isfinite(value).all() for value in net.state_dict().values()):
+            raise AssertionError("calibrate: statistics that are not finite")
+        return {"outcome": "right"}
     if verb == "convert":
         bn.convert(net, nonfinite="skip")
     else:
@@ -334,8 +343,32 @@ def _try(verb: str, net: nn.Module, example: Any) -> dict[str, Any]:
     return {"outcome": "right"}
 
 
-def run(path: Path, packages: list[str], limit: int | None, verbs: list[str]) -> None:
-    done = {(r["package"], r["name"]) for r in _read(path)} if path.exists() else set()
+def _modes(net: nn.Module, before: nn.Module, given: Any) -> dict[str, Any]:
+    """Running statistics stay in `no_update` and move in `accumulate`; outputs in evaluation are what they were."""
+    import batchnorm as bn
+    from batchnorm.surgery.rounding import Rounding
+
+    def statistics() -> list[torch.Tensor]:
+        return [b.clone() for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+    kept = statistics()
+    with torch.no_grad(), bn.no_update(net):
+        given.run(net.train())
+    if not all(torch.equal(a, b) for a, b in zip(kept, statistics(), strict=True)):
+        raise AssertionError("no_update: running statistics moved")
+    bn.set_mode(net, source="running", update="never")
+    Rounding(before, given).compare(net.eval(), 1e-4, "modes")
+    bn.set_mode(net, source="auto", update="auto")
+    with torch.no_grad(), bn.accumulate(net):
+        given.run(net.train())
+        given.run(net)
+    if all(torch.equal(a, b) for a, b in zip(kept, statistics(), strict=True)):
+        raise AssertionError("accumulate: running statistics did not move")
+    return {"outcome": "right"}
+
+
+def run(path: Path, packages: list[str], limit: int | None, verbs: list[str], only: list[str] | None) -> None:
+    done = {(r["package"], r["name"]): r for r in _read(path)} if path.exists() else {}
     for package in packages:
         try:
             models = list(SOURCES[package]())
@@ -343,7 +376,9 @@ def run(path: Path, packages: list[str], limit: int | None, verbs: list[str]) ->
             print(f"{package}: {error}", file=sys.stderr)
             continue
         for name, make in models[:limit]:
-            if (package, name) in done:
+            before = done.get((package, name), {})
+            missing = [verb for verb in verbs if before.get(verb, {}).get("outcome", "too slow") == "too slow"]
+            if not missing or (only is not None and name not in only) or _has_none(before):
                 continue
             torch.manual_seed(0)
             row: dict[str, Any] = {"package": package, "name": name, "version": importlib.metadata.version(package)}
@@ -353,14 +388,26 @@ def run(path: Path, packages: list[str], limit: int | None, verbs: list[str]) ->
                 print(f"{package} {name}: cannot be built: {error}", file=sys.stderr)
                 continue
             randomized(net)
-            row |= {verb: tried(verb, net, example) for verb in verbs}
+            row |= {"summary": tried("summary", net, example)}
+            if not _has_none(row):
+                row |= {verb: tried(verb, net, example) for verb in missing if verb != "summary"}
             with path.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
-            print(package, name, {verb: row[verb]["outcome"] for verb in verbs}, flush=True)
+            print(package, name, {verb: row[verb]["outcome"] for verb in verbs if verb in row}, flush=True)
+
+
+def _has_none(row: dict[str, Any]) -> bool:
+    """Whether an architecture was found to have no batch norm."""
+    return bool(row.get("summary", {}).get("outcome") == "none")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """One row an architecture; what was tried again replaces what was found before."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows[row["package"], row["name"]] = {**rows.get((row["package"], row["name"]), {}), **row}
+    return list(rows.values())
 
 
 def _outcome(found: dict[str, Any]) -> str:
@@ -442,10 +489,11 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--package", action="append", choices=PACKAGES)
     parser.add_argument("--limit", type=int, help="architectures of each package")
+    parser.add_argument("--only", action="append", help="architectures by name; by default all")
     parser.add_argument("--verb", action="append", choices=VERBS, help="by default all")
     given = parser.parse_args()
     if given.what == "run":
-        run(given.results, given.package or list(PACKAGES), given.limit, given.verb or list(VERBS))
+        run(given.results, given.package or list(PACKAGES), given.limit, given.verb or list(VERBS), given.only)
     else:
         PAGE.write_text(page(given.results))
 

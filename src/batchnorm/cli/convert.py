@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from batchnorm.cli import options
 from batchnorm.cli.networks import Given, names_argument, save
 from batchnorm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EXAMPLES = """**Examples**
 
@@ -20,6 +23,8 @@ EXAMPLES = """**Examples**
 `batchnorm convert --from model.keras --network mymodels:resnet --to resnet.safetensors`
 
 `batchnorm convert --from model.pdparams --network mymodels:resnet --to resnet.weights.h5`
+
+`batchnorm convert --from yolo.weights --network mymodels:yolo --frozen --to new.weights --like yolo.weights`
 """
 
 OptionalOut = Annotated[
@@ -63,6 +68,18 @@ def convert(
         list[str] | None,
         typer.Option("--layer", help="With --from: OURS=THEIRS, names of one layer; may be repeated."),
     ] = None,
+    source_framework: Annotated[
+        str | None, typer.Option("--from-framework", help="Whose file --from is, where its content does not tell.")
+    ] = None,
+    decay: Annotated[
+        float | None, typer.Option(help="Share of the old statistics, where --from does not hold it.")
+    ] = None,
+    eps: Annotated[float | None, typer.Option(help="Epsilon, where --from does not hold it.")] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Load --from for inference alone.")] = False,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="With --from: a file of the whole model; --to is that file with other batch norms."),
+    ] = None,
     run: options.Run = None,
 ) -> None:
     """Give every batch norm layer the same options or class, check the network, and write its weights.
@@ -71,7 +88,8 @@ def convert(
     """
     values = dict(options.assignment(text) for text in assignments or ())
     if source is not None:
-        _foreign(source, network, shape, weights, out or Path(to), framework, layers, assignments)
+        foreign = _Foreign(source, source_framework, _pairs(layers), decay, eps, frozen)
+        _convert_foreign(foreign, network, shape, weights, out or Path(to), framework, like, assignments)
         return
     if out is None:
         raise InputError("convert: --out, the file to write, is missing.")
@@ -93,18 +111,42 @@ def convert(
     typer.echo(str(net))
 
 
-def _foreign(
-    source: Path,
+class _Foreign(NamedTuple):
+    """Another framework's file, and how it is read."""
+
+    file: Path
+    framework: str | None
+    layers: dict[str, str] | None
+    decay: float | None
+    eps: float | None
+    frozen: bool
+
+    def load(self, net: nn.Module) -> None:
+        from batchnorm import load_statistics
+
+        how = {"decay": self.decay, "eps": self.eps, "frozen": self.frozen}
+        typer.echo(str(load_statistics(net, self.file, self.framework, self.layers, **how)))  # type: ignore[arg-type]
+
+
+def _pairs(layers: list[str] | None) -> dict[str, str] | None:
+    pairs = {ours: (equals, theirs) for ours, equals, theirs in (text.partition("=") for text in layers or ())}
+    if bad := [ours for ours, (equals, _) in pairs.items() if not equals]:
+        raise InputError(f"convert: --layer {bad[0]}: expected OURS=THEIRS.")
+    return {ours: theirs for ours, (_, theirs) in pairs.items()} or None
+
+
+def _convert_foreign(
+    foreign: _Foreign,
     network: str | None,
     shape: str | None,
     weights: Path | None,
     out: Path,
     framework: str | None,
-    layers: list[str] | None,
+    like: Path | None,
     arguments: list[str] | None,
 ) -> None:
     """Another framework's file into the network, and its weights, or a third framework's file, out."""
-    from batchnorm import load_statistics, save_statistics
+    from batchnorm import save_statistics
 
     if network is None:
         raise InputError("convert: --from needs --network, whose batch normalizations the file is loaded into.")
@@ -112,14 +154,11 @@ def _foreign(
         raise InputError(f"convert: --to {out}: with --from it names a file, as in net.safetensors or net.weights.h5.")
     sizes = () if shape is None else tuple(options.sizes_of("--shape", shape)[1:])
     net = Given("convert", network, None, weights, arguments).build(sizes, None)
-    pairs = [text.partition("=") for text in layers or ()]
-    if bad := [text for text, (_, equals, _) in zip(layers or (), pairs, strict=True) if not equals]:
-        raise InputError(f"convert: --layer {bad[0]}: expected OURS=THEIRS.")
-    typer.echo(str(load_statistics(net, source, layers={a: b for a, _, b in pairs} or None)))
-    if framework is None and out.suffix == ".safetensors":
+    foreign.load(net)
+    if framework is None and like is None and out.suffix == ".safetensors":
         save(net, out)
     else:
-        save_statistics(net, out, framework)
+        save_statistics(net, out, framework, like=like)
         typer.echo(f"Written: {out}")
 
 

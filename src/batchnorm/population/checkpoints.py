@@ -404,19 +404,28 @@ def save_statistics(
     path: str | os.PathLike[str],
     framework: str | None = None,
     layers: Mapping[str, str] | None = None,
+    *,
+    like: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the batch normalizations of ``net`` as a file of another framework.
 
-    The variance is of the kind that the layer keeps (``running_var_kind``); momentum and epsilon are not in such files:
-    pass ``layer.decay`` and ``layer.eps`` to the framework's constructor.
+    The variance is of the kind that the layer keeps (``running_var_kind``). Momentum and epsilon are in files of Caffe
+    alone: pass ``layer.decay`` and ``layer.eps`` to the constructor of another framework. Darknet has none: the
+    variance that it gets is (sqrt(running_var + eps) - 1e-6)^2. Haiku, Equinox and Caffe divide their averages by
+    1 - decay^t: t is the layer's number of batches where it averages so, else one from which that is 1.
 
     Args:
         net: the network.
         path: of the file; it is written beside and moved.
         framework: whose file, such as "mlx"; by default the name's end tells it: ``.weights.h5`` (Keras 3), ``.h5``
-            (Keras 2), ``.msgpack`` (Flax linen), ``.pdparams`` (Paddle), ``.ckpt`` (MindSpore). ``.safetensors`` and
-            ``.npz`` need it.
-        layers: our names to theirs; by default ours, and for Keras 3 the paths of a Sequential model.
+            (Keras 2), ``.msgpack`` (Flax linen), ``.pdparams`` (Paddle), ``.ckpt`` (MindSpore), ``.eqx`` (Equinox),
+            ``.caffemodel`` (Caffe), ``.weights`` (Darknet). ``.safetensors`` and ``.npz`` need it.
+        layers: our names to theirs; by default ours, and for Keras 3 the paths of a Sequential model. With ``like``,
+            by default the layers are matched as in `load_statistics`.
+        like: a file of the whole model that the framework wrote, of Haiku, Equinox, Caffe or Darknet; all that it holds
+            besides the batch normalizations is written as it is. Darknet needs it, with its ``.cfg`` beside it, and
+            Equinox, unless batch normalizations are all that the model holds. Without it Caffe's Scale behind ``bn1``
+            is ``scale1``, and Haiku's vectors have the axes of (N, C), images or volumes.
 
     Returns:
         Nothing; the file is complete when it does.
@@ -430,7 +439,24 @@ def save_statistics(
     Examples:
         >>> save_statistics(net, "layers.npz", "mlx")  # doctest: +SKIP
     """
-    _save(net, Path(path), framework, layers, "save_statistics")
+    verb = "save_statistics"
+    if like is None:
+        _save(net, Path(path), framework, layers, verb)
+        return
+    found = recognition.read(like, framework or writing.framework_of(Path(path), None, verb))
+    ours = dict(_ours(net, verb))
+    modules = {name: net.get_submodule(name) for name in ours}
+    if layers is not None:
+        pairs = _by_name(modules, found.layers, layers, verb)
+    else:
+        pairs = _by_equal_names(modules, found.layers) or _in_order(modules, found, verb)
+    for name, theirs in pairs:
+        if ours[name].mean.shape != theirs.mean.shape:
+            raise InputError(
+                f"{verb}: layer {name!r} has {ours[name].mean.size} channels, {theirs.name!r} {theirs.mean.size}"
+            )
+    named = {theirs.name: ours[name] for name, theirs in pairs}
+    _write(Path(path), writing.content_like(Path(like), found.framework, named, verb))
 
 
 def _save(net: nn.Module, path: Path, framework: str | None, layers: Mapping[str, str] | None, verb: str) -> None:
@@ -550,7 +576,12 @@ def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
             )
         batches = None if m.num_batches_tracked is None else int(m.num_batches_tracked)
         mean, var, gamma, beta = (array(v) for v in (m.running_mean, m.running_var, m.weight, m.bias))
-        found.append((name, ForeignBatchNorm(name, mean, var, gamma, beta, batches=batches)))
+        kind = "cumulative" if m.momentum is None else getattr(m, "running", "ema")
+        decay = math.nan if kind == "cumulative" or m.momentum is None else 1 - m.momentum
+        rank = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+        axes = next((n for each, n in rank.items() if isinstance(m, each)), 2)
+        f = ForeignBatchNorm(name, mean, var, gamma, beta, decay, m.eps, running=kind, batches=batches, rank=axes)
+        found.append((name, f))
     if not found:
         raise InputError(f"{verb}: the network has no batch normalization with running statistics")
     return found

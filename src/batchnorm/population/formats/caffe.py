@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batchnorm.errors import DataError
-from batchnorm.population.formats.containers import fields
+from batchnorm.errors import DataError, InputError
+from batchnorm.population.formats.containers import field, fields, spans, varint
 from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
 
@@ -72,21 +73,103 @@ def _norm(layers: list[_Layer], at: int, path: Path) -> ForeignBatchNorm:
     decay, eps = _decimal(settings.get(2, row.decay)), _decimal(settings.get(3, row.eps))
     mean, var = (each / factor if factor else np.zeros_like(each) for each in sums)
     gamma, beta = _scale(layers, at)
+    running = "cumulative" if decay == 1 else row.running
     return ForeignBatchNorm(
-        layer.name, mean, var, gamma, beta, decay, eps, row.variance, row.running, _batches(factor, decay)
+        layer.name, mean, var, gamma, beta, decay, eps, row.variance, running, _batches(factor, decay)
     )
+
+
+def _behind(layers: list[_Layer], at: int) -> _Layer | None:
+    """The Scale or Bias that reads a layer's output first."""
+    top = layers[at].tops[-1:]
+    reader = next((layer for layer in layers[at + 1 :] if top and top[0] in layer.bottoms), None)
+    known = reader is not None and len(reader.bottoms) == 1 and reader.kind in ("Scale", "Bias") and reader.blobs
+    return reader if known else None
 
 
 def _scale(layers: list[_Layer], at: int) -> tuple[Array | None, Array | None]:
     """gamma and beta of the layer that reads the normalized values first, if it is a Scale or a Bias."""
-    top = layers[at].tops[-1:]
-    reader = next((layer for layer in layers[at + 1 :] if top and top[0] in layer.bottoms), None)
-    if reader is None or len(reader.bottoms) != 1 or reader.kind not in ("Scale", "Bias") or not reader.blobs:
+    reader = _behind(layers, at)
+    if reader is None:
         return None, None
     vectors = [_vector(blob) for blob in reader.blobs]
     if reader.kind == "Bias":
         return None, vectors[0]
     return vectors[0], vectors[1] if len(vectors) > 1 else np.zeros_like(vectors[0])
+
+
+def write(layers: list[tuple[str, ForeignBatchNorm]]) -> bytes:
+    """A model of the batch normalizations alone, each a BatchNorm and a Scale, which Caffe takes by their names."""
+    return b"".join(_pair(name, f) for name, f in layers)
+
+
+def scale_name(name: str) -> str:
+    """What models of Caffe call the Scale behind a BatchNorm: scale1 behind bn1, else the name and _scale."""
+    head, found, tail = name.rpartition("bn")
+    return f"{head}scale{tail}" if found else f"{name}_scale"
+
+
+def _pair(name: str, f: ForeignBatchNorm) -> bytes:
+    settings = b"".join(
+        varint(number << 3 | 5) + struct.pack("<f", value) for number, value in ((2, _fraction(f)), (3, f.eps))
+    )
+    norm = [(1, name), (2, "BatchNorm"), (3, f"{name}_in"), (4, name)]
+    scale = [(1, scale_name(name)), (2, "Scale"), (3, name), (4, name)]
+    gamma, beta, *_ = f.filled()
+    made = []
+    for texts, blobs, rest in (
+        (norm, _averages(f), field(139, settings)),
+        (scale, [gamma, beta], field(142, b"\x20\x01")),  # ScaleParameter{bias_term = 4}
+    ):
+        head = b"".join(field(number, text.encode()) for number, text in texts)
+        made.append(field(_LAYER, head + b"".join(field(7, _blob(blob)) for blob in blobs) + rest))
+    return b"".join(made)
+
+
+def into(template: Path, pairs: Mapping[str, ForeignBatchNorm]) -> bytes:
+    """The bytes of a whole model, with the blobs of the layers named in ``pairs`` replaced; all else stays as it is."""
+    content = template.read_bytes()
+    layers = layers_of(content) or []
+    blobs: dict[str, list[Array]] = {}
+    for i, layer in enumerate(layers):
+        if layer.kind != "BatchNorm" or layer.name not in pairs:
+            continue
+        f = pairs[layer.name]
+        blobs[layer.name] = _averages(f)
+        behind = _behind(layers, i)
+        if behind is None and (f.gamma is not None or f.beta is not None):
+            raise InputError(f"{template}: no Scale lies behind {layer.name!r}, and layer {f.name!r} has gamma or beta")
+        if behind is not None:
+            gamma, beta, *_ = f.filled()
+            own = [beta] if behind.kind == "Bias" else [gamma, beta][: len(behind.blobs)]
+            if behind.kind == "Bias" and f.gamma is not None:
+                raise InputError(f"{template}: {behind.name!r} takes beta alone, and layer {f.name!r} has gamma")
+            blobs[behind.name] = own
+    made, index = [], 0
+    for number, value, whole in spans(content):
+        if number != _LAYER:
+            made.append(whole)
+            continue
+        name, index = layers[index].name, index + 1
+        kept = b"".join(part for inner, _, part in spans(value) if inner != 7 or name not in blobs)
+        made.append(field(_LAYER, kept + b"".join(field(7, _blob(blob)) for blob in blobs.get(name, ()))))
+    return b"".join(made)
+
+
+def _averages(f: ForeignBatchNorm) -> list[Array]:
+    """Sums of means and variances, and their factor 1 + decay + ... + decay^(t - 1), which is t where decay is 1."""
+    cumulative = f.running == "cumulative"
+    factor = float(f.batches or 0) if cumulative else (1 - f.decay ** f.counter()) / (1 - f.decay)
+    return [f.mean * factor, f.var * factor, np.asarray([factor])]
+
+
+def _fraction(f: ForeignBatchNorm) -> float:
+    return 1.0 if f.running == "cumulative" else f.decay
+
+
+def _blob(vector: Array) -> bytes:
+    """BlobProto{data = 5, packed; shape = 7 {dim = 1, packed}}."""
+    return field(5, np.ravel(vector).astype("<f4").tobytes()) + field(7, field(1, varint(vector.size)))
 
 
 def _batches(factor: float, decay: float) -> int:

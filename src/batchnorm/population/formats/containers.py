@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.errors import DataError, InputError
+from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Array
 from batchnorm.population.formats.values import bfloat16
 
@@ -46,12 +47,41 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
 
 
 def npz(path: Path) -> dict[str, Array]:
-    """The arrays of an ``.npz``; those of Python objects, which are pickles, are refused."""
+    """The arrays of an ``.npz``, without those of Python objects, which are pickles: Chainer's missing weights."""
+    arrays, refused = {}, []
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            for name in file.files:
+                try:
+                    arrays[name] = file[name]
+                except ValueError as error:
+                    if "Object arrays" not in str(error):
+                        raise
+                    refused.append(name)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no .npz of arrays that can be read: {error}") from error
+    if refused and not arrays:
+        raise DataError(f"{path} holds Python objects alone ({', '.join(refused[:5])}), which are pickles, not read")
+    return arrays
+
+
+def chainer_hdf5(path: Path) -> dict[str, Array]:
+    """The vectors of batch normalizations in a file of `chainer.serializers.save_hdf5`; empty for any other file."""
+    from batchnorm.population.formats.keras import h5py
+
+    names = (*CONVENTIONS["chainer"].names, "N")
+    arrays: dict[str, Array] = {}
+
+    def visit(name: str, node: Any) -> None:
+        if hasattr(node, "shape") and name.rpartition("/")[2] in names and "avg_mean" in node.parent:
+            arrays[name] = np.asarray(node)
+
+    try:
+        with h5py("load_statistics").File(path, "r") as file:
+            file.visititems(visit)
+    except OSError:  # told by the reader of Keras' files
+        return {}
+    return arrays
 
 
 def torch_file(path: Path) -> Any:
@@ -122,6 +152,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): dict,
+    **{(module, "tuple"): tuple for module in ("builtins", "__builtin__")},  # Paddle's (name, array) of a tensor
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Vector for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
@@ -145,6 +176,8 @@ def _unwrapped(tree: Any) -> Any:
         return tree.made
     if isinstance(tree, dict):
         return {key: _unwrapped(value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and len(tree) == 2 and isinstance(tree[0], str) and isinstance(tree[1], _Vector):
+        return tree[1].made
     return [_unwrapped(each) for each in tree] if isinstance(tree, (list, tuple)) else tree
 
 
@@ -176,8 +209,14 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
     Raises ValueError where the bytes are none.
     """
+    return ((number, value) for number, value, _ in spans(message))
+
+
+def spans(message: bytes) -> Iterator[tuple[int, Any, bytes]]:
+    """As `fields`, each with the bytes of the whole field."""
     at = 0
     while at < len(message):
+        start = at
         key, at = _varint(message, at)
         kind = key & 7
         value: Any
@@ -193,7 +232,17 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"wire type {kind}")
         if at > len(message) or not key >> 3:
             raise ValueError("cut off")
-        yield key >> 3, value
+        yield key >> 3, value, message[start:at]
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field of bytes in a protobuf message."""
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def varint(value: int) -> bytes:
+    """A number of a protobuf message."""
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

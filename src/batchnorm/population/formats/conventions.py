@@ -103,7 +103,7 @@ CONVENTIONS: dict[str, Convention] = {
         1e-5,
         "biased",
         "beta",
-        "flax.serialization",
+        "flax.serialization, folders of orbax",
     ),
     "nnx": Convention(
         "Flax nnx",
@@ -114,7 +114,7 @@ CONVENTIONS: dict[str, Convention] = {
         1e-5,
         "biased",
         "beta",
-        "flax.serialization",
+        "flax.serialization, folders of orbax",
     ),
     "haiku": Convention(
         "Haiku",
@@ -210,7 +210,7 @@ CONVENTIONS: dict[str, Convention] = {
         2e-5,
         "unbiased",
         "beta",
-        ".npz",
+        ".npz, .h5",
     ),
     "pyg": Convention(
         "PyTorch Geometric",

@@ -8,10 +8,10 @@ last three where it normalizes), weights; of a connected layer biases, weights, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,13 @@ class _Shape:
 
 def read(path: Path) -> Checkpoint:
     """The batch normalizations of a file of weights, by the ``.cfg`` of the same name beside it."""
+    note = "Darknet divides by sqrt(var) + 1e-6: var is given as (sqrt(var) + 1e-6)^2, and eps is 0"
+    found = tuple(norm for norm, _ in _found(path))
+    return Checkpoint("darknet", f".weights by {path.with_suffix('.cfg').name}", found, True, (note,))
+
+
+def _found(path: Path) -> list[tuple[ForeignBatchNorm, _Places]]:
+    """The batch normalizations, and where their numbers lie."""
     config = path.with_suffix(".cfg")
     if not config.exists():
         raise InputError(
@@ -53,23 +60,61 @@ def read(path: Path) -> Checkpoint:
             f"it as {config.name}"
         )
     content = path.read_bytes()
-    minor = int(np.frombuffer(content[4:8], "<i4")[0])
-    numbers = content[20 if minor >= 2 else 16 :]
+    numbers = content[_start(content) :]
     if len(numbers) % 4:
         raise DataError(f"{path} has {len(numbers)} bytes of weights; expected float32 numbers")
     reader = _Reader(np.frombuffer(numbers, "<f4"), path)
     found = list(_layers(_sections(config), reader, config))
     if reader.left:
         raise DataError(f"{path} has {reader.left} numbers more than {config.name} has places for")
-    note = "Darknet divides by sqrt(var) + 1e-6: var is given as (sqrt(var) + 1e-6)^2, and eps is 0"
-    return Checkpoint("darknet", f".weights by {config.name}", tuple(found), True, (note,))
+    return found
+
+
+def into(template: Path, pairs: Mapping[str, ForeignBatchNorm]) -> bytes:
+    """The bytes of weights, with the numbers of the layers named in ``pairs`` replaced."""
+    places = {norm.name: each for norm, each in _found(template)}
+    content = bytearray(template.read_bytes())
+    start = _start(content)
+    for name, f in pairs.items():
+        gamma, beta, mean, var = f.filled()
+        root = np.sqrt(var.astype(np.float64) + f.eps) - _EPS
+        at = places[name]
+        if at.beta is None and f.beta is not None and f.beta.any():
+            raise InputError(f"a [batchnorm] section of Darknet has no beta, and layer {f.name!r} has one")
+        vectors = [(at.vectors, np.concatenate([gamma, mean, np.maximum(root, 0) ** 2]))]
+        vectors += [] if at.beta is None else [(at.beta, beta)]
+        for offset, values in vectors:
+            bits = values.astype("<f4").tobytes()
+            content[start + 4 * offset : start + 4 * offset + len(bits)] = bits
+    return bytes(content)
+
+
+class _Places(NamedTuple):
+    """Where numbers of a layer begin: those of beta, and those of gamma, mean and variance."""
+
+    beta: int | None
+    vectors: int
+
+
+_Norm = tuple[ForeignBatchNorm, _Places]
+
+
+def _start(content: bytes | bytearray) -> int:
+    """Where the numbers begin, behind three integers and the images seen, of eight bytes from version 0.2 on."""
+    return 20 if int(np.frombuffer(content[4:8], "<i4")[0]) >= 2 else 16
 
 
 class _Reader:
     """Takes numbers from the front."""
 
     def __init__(self, numbers: Array, path: Path) -> None:
-        self._numbers, self._at, self._path = numbers, 0, path
+        self._numbers, self._path = numbers, path
+        self._at = 0
+
+    @property
+    def at(self) -> int:
+        """How many were taken."""
+        return self._at
 
     @property
     def left(self) -> int:
@@ -94,7 +139,7 @@ def _sections(config: Path) -> list[tuple[str, dict[str, str]]]:
     return sections
 
 
-def _layers(sections: list[tuple[str, dict[str, str]]], reader: _Reader, config: Path) -> Iterator[ForeignBatchNorm]:
+def _layers(sections: list[tuple[str, dict[str, str]]], reader: _Reader, config: Path) -> Iterator[_Norm]:
     """Walks the network with the weights, as long as there are any: files of the first layers alone are usual."""
     if not sections or sections[0][0] not in ("net", "network"):
         raise DataError(f"{config} does not start with [net]")
@@ -112,14 +157,14 @@ def _layers(sections: list[tuple[str, dict[str, str]]], reader: _Reader, config:
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise DataError(f"{config}: section {index} [{kind}] cannot be read: {error}") from error
         if norm is not None:
-            yield replace(norm, name=f"{kind}_{index}", aliases=(str(index),))
+            yield replace(norm[0], name=f"{kind}_{index}", aliases=(str(index),)), norm[1]
         now = after
         shapes.append(now)
 
 
 def _layer(
     kind: str, options: dict[str, str], now: _Shape, shapes: list[_Shape], reader: _Reader
-) -> tuple[_Shape, ForeignBatchNorm | None]:
+) -> tuple[_Shape, _Norm | None]:
     """The shape after a layer, and its batch normalization."""
 
     def number(key: str, default: int) -> int:
@@ -137,26 +182,27 @@ def _layer(
         after = _Shape(filters, *((side + 2 * pad - size) // stride + 1 for side in (now.h, now.w)))
         if kind.startswith("de"):
             after = _Shape(filters, *((side - 1) * stride + size - 2 * pad for side in (now.h, now.w)))
-        biases = reader.take(filters)
-        norm = _norm(reader, biases) if normalizes else None
+        start, biases = reader.at, reader.take(filters)
+        norm = _norm(reader, biases, start) if normalizes else None
         reader.take(now.c // groups * filters * size * size)
         return after, norm
     if kind in ("connected", "conn"):
         outputs = number("output", 1)
-        biases = reader.take(outputs)
+        start, biases = reader.at, reader.take(outputs)
         reader.take(outputs * now.size)
-        return _Shape(outputs, 1, 1), _norm(reader, biases) if normalizes else None
+        return _Shape(outputs, 1, 1), _norm(reader, biases, start) if normalizes else None
     if kind == "batchnorm":
-        return now, _norm(reader, np.zeros(now.c, np.float32))  # whose beta Darknet neither trains nor saves
+        return now, _norm(reader, np.zeros(now.c, np.float32), None)  # whose beta Darknet neither trains nor saves
     return _without_weights(kind, number, options, now, shapes), None
 
 
-def _norm(reader: _Reader, beta: Array) -> ForeignBatchNorm:
+def _norm(reader: _Reader, beta: Array, start: int | None) -> _Norm:
     row = CONVENTIONS["darknet"]
+    places = _Places(start, reader.at)
     gamma, mean, var = (reader.take(len(beta)) for _ in range(3))
     shifted = (np.sqrt(var.astype(np.float64)) + _EPS) ** 2
     assert row.decay is not None
-    return ForeignBatchNorm("", mean, shifted, gamma, beta, row.decay, 0.0, row.variance, obstacle=_OBSTACLE)
+    return ForeignBatchNorm("", mean, shifted, gamma, beta, row.decay, 0.0, row.variance, obstacle=_OBSTACLE), places
 
 
 def _without_weights(kind: str, number: Any, options: dict[str, str], now: _Shape, shapes: list[_Shape]) -> _Shape:

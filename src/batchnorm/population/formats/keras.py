@@ -169,9 +169,12 @@ def _configured(groups: list[_Group], config: dict[str, Any], version: str) -> C
         for layer in _recognized(groups)
         if layer.name not in seen
     ]
-    notes = ("momentum and epsilon of layers that the config does not have are Keras' 0.99 and 1e-3",) if rest else ()
+    notes = (_NOT_IN_CONFIG.format(", ".join(f.name for f in rest)),) if rest else ()
     ordered = not rest or (not found and _tell_order(rest))
     return Checkpoint(framework, f".keras archive of Keras {version}", (*found, *rest), ordered, notes)
+
+
+_NOT_IN_CONFIG = "the model's config does not have {}; for momentum and epsilon Keras' 0.99 and 1e-3 are taken"
 
 
 def _framework(version: str) -> str:
@@ -303,7 +306,7 @@ def _named(file: Any) -> Checkpoint:
     version = text(weights.attrs.get("keras_version", file.attrs.get("keras_version", "2")))
     settings = {own["name"]: own for _, _, own in _walk(_entries(config.get("config", {})), "", "") if "name" in own}
     wrapped = _wrapped(config.get("config", {}))
-    found = []
+    found, without = [], []
     for layer in map(text, weights.attrs["layer_names"]):
         group = weights[layer.replace("/", "_") if layer not in weights else layer]
         parts: dict[str, dict[str, Array]] = {}
@@ -315,10 +318,12 @@ def _named(file: Any) -> Checkpoint:
                 name = layer if len(parts) == 1 else owner
                 last = owner.rpartition("/")[2]
                 own = settings.get(last) or settings.get(wrapped.get(last, "")) or settings.get(name) or {}
+                if config and not own:
+                    without.append(name)
                 made = _layer(name, arrays, own, version)
                 by_step = BY_STEP if own.get(_STEPS) and _framework(version) == "keras3" else None
                 found.append(replace(made, aliases=(owner, last), obstacle=made.obstacle or by_step))
-    notes = () if config else _UNSAVED
+    notes = (_NOT_IN_CONFIG.format(", ".join(without)),) if without else () if config else _UNSAVED
     kind = f".h5 {'model' if config else 'weights'} of Keras {version}"
     return Checkpoint(_framework(version), kind, tuple(found), True, notes)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.population.formats import caffe, containers, darknet, keras, states, trees
+from batchnorm.population.formats import caffe, containers, darknet, equinox, haiku, keras, orbax, states, trees
 from batchnorm.population.formats.conventions import CONVENTIONS, Convention, framework_key
 from batchnorm.population.formats.records import Checkpoint, ForeignBatchNorm
+from batchnorm.population.formats.values import nested
 
 _TABLE_END = bytes.fromhex("57fb808b247547db")  # of the .index file of a TensorFlow checkpoint
 
@@ -34,13 +35,15 @@ def _state(source: Any, asked: str | None) -> Checkpoint:
     source = trees.of_module(source)
     if isinstance(source, tuple) and len(source) == 2:
         if hasattr(source[1], "get") and not isinstance(source[1], Mapping):
-            return _known(states.of_equinox(*source), source[0])
-        if all(isinstance(each, Mapping) for each in source):
-            return _known(states.of_haiku(*source), source[1])
+            return _known(equinox.of_pair(*source), source[0])
+        if all(isinstance(each, Mapping) for each in source) and haiku.is_state(source[1]):
+            return _known(haiku.of_pair(*source), source[1])
+    if isinstance(source, tuple):
+        source = trees.of_split(source) or source
     if not isinstance(source, Mapping) and not trees.is_state(source):
         raise InputError(
             f"got a {type(source).__name__}; expected a path, a dictionary of arrays, a state of Flax, or a pair "
-            "(params, state) of Haiku or (model, state) of Equinox"
+            "(params, state) of Haiku, (params, batch_stats) of Flax or (model, state) of Equinox"
         )
     found = trees.read(source)
     if found is None and isinstance(source, Mapping):
@@ -61,7 +64,7 @@ def _alike(asked: str | None) -> str | None:
 
 def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
     if path.is_dir():
-        trees.refuse_folder(path)
+        return _folder(path)
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -69,12 +72,14 @@ def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
             end = file.read(8)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+    if start.startswith(b"\x89HDF") and (arrays := containers.chainer_hdf5(path)):
+        return _known(states.read(arrays, "HDF5", "chainer", ordered=True), arrays, str(path))
     if start.startswith((b"\x89HDF", b"{")):
         return _known(keras.read(path), {}, str(path))
     if start.startswith(b"PK\x03\x04"):
         return _zip(path, asked)
     if start.startswith(b"\x93NUMPY"):
-        return states.equinox_leaves(containers.npy_sequence(path), decay)
+        return equinox.of_leaves(containers.npy_sequence(path), decay)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return _safetensors(path, asked)
     if end == _TABLE_END:
@@ -95,6 +100,16 @@ def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
     raise DataError(f"{path} is no file that is known: it starts with {start!r}")
 
 
+def _folder(path: Path) -> Checkpoint:
+    """A checkpoint of orbax; any other folder is refused with what to do instead."""
+    if not orbax.items(path):
+        trees.refuse_folder(path)
+    tree = orbax.read(path)
+    kind = "folder of orbax"
+    found = trees.read(tree) or states.read(tree, kind)
+    return _known(None if found is None else replace(found, kind=f"{kind}, {found.kind}"), tree, str(path))
+
+
 def _zip(path: Path, asked: str | None) -> Checkpoint:
     """A Keras archive, a file of torch, or an ``.npz``."""
     try:
@@ -111,20 +126,8 @@ def _zip(path: Path, asked: str | None) -> Checkpoint:
         found = states.read(arrays, ".npz", _alike(asked))
         if found is not None and found.framework == "torch" and asked is None:  # torch writes none
             found = states.read(arrays, ".npz", "mlx")
-        return _known(found or trees.read(_nested(arrays)), arrays, str(path))
+        return _known(found or trees.read(nested(arrays)), arrays, str(path))
     raise DataError(f"{path} is a zip archive of {', '.join(sorted(names)[:5])}; expected one of Keras, torch or NumPy")
-
-
-def _nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays named by paths as a nested dictionary."""
-    tree: dict[str, Any] = {}
-    for name, value in arrays.items():
-        *parents, last = name.replace("/", ".").split(".")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
 
 
 def _of_torch(content: Any, path: Path, asked: str | None) -> Checkpoint:
@@ -132,9 +135,19 @@ def _of_torch(content: Any, path: Path, asked: str | None) -> Checkpoint:
         content = content.state_dict()
     if not isinstance(content, Mapping):
         raise DataError(f"{path} holds a {type(content).__name__}; expected a state_dict")
-    inside = [v for v in content.values() if isinstance(v, Mapping) and any("running_mean" in str(k) for k in v)]
-    state = inside[0] if inside else content
+    state = _of_model(content)
     return _known(states.read(state, "file of torch", _alike(asked), ordered=True), state, str(path))
+
+
+def _of_model(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The state of the model in a dictionary that holds more, such as a step and the state of an optimizer."""
+
+    def has_means(value: Any) -> bool:
+        means = ("running_mean", "_mean", "moving_mean")
+        return isinstance(value, Mapping) and any(str(key).endswith(means) for key in value)
+
+    inside = [] if has_means(content) else [value for value in content.values() if has_means(value)]
+    return inside[0] if len(inside) == 1 else content
 
 
 def _safetensors(path: Path, asked: str | None) -> Checkpoint:
@@ -144,7 +157,7 @@ def _safetensors(path: Path, asked: str | None) -> Checkpoint:
     counted = any(name.endswith("num_batches_tracked") for name in arrays)
     if found is not None and found.framework == "torch" and asked is None and not counted and form != "pt":
         found = states.read(arrays, ".safetensors", "mlx")
-    return _known(found or trees.read(_nested(arrays)), arrays, str(path))
+    return _known(found or trees.read(nested(arrays)), arrays, str(path))
 
 
 def _pickle(path: Path, asked: str | None) -> Checkpoint:
@@ -156,6 +169,7 @@ def _pickle(path: Path, asked: str | None) -> Checkpoint:
     tree, jittor = containers.pickled(path)
     if not isinstance(tree, Mapping):
         raise DataError(f"{path} holds a {type(tree).__name__}; expected a dictionary of arrays")
+    tree = _of_model(tree)
     found = states.read(tree, "pickle of arrays", _alike(asked) or ("jittor" if jittor else None), ordered=True)
     return _known(found or trees.read(tree), tree, str(path))
 

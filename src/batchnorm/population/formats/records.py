@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from batchnorm.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
@@ -29,6 +32,7 @@ class ForeignBatchNorm:
         loose: vectors that are gamma or beta, where the file does not say which.
         aliases: further names that it is known by.
         obstacle: a reason why training cannot go on here as it would there; None where it can.
+        rank: the number of axes of its input, for formats whose vectors have as many.
     """
 
     name: str
@@ -45,6 +49,28 @@ class ForeignBatchNorm:
     loose: tuple[Array, ...] = ()
     aliases: tuple[str, ...] = ()
     obstacle: str | None = None
+    rank: int = 2
+
+    def counter(self) -> int:
+        """t for a framework that divides its averages by 1 - decay^t; of a plain average the t from which it is 1.
+
+        Raises:
+            InputError: the average is none that such a framework keeps.
+        """
+        if not 0 <= self.decay < 1:  # NaN of a cumulative average as well
+            raise InputError(
+                f"layer {self.name!r} averages with decay {self.decay}, or cumulatively; the framework's average needs "
+                "a decay from 0 to below 1. Set layer.momentum to 1 - decay first"
+            )
+        if self.running == "debiased":
+            return self.batches or 0
+        return math.ceil(-30 * math.log(2) / math.log(self.decay)) if self.decay else 1
+
+    def filled(self) -> list[Array]:
+        """gamma, beta, mean and variance, with ones and zeros for a gamma and a beta that are missing."""
+        gamma = np.ones_like(self.mean) if self.gamma is None else self.gamma
+        beta = np.zeros_like(self.mean) if self.beta is None else self.beta
+        return [gamma, beta, self.mean, self.var]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from batchnorm.errors import DataError, InputError, MissingDependencyError
 from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatchNorm
-from batchnorm.population.formats.values import array, bfloat16, flat, natural, numbered, owners
+from batchnorm.population.formats.values import array, bfloat16, flat, natural, nested, numbered, owners
 
 
 def of_module(value: Any) -> Any:
@@ -23,33 +24,67 @@ def of_module(value: Any) -> Any:
 
 
 def is_state(value: Any) -> bool:
-    """Whether it is a TrainState, or another object with parameters and batch statistics."""
-    return hasattr(value, "params") and hasattr(value, "batch_stats")
+    """Whether it is a TrainState: an object whose fields are parameters and, in one of the others, batch statistics."""
+    return hasattr(value, "params") and (hasattr(value, "batch_stats") or is_dataclass(value))
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    names = [each.name for each in fields(state)] if is_dataclass(state) else ["params", "batch_stats"]
+    return {name: getattr(state, name) for name in names}
+
+
+def of_split(parts: Sequence[Any]) -> Mapping[Any, Any] | None:
+    """What a model was split into, as one mapping; None where it is something else.
+
+    `nnx.split` gives a graph and states whose paths are those of one model; of linen people keep the pair of params and
+    batch_stats.
+    """
+    states = [part for part in parts if isinstance(part, Mapping)]
+    of_nnx = any(type(part).__module__.startswith("flax.nnx") for part in parts)
+    if of_nnx and states:
+        return nested({path: value for state in states for path, value in flat(state).items()})
+    if len(states) == len(parts) == 2 and owners(flat(_plain(states[1])), CONVENTIONS["flax"].names):
+        return {"params": _plain(states[0]), "batch_stats": _plain(states[1])}
+    return None
 
 
 def read(tree: Any) -> Checkpoint | None:
     """The batch normalizations of linen variables, of a TrainState, or of an nnx state; None where it is none."""
-    if not isinstance(tree, Mapping):
-        tree = {"params": tree.params, "batch_stats": tree.batch_stats}
-    variables = _with_batch_stats(tree)
-    if variables is None:
+    tree = _plain(tree)
+    found = _with_batch_stats(tree, {})
+    if found is None:
         return _merged(tree)
-    statistics, affine = flat(variables["batch_stats"]), flat(variables.get("params", {}))
+    params, batch_stats = found
+    statistics, affine = flat(batch_stats), flat(params)
     names = CONVENTIONS["flax"].names
-    found = [_layer(path, statistics, affine, "flax") for path in owners(statistics, names)]
-    return Checkpoint("flax", "variables of Flax linen", tuple(found), numbered([f.name for f in found]), _NOTE)
+    layers = [_layer(path, statistics, affine, "flax") for path in owners(statistics, names)]
+    return Checkpoint("flax", "variables of Flax linen", tuple(layers), numbered([f.name for f in layers]), _NOTE)
 
 
 _NOTE = ("Flax does not save momentum and epsilon; its defaults 0.99 and 1e-5 are taken",)
 
 
-def _with_batch_stats(tree: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
-    """The mapping that holds batch_stats: the tree itself, or one inside (a TrainState in a dictionary)."""
+def _plain(tree: Any) -> Mapping[Any, Any]:
+    """A nested mapping: of the fields of an object, or of a flat one, as `flax.traverse_util.flatten_dict` makes it."""
+    if not isinstance(tree, Mapping):
+        return _fields(tree)
+    if tree and all(isinstance(key, tuple) for key in tree):
+        return nested({"/".join(map(str, key)): value for key, value in tree.items()})
+    if any(str(key).startswith(("batch_stats/", "batch_stats.")) for key in tree):
+        return nested({str(key): value for key, value in tree.items()})
+    return tree
+
+
+def _with_batch_stats(tree: Mapping[Any, Any], params: Any) -> tuple[Any, Any] | None:
+    """params and batch_stats, of the tree itself or of one inside, such as a TrainState in a dictionary.
+
+    batch_stats may lie deeper than params, as in a TrainState with a field for the state of the model.
+    """
+    params = tree.get("params", params)
     if isinstance(tree.get("batch_stats"), Mapping):
-        return tree
-    states = {k: {"params": v.params, "batch_stats": v.batch_stats} for k, v in tree.items() if is_state(v)}
-    inside = [v for v in {**tree, **states}.values() if isinstance(v, Mapping)]
-    found = (_with_batch_stats(each) for each in inside)
+        return params if isinstance(params, Mapping) else {}, tree["batch_stats"]
+    inside = (_fields(value) if is_state(value) else value for value in tree.values())
+    found = (_with_batch_stats(each, params) for each in inside if isinstance(each, Mapping))
     return next((each for each in found if each is not None), None)
 
 
@@ -121,14 +156,6 @@ def _joined(tree: Any) -> Any:
 
 def refuse_folder(path: Path) -> None:
     """Raises for a folder, with what to do instead."""
-    orbax = [each.parent for depth in ("", "*/", "*/*/") for each in sorted(path.glob(f"{depth}_METADATA"))]
-    if orbax or (path / "_CHECKPOINT_METADATA").exists():
-        item = max(orbax, key=lambda each: natural(str(each)), default=path)  # of the last step
-        raise InputError(
-            f"{path} is a checkpoint of orbax, which needs JAX to be read. Restore it there, "
-            f"tree = orbax.checkpoint.StandardCheckpointer().restore({str(item)!r}), and pass the tree, or write it "
-            "with flax.serialization.to_bytes(tree) and pass that file"
-        )
     if (path / "saved_model.pb").exists():
         raise InputError(
             f"{path} is a SavedModel of TensorFlow. Load it there and write model.save('model.keras') or "

@@ -62,6 +62,19 @@ def flat(tree: Mapping[Any, Any], separator: str = "/", path: str = "") -> dict[
     return found
 
 
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays named by paths, with slashes or else dots, as a nested dictionary."""
+    separator = "/" if any("/" in name for name in arrays) else "."
+    tree: dict[str, Any] = {}
+    for name, value in arrays.items():
+        *parents, last = name.split(separator)
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
 def owners(leaves: Iterable[str], names: Names, separator: str = "/") -> list[str]:
     """The paths that have a mean and a variance, sorted by their numbers."""
     keys = {leaf.rpartition(separator)[::2] for leaf in leaves}

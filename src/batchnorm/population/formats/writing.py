@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from batchnorm.errors import InputError, MissingDependencyError
+from batchnorm.population.formats import caffe, darknet, equinox, haiku
+from batchnorm.population.formats.containers import field, varint
 from batchnorm.population.formats.conventions import CONVENTIONS, framework_key
 from batchnorm.population.formats.keras import h5py
 from batchnorm.population.formats.records import Array, ForeignBatchNorm
@@ -23,6 +25,20 @@ _BY_SUFFIX = {
     ".msgpack": "flax",
     ".pdparams": "paddle",
     ".ckpt": "mindspore",
+    ".eqx": "equinox",
+    ".caffemodel": "caffe",
+    ".weights": "darknet",
+}
+_ALONE: dict[str, tuple[str, Callable[[Layers], bytes]]] = {
+    "haiku": (".npz", haiku.write),
+    "equinox": (".eqx", equinox.write),
+    "caffe": (".caffemodel", caffe.write),
+}
+_INTO: dict[str, Callable[[Path, Mapping[str, ForeignBatchNorm]], bytes]] = {
+    "haiku": haiku.into,
+    "equinox": equinox.into,
+    "caffe": caffe.into,
+    "darknet": darknet.into,
 }
 _NAMED = ("torch", "tinygrad", "mlx", "jittor", "pyg", "paddle", "mindspore", "chainer")
 
@@ -47,6 +63,13 @@ def content(layers: Layers, framework: str, path: Path, verb: str) -> bytes:
         write = _keras3 if framework == "keras3" else _keras2
     elif framework in ("flax", "nnx"):
         write = _msgpack
+    elif framework in _ALONE:
+        end, write_alone = _ALONE[framework]
+        if path.suffix != end:
+            raise InputError(
+                f"{verb}: {path.name}: files of {CONVENTIONS[framework].title} that are written end in {end}"
+            )
+        return write_alone(layers)
     elif framework in _NAMED:
         ends: dict[str, Callable[[Layers, str], bytes]] = {".safetensors": _safetensors, ".npz": _npz}
         ends |= {".pdparams": _pdparams} if framework == "paddle" else {}
@@ -59,10 +82,20 @@ def content(layers: Layers, framework: str, path: Path, verb: str) -> bytes:
         write = ends[path.suffix]
     else:
         raise InputError(
-            f"{verb}: {CONVENTIONS[framework].title} has no file that is written; read_statistics gives the vectors, "
-            "which its own functions take"
+            f"{verb}: weights of Darknet lie between those of the convolutions; give like=, a file of the same "
+            "network, whose other numbers stay"
         )
     return write(layers, framework)
+
+
+def content_like(template: Path, framework: str, pairs: Mapping[str, ForeignBatchNorm], verb: str) -> bytes:
+    """The bytes of the template, a file of a whole model, with the layers named in ``pairs`` replaced."""
+    if framework not in _INTO:
+        raise InputError(
+            f"{verb}: like= is for {', '.join(CONVENTIONS[key].title for key in _INTO)}; a file of "
+            f"{CONVENTIONS[framework].title} holds layers by name, and the framework takes those it has"
+        )
+    return _INTO[framework](template, pairs)
 
 
 def arrays(layers: Layers, framework: str, separator: str = ".") -> dict[str, Array]:
@@ -163,12 +196,6 @@ def _pdparams(layers: Layers, framework: str) -> bytes:
 def _mindspore(layers: Layers, framework: str) -> bytes:
     """The messages that `containers.mindspore` reads."""
 
-    def varint(value: int) -> bytes:
-        return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
-
-    def field(number: int, value: bytes) -> bytes:
-        return bytes([number << 3 | 2]) + varint(len(value)) + value
-
     def tensor(array: Array) -> bytes:
         dims = b"".join(b"\x08" + varint(size) for size in array.shape)
         return dims + field(2, b"Float32") + field(3, array.astype("<f4").tobytes())
@@ -183,6 +210,10 @@ def default_names(names: list[str], framework: str, given: Mapping[str, str]) ->
     for i, name in enumerate(names):
         if framework == "keras3":
             own = f"layers/batch_normalization_{i}" if i else "layers/batch_normalization"
+        elif framework == "haiku":
+            own = name.replace(".", "/") or "batch_norm"
+        elif framework == "caffe":
+            own = name.replace(".", "/") or "bn"
         elif framework in ("flax", "nnx"):
             own = name.replace(".", "/") or ("BatchNorm_0" if framework == "flax" else "")
         elif framework == "keras2":
