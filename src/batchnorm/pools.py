@@ -111,7 +111,8 @@ class Pools:
     def share(self, sums: Tensor) -> Tensor:
         """Merged sums over the number of values; an empty pool's are 0."""
         if not isinstance(self.count, Tensor):
-            mean: Tensor = sums / torch.sym_max(self.count, 1)
+            # Dynamo of torch 2.10 knows no sym_max of numbers, and makes one of a max where the number is a symbol.
+            mean: Tensor = sums / (max(self.count, 1) if isinstance(self.count, int) else torch.sym_max(self.count, 1))
             return mean
         return sums / torch.where(self.count > 0, self.count, 1.0)
 

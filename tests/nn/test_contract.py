@@ -167,7 +167,7 @@ def test_state_goes_both_ways(options: dict[str, Any], base: int):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.state_dict()._metadata == theirs.state_dict()._metadata
     ours(x)
-    back = type(theirs)(3, **options)
+    back = torchs_layer(type(theirs), 3, **options)
     back.load_state_dict(ours.state_dict(), strict=True)
     assert_same_bits(back.state_dict(), ours.state_dict())
 

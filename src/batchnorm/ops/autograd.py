@@ -29,7 +29,6 @@ class Settings(NamedTuple):
     activation: str
     slope: float
 
-    @property
     def arguments(self) -> tuple[int, float, int, float]:
         """As the operators take them."""
         return self.pool_size, self.eps, ACTIVATIONS.index(self.activation), self.slope
@@ -88,7 +87,7 @@ def _gate(
     with torch.no_grad():
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
         args = (x, weight, bias, None, signs, mean, var, one, zero, zero)
-        gate: Tensor = _ops.backward_apply.default(torch.ones_like(x), *args, *settings.arguments, False)[0]
+        gate: Tensor = _ops.backward_apply.default(torch.ones_like(x), *args, *settings.arguments(), False)[0]
     return gate
 
 
@@ -137,7 +136,7 @@ def gradients(
             signs,
             mean,
             var,
-            *settings.arguments,
+            *settings.arguments(),
             population,
             want_x,
             want_residual and not passes_through,
@@ -212,7 +211,7 @@ class BatchStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         settings = Settings(pool_size, eps, activation, slope)
         y, mean, var, signs = _ops.forward.default(
-            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, activation, mask), mask
+            x, weight, bias, residual, *settings.arguments(), _saves_signs(residual, activation, mask), mask
         )
         ctx.mark_non_differentiable(mean, var, signs)
         _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
@@ -242,7 +241,7 @@ class EagerBatchStatistics(torch.autograd.Function):
     ) -> Tensor:
         y: Tensor
         y, mean, var, signs = _ops.forward.default(
-            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, settings.activation, mask), mask
+            x, weight, bias, residual, *settings.arguments(), _saves_signs(residual, settings.activation, mask), mask
         )
         measured += (mean, var, signs)
         _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
@@ -277,7 +276,7 @@ class PopulationStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         settings = Settings(pool_size, eps, activation, slope)
         save_signs = _saves_signs(residual, activation, mask)
-        y, signs = _ops.normalize.default(x, mean, var, weight, bias, residual, *settings.arguments, save_signs, mask)
+        y, signs = _ops.normalize.default(x, mean, var, weight, bias, residual, *settings.arguments(), save_signs, mask)
         ctx.mark_non_differentiable(signs)
         if any(ctx.needs_input_grad):  # running statistics may move on before the backward
             mean, var = mean.clone(), var.clone()
@@ -298,7 +297,7 @@ class TransformedBatchStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         settings = Settings(pool_size, eps, activation, slope)
         result: tuple[Tensor, ...] = _ops.forward.default(
-            x, weight, bias, residual, *settings.arguments, _saves_signs(residual, activation)
+            x, weight, bias, residual, *settings.arguments(), _saves_signs(residual, activation)
         )
         return result
 
@@ -352,7 +351,7 @@ class TransformedPopulationStatistics(torch.autograd.Function):
         settings = Settings(pool_size, eps, activation, slope)
         save_signs = _saves_signs(residual, activation)
         result: tuple[Tensor, ...] = _ops.normalize.default(
-            x, mean, var, weight, bias, residual, *settings.arguments, save_signs
+            x, mean, var, weight, bias, residual, *settings.arguments(), save_signs
         )
         return result
 
@@ -431,7 +430,14 @@ class MergedStatistics(torch.autograd.Function):
         settings = Settings(pool.size, eps, activation, slope)
         parts = _ops.count_moments.default(x, pool.size, mask)
         parts = parts[None] if pool.process_group is None else all_gather(parts, pool)
-        arguments = (weight, bias, residual, *settings.arguments, pool.groups, _saves_signs(residual, activation, mask))
+        arguments = (
+            weight,
+            bias,
+            residual,
+            *settings.arguments(),
+            pool.groups,
+            _saves_signs(residual, activation, mask),
+        )
         y, count, mean, var, signs = _ops.normalize_merged.default(x, parts, *arguments, mask)
         ctx.mark_non_differentiable(count, mean, var)
         _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
@@ -458,13 +464,13 @@ class MergedStatistics(torch.autograd.Function):
             )
         else:
             saved = (dy, x, weight, bias, residual, signs, mean, var)
-            sums = _ops.backward_reduce.default(*saved, *settings.arguments, mask)
+            sums = _ops.backward_reduce.default(*saved, *settings.arguments(), mask)
             inv_std = torch.rsqrt(var + settings.eps)
             d_weight, d_bias = (sums[1] * inv_std).sum(0), sums[0].sum(0)
             gamma = 1.0 if weight is None else weight.to(var.dtype)
             sums = merge(gamma * torch.cat(sums), pool).unflatten(0, (2, len(mean)))
             d_x, d_residual = _ops.backward_merged.default(
-                *saved, sums, ctx.count, *settings.arguments, want_residual, mask
+                *saved, sums, ctx.count, *settings.arguments(), want_residual, mask
             )
         return (
             d_x if want_x else None,

@@ -17,6 +17,8 @@ class Fusion(NamedTuple):
         eps: added to the variance, inside the root.
         activation: its name, or None.
         slope: of "leaky_relu".
+
+    What it gives out are methods, since Dynamo of torch 2.10 traces no property of a named tuple.
     """
 
     weight: Tensor | None = None
@@ -26,12 +28,10 @@ class Fusion(NamedTuple):
     activation: str | None = None
     slope: float = 0.01
 
-    @property
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As the operators take them."""
         return self.weight, self.bias, self.residual
 
-    @property
     def settings(self) -> tuple[float, str, float]:
         """eps, the activation's name ("identity" for none) and its slope."""
         return self.eps, self.activation or "identity", self.slope

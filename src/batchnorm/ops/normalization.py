@@ -196,23 +196,23 @@ def by_batch(
     how = way(x)
     if weights is not None or how is Way.RECORDED or (pool.is_merged and how is Way.TRANSFORMED):
         # Of operations that torch itself differentiates, in the weights too, and that other runtimes know.
-        dtype, (gamma, beta, residual) = x.dtype, fusion.tensors
+        dtype, (gamma, beta, residual) = x.dtype, fusion.tensors()
         if weights is not None and how is not Way.RECORDED:
             x, weights = _in_float64(x), _in_float64(weights)
             gamma, beta, residual = (None if t is None else _in_float64(t) for t in (gamma, beta, residual))
-        y, mean, var = aten.forward(x, gamma, beta, residual, pool, *fusion.settings, mask, weights)
+        y, mean, var = aten.forward(x, gamma, beta, residual, pool, *fusion.settings(), mask, weights)
         return Normalized(y.to(dtype), mean.detach(), var.detach(), Pools(x, pool, mask, weights).counts().detach())
     if pool.is_merged:
-        y, counts, mean, var = autograd.MergedStatistics.apply(x, *fusion.tensors, mask, pool, *fusion.settings)
+        y, counts, mean, var = autograd.MergedStatistics.apply(x, *fusion.tensors(), mask, pool, *fusion.settings())
         return Normalized(y, mean, var, counts)
     if how is Way.EAGER:
         return _by_batch_eagerly(x, pool.size, fusion, mask)
     if how is Way.COMPILED:
-        y, mean, var, _ = autograd.BatchStatistics.apply(x, *fusion.tensors, mask, pool.size, *fusion.settings)
+        y, mean, var, _ = autograd.BatchStatistics.apply(x, *fusion.tensors(), mask, pool.size, *fusion.settings())
     elif mask is not None:  # of operations that have every derivative
-        y, mean, var = aten.forward(x, *fusion.tensors, pool.size, *fusion.settings, mask)
+        y, mean, var = aten.forward(x, *fusion.tensors(), pool.size, *fusion.settings(), mask)
     else:
-        y, mean, var, _ = autograd.TransformedBatchStatistics.apply(x, *fusion.tensors, pool.size, *fusion.settings)
+        y, mean, var, _ = autograd.TransformedBatchStatistics.apply(x, *fusion.tensors(), pool.size, *fusion.settings())
     return Normalized(y, mean.detach(), var.detach())
 
 
@@ -222,8 +222,8 @@ def _in_float64(t: Tensor) -> Tensor:
 
 
 def _by_batch_eagerly(x: Tensor, pool_size: int, fusion: Fusion, mask: Tensor | None) -> Normalized:
-    weight, bias, residual = fusion.tensors
-    settings = Settings(pool_size, *fusion.settings)
+    weight, bias, residual = fusion.tensors()
+    settings = Settings(pool_size, *fusion.settings())
     measured: list[Tensor] = []
     y = autograd.eager_batch_statistics(x, weight, bias, residual, mask, settings, measured)
     if residual is None and recomputation.is_active():
@@ -263,13 +263,13 @@ def by_statistics(
     if how is Way.RECORDED and mask is None and not pool_size:
         return in_one_node(x, fusion, mean, var, False, 0.0)
     if how is Way.RECORDED or (how is Way.TRANSFORMED and mask is not None):
-        return aten.normalize(x, mean, var, *fusion.tensors, pool_size, *fusion.settings, mask)
-    settings = Settings(pool_size, *fusion.settings)
+        return aten.normalize(x, mean, var, *fusion.tensors(), pool_size, *fusion.settings(), mask)
+    settings = Settings(pool_size, *fusion.settings())
     y: Tensor
     if how is Way.TRANSFORMED:
-        y = autograd.TransformedPopulationStatistics.apply(x, *fusion.tensors, mean, var, *settings)[0]
+        y = autograd.TransformedPopulationStatistics.apply(x, *fusion.tensors(), mean, var, *settings)[0]
         return y
-    y = autograd.PopulationStatistics.apply(x, *fusion.tensors, mean, var, *settings, mask)[0]
+    y = autograd.PopulationStatistics.apply(x, *fusion.tensors(), mean, var, *settings, mask)[0]
     if fusion.residual is None and recomputation.is_active():
         operands = (x, fusion.weight, fusion.bias)
         recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments, mask)
@@ -280,7 +280,7 @@ def by_measured(x: Tensor, mean: Tensor, var: Tensor, fusion: Fusion) -> Tensor:
     """Normalizes by the statistics (1, C) of x itself, measured before, through which the gradient runs."""
     transformed = way(x) is Way.TRANSFORMED
     function = autograd.TransformedMeasuredStatistics if transformed else autograd.MeasuredStatistics
-    y: Tensor = function.apply(x, *fusion.tensors, mean, var, 0, *fusion.settings)[0]
+    y: Tensor = function.apply(x, *fusion.tensors(), mean, var, 0, *fusion.settings())[0]
     return y
 
 
