@@ -282,7 +282,11 @@ def tried(verb: str, net: nn.Module, example: Any) -> dict[str, Any]:
     except TooLongError as error:
         return {"outcome": "too slow", "reason": str(error)}
     except Exception as error:
-        if type(error).__name__ == "NothingToInsertError" or "no batch normalization" in str(error):
+        if (
+            type(error).__name__ == "NothingToInsertError"
+            or "no batch norm" in str(error)
+            or "no batch-norm" in str(error)
+        ):
             return {"outcome": "none"}
         return {"outcome": "refused", "reason": str(error)}
     finally:

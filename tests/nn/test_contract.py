@@ -412,6 +412,18 @@ def test_functional_call_and_ensembles():
     torch.testing.assert_close(mapped, torch.stack([layer(x) for layer in layers]))
 
 
+def test_operators_have_batching_rules_in_compiled_graphs(capfd: pytest.CaptureFixture[str]):
+    """There the operators are mapped themselves: results are those of each batch, and torch falls back on nothing."""
+    x, weight = normal(3, 8, 4, dtype=torch.float32), normal(3, 4, dtype=torch.float32)
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.batch_norm(x, None, None, weight, None, training=True) + functional.moments(x).mean.sum()
+
+    compiled = torch.compile(lambda x, weight: torch.vmap(call)(x, weight), backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight), torch.stack([call(*pair) for pair in zip(x, weight, strict=True)]))
+    assert "batching rule" not in capfd.readouterr().err
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone, on gloo."""

@@ -172,8 +172,32 @@ def _batching(name: str) -> None:
     torch.library.register_vmap(f"batchnorm::{name}", rule, lib=LIBRARY)
 
 
+def _stacking(name: str) -> None:
+    """vmap of an operator that changes nothing: the operator for each, their results stacked.
+
+    Compiled graphs need it, which call the operators themselves; in eager mode autograd functions have rules of their
+    own, which fold the mapped axis into the channels.
+    """
+    operator = getattr(torch.ops.batchnorm, name).default
+    several = len(operator._schema.returns) > 1
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        rows = []
+        for k in range(info.batch_size):
+            each = zip(args, in_dims, strict=True)
+            rows.append(operator(*(value if dim is None else value.select(dim, k) for value, dim in each)))
+        if not several:
+            return torch.stack(rows), 0
+        results = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return results, (0,) * len(results)
+
+    torch.library.register_vmap(f"batchnorm::{name}", rule, lib=LIBRARY)
+
+
 for _name in ("update_statistics", "mix_statistics"):
     _batching(_name)
+for _name in _operators.keys() - {"update_statistics", "mix_statistics"}:
+    _stacking(_name)
 
 cpu.load()
 LIBRARY.impl("refuse", by_name("refuse", recomputation.refuse), "CompositeImplicitAutograd")

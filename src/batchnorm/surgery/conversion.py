@@ -24,7 +24,7 @@ from batchnorm.surgery.freezing import is_frozen
 from batchnorm.surgery.frozen import told_of_frozen
 from batchnorm.surgery.modules import is_plain, unwrap
 from batchnorm.surgery.plan import Plan, Step, replace_module
-from batchnorm.surgery.rounding import Rounding
+from batchnorm.surgery.rounding import TOLERANCE, Rounding
 
 TARGETS = ("batchnorm", "torch", "sync", *sample_fit.KINDS)
 SOURCES: dict[str, type[nn.Module]] = {
@@ -45,7 +45,6 @@ _BY_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
 _BY_SAMPLE = {"group_norm": "GroupNorm", "layer_norm": "LayerNorm", "instance_norm": "InstanceNorm"}
 _INSTANCE_NORMS = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
 _AGREES = 1e-4
-_SAME = 1e-4  # of an output's largest value, in evaluation
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,8 @@ def convert(
 
     def verify() -> None:
         if before is not None and given is not None:
-            Rounding(before, given).compare(copy_of(root).eval(), _SAME, "convert")
+            own = Rounding(before, given)
+            own.compare(copy_of(root).eval(), TOLERANCE[own.dtype], "convert")
 
     Plan(root, steps, verify).apply()
     if fitted is not None and not fitted.difference <= _AGREES:

@@ -24,8 +24,7 @@ from batchnorm.surgery.onnx_graph import IN_MEMORY, OnnxGraph, needed, nested
 from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms, without_pairs
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
-from batchnorm.surgery.rounding import TOLERANCE, errors_against
-from batchnorm.surgery.verification import widened
+from batchnorm.surgery.rounding import TOLERANCE, Rounding, accepted, errors_against
 from batchnorm.writing import refused, writing
 
 
@@ -145,7 +144,7 @@ def _beside_float64(
     for name, (before, after) in results.items():
         own, error = errors_against(truths[name], before), errors_against(truths[name], after)
         differences += [
-            Difference(name, "float32", d.output, d.absolute, d.relative, rounding, widened(limit, rounding), wrong)
+            Difference(name, "float32", d.output, d.absolute, d.relative, rounding, accepted(limit, rounding), wrong)
             for d in distances(before, after)
             for rounding, wrong in [(own.get(d.output), error.get(d.output))]
         ]
@@ -244,10 +243,10 @@ def convert_archive(
     """
     archive = open_archive(path)
     with quiet():
-        before = run_example(archive.net, archive.example)
         program = archive.export(convert(copy_of(archive.net), archive.example, to=to, of=of, **options))
-        found = [] if options else distances(before, archive.example.run(program.module()))
-    _check([Difference("example", "float32", d.output, d.absolute, d.relative, None, 1e-4) for d in found], str(path))
+        if not options:
+            own = Rounding(archive.net, archive.example)
+            own.compare(program.module(), TOLERANCE[own.dtype], str(path), " of the edited network")
     return program
 
 

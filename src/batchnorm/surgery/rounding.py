@@ -28,6 +28,15 @@ _TIMES = 4
 _ILL = 1e3  # times the resolution of the dtype
 
 
+def accepted(tolerance: float, own: float | None) -> float:
+    """The largest accepted difference of an output whose own rounding is ``own``, both relative to its largest value.
+
+    Four times the rounding, where that is more than the tolerance. An error of 1 and more tells of no rounding: the
+    exact output and the given one have nothing to do with each other, as where an evaluator is wrong in float64.
+    """
+    return max(tolerance, _TIMES * own) if own is not None and own < 1 else tolerance
+
+
 def coarsest_dtype(net: nn.Module) -> torch.dtype:
     """The widest tolerance counts: the coarsest floating-point dtype among the parameters."""
     dtypes = {p.dtype for p in net.parameters() if p.is_floating_point()} & set(TOLERANCE)
@@ -62,6 +71,25 @@ def shaken(net: nn.Module, seed: int = 0) -> nn.Module:
             if tensor.dtype in TOLERANCE:
                 signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype) * 2 - 1
                 tensor.mul_(1 + signs * torch.finfo(tensor.dtype).eps)
+    return twin
+
+
+def trembling(net: nn.Module, seed: int) -> nn.Module:
+    """A shaken copy in which the outputs of batch normalizations differ in their last bits as well.
+
+    This is what another implementation of these layers does to a network: each of its values may be rounded otherwise.
+    """
+    twin, generator = shaken(net, seed), torch.Generator().manual_seed(seed)
+
+    def tremble(module: nn.Module, args: Any, output: Any) -> Any:
+        if not (isinstance(output, Tensor) and output.dtype in TOLERANCE):
+            return output
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device, output.dtype) * 2 - 1
+        return output * (1 + signs * torch.finfo(output.dtype).eps)
+
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_hook(tremble)
     return twin
 
 
@@ -111,10 +139,10 @@ class Rounding:
 
     def limit(self, difference: Distance, tolerance: float) -> float:
         """The largest accepted relative difference of an output; the trials are made where it matters."""
-        limit = max(tolerance, _TIMES * self.errors.get(difference.output, 0.0))
+        limit = accepted(tolerance, self.errors.get(difference.output))
         if difference.relative <= limit:
             return limit
-        return max(limit, _TIMES * self.changes.get(difference.output, 0.0))
+        return accepted(limit, self.changes.get(difference.output))
 
     def told(self, output: str) -> str:
         """How ill-conditioned the original is, in a sentence."""

@@ -91,11 +91,6 @@ def _unrounded(name: str, own: Rounding, actual: Any, limits: dict[str, float]) 
     return found
 
 
-def widened(tolerance: float, rounding: float | None) -> float:
-    """Four times the unfolded network's own rounding error is accepted, unless nothing of its output is certain."""
-    return max(tolerance, 4 * rounding) if rounding is not None and rounding < 0.1 else tolerance
-
-
 def _run_folded(net: nn.Module, example: Example) -> Any:
     try:
         return example.run(net)
