@@ -436,13 +436,18 @@ def _cell(verb: str, found: dict[str, Any] | None) -> str:
     return str(found.get("layers", "yes"))
 
 
+def _times(fold: dict[str, Any]) -> float:
+    """How many times the larger of the network's own rounding and 2.5e-6 a fold is off; 0 where it was not made."""
+    if "relative" in fold:
+        return float(fold["relative"] / max(fold.get("rounding") or 0, 2.5e-6))
+    return float(fold.get("times", 0))
+
+
 def page(path: Path) -> str:
     """The page as Markdown."""
     rows = [row for row in _read(path) if row["summary"]["outcome"] == "right"]  # with batch norm
     counts = {verb: Counter(_outcome(row[verb]) for row in rows if verb in row) for verb in VERBS}
-    worst = max(
-        r["fold"]["relative"] / max(r["fold"].get("rounding") or 0, 2.5e-6) for r in rows if "relative" in r["fold"]
-    )
+    worst = max(_times(row["fold"]) for row in rows if "fold" in row)
     versions = sorted({f"{row['package']} {row['version']}" for row in rows})
     lines = [
         "# Other people's networks",
@@ -453,9 +458,11 @@ def page(path: Path) -> str:
         f"{', '.join(versions)}. `python docs/scripts/zoo.py` makes this page.",
         "",
         "A verb is *right* if the outputs in evaluation are what they were, up to four times the network's own"
-        " rounding against float64, and 1e-5 of the largest value where that is more. The largest difference of a"
-        f" folded network was {worst:.1f} times the larger of its rounding and 2.5e-6. *Too slow* is more than a minute"
-        " on a machine that was busy with much else.",
+        " rounding against float64, and 1e-5 of the largest value where that is more. `modes` is `no_update`,"
+        " `set_mode` and `accumulate`, of which the first must leave running statistics and the last move them. The"
+        f" largest difference of a folded network was {worst:.1f} times the larger of its rounding and 2.5e-6. *Too"
+        " slow* is more than a minute"
+        " (since, ten) on a machine that was busy with much else; *not run* was left out there.",
         "",
         "| verb | right | nothing to do | refused | too slow |",
         "| --- | --- | --- | --- | --- |",

@@ -35,6 +35,7 @@ def test_trembling_changes_the_last_bits_of_what_layers_give():
     assert torch.equal(net(x), before)  # the network itself is as it was
 
 
+@torch.no_grad()
 def test_no_refusal_for_rounding(tmp_path: Path):
     """`convert` and `convert_archive` on a network whose own float32 is uncertain."""
     from batchnorm.surgery.archives import quiet
