@@ -6,15 +6,21 @@ import datetime
 import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = datetime.timedelta(days=14)  # of the matrix
 WHOLE = "tests"  # what a row of the matrix must have run
+FASTER = 1.3  # times torch.nn's BN + ReLU at (64, 32), forward and backward
+SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
 def version() -> str:
@@ -44,21 +50,24 @@ def changelog_is_cut() -> str | None:
 
 
 def matrix_is_fresh() -> str | None:
+    """Whether each torch and each Python has a row that is new, whole, passed and fast; else each row that is not."""
+    matrix = runpy.run_path(str(ROOT / "scripts" / "matrix"))
     path = ROOT / "docs" / "installation-matrix.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
-    today, found = datetime.date.today(), []
-    wanted = re.findall(r'"([\d.]+)"', re.search(r"TORCHES = \((.*?)\)", (ROOT / "scripts/matrix").read_text())[1])
-    found += [f"no row for torch {torch}" for torch in wanted if not any(name.startswith(f"{torch} ") for name in rows)]
+    today = datetime.date.today()
+    pairs = [name.split() for name in rows]
+    found = [f"no row for torch {torch}" for torch in matrix["TORCHES"] if torch not in [pair[0] for pair in pairs]]
+    found += [f"no row for Python {one}" for one in matrix["PYTHONS"] if one not in [pair[1] for pair in pairs]]
     for name, row in rows.items():
-        if "passed" not in row["outcome"] or "failed" in row["outcome"]:
-            found.append(f"{name}: {row['outcome']}")
-        elif row["tests"] != WHOLE:
+        if row["tests"] != WHOLE:
             found.append(f"{name}: only {row['tests']}")
+        elif not matrix["passed"](row):
+            found.append(f"{name}: {row['outcome']}")
         elif today - datetime.date.fromisoformat(row["date"]) > FRESH:
             found.append(f"{name}: of {row['date']}")
-        elif float(row["speedup"]) < 1.3:
-            found.append(f"{name}: {row['speedup']} times torch.nn, less than 1.3")
-    return "; ".join(found) or (None if rows else "no row")
+        elif float(row["speedup"]) < FASTER:
+            found.append(f"{name}: {row['speedup']} times torch.nn, less than {FASTER}")
+    return "; ".join(found) or None
 
 
 def wheels_hold() -> str | None:
@@ -70,6 +79,23 @@ def installed_wheel_runs() -> str | None:
     if wheel is None:
         return "no wheel of this version in dist/"
     return run(sys.executable, "-m", "pytest", "tests/packaging", BATCHNORM_WHEEL=str(wheel))
+
+
+def typed_program_passes() -> str | None:
+    """Whether mypy takes a user's program that names the whole public face, with the types that the wheel brings."""
+    wheel = next((ROOT / "dist").glob(f"batchnorm-{version()}-*{os.uname().machine}.whl"), None)
+    if wheel is None:
+        return "no wheel of this version in dist/"
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(Path(folder) / "env")
+        python = Path(folder) / "env" / "bin" / "python"
+        site = Path(subprocess.check_output([python, "-c", SITE], text=True).strip())
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        (site / "others.pth").write_text(subprocess.check_output([sys.executable, "-c", SITE], text=True))
+        program = shutil.copy(ROOT / "tests" / "packaging" / "user_code.py", folder)
+        options = ("--strict", "--allow-untyped-calls", "--config-file=", "--python-executable", python)
+        return run(sys.executable, "-m", "mypy", *options, program, MYPYPATH="")
 
 
 def archive_builds_the_same() -> str | None:
@@ -103,6 +129,7 @@ CHECKS = {
     "both wheels hold what they promise": wheels_hold,
     "the source archive gives the same wheel": archive_builds_the_same,
     "the installed wheel runs": installed_wheel_runs,
+    "a user's typed program passes with the installed wheel": typed_program_passes,
 }
 
 

@@ -1,0 +1,39 @@
+"""What is built, what is run in the matrix, and what the page of installation says name the same versions."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def matrix() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts" / "matrix"))
+
+
+def test_wheels_matrix_and_page_name_the_same_torches(matrix: dict[str, Any]):
+    built = runpy.run_path(str(ROOT / "scripts" / "wheels.py"))["TORCHES"]
+    assert list(built) == list(matrix["TORCHES"])
+    oldest, newest = (".".join(version.split(".")[:2]) for version in (built[0], built[-1]))
+    page = (ROOT / "docs" / "installation.md").read_text()
+    assert f"torch {oldest} to {newest}" in page
+    assert f'torch>={oldest}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "passed"),
+    [("5 passed, 2 skipped", True), ("1 failed, 5 passed", False), ("5 passed, 1 error", False), ("stopped", False)],
+)
+def test_a_row_has_passed_if_nothing_failed(matrix: dict[str, Any], outcome: str, passed: bool):
+    assert matrix["passed"]({"outcome": outcome}) is passed
+
+
+def test_the_page_has_the_table_of_the_results(matrix: dict[str, Any]):
+    rows = json.loads((ROOT / "docs" / "installation-matrix.json").read_text())
+    assert matrix["table"]([rows[name] for name in sorted(rows)]) in (ROOT / "docs" / "installation.md").read_text()
