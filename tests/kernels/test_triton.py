@@ -279,7 +279,8 @@ def test_large_shapes_compile_well(compiled: list[Any], last: bool, masked: bool
         assert "st.global.b16" not in ptx
         assert "atom." not in ptx
         seen = inspect_triton.inspect(kernel)
-        assert seen.spilled == 0
+        # Bytes: ptxas of Triton 3.8 keeps one float64 of the masked `normalize` on the stack, that of 3.6 none.
+        assert seen.spilled <= (8 if masked and last and seen.name == "normalize" else 0)
         if kernel.src.fn.arg_names[0] not in ("x", "dy"):
             continue
         assert seen.load == 16
