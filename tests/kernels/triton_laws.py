@@ -468,7 +468,7 @@ class TritonLaws:
         torch.testing.assert_close(ours, before, rtol=0, atol=0)
 
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, of infinities, in the interpreter
-    @pytest.mark.parametrize("momentum", [0.125, 0.75])  # the interpreter rounds a scalar to float32
+    @pytest.mark.parametrize("momentum", [0.125, 0.75])  # the interpreter makes float32 of a scalar that gets a name
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_running_statistics_with_a_carry(self, momentum: float, dtype: torch.dtype) -> None:
         """Nothing of ten steps is lost, and an infinity stays one."""
