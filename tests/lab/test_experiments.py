@@ -70,7 +70,7 @@ def test_smoke(name, tmp_path):
     )
     page = write_gallery(tmp_path / "page.html", [experiment], [first], images=tmp_path / "images").read_text()
     assert experiment.question in html.unescape(page)
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2  # for a wide screen and for a phone
     assert "Source of the claim" in page
     assert not re.search(r'(src|href)="(?!#|data:)', page)
     light, dark = ((tmp_path / "images" / f"{name}-{ground}.svg").read_text() for ground in ("light", "dark"))
@@ -247,7 +247,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_dark_figures_have_the_pages_dark_colours():
-    style = (Path(drawing.__file__).parent / "templates" / "style.css").read_text()
+    style = (Path(drawing.__file__).parent / "templates" / "colors.css").read_text()
     light, night = style.split("prefers-color-scheme: dark")
     for role, variable in drawing.VARIABLES.items():
         # Text and rules of the light page are its own; all else is the drawing's.

@@ -74,7 +74,7 @@ def result(**changes):
 class Page(HTMLParser):
     """Open elements balance, and nothing outside the page is referred to."""
 
-    VOID = ("meta", "link", "br", "img", "input", "hr")
+    VOID = ("meta", "link", "br", "wbr", "img", "input", "hr")
 
     def __init__(self, text):
         super().__init__()
@@ -122,7 +122,7 @@ def test_the_page_is_whole_self_contained_and_escaped(tmp_path):
 def test_drawings_take_their_colours_from_the_page(tmp_path):
     text, _ = page_of(result(), tmp_path)
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) == 3
+    assert len(drawings) == 6  # each for a wide screen and for a phone
     for drawing in drawings:
         assert 'role="img"' in drawing
         assert "var(--batch-norm)" in drawing

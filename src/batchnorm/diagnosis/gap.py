@@ -27,6 +27,7 @@ from batchnorm.surgery.modules import unwrap
 from batchnorm.undo import Buffers
 
 CLOSE = 0.05  # in standard deviations of the outputs
+_LARGE = 1e4  # numbers above have an exponent
 _AWAY = "standard deviations from those with the batches' own statistics"
 _MODES = {
     "training": "training",
@@ -64,17 +65,25 @@ class Diagnosis:
         return self.outcomes.get("calibrated")
 
     @property
+    def follows(self) -> bool | None:
+        """Whether evaluation follows training as closely as exact statistics would; None without running statistics."""
+        if self.after is None:
+            return None
+        before = self.before.distance
+        return math.isfinite(before) and (before <= CLOSE or self.after.distance > 0.9 * before)
+
+    @property
     def verdict(self) -> str:
         """One or two sentences: whether evaluation follows training, and whether `calibrate` mends it."""
         before, after = self.before.distance, None if self.after is None else self.after.distance
         if after is None:
             return "No layer keeps running statistics: evaluation depends on the batch, as training does."
         if not math.isfinite(before):
-            return f"Evaluation is broken: its outputs are not finite. Calibrated, they are {after:.2f} {_AWAY}."
-        figures = f"its outputs are {before:.2f} {_AWAY}, calibrated {after:.2f}."
+            return f"Evaluation is broken: its outputs are not finite. Calibrated, they are {_size(after)} {_AWAY}."
+        figures = f"its outputs are {_size(before)} {_AWAY}, calibrated {_size(after)}."
         if before <= CLOSE:
             return f"Evaluation follows training: {figures}"
-        if after > 0.9 * before:
+        if self.follows:
             return (
                 f"Evaluation follows training as closely as exact statistics would: {figures} The rest is the noise of "
                 "single batches."
@@ -249,7 +258,15 @@ def _statistics(layers: dict[str, _BatchNorm]) -> dict[str, Statistics]:
 
 
 def _text(value: float | None, pattern: str) -> str:
-    return "" if value is None else "not finite" if not math.isfinite(value) else pattern.format(value)
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2e}" if abs(value) >= _LARGE else pattern.format(value)
+
+
+def _size(value: float) -> str:
+    return f"{value:.2f}" if value < _LARGE else f"{value:.2e}"
 
 
 def _percent(share: float | None) -> str:

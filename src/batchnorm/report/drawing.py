@@ -1,7 +1,8 @@
 """How every figure is drawn: one colour for one thing, readable in light, dark and without colour.
 
-A figure is drawn once, on a transparent ground. As a file it has fixed colours; inside a page its colours become CSS
-variables, so that one drawing serves the light and the dark page.
+A figure is drawn on a transparent ground. As a file it has fixed colours; inside a page its colours become CSS
+variables, so that one drawing serves the light and the dark page. A page holds each figure twice, for a wide screen and
+for a phone, so that its text is about as large as the page's on both.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import escape
 
 from batchnorm.writing import write_bytes
 
@@ -54,6 +57,9 @@ VARIABLES = {
     "text": "--figure-text",
     "grid": "--rule",
 }
+
+WIDE = 8.8  # inches, of every figure on a wide screen: its text is then a little smaller than the page's
+NARROW = 4.0  # of the same figure on a phone, its panels below each other
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -116,15 +122,32 @@ def dark(svg: str) -> str:
     return svg
 
 
+def both(name: str, alternative: str, draw: Callable[[bool], Figure]) -> str:
+    """The figure twice, for a wide screen and for a phone; `draw(narrow)` makes it, and the page's style shows one."""
+    parts = []
+    for narrow in (False, True):
+        own = f"{name}-narrow" if narrow else name
+        with styled(own):
+            drawn = svg(draw(narrow))
+        parts.append(f'<div class="on-{"narrow" if narrow else "wide"}">{for_page(drawn, own, alternative)}</div>')
+    return "".join(parts)
+
+
 def for_page(svg: str, name: str, alternative: str) -> str:
     """The <svg> element alone, scalable, named for screen readers, its ids its own, its colours variables of the
     page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{alternative}"', 1)
+    svg = re.sub(r' (d|x|y|points)="[^"]*"', _shortened, svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(alternative)}"', 1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for role, color in COLORS.items():
         svg = svg.replace(color, f"var({VARIABLES[role]})")
     return svg
+
+
+def _shortened(attribute: re.Match[str]) -> str:
+    """Places to a hundredth of a point; nobody sees the rest."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", attribute[0])

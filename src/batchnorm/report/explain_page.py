@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 8  # values in the tables
+AGREES = 1e-3  # of the largest value: rounding in 16 bits is less
 FOLLOWED = (("smallest", "batch norm", "v"), ("middle", "green", "o"), ("largest", "baseline", "^"))
 FORWARD = {"before: x": "x", "minus the mean": "centered", "normalized": "xhat", "scaled and shifted: y": "y"}
 BACKWARD = {
@@ -47,17 +48,25 @@ def write_explanation(path: str | Path, found: Explanation, *, source: str = "")
     Raises:
         InputError: the file cannot be written.
     """
+    rows = _rows(found)
     page = render(
         "explain",
         title=f"A mini-batch through {found.layer}",
         found=found,
         source=source,
-        rows=_rows(found),
+        forward_rows=[[_called(row), *row.forward] for row in rows],
+        backward_rows=[[_called(row), *row.backward] for row in rows],
+        kinds=[row.kind for row in rows],
+        agrees=lambda gap: "good" if gap < AGREES else "bad",
         rest=max(0, found.m - SHOWN),
         forward=_figure("forward", found, FORWARD),
         backward=_figure("backward", found, BACKWARD),
     )
     return write_page("explain", path, page)
+
+
+def _called(row: Row) -> str:
+    return f"{row.label} ({row.kind})" if row.kind else row.label
 
 
 def _rows(found: Explanation) -> list[Row]:
@@ -75,16 +84,16 @@ def _rows(found: Explanation) -> list[Row]:
 def _figure(name: str, found: Explanation, steps: dict[str, str]) -> str:
     if not drawing.available():
         return ""
-    with drawing.styled(name):
-        svg = drawing.svg(_lines(found, list(steps), [getattr(found, step) for step in steps.values()]))
-    return drawing.for_page(svg, name, f"The values of the pool, {name}: {', '.join(steps)}")
+    values = [getattr(found, step) for step in steps.values()]
+    alternative = f"The values of the pool, {name}: {', '.join(steps)}"
+    return drawing.both(name, alternative, lambda narrow: _lines(found, list(steps), values, narrow))
 
 
-def _lines(found: Explanation, labels: Sequence[str], steps: Sequence[Sequence[float]]) -> Figure:
+def _lines(found: Explanation, labels: Sequence[str], steps: Sequence[Sequence[float]], narrow: bool) -> Figure:
     """A row for each step, from the top down; a line follows each value."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(drawing.NARROW if narrow else drawing.WIDE, 5.2 if narrow else 4.6), layout="constrained")
     axes: Any = figure.subplots(len(steps), 1)
     followed = dict(zip(highlighted(found.x), FOLLOWED, strict=False))
     for row, (label, values, place) in enumerate(zip(labels, steps, axes, strict=True)):
@@ -103,5 +112,5 @@ def _lines(found: Explanation, labels: Sequence[str], steps: Sequence[Sequence[f
         place.spines["left"].set_visible(False)
         place.grid(visible=False, axis="y")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4)
+    figure.legend(handles, names, loc="outside lower center", ncols=2 if narrow else 4)
     return figure

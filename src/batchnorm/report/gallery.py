@@ -28,7 +28,7 @@ class Section:
     result: Result
     figure: str
     columns: list[str]
-    rows: list[tuple[str, list[str]]]
+    rows: list[list[str]]
     findings: tuple[Finding, ...]
     settings: list[tuple[str, str]]
     changed: str
@@ -87,7 +87,7 @@ def _section(experiment: Experiment, result: Result, images: str | Path | None) 
         result=result,
         figure=_figure(experiment, result, images),
         columns=[experiment.measures[name].label for name in columns],
-        rows=[(arm, [_cell(table(arm, name), experiment.measures[name]) for name in columns]) for arm in arms],
+        rows=[[arm, *(_cell(table(arm, name), experiment.measures[name]) for name in columns)] for arm in arms],
         findings=result.findings,
         settings=[(name.replace("_", " "), _value(value)) for name, value in _shown(result.config)],
         changed=", ".join(changed),
@@ -105,14 +105,15 @@ def _shown(config: dict[str, Any]) -> list[tuple[str, Any]]:
 def _figure(experiment: Experiment, result: Result, images: str | Path | None) -> str:
     if not drawing.available():
         return ""
-    with drawing.styled(experiment.name):
-        svg = drawing.svg(lab_figures.draw(experiment, result))
     if images is not None:
         Path(images).mkdir(parents=True, exist_ok=True)
+        with drawing.styled(experiment.name):
+            svg = drawing.svg(lab_figures.draw(experiment, result))
         write_text(Path(images) / f"{experiment.name}-light.svg", svg)
         write_text(Path(images) / f"{experiment.name}-dark.svg", drawing.dark(svg))
-    return drawing.for_page(
-        svg, experiment.name, f"{experiment.title}: {'; '.join(p.title for p in experiment.panels)}"
+    alternative = f"{experiment.title}: {'; '.join(p.title for p in experiment.panels)}"
+    return drawing.both(
+        experiment.name, alternative, lambda narrow: lab_figures.draw(experiment, result, narrow=narrow)
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm.lab.experiment import Experiment, Panel
 from batchnorm.lab.results import Result, Table, Trial
+from batchnorm.report import drawing, plots
 from batchnorm.report.drawing import COLORS
 
 if TYPE_CHECKING:
@@ -70,19 +71,27 @@ STYLES: dict[str, tuple[str, Any]] = {
 }
 OTHERS = (("purple", MIXED), ("green", DOTTED), ("sky", SOLID), ("orange", DASHED), ("gray", DOTTED))
 MAX_ROW = 3
-WIDTH = 10.2  # inches, of every figure, so that its text has one size on the page
-LEGEND_LETTERS = 105  # that fit beside each other, a handle counted as 8
+LEGEND_LETTERS = 95  # that fit beside each other, a handle counted as 8
+BAND = ("15th", "50th", "85th")  # the lines of a band of percentiles
+MOST_ENDS = 9  # lines that are named at their ends; more get a legend
+DECADE = 10  # a logarithmic axis over less has hardly a number
 CELL_TEXTS = 64  # maps of no more cells get their values written into them
 
 
-def draw(experiment: Experiment, result: Result) -> Figure:
-    """One figure with all panels of an experiment; a map takes a place for each of its arms."""
+def draw(experiment: Experiment, result: Result, *, narrow: bool = False) -> Figure:
+    """One figure with all panels of an experiment; a map takes a place for each of its arms.
+
+    Args:
+        experiment, result: what was run, and what it gave.
+        narrow: for a phone, the panels below each other.
+    """
     from matplotlib.figure import Figure
 
     places = [(panel, arm) for panel in experiment.panels for arm in _arms_apart(panel, result)]
-    columns = 2 if len(places) == 4 else min(len(places), MAX_ROW)
+    columns = 1 if narrow else 2 if len(places) == 4 else min(len(places), MAX_ROW)
     rows = math.ceil(len(places) / columns)
-    figure = Figure(figsize=(WIDTH, (3.4 if columns > 1 else 3.9) * rows + 0.45), layout="constrained")
+    width, height = (drawing.NARROW, 3.1) if narrow else (drawing.WIDE, 3.4 if columns > 1 else 3.9)
+    figure = Figure(figsize=(width, height * rows + 0.45), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     named = _Styles(result)
     for (panel, arm), place in zip(places, axes, strict=False):
@@ -92,10 +101,55 @@ def draw(experiment: Experiment, result: Result) -> Figure:
             _dots(place, panel, result, named)
         else:
             _lines(place, panel, result, named)
+    lines = [(panel, place) for (panel, _), place in zip(places, axes, strict=False) if panel.kind == "lines"]
+    _same_axes(lines)
+    _name_ends(lines, result, named)
     for place in axes[len(places) :]:
         place.set_visible(False)
-    _legend(figure, axes)
+    _legend(figure, axes, LEGEND_LETTERS // 2 if narrow else LEGEND_LETTERS)
     return figure
+
+
+def _same_axes(lines: Sequence[tuple[Panel, Axes]]) -> None:
+    """Panels of the same quantity have the same axis: else a comparison of two networks would not show."""
+    by_quantity: dict[tuple[str, float], list[Axes]] = {}
+    for panel, place in lines:
+        by_quantity.setdefault((panel.y, panel.scale), []).append(place)
+    for places in by_quantity.values():
+        low, high = zip(*(place.get_ylim() for place in places), strict=True)
+        log = any(place.get_yscale() == "log" for place in places) and min(low) > 0
+        for place in places:
+            place.set_yscale("log" if log else "linear")
+            place.set_ylim(min(low), max(high))
+            if log:
+                _plain_numbers(place)
+
+
+def _name_ends(lines: Sequence[tuple[Panel, Axes]], result: Result, named: _Styles) -> None:
+    """Name each arm at the end of its line, in the last panel that has it; the lines of a band by their percentiles."""
+    last: dict[str, int] = {}
+    for number, (panel, _) in enumerate(lines):
+        if not panel.categories:
+            arms = [arm for arm in _arms_of(panel, result) if len(_curves(panel, arm, result)[0]) == 2]
+            last.update(dict.fromkeys(arms, number))
+    for number, (panel, place) in enumerate(lines):
+        ends = []
+        for arm in _arms_of(panel, result):
+            curve = _curves(panel, arm, result)[0]
+            color = named[arm]["color"]
+            if len(curve) > 2:
+                names = BAND if len(curve) == len(BAND) + 1 else [""] * (len(curve) - 1)
+                ends += [
+                    (curve[0][-1], panel.scale * y[-1], name, color) for y, name in zip(curve[1:], names, strict=True)
+                ]
+            elif not panel.categories and len(last) <= MOST_ENDS:
+                line = next(line for line in place.get_lines() if line.get_gid() == arm)
+                line.set_label("")
+                points: Any = line.get_xydata()
+                if last[arm] == number and len(points):
+                    x, y = map(float, points[-1])
+                    ends.append((x, y, arm, color))
+        plots.label_ends(place, ends, gap=0.085)
 
 
 class _Styles:
@@ -125,10 +179,18 @@ def _arms_apart(panel: Panel, result: Result) -> list[str]:
     return list(result.trials[0].maps.get(panel.name, {})) if panel.kind == "map" else [""]
 
 
+def _arms_of(panel: Panel, result: Result) -> list[str]:
+    return list(dict.fromkeys(arm for trial in result.trials for arm in trial.curves.get(panel.name, {})))
+
+
+def _curves(panel: Panel, arm: str, result: Result) -> list[Sequence[Sequence[float]]]:
+    return [trial.curves[panel.name][arm] for trial in result.trials if arm in trial.curves.get(panel.name, {})]
+
+
 def _lines(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
-    arms = list(dict.fromkeys(arm for trial in result.trials for arm in trial.curves.get(panel.name, {})))
+    arms = _arms_of(panel, result)
     for number, arm in enumerate(arms):
-        curves = [trial.curves[panel.name][arm] for trial in result.trials if arm in trial.curves.get(panel.name, {})]
+        curves = _curves(panel, arm, result)
         if len(curves[0]) > 2:
             _band(axes, panel, curves[0], arm, named)
         elif panel.categories:
@@ -140,7 +202,7 @@ def _lines(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
     if panel.categories:
         axes.set_xticks(range(len(panel.categories)), panel.categories)
         axes.grid(visible=False, axis="x")
-    if panel.xscale == "log":
+    if axes.get_xscale() == "log":
         _ticks(axes, sorted({x for t in result.trials for c in t.curves.get(panel.name, {}).values() for x in c[0]}))
 
 
@@ -153,7 +215,7 @@ def _median(axes: Axes, panel: Panel, curves: Sequence[Sequence[Sequence[float]]
     x = sorted(by_x)
     marker = "o" if len(x) <= 12 else None
     style = named[arm]
-    axes.plot(x, [statistics.median(by_x[at]) for at in x], label=arm, marker=marker, ms=4, **style)
+    axes.plot(x, [statistics.median(by_x[at]) for at in x], label=arm, gid=arm, marker=marker, ms=4, **style)
     if len(curves) > 1:
         low, high = [min(by_x[at]) for at in x], [max(by_x[at]) for at in x]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.16, lw=0)
@@ -164,8 +226,8 @@ def _band(axes: Axes, panel: Panel, curve: Sequence[Sequence[float]], arm: str, 
     ys = [[panel.scale * value for value in y] for y in ys]
     style = named[arm]
     axes.fill_between(x, ys[0], ys[-1], color=style["color"], alpha=0.25, lw=0)
-    for i, y in enumerate(ys):
-        axes.plot(x, y, color=style["color"], ls=style["ls"], lw=1.1, label=None if i else arm)
+    for y in ys:
+        axes.plot(x, y, color=style["color"], ls=style["ls"], lw=1.1)
 
 
 def _categories(
@@ -194,7 +256,10 @@ def _dots(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
             axes.plot([mean, mean], [row - 0.25, row + 0.25], color=style["color"], lw=2.2)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set(title=panel.title, xlabel=panel.x, xscale=panel.xscale, xlim=panel.limits)
+    axes.set_title(panel.title, loc="left")
+    axes.set(xlabel=panel.x, xlim=panel.limits)
+    if panel.xscale == "log" and _is_wide(axes, "x"):
+        axes.set_xscale("log")
 
 
 def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> None:
@@ -206,7 +271,7 @@ def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> 
     low, high = min(shown, default=0) if low is None else low, max(shown, default=1) if high is None else high
     values = means[arm]
     norm: Any = {"vmin": low, "vmax": high}
-    if panel.yscale == "log":
+    if panel.yscale == "log" and high >= DECADE * max(low, 1e-12):
         from matplotlib.colors import LogNorm
 
         norm = {"norm": LogNorm(max(low, 1e-12), max(high, 2e-12))}
@@ -220,7 +285,8 @@ def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> 
                 shade = (value - low) / ((high - low) or 1)
                 color = "#000000" if shade > 0.55 else "#ffffff"
                 axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
-    axes.set(title=f"{panel.title}: {arm}", xlabel=panel.x, ylabel=panel.y)
+    axes.set_title(f"{panel.title}:\n{arm}", loc="left")
+    axes.set(xlabel=panel.x, ylabel=panel.y)
     for ticks, places in ((axes.set_xticks, x), (axes.set_yticks, y)):
         shown_at = range(0, len(places), (len(places) - 1) // 2 if len(places) > 9 else 1)
         ticks([i + 0.5 for i in shown_at], [f"{round(places[i], 9):.3g}" for i in shown_at])
@@ -249,12 +315,30 @@ def _mark_divergence(axes: Axes, panel: Panel, trials: Sequence[Trial], arm: str
 
 
 def _name_axes(axes: Axes, panel: Panel) -> None:
-    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale=panel.xscale, yscale=panel.yscale)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.set_title(panel.title, loc="left")
+    if panel.xscale == "log" and _is_wide(axes, "x"):
+        axes.set_xscale("log")
+    if panel.yscale == "log" and _is_wide(axes, "y"):
+        axes.set_yscale("log")
+        _plain_numbers(axes)
     axes.set_ylim(*panel.limits)
-    if panel.yscale == "log":
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if high < 8 * low else "")
+
+
+def _is_wide(axes: Axes, which: str) -> bool:
+    """Whether the values along an axis span a decade."""
+    place = "xy".index(which)
+    drawn: list[Any] = [line.get_xydata() for line in axes.get_lines()]
+    values = [float(point[place]) for points in drawn for point in points]
+    values = [value for value in values if value > 0 and math.isfinite(value)]
+    return bool(values) and max(values) >= DECADE * min(values)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _ticks(axes: Axes, values: list[float]) -> None:
@@ -266,11 +350,11 @@ def _ticks(axes: Axes, values: list[float]) -> None:
         axes.set_xticks(values, [f"{value:g}" for value in values])
 
 
-def _legend(figure: Figure, axes: Any) -> None:
+def _legend(figure: Figure, axes: Any, letters: int) -> None:
     handles: dict[str, Any] = {}
     for place in axes:
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        columns = max(1, min(len(handles), LEGEND_LETTERS // (8 + max(map(len, handles)))))
+        columns = max(1, min(len(handles), letters // (8 + max(map(len, handles)))))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import nn
 
 from batchnorm.diagnosis.alerts import Alert
 from batchnorm.diagnosis.watching import Evaluation, Reading, Sink, Watch, rows
 from batchnorm.errors import MissingDependencyError
-from batchnorm.report.pages import render, write_page
+from batchnorm.report.pages import as_name, render, write_page
 from batchnorm.writing import refused
 
 _EVERY = 2.0  # seconds between two pages
@@ -160,7 +161,14 @@ class LivePage:
             ended=ended,
             watch=watch,
             rows=table,
-            lines=[_line([_distance(reading, name) for reading in watch.readings]) for name in names],
+            cells=[
+                [
+                    as_name(row["layer"]),
+                    *list(row.values())[1:],
+                    Markup(_line([_distance(r, name) for r in watch.readings])),
+                ]
+                for row, name in zip(table, names, strict=True)
+            ],
             losses=_line([reading.values.get("loss") for reading in watch.readings], 600, 90),
             gaps=_line([each.values.get("gap") for each in watch.evaluations], 600, 90),
             written=time.strftime("%H:%M:%S"),

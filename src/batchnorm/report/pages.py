@@ -21,7 +21,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters.update(number=number, code=with_code)
+    environment.filters.update(number=number, code=with_code, name=as_name, breakable=breakable)
     return environment.get_template(f"{template}.html.j2").render(**values)
 
 
@@ -51,3 +51,13 @@ def number(value: float) -> str:
 def with_code(text: str) -> Markup:
     """The text, escaped, with what stands between backticks as code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def as_name(text: str) -> Markup:
+    """A module's path, escaped, as code that may be broken behind each dot."""
+    return Markup("<code>{}</code>").format(Markup(".<wbr>").join(text.split(".")))
+
+
+def breakable(title: str) -> Markup:
+    """A title, escaped, that may be broken behind each stroke."""
+    return Markup("/<wbr>").join(title.split("/"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Plot:
 
 def draw(result: TrainResult, folder: Path) -> list[Plot]:
     """Draw a run's figures; writes NAME.svg and NAME.png into `folder` and returns the page's."""
-    drawings: list[tuple[str, str, str, Callable[[TrainResult], Figure]]] = [
+    drawings: list[tuple[str, str, str, Callable[[TrainResult, bool], Figure]]] = [
         (
             "accuracy",
             "Test score over training",
@@ -67,19 +68,21 @@ def draw(result: TrainResult, folder: Path) -> list[Plot]:
     plots = []
     for name, title, alternative, draw_one in drawings:
         with drawing.styled(name):
-            figure = draw_one(result)
-            svg = drawing.svg(figure)
+            figure = draw_one(result, False)
+            write_text(folder / f"{name}.svg", drawing.svg(figure))
             drawing.save_png(figure, folder / f"{name}.png")
-        write_text(folder / f"{name}.svg", svg)
-        plots.append(Plot(name, title, alternative, drawing.for_page(svg, name, alternative)))
+        shown = drawing.both(name, alternative, functools.partial(draw_one, result))
+        plots.append(Plot(name, title, alternative, shown))
     return plots
 
 
-def _figure(width: float = 7.2, height: float = 3.6, panels: int = 1) -> tuple[Figure, Any]:
+def _figure(narrow: bool, panels: int = 1, share: bool = True) -> tuple[Figure, Any]:
+    """Panels beside each other, on a phone below each other, with the same axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, panels, sharey=True, sharex=True, squeeze=False)[0]
+    width, rows, columns = (drawing.NARROW, panels, 1) if narrow else (drawing.WIDE, 1, panels)
+    figure = Figure(figsize=(width, (2.9 if narrow else 3.8) * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharey=share, sharex=share, squeeze=False).flatten()
 
 
 def _is_regression(result: TrainResult) -> bool:
@@ -102,6 +105,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float
         ends: x, y, text and colour of each.
         gap: between two labels, as a share of the height.
     """
+    axes.get_ylim()  # brings limits up to date that wait for a drawing
     to_share = axes.transData + axes.transAxes.inverted()
     shown = [(float(to_share.transform((x, y))[1]), text, color) for x, y, text, color in ends if math.isfinite(y)]
     placed = sorted((min(max(share, 0.0), 1.0), text, color) for share, text, color in shown if math.isfinite(share))
@@ -129,13 +133,10 @@ def _log_if_wide(axes: Axes, values: list[float]) -> None:
         axes.set_yscale("log")
 
 
-def _residuals(result: TrainResult) -> Figure:
-    from matplotlib.figure import Figure
-
+def _residuals(result: TrainResult, narrow: bool) -> Figure:
     assert result.predictions is not None
     y, said = result.predictions[:, 0].T.numpy(), result.predictions[:, 1].T.numpy()
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _figure(narrow, panels=2, share=False)
     colors = [COLORS[name] for name in ("batch norm", "green", "purple", "sky", "orange", "gray")]
     for k, (target, output) in enumerate(zip(y, said, strict=True)):
         style: dict[str, Any] = {"color": colors[k % len(colors)], "ls": "", "marker": "o", "ms": 3, "alpha": 0.5}
@@ -151,8 +152,8 @@ def _residuals(result: TrainResult) -> Figure:
     return figure
 
 
-def _accuracy(result: TrainResult) -> Figure:
-    figure, (axes,) = _figure()
+def _accuracy(result: TrainResult, narrow: bool) -> Figure:
+    figure, (axes,) = _figure(narrow)
     share = 1 if _is_regression(result) else 100
     baseline = result.curves.get("baseline")
     for name, curve in result.curves.items():
@@ -164,7 +165,7 @@ def _accuracy(result: TrainResult) -> Figure:
         axes.axhline(share * best, color=COLORS["text"], lw=0.8, ls=":")
         for name, curve in result.curves.items():
             step = curve.first_step_at(best)
-            if step is not None:
+            if step:
                 axes.plot(step, share * best, "o", ms=7, color=COLORS[name], clip_on=False, zorder=5)
                 side = "left" if step < 0.8 * max(curve.steps) else "right"
                 axes.annotate(
@@ -176,15 +177,18 @@ def _accuracy(result: TrainResult) -> Figure:
                     color=COLORS[name],
                 )
     top = 1.01 if _is_regression(result) else 101
-    axes.set(xlabel="training step", ylabel=_score(result), ylim=(None, top))
+    axes.set(xlabel="training step", ylim=(None, top))
+    axes.set_title(_score(result), loc="left")
     if _is_regression(result):
         axes.set_ylim(bottom=max(-1.0, axes.get_ylim()[0]))
-    label_ends(axes, [(c.steps[-1], share * c.scores[-1], _label(n), COLORS[n]) for n, c in result.curves.items()])
+    label_ends(
+        axes, [(c.steps[-1], share * c.scores[-1], _label(n, narrow), COLORS[n]) for n, c in result.curves.items()]
+    )
     return figure
 
 
-def _loss(result: TrainResult) -> Figure:
-    figure, axes = _figure(panels=2)
+def _loss(result: TrainResult, narrow: bool) -> Figure:
+    figure, axes = _figure(narrow, panels=2)
     everything: list[float] = []
     ends: dict[str, list[tuple[float, float, str, str]]] = {"train_loss": [], "test_loss": []}
     for panel, (title, field) in zip(
@@ -193,17 +197,19 @@ def _loss(result: TrainResult) -> Figure:
         for name, curve in result.curves.items():
             values = [float("nan") if v is None else v for v in getattr(curve, field)]
             panel.plot(curve.steps, values, color=COLORS[name], ls=DASHES[name])
-            ends[field].append((curve.steps[-1], values[-1], _label(name), COLORS[name]))
+            ends[field].append((curve.steps[-1], values[-1], _label(name, narrow), COLORS[name]))
             everything += values
-        panel.set(title=title, xlabel="training step")
+        panel.set_title(f"{title}: {_unit(result)}", loc="left")
+        panel.set_xlabel("training step")
     _log_if_wide(axes[0], everything)
-    axes[0].set_ylabel(_unit(result))
+    if narrow:
+        label_ends(axes[0], ends["train_loss"])
     label_ends(axes[1], ends["test_loss"])
     return figure
 
 
-def _percentiles(result: TrainResult) -> Figure:
-    figure, axes = _figure(panels=len(result.curves))
+def _percentiles(result: TrainResult, narrow: bool) -> Figure:
+    figure, axes = _figure(narrow, panels=len(result.curves))
     ends: dict[str, list[tuple[float, float, str, str]]] = {name: [] for name in result.curves}
     for panel, (name, curve) in zip(axes, result.curves.items(), strict=True):
         low, middle, high = zip(*curve.percentiles, strict=True)
@@ -212,14 +218,16 @@ def _percentiles(result: TrainResult) -> Figure:
         for values, style, text in ((high, ":", "85th"), (middle, "-", "50th"), (low, ":", "15th")):
             panel.plot(curve.steps, values, color=color, ls=style, lw=1.4)
             ends[name].append((curve.steps[-1], values[-1], text, color))
-        panel.set(title=_label(name), xlabel="training step")
+        panel.set_title(f"{_label(name, narrow)}: input to the activation", loc="left")
+        panel.set_xlabel("training step")
     for panel, name in zip(axes, result.curves, strict=True):
         label_ends(panel, ends[name])
-    axes[0].set_ylabel("input to the activation")
     return figure
 
 
-def _label(name: str) -> str:
+def _label(name: str, narrow: bool) -> str:
+    if narrow:
+        return {"batch norm": "with", "baseline": "without"}[name]
     return {"batch norm": "with batch norm", "baseline": "without (baseline)"}[name]
 
 
@@ -229,7 +237,8 @@ def _mark_divergence(axes: Axes, curve: Curve, values: list[float], color: str) 
         axes.annotate(
             f"diverged at step {curve.diverged_at:,}",
             (curve.steps[-1], values[-1]),
-            xytext=(8, 0),
+            xytext=(-8, 10),
             textcoords="offset points",
+            ha="right",
             color=color,
         )

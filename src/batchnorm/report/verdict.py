@@ -137,19 +137,24 @@ def _calibration(calibration: Calibration, samples: int, task: str) -> Finding:
 
 
 def _exports(result: TrainResult) -> Finding:
+    kinds = {e.status for e in result.exports}
+    kind = "loss" if "failed" in kinds else "check" if kinds == {"verified"} else "note"
+    return Finding(kind, exported(result))
+
+
+def exported(result: TrainResult) -> str:
+    """How many files for inference are proven, and how near to the unfolded network they are."""
     failed = [e.file for e in result.exports if e.status == "failed"]
     unchecked = [e.file for e in result.exports if e.status in ("not checked", "not written")]
     checked = [e for e in result.exports if e.status == "verified"]
     largest = max((e.relative_difference or 0.0 for e in checked), default=0.0)
-    text = (
-        f"{len(checked)} of {len(result.exports)} exported forms were loaded again and give the "
-        f"unfolded network's output within {largest:.1e} of its largest value."
-    )
+    text = f"{len(checked)} of {len(result.exports)} exported forms were loaded again"
+    text += f" and give the unfolded network's output within {largest:.1e} of its largest value." if checked else "."
     if failed:
         text += f" Failed, and not kept: {', '.join(failed)}."
     if unchecked:
         text += f" Not proven: {', '.join(unchecked)}."
-    return Finding("loss" if failed else "note" if unchecked else "check", text)
+    return text
 
 
 def _inference(time: InferenceTime) -> Finding:

@@ -109,11 +109,41 @@ class Certificate:
         """The same of the folded network."""
         return max((d.error for d in self.differences if d.dtype == self.dtype and d.error), default=None)
 
+    @property
+    def useless_in(self) -> tuple[str, ...]:
+        """Dtypes in which rounding alone may change an output by more than its largest value."""
+        return tuple(sorted({d.dtype for d in self.differences if d.tolerance > 1}))
+
+    @property
+    def proven(self) -> bool:
+        """Whether every comparison passed, and there is one that says something."""
+        found = [d for d in self.differences if d.tolerance <= 1]
+        return bool(found) and all(d.passed for d in self.differences)
+
+    @property
+    def verdict(self) -> str:
+        """One or two sentences: whether the outputs stayed, and by how much they moved."""
+        if self.proven:
+            own = [d for d in self.differences if d.dtype == self.dtype] or self.differences
+            worst = max(own, key=lambda d: d.relative / d.tolerance)
+            text = (
+                f"Proven: in {worst.dtype} the outputs moved by {worst.relative:.1e} of the largest one, accepted are "
+                f"{worst.tolerance:.0e}; all {len(self.differences)} comparisons passed."
+            )
+        else:
+            text = "Not proven: " + ("see the differences below." if self.differences else "nothing was compared.")
+        if self.useless_in:
+            text += (
+                f" In {' and '.join(self.useless_in)} this network is unusable: rounding alone changes its outputs by "
+                "more than their size."
+            )
+        return text
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.folded)} folded, {len(self.kept)} kept ({self.captured_by})"]
+        lines = [self.verdict, f"{len(self.folded)} folded, {len(self.kept)} kept ({self.captured_by})"]
         lines += [f"  {item.layer} -> {item.into}" for item in self.folded]
         lines += [f"  {' + '.join(item.branches)} -> {item.into}" for item in self.merged]
         for item in self.kept:
