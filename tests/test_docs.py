@@ -7,7 +7,6 @@ import contextlib
 import doctest
 import importlib
 import inspect
-import io
 import os
 import pkgutil
 import re
@@ -17,19 +16,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from batchnorm.errors import MissingDependencyError
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 VERBS = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-OTHERS = ("federated", "gallery", "own-data", "pools", "questions", "run-files", "trainers", "traps")
-RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in OTHERS), *VERBS]
+REFERENCE = ROOT / "docs" / "reference"
+RUN = [page for page in PAGES if REFERENCE not in page.parents]
+PRINTED = runpy.run_path(str(ROOT / "docs" / "scripts" / "printed.py"))
+rough = PRINTED["rough"]
 
 
 def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block.source for block in PRINTED["blocks"](page.read_text(encoding="utf-8"))]
 
 
 def test_every_verb_has_a_page_with_an_example():
@@ -41,36 +41,28 @@ def test_every_verb_has_a_page_with_an_example():
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_every_page_has_an_example_and_what_it_prints(page):
+    text = page.read_text(encoding="utf-8")
+    found = PRINTED["blocks"](text)
+    assert len(found) == len(re.findall("^```python", text, re.MULTILINE))
+    assert any(block.prints for block in found)
+    assert text.count("```text prints") == sum(block.prints is not None for block in found)
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["docs"])
-    torch.manual_seed(0)
-    namespace: dict = {"__name__": "__docs__"}
-    for number, (source, wanted) in enumerate(printing(page)):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
-        if wanted is not None:
-            assert rough(printed.getvalue()) == rough(wanted), f"{page.name}, block {number}"
-
-
-def printing(page: Path) -> list[tuple[str, str | None]]:
-    """Each block of Python with what the page says that it prints, a block ```text prints behind it."""
-    text = page.read_text(encoding="utf-8")
-    found = re.findall(r"^```python\n(.*?)^```$(?:\n+```text prints\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
-    assert len(found) == len(blocks(page))
-    return [(source, wanted or None) for source, wanted in found]
-
-
-def rough(text: str) -> str:
-    """Rounding errors differ by machine, so those (numbers with an exponent) are left out; all else is compared."""
-    return re.sub(r"\d(?:\.\d+)?e-\d+", "#", text).strip()
+    for number, block, printed in PRINTED["run"](page.read_text(encoding="utf-8"), page.name):
+        if block.prints is not None or printed.strip():
+            assert rough(printed) == rough(block.prints or ""), f"{page.name}, block {number}"
 
 
 def test_printed_blocks_are_compared():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("```text prints") == 1
     assert rough("relative 2.63e-07 (accepted 1e-05), 1 folded") == "relative # (accepted #), 1 folded"
     assert rough("2 folded") != rough("1 folded")
+    found = PRINTED["blocks"]("<!-- needs: ray -->\n\n```python\nprint(1)\n```\n\n```text prints\n1\n```\n")
+    assert [(block.source, block.prints, block.needs) for block in found] == [("print(1)\n", "1\n", ("ray",))]
 
 
 def test_the_pictures_of_pools_are_computed():

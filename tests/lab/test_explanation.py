@@ -92,7 +92,7 @@ def test_the_followed_values_and_numbers():
 def test_the_page(tmp_path):
     found = explain(network(nn.BatchNorm1d(4)), batch())
     text = write_explanation(tmp_path / "page.html", found, source="A toy.").read_text()
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 4  # two figures, each for a wide screen and for a phone
     for value in (found.mean, found.var, found.inv_std, found.sum_dy, found.sum_dy_xhat, found.running_after[1]):
         assert f"<b>{number(value)}</b>" in text
     assert "and 4 more" in text

@@ -153,7 +153,7 @@ def _exports(result: TrainResult) -> Cells:
 
     return [
         [
-            as_name(item.file),
+            Markup("<code>{}</code>").format(item.file),
             item.form,
             f"{item.size / 1000:,.0f}" if item.size else "–",
             small(item.max_difference),
