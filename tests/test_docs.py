@@ -1,4 +1,4 @@
-"""The Python of the documentation: the README and the pages of verbs run, all other blocks at least are Python."""
+"""The documentation: every page has an example that runs and prints what it says, every public name its place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import os
 import pkgutil
 import re
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from batchnorm.errors import MissingDependencyError
 
