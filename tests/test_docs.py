@@ -169,4 +169,9 @@ def test_the_built_site_has_an_anchor_for_each_public_name(tmp_path):
     anchors = set(re.findall(r'id="batchnorm\.(\w+)"', pages))
     assert anchors >= set(bn.__all__) - {"__version__"}
     assert "drop-in for" in pages
+    names = set(re.findall(r'id="(batchnorm\.[\w.]+)"', pages))
+    assert [name for name in names if re.search(r"\._", name)] == []
+    inner = ("forward_parts", "check_sequences", "can_be_fused", "check_choice", "checked_columns", "check_batch_size")
+    assert [name for name in names if name.rpartition(".")[2] in inner] == []
+    assert not re.search(r"=</span>\s*<span[^>]*>_[A-Z]", pages), "a default that is a private name"
     assert not re.findall(r"<summary>Example</summary>", pages)
