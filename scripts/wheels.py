@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ PROCESSORS = ("x86_64", "aarch64")
 # What the libraries take from torch, which is imported before them.
 OF_TORCH = ("libtorch_cpu.so", "libtorch_python.so", "libc10.so")
 OF_SYSTEM = ("libc.so.", "libm.so.", "libgcc_s.so.", "libstdc++.so.", "ld-linux-")
+# An absolute path of a source or a library, in a library's strings.
+SOURCE = re.compile(rb"(?<![\w.+/-])(?:/[\w.+-]+){2,}\.(?:h|hpp|c|cc|cpp|o|so|py)(?![\w.])")
 # The newest versions of symbols on AlmaLinux 8, which defines manylinux_2_28.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 
@@ -58,7 +61,7 @@ def headers(version: str) -> Path:
             archive.extractall(folder.with_suffix(".part"), members)
         folder.with_suffix(".part").rename(folder)
         shutil.rmtree(download)
-    return folder / "torch"
+    return folder.resolve() / "torch"
 
 
 def build(processor: str) -> Path:
@@ -111,7 +114,7 @@ def check(wheel: Path) -> None:
         raise SystemExit(f"{wheel.name} has {wheel.stat().st_size:,} bytes, more than {LIMIT:,}")
     wanted = {"batchnorm/_C.abi3.so", "batchnorm/py.typed"}
     wanted |= {f"batchnorm/_autograd_{'_'.join(version.split('.')[:2])}.abi3.so" for version in TORCHES}
-    paths = {str(Path.home()), str(ROOT), sys.prefix, str(HEADERS)}
+    paths = {str(Path.home()), str(ROOT), sys.prefix, str(HEADERS), str(HEADERS.resolve())}
     with zipfile.ZipFile(wheel) as archive:
         missing = wanted - set(archive.namelist())
         if missing:
@@ -119,6 +122,8 @@ def check(wheel: Path) -> None:
         for name in archive.namelist():
             contents = archive.read(name)
             found = [path for path in paths if path.encode() in contents]
+            if name.endswith(".so"):
+                found += [path.decode() for path in SOURCE.findall(contents)]
             if found:
                 raise SystemExit(f"{wheel.name}: {name} has the path {found[0]} of this machine inside")
             if name.endswith(".so"):

@@ -37,3 +37,12 @@ def test_a_row_has_passed_if_nothing_failed(matrix: dict[str, Any], outcome: str
 def test_the_page_has_the_table_of_the_results(matrix: dict[str, Any]):
     rows = json.loads((ROOT / "docs" / "installation-matrix.json").read_text())
     assert matrix["table"]([rows[name] for name in sorted(rows)]) in (ROOT / "docs" / "installation.md").read_text()
+
+
+def test_a_path_of_the_machine_that_built_a_library_is_found():
+    source = runpy.run_path(str(ROOT / "scripts" / "wheels.py"))["SOURCE"]
+    assert source.findall(b'FAILED at "/home/me/headers/torch/ivalue.h":7\0') == [b"/home/me/headers/torch/ivalue.h"]
+    assert source.findall(b"\0/opt/x/lib/libc10.so\0") == [b"/opt/x/lib/libc10.so"]
+    assert not source.findall(
+        b'\0"torch/include/ATen/ivalue.h"\0./csrc/core/plan.cpp\0/sys/devices/system/cpu\0libc10.so'
+    )
