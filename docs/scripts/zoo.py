@@ -506,7 +506,8 @@ def main() -> None:
     if given.what == "run":
         run(given.results, given.package or list(PACKAGES), given.limit, given.verb or list(VERBS), given.only)
     else:
-        PAGE.write_text(page(given.results))
+        by_hand = "".join(PAGE.read_text().partition("\n## Try it")[1:])  # the end of the page
+        PAGE.write_text(page(given.results) + by_hand)
 
 
 if __name__ == "__main__":
