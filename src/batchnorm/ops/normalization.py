@@ -227,7 +227,7 @@ def _by_batch_eagerly(x: Tensor, pool_size: int, fusion: Fusion, mask: Tensor | 
     measured: list[Tensor] = []
     y = autograd.eager_batch_statistics(x, weight, bias, residual, mask, settings, measured)
     if residual is None and recomputation.is_active():
-        recomputation.note(y, (x, weight, bias), measured[:2], settings.arguments, mask)
+        recomputation.note(y, (x, weight, bias), measured[:2], settings.arguments(), mask)
     return Normalized(y, measured[0], measured[1])
 
 
