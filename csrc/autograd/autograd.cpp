@@ -4,6 +4,7 @@
 // take.
 #include "python.h"  // first, as Python asks
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/Allocator.h>
@@ -26,6 +27,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 
 #include "../torch/operators.h"
 
@@ -44,6 +46,10 @@ const batchnorm::Operators* operators = nullptr;
 Stable lend(const at::Tensor& t) { return Stable(torch::aot_inductor::new_tensor_handle(at::Tensor(t))); }
 OptionalStable lend_if(const at::Tensor& t) { return t.defined() ? OptionalStable(lend(t)) : std::nullopt; }
 at::Tensor take(const Stable& t) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(t.get()); }
+// Without the dispatcher, which takes longer than to fill a small vector.
+at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype = at::kDouble) {
+  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
+}
 std::optional<at::Tensor> maybe(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
 
 // Of no subclass, wrapper or transform, with its memory on this machine and no tangent.
@@ -72,14 +78,22 @@ bool is_watched() {
 struct Settings {
   double eps, slope;
   int64_t activation, pool_size;  // 0: all samples are one pool
+  int64_t groups;                 // of adjacent channels that share statistics; 0: each channel is alone
   bool population;
 };
 
 constexpr bool is_piecewise_linear(int64_t activation) { return activation >= 1 && activation <= 3; }
 
-// What the backward reads; statistics and signs are made in the forward, so nobody else can change them.
+// gamma and beta.
+struct Affine {
+  at::Tensor weight, bias;
+};
+
+// What the backward reads; statistics, signs and factors are made in the forward, so nobody else can change them.
+// Factors are r and d of renormalization, (2, C).
 struct Saved {
-  at::Tensor x, weight, bias, residual, mean, var, signs;
+  at::Tensor x, weight, bias, residual, mask, mean, var, signs, factors;
+  Affine made{};  // of gamma and beta by the factors
 };
 
 using Wanted = std::vector<bool>;  // of x, weight, bias and residual
@@ -95,39 +109,176 @@ bool is_alone(const at::Tensor& t) {
 
 std::atomic<int64_t> in_place{0};  // gradients that took the place of another
 
-variable_list gradients(at::Tensor&& dy, const Saved& s, const Settings& settings, const Wanted& wanted) {
-  variable_list results(4);
-  const bool passes_through = settings.activation == 0;  // then the residual's gradient is dy itself
-  const bool want_residual = wanted[3] && !passes_through;
-  if (wanted[3] && passes_through) results[3] = dy;
-  if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(s.x) || !is_plain(s.weight) ||
-      !is_plain(s.bias) || !is_plain(s.residual)) {
-    static const auto differentiable = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::gradients", "");
-    torch::jit::Stack stack{dy,
-                            s.x,
-                            maybe(s.weight),
-                            maybe(s.bias),
-                            maybe(s.residual),
-                            maybe(s.signs),
-                            s.mean,
-                            s.var,
-                            settings.pool_size,
-                            settings.eps,
-                            settings.activation,
-                            settings.slope,
-                            settings.population,
-                            c10::List<bool>({wanted[0], wanted[1], wanted[2], want_residual})};
-    differentiable.callBoxed(stack);
-    for (size_t i = 0; i < 3; ++i)
-      if (wanted[i]) results[i] = stack[i].toTensor();
-    if (want_residual) results[3] = stack[3].toTensor();
-    return results;
+// A vector (C) of any floating-point dtype in float64; of nothing, nothing.
+std::vector<double> doubles_of(const at::Tensor& t) {
+  if (!t.defined()) return {};
+  const at::Tensor dense = t.contiguous();
+  const auto read = [&](const auto* values) { return std::vector<double>(values, values + dense.numel()); };
+  switch (dense.scalar_type()) {
+    case at::kFloat: return read(dense.const_data_ptr<float>());
+    case at::kDouble: return read(dense.const_data_ptr<double>());
+    case at::kBFloat16: return read(dense.const_data_ptr<c10::BFloat16>());
+    default: return read(dense.const_data_ptr<c10::Half>());
   }
-  const bool over_dy = is_alone(dy);
+}
+
+at::Tensor vector_of(const std::vector<double>& values, at::ScalarType dtype) {
+  at::Tensor t = fresh({int64_t(values.size())}, dtype);
+  const auto write = [&](auto* to) {
+    std::transform(values.begin(), values.end(), to,
+                   [](double value) { return static_cast<std::remove_pointer_t<decltype(to)>>(value); });
+  };
+  switch (dtype) {
+    case at::kFloat: write(t.mutable_data_ptr<float>()); break;
+    case at::kDouble: write(t.mutable_data_ptr<double>()); break;
+    case at::kBFloat16: write(t.mutable_data_ptr<c10::BFloat16>()); break;
+    default: write(t.mutable_data_ptr<c10::Half>());
+  }
+  return t;
+}
+
+// What renormalization makes of gamma and beta: gamma r and gamma d + beta, with which plain batch normalization is
+// renormalization. In float32 at least, since 16 bits have too few digits for a product.
+Affine renormalized(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& factors, at::ScalarType of_x) {
+  const int64_t channels = factors.size(1);
+  const double *const r = factors.const_data_ptr<double>(), *const d = r + channels;
+  const std::vector<double> gamma = doubles_of(weight), beta = doubles_of(bias);
+  std::vector<double> scale(r, r + channels), shift(d, d + channels);
+  for (size_t c = 0; c < gamma.size(); ++c) {
+    scale[c] = gamma[c] * r[c];
+    shift[c] = gamma[c] * d[c];
+  }
+  for (size_t c = 0; c < beta.size(); ++c) shift[c] += beta[c];
+  auto dtype = weight.defined() ? weight.scalar_type() : of_x;
+  if (at::isReducedFloatingType(dtype)) dtype = at::kFloat;
+  return {vector_of(scale, dtype), vector_of(shift, dtype)};
+}
+
+// The gradient of gamma from those of gamma r and gamma d + beta.
+at::Tensor through_factors(const at::Tensor& of_scale, const at::Tensor& of_shift, const at::Tensor& factors,
+                           at::ScalarType dtype) {
+  const double *const r = factors.const_data_ptr<double>(), *const d = r + factors.size(1);
+  std::vector<double> sum = doubles_of(of_scale);
+  const std::vector<double> shift = doubles_of(of_shift);
+  for (size_t c = 0; c < sum.size(); ++c) sum[c] = sum[c] * r[c] + shift[c] * d[c];
+  return vector_of(sum, dtype);
+}
+
+// By differentiable operations, in Python.
+variable_list differentiable_gradients(const at::Tensor& dy, const Saved& s, const Settings& settings,
+                                       const Wanted& wanted) {
+  static const auto differentiable = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::gradients", "");
+  torch::jit::Stack stack{dy,
+                          s.x,
+                          maybe(s.weight),
+                          maybe(s.bias),
+                          maybe(s.residual),
+                          maybe(s.signs),
+                          s.mean,
+                          s.var,
+                          settings.pool_size,
+                          settings.eps,
+                          settings.activation,
+                          settings.slope,
+                          settings.population,
+                          c10::List<bool>({wanted[0], wanted[1], wanted[2], wanted[3]}),
+                          maybe(s.mask),
+                          settings.groups,
+                          maybe(s.factors)};
+  differentiable.callBoxed(stack);
+  variable_list results(4);
+  for (size_t i = 0; i < 4; ++i)
+    if (wanted[i]) results[i] = stack[i].toTensor();
+  return results;
+}
+
+// Sums over the channels of each group; the bits are those of torch's sum.
+at::Tensor over_groups(const at::Tensor& values, int64_t groups) {
+  const at::AutoDispatchBelowADInplaceOrView no_graph;
+  return values.view({-1, groups, values.size(-1) / groups}).sum(2);
+}
+
+// Where channels share statistics their sums are merged between the two passes.
+variable_list gradients_of_groups(const at::Tensor& dy, const Saved& s, const Settings& settings,
+                                  const Wanted& wanted) {
+  variable_list results(4);
+  const auto [sum, centered] = operators->backward_reduce({.dy = lend(dy),
+                                                           .x = lend(s.x),
+                                                           .weight = lend_if(s.weight),
+                                                           .bias = lend_if(s.bias),
+                                                           .residual = lend_if(s.residual),
+                                                           .signs = lend_if(s.signs),
+                                                           .mean = lend(s.mean),
+                                                           .var = lend(s.var),
+                                                           .pool_size = 0,
+                                                           .eps = settings.eps,
+                                                           .activation = settings.activation,
+                                                           .slope = settings.slope,
+                                                           .mask = std::nullopt});
+  const at::Tensor sum_dz = take(sum), sum_dz_centered = take(centered);
+  const int64_t channels = s.mean.numel();
+  const double count = double(s.x.numel() / settings.groups);
+  const std::vector<double> gamma = doubles_of(s.weight);
+  const double *const dz = sum_dz.const_data_ptr<double>(), *const dz_centered =
+                                                                sum_dz_centered.const_data_ptr<double>();
+  const double* const var = s.var.const_data_ptr<double>();
+  at::Tensor scaled = fresh({2, channels});
+  const at::Tensor k1 = fresh({1, channels}), k2 = fresh({1, channels}), k3 = fresh({1, channels});
+  std::vector<double> d_gamma(size_t(channels), 0.0), inv_std(size_t(channels), 0.0);
+  double* const to = scaled.mutable_data_ptr<double>();
+  for (int64_t c = 0; c < channels; ++c) {
+    const size_t i = size_t(c);
+    const double factor = gamma.empty() ? 1.0 : gamma[i];
+    inv_std[i] = 1 / std::sqrt(var[c] + settings.eps);
+    d_gamma[i] = dz_centered[c] * inv_std[i];
+    to[c] = factor * dz[c];
+    to[channels + c] = factor * dz_centered[c];
+    k1.mutable_data_ptr<double>()[c] = factor * inv_std[i];
+  }
+  const at::Tensor merged = over_groups(scaled, settings.groups);
+  const double *const all = merged.const_data_ptr<double>(), *const all_centered = all + settings.groups;
+  for (int64_t c = 0, size = channels / settings.groups; c < channels; ++c) {
+    const double inverse = inv_std[size_t(c)];
+    k2.mutable_data_ptr<double>()[c] = -(inverse * inverse * inverse) * all_centered[c / size] / count;
+    k3.mutable_data_ptr<double>()[c] = -inverse * all[c / size] / count;
+  }
+  if (wanted[0] || wanted[3]) {
+    const auto [dx, d_residual] = operators->backward_apply({.dy = lend(dy),
+                                                             .x = lend(s.x),
+                                                             .weight = lend_if(s.weight),
+                                                             .bias = lend_if(s.bias),
+                                                             .residual = lend_if(s.residual),
+                                                             .signs = lend_if(s.signs),
+                                                             .mean = lend(s.mean),
+                                                             .var = lend(s.var),
+                                                             .k1 = lend(k1),
+                                                             .k2 = lend(k2),
+                                                             .k3 = lend(k3),
+                                                             .pool_size = 0,
+                                                             .eps = settings.eps,
+                                                             .activation = settings.activation,
+                                                             .slope = settings.slope,
+                                                             .want_residual = wanted[3],
+                                                             .mask = std::nullopt});
+    if (wanted[0]) results[0] = take(dx);
+    if (wanted[3]) results[3] = take(d_residual);
+  }
+  if (wanted[1]) results[1] = vector_of(d_gamma, s.weight.scalar_type());
+  if (wanted[2]) results[2] = vector_of(doubles_of(sum_dz), s.bias.scalar_type());
+  return results;
+}
+
+// By the kernels.
+variable_list kernel_gradients(const at::Tensor& dy, const Saved& s, const Settings& settings, const Wanted& wanted,
+                               bool over_dy) {
+  variable_list results(4);
+  Affine affine{s.weight, s.bias};
+  if (s.factors.defined())
+    affine = s.made.weight.defined() ? s.made : renormalized(s.weight, s.bias, s.factors, s.x.scalar_type());
   const auto [dx, d_residual, d_weight, d_bias] = operators->backward({.dy = lend(dy),
                                                                        .x = lend(s.x),
-                                                                       .weight = lend_if(s.weight),
-                                                                       .bias = lend_if(s.bias),
+                                                                       .weight = lend_if(affine.weight),
+                                                                       .bias = lend_if(affine.bias),
                                                                        .residual = lend_if(s.residual),
                                                                        .signs = lend_if(s.signs),
                                                                        .mean = lend(s.mean),
@@ -138,14 +289,35 @@ variable_list gradients(at::Tensor&& dy, const Saved& s, const Settings& setting
                                                                        .slope = settings.slope,
                                                                        .population = settings.population,
                                                                        .want_x = wanted[0],
-                                                                       .want_residual = want_residual,
-                                                                       .mask = std::nullopt},
+                                                                       .want_residual = wanted[3],
+                                                                       .mask = lend_if(s.mask)},
                                                                       over_dy);
   if (wanted[0]) results[0] = take(dx);
   if (wanted[1]) results[1] = take(d_weight);
   if (wanted[2]) results[2] = take(d_bias);
-  if (want_residual) results[3] = take(d_residual);
-  if (results[0].is_same(dy) || (want_residual && results[3].is_same(dy))) ++in_place;
+  if (wanted[3]) results[3] = take(d_residual);
+  if (!s.factors.defined()) return results;
+  if (wanted[1]) results[1] = through_factors(take(d_weight), take(d_bias), s.factors, s.weight.scalar_type());
+  if (wanted[2]) results[2] = results[2].to(s.bias.scalar_type());
+  return results;
+}
+
+variable_list gradients(at::Tensor&& dy, const Saved& s, const Settings& settings, Wanted wanted) {
+  // Then the residual's gradient is dy itself.
+  const bool passes_through = wanted[3] && settings.activation == 0 && !s.mask.defined();
+  if (passes_through) wanted[3] = false;
+  variable_list results;
+  if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy) || !is_plain(s.x) || !is_plain(s.weight) ||
+      !is_plain(s.bias) || !is_plain(s.residual)) {
+    results = differentiable_gradients(dy, s, settings, wanted);
+    if (passes_through) results[3] = dy;
+    return results;
+  }
+  const at::Tensor held = passes_through ? dy : at::Tensor();
+  results = settings.groups ? gradients_of_groups(dy, s, settings, wanted)
+                            : kernel_gradients(dy, s, settings, wanted, is_alone(dy));
+  if (passes_through) results[3] = held;
+  if (results[0].is_same(dy) || (results[3].is_same(dy) && !passes_through)) ++in_place;
   return results;
 }
 
@@ -208,7 +380,7 @@ void Scratch::release() { scratch.storage_ = c10::Storage(); }
 struct Source {
   Operand x, weight, bias, residual;
   std::shared_ptr<const Source> of_residual;
-  at::Tensor mean, var;
+  at::Tensor mask, mean, var;
   Settings settings{};
   int64_t depth = 0;  // normalizations that are needed before this one
 
@@ -232,7 +404,7 @@ struct Source {
                                .activation = settings.activation,
                                .slope = settings.slope,
                                .save_signs = false,
-                               .mask = std::nullopt},
+                               .mask = lend_if(mask)},
                               lend(y));
     return y;
   }
@@ -264,15 +436,16 @@ variable_list call_packed(const Node& node, const variable_list& dy, torch::dyna
 }
 
 struct BatchNormBackward : OfBatchNorm {
-  SavedVariable x, weight, bias, residual;
-  at::Tensor mean, var, signs;
+  SavedVariable x, weight, bias, residual, mask;
+  at::Tensor mean, var, signs, factors;
+  Affine made;                                             // of gamma and beta by the factors
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of x, in whose order the signs lie
 
   std::string name() const override { return "BatchNormBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* each : {&x, &weight, &bias, &residual}) each->reset_data();
+    for (SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) each->reset_data();
     source.reset();
   }
 
@@ -282,7 +455,8 @@ struct BatchNormBackward : OfBatchNorm {
   }
 
   Saved saved() const {
-    Saved s{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mean, var, signs};
+    Saved s{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mask.unpack(), mean, var, signs, factors};
+    s.made = made;
     // Hooks on saved tensors may have changed its order.
     if (signs.defined() && s.x.suggest_memory_format() != format) s.x = s.x.contiguous(format);
     return s;
@@ -296,27 +470,29 @@ struct BatchNormBackward : OfBatchNorm {
 
   // For compiled autograd, which calls `packed_gradients` with saved tensors of its own, outside the compiled graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (const SavedVariable* each : {&x, &weight, &bias, &residual}) args.collect(*each, false);
-    for (const at::Tensor* each : {&mean, &var, &signs}) args.collect(*each);
+    for (const SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) args.collect(*each, false);
+    for (const at::Tensor* each : {&mean, &var, &signs, &factors}) args.collect(*each);
     for (double each : {settings.eps, settings.slope}) args.collect(each);
-    for (int64_t each : {settings.activation, settings.pool_size}) args.collect(each);
+    for (int64_t each : {settings.activation, settings.pool_size, settings.groups}) args.collect(each);
     args.collect(settings.population);
   }
 
   variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    for (SavedVariable* each : {&x, &weight, &bias, &residual}) swap.before(*each);
-    for (at::Tensor* each : {&mean, &var, &signs}) swap.before(*each);
+    for (SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) swap.before(*each);
+    for (at::Tensor* each : {&mean, &var, &signs, &factors}) swap.before(*each);
     PackedArgs packed;
-    packed.pack(variable_list{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mean, var, signs});
+    packed.pack(variable_list{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mask.unpack(), mean, var,
+                              signs, factors});
     packed.pack(settings.eps);
     packed.pack(settings.slope);
     packed.pack(settings.activation);
     packed.pack(settings.pool_size);
+    packed.pack(settings.groups);
     packed.pack(settings.population);
     packed.pack(wanted());
     auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
-    for (SavedVariable* each : {&x, &weight, &bias, &residual}) swap.after(*each);
-    for (at::Tensor* each : {&mean, &var, &signs}) swap.after(*each);
+    for (SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) swap.after(*each);
+    for (at::Tensor* each : {&mean, &var, &signs, &factors}) swap.after(*each);
     return results;
   }
 
@@ -328,9 +504,11 @@ struct BatchNormBackward : OfBatchNorm {
     settings.slope = packed.unpack<double>();
     settings.activation = packed.unpack<int64_t>();
     settings.pool_size = packed.unpack<int64_t>();
+    settings.groups = packed.unpack<int64_t>();
     settings.population = packed.unpack<bool>();
     if (!dy[0].defined()) return variable_list(4);
-    return gradients(at::Tensor(dy[0]), {t[0], t[1], t[2], t[3], t[4], t[5], t[6]}, settings, packed.unpack<Wanted>());
+    return gradients(at::Tensor(dy[0]), {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]}, settings,
+                     packed.unpack<Wanted>());
   }
 };
 
@@ -401,15 +579,27 @@ auto make_node() {
 }
 
 // ---------------------------------------------------------------------------------------------- forward
+// Of renormalization: the buffers of r and d, and their limits; without limits the buffers are read.
+struct Renormalization {
+  at::Tensor r, d;
+  double r_max = 0, d_max = 0;
+  bool has_limits = false;
+};
+
 struct Arguments {
   at::Tensor x, residual, weight, bias, running_mean, running_var, batches, carry;
-  at::Tensor skipped;  // counts the batches that are refused because they are not finite; undefined: none are
+  at::Tensor skipped;        // counts the batches that are refused because they are not finite; undefined: none are
+  at::Tensor mask, lengths;  // which positions are valid, (N, *space) or what expands to it; or how many are, (N)
+  int64_t frames = 0;        // of each sample, if x is frames of sequences; negative if time comes first
+  Renormalization renorm;
   std::optional<double> momentum;
   Settings settings{};
   bool use_batch = false, update = false, unbiased = true;
   enum { kAsContext, kKept, kMadeAgain } output = kAsContext;
 
   int64_t values() const { return x.numel() / x.size(1); }
+  // Of a pool, where all are valid.
+  int64_t count() const { return settings.groups ? x.numel() / settings.groups : values(); }
 
   // Whether all is as the kernels take it; what is not gets its error, or its detour, in Python.
   bool fit() const {
@@ -423,6 +613,7 @@ struct Arguments {
     if (running_mean.defined() != running_var.defined() || !std::isfinite(settings.eps)) return false;
     if (update && carry.defined() && !fits_carry()) return false;
     if (update && skipped.defined() && !can_refuse()) return false;
+    if (!fits_together()) return false;
     if (!use_batch) return !update && settings.eps >= 0 && running_mean.defined();
     const bool has_share = momentum ? std::isfinite(*momentum) : batches.defined();
     return settings.eps > 0 && values() > 1 && (!update || has_share);
@@ -432,6 +623,87 @@ struct Arguments {
   bool fits_carry() const {
     const auto beside = running_mean.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     return carry.scalar_type() == beside && carry.dim() == 2 && carry.size(0) == 2 && carry.numel() == 2 * x.size(1);
+  }
+
+  // Of what parts the values of a channel, or adds to its statistics, one at a time.
+  bool fits_together() const {
+    const bool is_masked = mask.defined() || lengths.defined(), is_renormalized = renorm.r.defined();
+    if (int(settings.pool_size != 0) + int(settings.groups != 0) + int(is_masked) + int(is_renormalized) > 1)
+      return false;
+    if (mask.defined() && (lengths.defined() || mask.scalar_type() != at::kBool)) return false;
+    if (settings.groups && (settings.groups < 0 || x.size(1) % settings.groups)) return false;
+    if (!is_renormalized) return true;
+    for (const at::Tensor* each : {&renorm.r, &renorm.d})
+      if (!each->defined() || each->dim() != 1 || each->numel() != x.size(1) || !each->is_contiguous() ||
+          each->requires_grad() || (each->scalar_type() != at::kFloat && each->scalar_type() != at::kDouble))
+        return false;
+    return running_mean.defined();
+  }
+
+  // Whether a channel is one pool, with nothing beside it.
+  bool is_alone() const {
+    return !residual.defined() && !settings.pool_size && !settings.groups && !mask.defined() && !lengths.defined() &&
+           !renorm.r.defined();
+  }
+
+  // Makes the mask dense, or makes it of the lengths; false where it does not fit.
+  bool make_mask() {
+    if (!mask.defined() && !lengths.defined()) return true;
+    std::vector<int64_t> sizes = x.sizes().vec();
+    sizes.erase(sizes.begin() + 1);
+    if (lengths.defined()) return frames ? make_mask_of_frames() : make_mask_of_lengths(sizes);
+    if (mask.dim() == x.dim() && mask.size(1) == 1) mask = mask.squeeze(1);
+    if (mask.dim() > int64_t(sizes.size())) return false;
+    const size_t lead = sizes.size() - size_t(mask.dim());
+    for (int64_t i = 0; i < mask.dim(); ++i)
+      if (mask.size(i) != 1 && mask.size(i) != sizes[lead + size_t(i)]) return false;
+    mask = mask.expand(sizes).contiguous();
+    return true;
+  }
+
+  // Makes the lengths int64; false unless there is one for each sample, from 0 to the most.
+  bool read_lengths(int64_t samples, int64_t most) {
+    if (lengths.dim() != 1 || lengths.numel() != samples) return false;
+    if (!at::isIntegralType(lengths.scalar_type(), /*includeBool=*/false)) return false;
+    lengths = lengths.to(at::kLong).contiguous();
+    const auto* const count = lengths.const_data_ptr<int64_t>();
+    return std::all_of(count, count + samples, [&](int64_t each) { return 0 <= each && each <= most; });
+  }
+
+  // lengths[n] values of the last axis are valid.
+  bool make_mask_of_lengths(const std::vector<int64_t>& sizes) {
+    if (sizes.size() < 2 || !read_lengths(sizes[0], sizes.back())) return false;
+    const auto* const count = lengths.const_data_ptr<int64_t>();
+    const int64_t length = sizes.back(), rows = c10::multiply_integers(sizes.begin() + 1, sizes.end() - 1);
+    mask = fresh(sizes, at::kBool);
+    bool* to = mask.mutable_data_ptr<bool>();
+    for (int64_t n = 0; n < sizes[0]; ++n)
+      for (int64_t row = 0; row < rows; ++row, to += length) {
+        std::fill_n(to, count[n], true);
+        std::fill_n(to + count[n], length - count[n], false);
+      }
+    return true;
+  }
+
+  // lengths[n] frames of each sample are valid, of (samples * time, C) or, where the number of frames is negative,
+  // (time * samples, C).
+  bool make_mask_of_frames() {
+    const int64_t length = std::abs(frames), samples = x.size(0) / length;
+    if (x.dim() != 2 || x.size(0) % length || !read_lengths(samples, length)) return false;
+    const auto* const count = lengths.const_data_ptr<int64_t>();
+    mask = fresh({x.size(0)}, at::kBool);
+    bool* const to = mask.mutable_data_ptr<bool>();
+    const int64_t of_sample = frames > 0 ? length : 1, of_time = frames > 0 ? 1 : samples;
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t t = 0; t < length; ++t) to[n * of_sample + t * of_time] = t < count[n];
+    return true;
+  }
+
+  // Values of a pool that are valid.
+  int64_t valid() const {
+    if (!mask.defined()) return count();
+    const auto* const on = mask.const_data_ptr<bool>();
+    return std::count(on, on + mask.numel(), true);
   }
 
   bool makes_again() const { return output == kMadeAgain || (recomputing && output != kKept); }
@@ -454,10 +726,11 @@ struct Arguments {
 std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& mean, const at::Tensor& var,
                                         bool& too_deep) {
   constexpr int64_t deepest = 1;
+  if (a.settings.groups || a.renorm.r.defined()) return nullptr;
   auto source = std::make_shared<Source>();
   if (a.residual.defined()) {
     const OfBatchNorm* const before = a.residual.is_view() ? nullptr : node_of(a.residual);
-    if (!before || !(before->source || before->keeps_output)) return nullptr;
+    if (!before || a.mask.defined() || !(before->source || before->keeps_output)) return nullptr;
     source->of_residual = before->source;
     source->depth = before->source ? before->source->depth + 1 : 0;
     too_deep = source->depth > deepest;
@@ -469,6 +742,7 @@ std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& me
   source->bias = Operand(a.bias);
   source->mean = mean;
   source->var = var;
+  source->mask = a.mask;
   source->settings = a.settings;
   return source;
 }
@@ -481,10 +755,11 @@ bool are_finite(const at::Tensor& statistics, double factor, at::ScalarType kept
   });
 }
 
-// The running statistics take the batch's in.
-void update(const Arguments& a, const at::Tensor& mean, const at::Tensor& var) {
+// The running statistics take in the batch's, of `number` values; of one value they would have no variance.
+void update(const Arguments& a, const at::Tensor& mean, const at::Tensor& var, int64_t number) {
+  if (number <= 1) return;
   if (a.skipped.defined()) {
-    const double count = double(a.values());
+    const double count = double(number);
     const auto kept = a.running_mean.scalar_type();
     if (!are_finite(mean, 1, kept) || !are_finite(var, a.unbiased ? count / (count - 1) : 1, kept))
       return void(++*a.skipped.data_ptr<int64_t>());
@@ -495,57 +770,149 @@ void update(const Arguments& a, const at::Tensor& mean, const at::Tensor& var) {
                                 .num_batches_tracked = lend_if(a.batches),
                                 .mean = lend(mean),
                                 .var = lend(var),
-                                .count = a.values(),
-                                .pool_count = pool ? pool : a.values(),
+                                .count = number,
+                                .pool_count = pool ? pool : number,
                                 .momentum = a.momentum,
                                 .unbiased = a.unbiased,
                                 .carry = lend_if(a.carry)});
 }
 
-at::Tensor forward(const Arguments& a) {
-  RECORD_FUNCTION("batchnorm::batch_norm", c10::ArrayRef<const c10::IValue>());
+// An output, and what its backward needs.
+struct Made {
+  at::Tensor y, mean, var, signs, factors;
+  Affine affine{};  // if it is made of gamma and beta by the factors
+};
+
+Made normalized(const Arguments& a, const Affine& affine, at::Tensor mean, at::Tensor var, bool saves_signs) {
   const Settings& settings = a.settings;
-  const bool needs_graph = torch::autograd::compute_requires_grad(a.x, a.weight, a.bias, a.residual);
-  const bool saves_signs = needs_graph && a.residual.defined() && is_piecewise_linear(settings.activation);
-  at::Tensor y, mean, var, signs;
-  {
-    at::NoGradGuard no_grad;
-    if (a.use_batch) {
-      const auto result = operators->forward({.x = lend(a.x),
-                                              .weight = lend_if(a.weight),
-                                              .bias = lend_if(a.bias),
-                                              .residual = lend_if(a.residual),
-                                              .pool_size = settings.pool_size,
-                                              .eps = settings.eps,
-                                              .activation = settings.activation,
-                                              .slope = settings.slope,
-                                              .save_signs = saves_signs,
-                                              .mask = std::nullopt});
-      y = take(std::get<0>(result));
-      mean = take(std::get<1>(result));
-      var = take(std::get<2>(result));
-      if (saves_signs) signs = take(std::get<3>(result));
-    } else {
-      const auto result = operators->normalize({.x = lend(a.x),
-                                                .mean = lend(a.running_mean),
-                                                .var = lend(a.running_var),
-                                                .weight = lend_if(a.weight),
-                                                .bias = lend_if(a.bias),
+  const auto [y, signs] = operators->normalize({.x = lend(a.x),
+                                                .mean = lend(mean),
+                                                .var = lend(var),
+                                                .weight = lend_if(affine.weight),
+                                                .bias = lend_if(affine.bias),
                                                 .residual = lend_if(a.residual),
                                                 .pool_size = 0,
                                                 .eps = settings.eps,
                                                 .activation = settings.activation,
                                                 .slope = settings.slope,
                                                 .save_signs = saves_signs,
-                                                .mask = std::nullopt});
-      y = take(std::get<0>(result));
-      if (saves_signs) signs = take(std::get<1>(result));
-      if (needs_graph) {  // running statistics may move on before the backward
-        mean = a.running_mean.clone();
-        var = a.running_var.clone();
-      }
+                                                .mask = lend_if(a.mask)});
+  return {take(y), std::move(mean), std::move(var), saves_signs ? take(signs) : at::Tensor(), {}};
+}
+
+Made by_batch(const Arguments& a, bool saves_signs) {
+  const Settings& settings = a.settings;
+  const auto [y, mean, var, signs] = operators->forward({.x = lend(a.x),
+                                                         .weight = lend_if(a.weight),
+                                                         .bias = lend_if(a.bias),
+                                                         .residual = lend_if(a.residual),
+                                                         .pool_size = settings.pool_size,
+                                                         .eps = settings.eps,
+                                                         .activation = settings.activation,
+                                                         .slope = settings.slope,
+                                                         .save_signs = saves_signs,
+                                                         .mask = lend_if(a.mask)});
+  return {take(y), take(mean), take(var), saves_signs ? take(signs) : at::Tensor(), {}};
+}
+
+// Mean and variance of all values that each group of channels has, for each of its channels; over the mean and the sum
+// of squares of each channel (1, C).
+void merge_groups(const at::Tensor& mean, const at::Tensor& m2, int64_t groups, int64_t values) {
+  const int64_t channels = mean.numel(), size = channels / groups;
+  const double count = double(values), total = count * double(size), share = count / total;
+  double *const means = mean.mutable_data_ptr<double>(), *const sums = m2.mutable_data_ptr<double>();
+  at::Tensor parts = fresh({1, channels});
+  double* const part = parts.mutable_data_ptr<double>();
+  for (int64_t c = 0; c < channels; ++c) part[c] = share * means[c];
+  const at::Tensor merged = over_groups(parts, groups);
+  const double* const of_group = merged.const_data_ptr<double>();
+  for (int64_t c = 0; c < channels; ++c) {
+    const double delta = means[c] - of_group[c / size];
+    part[c] = sums[c] + count * (delta * delta);
+  }
+  const at::Tensor squares = over_groups(parts, groups);
+  const double* const square = squares.const_data_ptr<double>();
+  for (int64_t c = 0; c < channels; ++c) {
+    means[c] = of_group[c / size];
+    sums[c] = square[c / size] / total;
+  }
+}
+
+// Puts values into a buffer, and takes them as it has rounded them; or takes those that it holds.
+void keep(const at::Tensor& buffer, double* values, bool are_new) {
+  const auto in = [&](auto* kept) {
+    for (int64_t c = 0; c < buffer.numel(); ++c) {
+      if (are_new) kept[c] = std::remove_pointer_t<decltype(kept)>(values[c]);
+      values[c] = kept[c];
+    }
+  };
+  buffer.scalar_type() == at::kFloat ? in(buffer.mutable_data_ptr<float>()) : in(buffer.mutable_data_ptr<double>());
+  if (are_new) buffer.unsafeGetTensorImpl()->bump_version();
+}
+
+// r and d of this batch (Ioffe 2017), which the buffers hold from then on; or those that they hold.
+at::Tensor corrections(const Arguments& a, const at::Tensor& mean, const at::Tensor& var) {
+  const Renormalization& renorm = a.renorm;
+  const int64_t channels = mean.numel();
+  const at::Tensor factors = fresh({2, channels});
+  double *const r = factors.mutable_data_ptr<double>(), *const d = r + channels;
+  if (renorm.has_limits) {
+    const std::vector<double> running_mean = doubles_of(a.running_mean), running_var = doubles_of(a.running_var);
+    const double *const means = mean.const_data_ptr<double>(), *const vars = var.const_data_ptr<double>();
+    const auto clamp = [](double value, double low, double high) {
+      return value != value ? value : std::min(std::max(value, low), high);
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+      const double scale = 1 / std::sqrt(running_var[size_t(c)] + a.settings.eps);
+      r[c] = clamp(scale / (1 / std::sqrt(vars[c] + a.settings.eps)), 1 / renorm.r_max, renorm.r_max);
+      d[c] = clamp((means[c] - running_mean[size_t(c)]) * scale, -renorm.d_max, renorm.d_max);
     }
   }
+  keep(renorm.r, r, renorm.has_limits);
+  keep(renorm.d, d, renorm.has_limits);
+  return factors;
+}
+
+Made by_moments(const Arguments& a, bool saves_signs) {
+  const auto [first, second] = operators->moments({.x = lend(a.x), .pool_size = 0, .mask = std::nullopt});
+  const at::Tensor mean = take(first), var = take(second);
+  if (a.settings.groups) {
+    merge_groups(mean, var, a.settings.groups, a.values());
+    return normalized(a, {a.weight, a.bias}, mean, var, saves_signs);
+  }
+  double* const vars = var.mutable_data_ptr<double>();
+  for (int64_t c = 0; c < var.numel(); ++c) vars[c] /= double(a.values());
+  const at::Tensor factors = corrections(a, mean, var);
+  const Affine affine = renormalized(a.weight, a.bias, factors, a.x.scalar_type());
+  Made made = normalized(a, affine, mean, var, saves_signs);
+  made.factors = factors;
+  made.affine = affine;
+  return made;
+}
+
+Made by_population(const Arguments& a, bool saves_signs, bool needs_graph) {
+  Made made = normalized(a, {a.weight, a.bias}, a.running_mean, a.running_var, saves_signs);
+  if (needs_graph) {  // running statistics may move on before the backward
+    made.mean = a.running_mean.clone();
+    made.var = a.running_var.clone();
+  }
+  return made;
+}
+
+at::Tensor forward(const Arguments& a) {
+  RECORD_FUNCTION("batchnorm::batch_norm", c10::ArrayRef<const c10::IValue>());
+  const Settings& settings = a.settings;
+  const bool needs_graph = torch::autograd::compute_requires_grad(a.x, a.weight, a.bias, a.residual);
+  const bool saves_signs =
+      needs_graph && a.residual.defined() && is_piecewise_linear(settings.activation) && !a.mask.defined();
+  Made made;
+  {
+    at::NoGradGuard no_grad;
+    made = !a.use_batch                              ? by_population(a, saves_signs, needs_graph)
+           : settings.groups || a.renorm.r.defined() ? by_moments(a, saves_signs)
+                                                     : by_batch(a, saves_signs);
+  }
+  const at::Tensor& y = made.y;
   if (needs_graph) {
     auto node = make_node<BatchNormBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(a.x, a.weight, a.bias, a.residual));
@@ -556,16 +923,19 @@ at::Tensor forward(const Arguments& a) {
     node->bias = SavedVariable(a.bias, false);
     // One bit an element is enough for it where the activation is piecewise linear.
     if (!saves_signs && settings.activation != 0) node->residual = SavedVariable(a.residual, false);
-    node->mean = mean;
-    node->var = var;
-    node->signs = signs;
+    if (a.mask.defined()) node->mask = SavedVariable(a.mask, false);
+    node->mean = made.mean;
+    node->var = made.var;
+    node->signs = made.signs;
+    node->factors = made.factors;
+    node->made = made.affine;
     if (saves_signs) node->format = a.x.suggest_memory_format();
-    if (a.makes_again()) node->source = source_of(a, mean, var, node->keeps_output);
+    if (a.makes_again()) node->source = source_of(a, made.mean, made.var, node->keeps_output);
     node->forgets = a.output == Arguments::kMadeAgain;
     remakes = remakes || node->forgets;
     torch::autograd::set_history(y, node);
   }
-  if (a.update) update(a, mean, var);
+  if (a.update) update(a, made.mean, made.var, a.valid());
   return y;
 }
 
@@ -770,7 +1140,7 @@ struct BatchNormPartsBackward : OfBatchNorm {
     variable_list results(count + 2);
     const bool want_x =
         std::find(wanted.begin(), wanted.begin() + int64_t(count), true) - wanted.begin() < int64_t(count);
-    const Saved all{at::cat(tensors, 1), gamma, beta, {}, mean, var, {}};
+    const Saved all{at::cat(tensors, 1), gamma, beta, {}, {}, mean, var, {}, {}};
     auto found = gradients(at::Tensor(dy), all, settings, {want_x, wanted[count], wanted[count + 1], false});
     int64_t channel = 0;
     for (size_t i = 0; i < count; channel += tensors[i++].size(1))
@@ -842,7 +1212,7 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
     }
     torch::autograd::set_history(y, node);
   }
-  if (a.update) update(a, mean, var);
+  if (a.update) update(a, mean, var, a.values());
   return y;
 }
 
@@ -898,8 +1268,22 @@ enum Given {
   kKeep,
   kUnbiased,
   kSkipped,
+  kBeside,
   kCount
 };
+
+// What few layers have: mask, lengths, frames, groups, r, d, r_max, d_max; without limits r_max is None.
+bool read_beside(PyObject* given, Arguments& a) {
+  enum { kMask, kLengths, kFrames, kGroups, kR, kD, kLargestR, kLargestD, kBesideCount };
+  if (given == Py_None) return true;
+  if (PyTuple_Size(given) != kBesideCount) return false;
+  const auto each = [&](Py_ssize_t i) { return PyTuple_GetItem(given, i); };
+  if (!read(each(kMask), a.mask) || !read(each(kLengths), a.lengths) || !read(each(kFrames), a.frames) ||
+      !read(each(kGroups), a.settings.groups) || !read(each(kR), a.renorm.r) || !read(each(kD), a.renorm.d))
+    return false;
+  a.renorm.has_limits = each(kLargestR) != Py_None;
+  return !a.renorm.has_limits || (read(each(kLargestR), a.renorm.r_max) && read(each(kLargestD), a.renorm.d_max));
+}
 
 PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   Arguments a;
@@ -923,11 +1307,11 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   a.update = given[kUpdate] == Py_True;
   if (given[kKeep] != Py_None) a.output = given[kKeep] == Py_True ? Arguments::kKept : Arguments::kMadeAgain;
   a.unbiased = given[kUnbiased] == Py_True;
-  if (!read(given[kSkipped], a.skipped)) Py_RETURN_NONE;
+  if (!read(given[kSkipped], a.skipped) || !read_beside(given[kBeside], a)) Py_RETURN_NONE;
   a.settings.population = !a.use_batch;
   if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
   if (!parts.empty()) a.x = as_together(parts);
-  if (!a.fit() || (!parts.empty() && (a.residual.defined() || a.settings.pool_size))) Py_RETURN_NONE;
+  if (!a.fit() || (!parts.empty() && !a.is_alone()) || !a.make_mask()) Py_RETURN_NONE;
   at::Tensor y;
   {
     python::OthersMayRun released;

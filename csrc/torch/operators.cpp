@@ -505,7 +505,7 @@ Tensor backward_part(const batchnorm::BackwardPart& a) {
 }
 
 void normalize_into(const batchnorm::NormalizeArguments& a, const Tensor& y) {
-  Call call(a.x, a.pool_size);
+  Call call(a.x, a.pool_size, a.mask);
   const Affine affine(call, a, a.residual, std::nullopt);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   batchnorm::normalize(call.shape, call.input(), call.write(y), mean.data(), var.data(), affine.gamma(), affine.beta(),
@@ -631,8 +631,9 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
-  static const batchnorm::Operators operators{&forward,        &normalize,    &gradients,     &update_statistics,
-                                              &normalize_into, &forward_part, &backward_part, &advise};
+  static const batchnorm::Operators operators{
+      &forward,           &normalize,      &gradients,    &moments,       &backward_reduce, &backward_apply,
+      &update_statistics, &normalize_into, &forward_part, &backward_part, &advise};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

@@ -140,6 +140,9 @@ struct Operators {
   // dx, d_residual, d_weight, d_bias. If nobody else reads dy (`over_dy`), the residual's gradient, or else dx,
   // takes its place if dy lies in memory as it would.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&, bool over_dy);
+  std::tuple<Tensor, Tensor> (*moments)(const MomentsArguments&);                 // mean, m2
+  std::tuple<Tensor, Tensor> (*backward_reduce)(const BackwardReduceArguments&);  // sums of dz and of dz (x - mean)
+  std::tuple<Tensor, Tensor> (*backward_apply)(const BackwardApplyArguments&);    // dx, d_residual
   void (*update_statistics)(const UpdateStatisticsArguments&);
   // Into a tensor that lies as a result does; it may be the residual.
   void (*normalize_into)(const NormalizeArguments&, const Tensor& y);

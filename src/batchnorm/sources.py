@@ -153,7 +153,8 @@ class Renorm:
         if not known:
             r_max, d_max = r_max.to(mean.dtype), d_max.to(mean.dtype)
         scale = torch.rsqrt(running_var.to(mean.dtype) + eps)
-        r = ((var + eps).sqrt() * scale).clamp(1 / r_max, r_max)
+        # torch.sqrt does not always round float64 correctly, rsqrt does: so C++ has the same bits.
+        r = (scale / torch.rsqrt(var + eps)).clamp(1 / r_max, r_max)
         d = ((mean - running_mean.to(mean.dtype)) * scale).clamp(-d_max, d_max)
         return r, d
 
@@ -180,7 +181,7 @@ class Renormalized(NamedTuple):
         measured = measure(batch, pool)
         with torch.no_grad():
             r, d = self._corrections(measured, fusion.eps)
-        fusion = _scaled(fusion, r, d, batch.x.dtype)
+        fusion = fusion.renormalized(r, d, batch.x.dtype)
         if ops.can_use_measured(batch.x, pool, batch.mask, batch.weights):  # measured once is enough
             return ops.by_measured(batch.x, measured.mean, measured.var, fusion), measured
         return OfBatch().normalize(batch, pool, fusion)
@@ -195,22 +196,6 @@ class Renormalized(NamedTuple):
             self.r.copy_(r)
             self.d.copy_(d)
         return self.r.to(mean.dtype, copy=True), self.d.to(mean.dtype, copy=True)
-
-
-def _scaled(fusion: Fusion, r: Tensor, d: Tensor, dtype: torch.dtype) -> Fusion:
-    """gamma r and gamma d + beta in place of gamma and beta: with these, batch normalization is renormalization.
-
-    In float32 or wider: a bfloat16 gamma has too few digits to hold the product. Differentiable in gamma and beta.
-    """
-    weight, bias = fusion.weight, fusion.bias
-    dtype = dtype if weight is None else weight.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        dtype = torch.float32
-    gamma = None if weight is None else weight.to(r.dtype)
-    scale, shift = (r, d) if gamma is None else (gamma * r, gamma * d)
-    if bias is not None:
-        shift = shift + bias.to(shift.dtype)
-    return fusion._replace(weight=scale.to(dtype), bias=shift.to(dtype))
 
 
 class Weighed(NamedTuple):

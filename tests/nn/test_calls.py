@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.kernels import cpu
@@ -159,6 +160,133 @@ def test_other_estimates_of_the_population_are_made_at_once(given: dict[str, Any
             assert_same_bits(ours, expected)
             assert_same_bits([*layers[0].buffers()], [*layers[1].buffers()])
             assert_same_bits(layers[0].running_carry, layers[1].running_carry)
+
+
+VALID = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool)
+BESIDE: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+    ({"channel_groups": 2}, {}),
+    ({"channel_groups": 4, "running_var": "biased", "nonfinite": "skip"}, {}),
+    ({"renorm": bn.Renorm(1.1, 0.2, warmup=0)}, {}),
+    ({"renorm": bn.Renorm(warmup=4), "running": "debiased", "domains": 2}, {}),
+    ({}, {"mask": VALID}),
+    ({"nonfinite": "skip", "domains": 2, "running": "cumulative"}, {"mask": VALID[:, None]}),
+    ({}, {"lengths": torch.tensor([3, 0, 1, 2, 3, 1])}),
+    ({"pool": "sequence"}, {}),
+    ({"pool": "sequence"}, {"lengths": torch.tensor([3, 0, 1, 2, 3, 1])}),
+    ({"pool": "sequence", "batch_first": False}, {"lengths": torch.tensor([6, 0, 5])}),
+    ({"pool": "sequence", "renorm": bn.Renorm(warmup=0)}, {}),
+    ({"pool": "sequence", "channel_groups": 2, "domains": 2}, {}),
+]
+
+
+def of_option(option: dict[str, Any], call: dict[str, Tensor], seed: int, dtype: torch.dtype) -> Tensor:
+    sized = 3 if "lengths" in call or "pool" in option else 0
+    shape = (6, sized, 4) if "pool" in option else (6, 4, sized) if sized else (6, 4)
+    return normal(*shape, seed=seed, dtype=dtype)
+
+
+@pytest.mark.parametrize(("option", "call"), BESIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("affine", [{}, {"affine": False}, {"bias": False}])
+def test_what_parts_or_corrects_a_batch_is_made_at_once(
+    option: dict[str, Any], call: dict[str, Tensor], dtype: torch.dtype, affine: dict[str, bool]
+):
+    """With the bits of Python: outputs, gradients, buffers and carries over a few batches, then in evaluation."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for activation, fused in (("relu", False), ("leaky_relu", True), ("gelu", True), (None, True)):
+        layer = bn.BatchNorm1d(4, activation=activation, dtype=wide, **option, **affine)
+        for k, parameter in enumerate(layer.parameters()):
+            nn.init.normal_(parameter, 1.0 - k)
+        twins, results = [layer, copy.deepcopy(layer)], []
+        for at_once, twin in zip((True, False), twins, strict=True):
+
+            def steps(twin: Any = twin, at_once: bool = at_once, fused: bool = fused) -> Iterator[Any]:
+                for seed in range(4):
+                    twin.train(seed < 3)
+                    twin.domain = seed % 2 if twin.domains else 0
+                    x, dy = (of_option(option, call, 7 * seed + k, dtype).requires_grad_(k == 0) for k in range(2))
+                    if seed == 1 and twin.nonfinite == "skip":
+                        x.data[0, 0] = float("inf")
+                    added = [of_option(option, call, 7 * seed + 2, dtype).requires_grad_()] if fused else []
+                    y = twin(x, *added, **call)
+                    assert ("BatchNormBackward" in nodes_of(y)) == at_once
+                    yield [y, *torch.autograd.grad(y, [x, *added, *twin.parameters()], dy)]
+
+            results.append(list(steps()) if at_once else through_python(lambda steps=steps: list(steps())))
+            results[-1] += [*twin.buffers(), twin.running_carry]
+        assert_same_bits(*results)
+
+
+def nodes_of(y: Tensor) -> set[str]:
+    """The names of the nodes that made an output, up to the second."""
+    assert y.grad_fn is not None
+    return {y.grad_fn.name(), *(each.name() for each, _ in y.grad_fn.next_functions if each is not None)}
+
+
+@pytest.mark.parametrize(("option", "call"), [({}, {"mask": VALID[:5]}), ({"channel_groups": 2}, {}),
+                                              ({"renorm": bn.Renorm(1.2, 0.1, warmup=0)}, {})])  # fmt: skip
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_higher_derivatives_of_what_parts_or_corrects_a_batch(
+    option: dict[str, Any], call: dict[str, Tensor], activation: str | None
+):
+    layer = bn.BatchNorm1d(4, activation=activation, update="never", **option).double()
+    layer.running_mean.fill_(0.2)
+    leaves = [normal(5, 4).double().requires_grad_(), normal(5, 4, seed=1).double().requires_grad_()]
+    assert was_at_once(layer(*leaves, **call))
+    expected = through_python(lambda: gradients_twice(layer, leaves, call))
+    assert_same_bits(gradients_twice(layer, leaves, call), expected)
+
+
+def gradients_twice(layer: nn.Module, leaves: list[Tensor], call: dict[str, Tensor]) -> list[Tensor]:
+    wanted = [*leaves, *layer.parameters()]
+    first = torch.autograd.grad(layer(*leaves, **call), wanted, normal(5, 4, seed=2).double(), create_graph=True)
+    squares = torch.stack([each.square().sum() for each in first]).sum()
+    second = torch.autograd.grad(squares, wanted, allow_unused=True)
+    return [*first, *(each for each in second if each is not None)]
+
+
+@pytest.mark.parametrize(("option", "call"), BESIDE[:5])
+def test_compiled_autograd_of_what_parts_or_corrects_a_batch(option: dict[str, Any], call: dict[str, Tensor]):
+    layer = bn.BatchNorm1d(4, activation="gelu", update="never", **{**option, "nonfinite": "propagate"})
+    leaves = [normal(6, 4).requires_grad_(), normal(6, 4, seed=1).requires_grad_(), *layer.parameters()]
+    leaves = leaves[:4]
+    expected = torch.autograd.grad(layer(*leaves[:2], **call), leaves, normal(6, 4, seed=2))
+    y = layer(*leaves[:2], **call)
+    torch.compiler.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward(normal(6, 4, seed=2))
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_a_checkpoint_corrects_with_what_the_forward_used():
+    layer, twin = (bn.BatchNorm1d(4, renorm=bn.Renorm(1.3, 0.5, warmup=0)) for _ in range(2))
+    for seed in range(3):
+        x = normal(6, 4, seed=seed).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=False)
+        expected = twin(x)
+        dy = normal(6, 4, seed=9)
+        assert_same_bits(torch.autograd.grad(y, [x, *layer.parameters()], dy),
+                         torch.autograd.grad(expected, [x, *twin.parameters()], dy))  # fmt: skip
+        assert_same_bits([*layer.buffers()], [*twin.buffers()])
+
+
+def test_masks_and_lengths_that_do_not_fit_get_the_errors_of_python():
+    layer, x = bn.BatchNorm1d(4), normal(6, 4, 3)
+    calls: list[dict[str, Any]] = [
+        {"lengths": torch.tensor([4, 1, 1, 1, 1, 1])}, {"lengths": torch.tensor([-1, 1, 1, 1, 1, 1])},
+        {"lengths": torch.ones(6)}, {"lengths": torch.ones(5, dtype=torch.long)}, {"mask": torch.ones(6, 3)},
+        {"mask": torch.ones(6, 2, dtype=torch.bool)}, {"mask": torch.ones(6, 4, 3, dtype=torch.bool)},
+        {"mask": torch.ones(6, 3, dtype=torch.bool), "lengths": torch.ones(6, dtype=torch.long)},
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(bn.BatchNormError) as ours:
+            layer(x, **call)
+        with pytest.raises(type(ours.value)) as expected:
+            through_python(lambda call=call: layer(x, **call))
+        assert str(ours.value) == str(expected.value)
+    assert layer.num_batches_tracked == 0
+    with pytest.raises(bn.BatchNormError, match="lengths are of the last axis"):
+        layer(x[..., 0], lengths=torch.tensor([1] * 6))
 
 
 def test_errors_and_detours_are_those_of_python():

@@ -20,9 +20,10 @@ from batchnorm.running import MIXED
 if TYPE_CHECKING:
     from batchnorm.nn.configured import ConfiguredLayer
 
-FLAGS = ("_call_size", "_is_special", "_estimates")
+FLAGS = ("_call_size", "_is_special", "_estimates", "_varies")
 HANDED_IN = ("_source", "_accumulator", "_padding")
 """Attributes by which the package itself puts another source, population or mask into a layer for a time."""
+_VARIATIONS = ("renorm", "channel_groups")
 _ESTIMATES = ("running", "running_var_kind", "nonfinite", "domains")
 _STATISTICS = (("running_mean", 1), ("running_var", 1), ("num_batches_tracked", 0))
 
@@ -113,19 +114,23 @@ def warn_of_overflow(layer: ConfiguredLayer) -> None:
 
 
 def set_flags(layer: ConfiguredLayer) -> None:
-    """Sets ``_call_size``, ``_is_special`` and ``_estimates`` from the options."""
-    handed = any(layer.__dict__.get(name) is not None for name in HANDED_IN)
+    """Sets `FLAGS` from the options."""
+    handed = any(layer.__dict__.get(name) is not None for name in ("_source", "_accumulator"))
     handed = handed or layer.__dict__.get("running", "ema") not in MIXED
     every = options.changed(layer)
     changed = [option for option in every if not option.in_one_call]
     if layer.__dict__.get("nonfinite") == "skip":
         changed = [option for option in changed if option.name != "nonfinite"]
-    is_special = handed or any(not option.parts and not option.belongs for option in changed)
-    ghosts_alone = all(option.name == "ghost_size" for option in changed) and not layer.channels_last
+    varied = [option for option in changed if option.name in _VARIATIONS]
+    changed = [option for option in changed if option.name not in _VARIATIONS]
+    is_special = handed or len(varied) > 1 or any(not option.parts and not option.belongs for option in changed)
     own = layer.__dict__
+    is_simple = not changed or (not varied and all(option.name == "ghost_size" for option in changed))
+    is_at_hand = is_simple and not layer.channels_last and own.get("_padding") is None
     own["_is_special"] = is_special
     own["_estimates"] = any(option.name in _ESTIMATES for option in every)
-    own["_call_size"] = own.get("ghost_size", 0) if ghosts_alone and not is_special else None
+    own["_varies"] = bool(varied)
+    own["_call_size"] = own.get("ghost_size", 0) if is_at_hand and not is_special else None
 
 
 def track(layer: Any, like: Tensor | None) -> None:

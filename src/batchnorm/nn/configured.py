@@ -63,6 +63,7 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
     _padding: Any = None  # tells the valid frames of an input that comes without them; see `padding.mask_padding`
     _call_size: int | None = None  # samples of a pool in the C++ call on the input itself; None: there is none
     _estimates: bool = False  # whether the running statistics are other than torch's
+    _varies: bool = False  # whether that call renormalizes, or merges groups of channels
     _is_special: bool = True  # whether that call cannot compute the layer whatever its pools are
 
     def __init__(

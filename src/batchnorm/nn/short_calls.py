@@ -12,18 +12,35 @@ from torch import Tensor
 from batchnorm import functional
 from batchnorm.nn import buffers as layer_buffers
 from batchnorm.ops import normalization as ops
-from batchnorm.ops.context import Way, is_compiled, is_mapped, way
+from batchnorm.ops.context import Way, is_compiled, is_mapped, is_recomputing, way
 from batchnorm.ops.fusion import Fusion
+from batchnorm.pools import is_alone
 from batchnorm.running import momentum_of_next
 
 if TYPE_CHECKING:
     from batchnorm.nn.batch_norm import BatchNorm
 
+_ALL: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
+"""Mask, lengths and frames where all is valid."""
 
-def in_one_call(layer: BatchNorm, x: Tensor | list[Tensor], residual: Tensor | None, pool_size: int) -> Tensor | None:
-    """`forward` in one call of C++, or None where there is none for it."""
-    if pool_size and isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != layer.num_features):
-        return None
+
+def in_one_call(
+    layer: BatchNorm,
+    x: Tensor | list[Tensor],
+    residual: Tensor | None,
+    pool_size: int,
+    valid: tuple[Tensor | None, Tensor | None, int] = _ALL,
+) -> Tensor | None:
+    """`forward` in one call of C++, or None where there is none for it.
+
+    ``valid`` are mask, lengths and frames of `ops.Beside`.
+    """
+    beside = None
+    if pool_size or layer._varies or valid is not _ALL:
+        if isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != layer.num_features):
+            return None
+        if (layer._varies or valid is not _ALL) and (beside := _beside(layer, valid)) is None:
+            return None
     # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
     # in none of them.
     parameters, buffers = layer._parameters, layer._buffers
@@ -33,7 +50,7 @@ def in_one_call(layer: BatchNorm, x: Tensor | list[Tensor], residual: Tensor | N
     mean = var = carry = None
     if updates and (carry := layer.running_carry) is None:
         carry = layer_buffers.carry(layer)
-    if updates or not use_batch:
+    if updates or not use_batch or layer._varies:
         mean = buffers["running_mean"] if "running_mean" in buffers else layer.running_mean  # noqa: SIM401
         var = buffers["running_var"] if "running_var" in buffers else layer.running_var  # noqa: SIM401
     batches, momentum, skipped, unbiased = buffers.get("num_batches_tracked"), layer.momentum, None, True
@@ -49,16 +66,55 @@ def in_one_call(layer: BatchNorm, x: Tensor | list[Tensor], residual: Tensor | N
             momentum = momentum_of_next(layer.running, momentum, batches)
     y = ops.in_one_call(
         x, residual, weight, bias, mean, var, batches, momentum, layer.eps, layer.activation, layer.negative_slope,
-        use_batch, updates, pool_size, carry, layer.keeps_output, unbiased, skipped,
+        use_batch, updates, pool_size, carry, layer.keeps_output, unbiased, skipped, beside,
     )  # fmt: skip
     if updates and y is not None:
         layer_buffers.look_at_times(layer)
     return y
 
 
+def sequences_in_one_call(
+    layer: BatchNorm, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
+) -> Tensor | None:
+    """`forward` of padded sequences (batch, time, C), or with the time first, in one call of C++; None elsewhere."""
+    if layer._is_special or layer._padding is not None or layer.ghost_size or x.ndim != 3 or x.is_nested:
+        return None
+    if not (is_alone(layer.process_group) and (residual is None or residual.shape == x.shape)):
+        return None
+    valid = _ALL
+    if mask is not None or lengths is not None:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.shape == x.shape[:2]):
+            return None
+        frames = x.shape[1] if layer.batch_first else -x.shape[0]
+        valid = (None if mask is None else mask.flatten(), lengths, frames)
+    added = None if residual is None else residual.flatten(0, 1)
+    y = in_one_call(layer, x.flatten(0, 1), added, 0, valid)
+    return None if y is None else y.view(x.shape)
+
+
+def _beside(layer: BatchNorm, valid: tuple[Tensor | None, Tensor | None, int]) -> ops.Beside | None:
+    """What the call has beside the plain one; None where C++ cannot compute it."""
+    if way() is not Way.EAGER:
+        return None
+    if not layer.normalizes_by_batch:
+        return ops.Beside(*valid)
+    if layer.renorm is None or layer.running_mean is None:
+        return ops.Beside(*valid, layer.channel_groups)
+    buffers = layer._buffers
+    r, d, batches = buffers.get("renorm_r"), buffers.get("renorm_d"), buffers.get("num_batches_tracked")
+    if r is None or d is None:
+        return None
+    if is_recomputing():  # the forward that it repeats has left them
+        return ops.Beside(*valid, layer.channel_groups, r, d)
+    if batches is None or not batches.is_cpu:
+        return None
+    batches = batches[layer.domain] if layer.domains else batches
+    return ops.Beside(*valid, layer.channel_groups, r, d, *layer.renorm.limits(int(batches)))
+
+
 def in_two_calls(layer: BatchNorm, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """The same through Python, or None for a recorder, for vmap and for a layer without the statistics it needs."""
-    if layer._estimates:
+    if layer._estimates or layer._varies:
         return None
     use_batch, updates, how = layer.normalizes_by_batch, layer.updates_statistics, way(x)
     mean, var, fusion = layer.running_mean, layer.running_var, layer._fusion(residual)
@@ -76,7 +132,7 @@ def in_two_calls(layer: BatchNorm, x: Tensor, residual: Tensor | None) -> Tensor
 def in_one_node(layer: BatchNorm, x: Tensor, fusion: Fusion) -> Tensor | None:
     """`forward` for a recorder as one batch norm of ATen's, or None where there is none for it."""
     use_batch, updates = layer.normalizes_by_batch, layer.updates_statistics
-    if layer._call_size != 0 or (updates and (layer.momentum is None or not use_batch)):
+    if layer._call_size != 0 or layer._varies or (updates and (layer.momentum is None or not use_batch)):
         return None
     if layer._estimates and (updates or layer.domains):
         return None

@@ -15,6 +15,7 @@ from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import aten
 from batchnorm.ops.context import is_in_forward_mode
+from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.pools import Pool, Pools, all_gather, merge
 
@@ -152,12 +153,55 @@ def gradients(
     )
 
 
+class _Saved(NamedTuple):
+    """What a backward reads beside dy."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mask: Tensor | None
+    signs: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+
 def gradients_operator(a: Any) -> tuple[Tensor, ...]:
     """`gradients` as the operator that C++ calls where its own backward will not do."""
     settings = Settings(a.pool_size, a.eps, ACTIVATIONS[a.activation], a.slope)
-    saved = (a.x, a.weight, a.bias, a.residual, None, a.signs, a.mean, a.var)
-    found = gradients(a.dy, *saved, settings, a.population, a.wanted)
+    saved = _Saved(a.x, a.weight, a.bias, a.residual, a.mask, a.signs, a.mean, a.var)
+    found: tuple[Tensor | None, ...]
+    if a.groups:
+        count = a.mean.new_full(a.mean.shape, a.x.numel() // a.groups)
+        found = merged_gradients(a.dy, saved, settings, Pool(groups=a.groups), count, a.wanted)
+    elif a.factors is not None:
+        found = _renormalized_gradients(a.dy, saved, settings, a.factors, a.wanted)
+    else:
+        found = gradients(a.dy, *saved, settings, a.population, a.wanted)
     return tuple(a.x.new_empty(0) if each is None else each for each in found)
+
+
+def _renormalized_gradients(
+    dy: Tensor, saved: _Saved, settings: Settings, factors: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """`gradients` through gamma r and gamma d + beta, of which r and d are constants."""
+    want_x, want_weight, want_bias, want_residual = wanted
+    r, d = factors
+    weight, bias = saved.weight, saved.bias
+    made = Fusion(weight, bias).renormalized(r, d, saved.x.dtype)
+    saved = saved._replace(weight=made.weight, bias=made.bias)
+    d_x, d_scale, d_shift, d_residual = gradients(
+        dy, *saved, settings, False, (want_x, want_weight, want_weight or want_bias, want_residual)
+    )
+    d_weight = d_bias = None
+    if want_weight:
+        assert d_scale is not None
+        assert d_shift is not None
+        d_weight = _cast(d_scale.to(r.dtype) * r + d_shift.to(d.dtype) * d, weight)
+    if want_bias:
+        assert d_shift is not None
+        d_bias = _cast(d_shift, bias)
+    return d_x, d_weight, d_bias, d_residual
 
 
 def _cast(gradient: Tensor, parameter: Tensor | None) -> Tensor:
@@ -446,36 +490,38 @@ class MergedStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        nothing = (None,) * 5
-        pool: Pool = ctx.pool
-        x, weight, bias, residual, mask = _saved(ctx)
+        tensors, (mean, var, signs) = _saved(ctx), ctx.statistics
         if dy is None:  # other ranks may wait for this one's sums
-            dy = torch.zeros_like(x)
-        mean, var, signs = ctx.statistics
-        settings: Settings = ctx.settings
-        want_x, want_weight, want_bias, want_residual = ctx.wanted
-        if torch.is_grad_enabled():
-            if ctx.has_signs:
-                dy = dy * _gate(x, weight, bias, ctx.statistics, settings)
-                settings = settings._replace(activation="identity")
-            mean, var = aten.batch_statistics(x, Pools(x, pool, mask))
-            d_x, d_residual, d_weight, d_bias = aten.gradients(
-                dy, x, weight, bias, residual, mean, var, pool, *settings[1:], False, mask
-            )
-        else:
-            saved = (dy, x, weight, bias, residual, signs, mean, var)
-            sums = _ops.backward_reduce.default(*saved, *settings.arguments(), mask)
-            inv_std = torch.rsqrt(var + settings.eps)
-            d_weight, d_bias = (sums[1] * inv_std).sum(0), sums[0].sum(0)
-            gamma = 1.0 if weight is None else weight.to(var.dtype)
-            sums = merge(gamma * torch.cat(sums), pool).unflatten(0, (2, len(mean)))
-            d_x, d_residual = _ops.backward_merged.default(
-                *saved, sums, ctx.count, *settings.arguments(), want_residual, mask
-            )
-        return (
-            d_x if want_x else None,
-            _cast(d_weight, weight) if want_weight else None,
-            _cast(d_bias, bias) if want_bias else None,
-            d_residual if want_residual else None,
-            *nothing,
+            dy = torch.zeros_like(tensors[0])
+        saved = _Saved(*tensors, signs if ctx.has_signs else None, mean, var)
+        return *merged_gradients(dy, saved, ctx.settings, ctx.pool, ctx.count, ctx.wanted), *(None,) * 5
+
+
+def merged_gradients(
+    dy: Tensor, saved: _Saved, settings: Settings, pool: Pool, count: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """`gradients` where the pools reach over channels or ranks and hold ``count`` values, (pools, C)."""
+    x, weight, bias, residual, mask, signs, mean, var = saved
+    want_x, want_weight, want_bias, want_residual = wanted
+    if torch.is_grad_enabled():
+        if signs is not None:
+            dy = dy * _gate(x, weight, bias, (mean, var, signs), settings)
+            settings = settings._replace(activation="identity")
+        mean, var = aten.batch_statistics(x, Pools(x, pool, mask))
+        d_x, d_residual, d_weight, d_bias = aten.gradients(
+            dy, x, weight, bias, residual, mean, var, pool, *settings[1:], False, mask
         )
+    else:
+        given = (dy, x, weight, bias, residual, signs, mean, var)
+        sums = _ops.backward_reduce.default(*given, *settings.arguments(), mask)
+        inv_std = torch.rsqrt(var + settings.eps)
+        d_weight, d_bias = (sums[1] * inv_std).sum(0), sums[0].sum(0)
+        gamma = 1.0 if weight is None else weight.to(var.dtype)
+        sums = merge(gamma * torch.cat(sums), pool).unflatten(0, (2, len(mean)))
+        d_x, d_residual = _ops.backward_merged.default(*given, sums, count, *settings.arguments(), want_residual, mask)
+    return (
+        d_x if want_x else None,
+        _cast(d_weight, weight) if want_weight else None,
+        _cast(d_bias, bias) if want_bias else None,
+        d_residual if want_residual else None,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,22 @@ class Fusion(NamedTuple):
     def settings(self) -> tuple[float, str, float]:
         """eps, the activation's name ("identity" for none) and its slope."""
         return self.eps, self.activation or "identity", self.slope
+
+    def renormalized(self, r: Tensor, d: Tensor, dtype: torch.dtype) -> Fusion:
+        """gamma r and gamma d + beta in place of gamma and beta: with these, batch normalization is renormalization.
+
+        In float32 or wider: a bfloat16 gamma has too few digits to hold the product. Differentiable in gamma and beta.
+
+        Args:
+            r, d: the corrections (C,), float64.
+            dtype: of the input.
+        """
+        weight, bias = self.weight, self.bias
+        dtype = dtype if weight is None else weight.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        gamma = None if weight is None else weight.to(r.dtype)
+        scale, shift = (r, d) if gamma is None else (gamma * r, gamma * d)
+        if bias is not None:
+            shift = shift + bias.to(shift.dtype)
+        return self._replace(weight=scale.to(dtype), bias=shift.to(dtype))

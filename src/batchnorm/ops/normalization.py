@@ -35,6 +35,28 @@ class Normalized(NamedTuple):
     counts: Tensor | None = None
 
 
+class Beside(NamedTuple):
+    """What few calls in C++ have: which positions are valid, channels that share statistics, or renormalization.
+
+    Attributes:
+        mask: boolean (N, *space), or what broadcasts to it.
+        lengths: integers (N,), the valid lengths of the last axis, in place of a mask.
+        frames: of each sample, where x holds the frames of sequences; negative where time comes first.
+        groups: of adjacent channels that share statistics; 0: each channel is alone.
+        r, d: buffers (C,) of renormalization, which take in the corrections of this batch.
+        r_max, d_max: their limits; None: the buffers hold the corrections already.
+    """
+
+    mask: Tensor | None = None
+    lengths: Tensor | None = None
+    frames: int = 0
+    groups: int = 0
+    r: Tensor | None = None
+    d: Tensor | None = None
+    r_max: float | None = None
+    d_max: float | None = None
+
+
 def in_one_call(
     x: Tensor | list[Tensor],
     residual: Tensor | None,
@@ -54,12 +76,13 @@ def in_one_call(
     keep: bool | None = None,
     unbiased: bool = True,
     skipped: Tensor | None = None,
+    beside: Beside | None = None,
 ) -> Tensor | None:
     """A plain eager call on the CPU as one call of C++: y, or None, with nothing done, where this is no such call.
 
     x may be parts along the channels. ``keep`` says whether the output is kept for the backward (None: except in
     `recompute_outputs`); ``unbiased``, which variance the running one takes in; ``skipped`` counts the batches that are
-    refused because they are not finite (None: none are).
+    refused because they are not finite (None: none are); ``beside`` holds what few calls have.
 
     C++ raises no errors about its arguments: it returns None, and the way through Python raises them. If this torch has
     no such function in C++, torch's own operator takes small calls.
@@ -67,7 +90,9 @@ def in_one_call(
     if is_compiled():
         return None
     if cpu.call is None:
-        if pool_size or isinstance(x, list) or skipped is not None or not (unbiased and x.numel() < cpu.torch_below):
+        if pool_size or isinstance(x, list) or skipped is not None or beside is not None:
+            return None
+        if not (unbiased and x.numel() < cpu.torch_below):
             return None
         return by_torch(
             x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, activation, slope,
@@ -78,7 +103,7 @@ def in_one_call(
         return None
     y: Tensor | None = cpu.call(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked, carry, momentum, eps, kind, slope,
-        use_batch, update, pool_size, keep, unbiased, skipped,
+        use_batch, update, pool_size, keep, unbiased, skipped, beside,
     )  # fmt: skip
     return y
 

@@ -109,7 +109,8 @@ _define(
 # The same gradients, of any order: the C++ backward calls this where it cannot do without Python.
 _define(
     "gradients",
-    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool[] wanted",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, bool population, bool[] wanted,"
+    f" {_MASK}, int groups=0, Tensor? factors=None",
     "(Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)",
 )
 # Raises, for C++, since an operand of an output that is to be made again has changed.
