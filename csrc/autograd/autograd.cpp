@@ -540,18 +540,36 @@ struct MadeAgain : torch::autograd::SavedVariableHooks {
   }
 };
 
-void forget(SavedVariable& saved) {
+// Whether readers forget every output that can be made again, or those that are to be forgotten without a context.
+enum class Forgets { every, marked };
+
+void forget(SavedVariable& saved, Forgets which) {
   if (saved.has_hooks()) return;
   const std::optional<at::Tensor> t = saved.get_raw_data();
   if (!t || !t->defined() || t->is_view()) return;
-  if (const OfBatchNorm* const node = node_of(*t); node && node->forgets && node->source)
+  if (const OfBatchNorm* const node = node_of(*t); node && node->source && (node->forgets || which == Forgets::every))
     saved.register_hooks(std::make_unique<MadeAgain>(node->source));
+}
+
+// Lets a node forget what it reads; false if it is of no kind that is known here.
+bool forget_in(Node* node, Forgets which) {
+  namespace nodes = torch::autograd::generated;
+  const auto forgets = [&](auto*... saved) {
+    (forget(*saved, which), ...);
+    return true;
+  };
+  if (auto* const each = dynamic_cast<nodes::ConvolutionBackward0*>(node)) return forgets(&each->input_);
+  if (auto* const each = dynamic_cast<nodes::MulBackward0*>(node)) return forgets(&each->self_, &each->other_);
+  if (auto* const each = dynamic_cast<nodes::MaxPool2DWithIndicesBackward0*>(node)) return forgets(&each->self_);
+  if (auto* const each = dynamic_cast<nodes::AvgPool2DBackward0*>(node)) return forgets(&each->self_);
+  if (auto* const each = dynamic_cast<nodes::AddmmBackward0*>(node)) return forgets(&each->mat1_);
+  return dynamic_cast<nodes::MeanBackward1*>(node) || dynamic_cast<nodes::AddBackward0*>(node) ||
+         dynamic_cast<nodes::CatBackward0*>(node);  // which read shapes alone
 }
 
 // Looks for readers of outputs between an input and the batch normalizations before it. Readers of other kinds, and
 // those behind the last batch normalization, keep what they read.
 void forget_outputs(const at::Tensor& from) {
-  namespace nodes = torch::autograd::generated;
   constexpr size_t most = 64;
   if (!from.defined() || !from.grad_fn()) return;
   std::vector<Node*> open{from.grad_fn().get()};
@@ -559,11 +577,7 @@ void forget_outputs(const at::Tensor& from) {
     Node* const node = open.back();
     open.pop_back();
     if (dynamic_cast<OfBatchNorm*>(node)) continue;
-    if (auto* const each = dynamic_cast<nodes::ConvolutionBackward0*>(node)) forget(each->input_);
-    if (auto* const each = dynamic_cast<nodes::MulBackward0*>(node)) forget(each->self_);
-    if (auto* const each = dynamic_cast<nodes::MaxPool2DWithIndicesBackward0*>(node)) forget(each->self_);
-    if (auto* const each = dynamic_cast<nodes::AvgPool2DBackward0*>(node)) forget(each->self_);
-    if (auto* const each = dynamic_cast<nodes::AddmmBackward0*>(node)) forget(each->mat1_);
+    forget_in(node, Forgets::marked);
     for (const auto& edge : node->next_edges())
       if (edge.function && open.size() < most) open.push_back(edge.function.get());
   }
@@ -1361,6 +1375,43 @@ PyObject* source(PyObject*, PyObject* t) {
   });
 }
 
+// The plain tensors among arguments, also in lists and tuples; false for others that may hold tensors.
+bool read_tensors(PyObject* given, variable_list& tensors, bool in_sequence = false) {
+  if (python::is_exact_tensor(given)) return tensors.push_back(python::tensor(given)), true;
+  if (PyDict_Check(given)) {
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t i = 0; PyDict_Next(given, &i, &key, &value);)
+      if (!read_tensors(value, tensors)) return false;
+    return true;
+  }
+  const bool is_tuple = PyTuple_Check(given), is_list = PyList_Check(given);
+  if (!is_tuple && !is_list)
+    return given == Py_None || PyLong_Check(given) || PyFloat_Check(given) || PyUnicode_Check(given);
+  if (in_sequence && !is_tuple) return false;
+  const Py_ssize_t count = is_tuple ? PyTuple_Size(given) : PyList_Size(given);
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (!read_tensors(is_tuple ? PyTuple_GetItem(given, i) : PyList_GetItem(given, i), tensors, true)) return false;
+  return true;
+}
+
+// forget(arguments of a function, its keyword arguments or None, its result): lets the node that the function has made
+// forget what can be made again; False, with nothing done, where Python has to look.
+PyObject* forget_read(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  variable_list tensors;
+  if (count != 3 || !read_tensors(given[0], tensors) || !read_tensors(given[1], tensors)) Py_RETURN_FALSE;
+  bool is_known = false;
+  for (const at::Tensor& each : tensors)
+    if (const OfBatchNorm* const node = node_of(each); node && node->source) {
+      if (each.is_view()) Py_RETURN_FALSE;
+      is_known = true;
+    }
+  if (!is_known) Py_RETURN_TRUE;
+  if (!python::is_exact_tensor(given[2])) Py_RETURN_FALSE;
+  const at::Tensor& result = python::tensor(given[2]);
+  if (!result.requires_grad() || !result.grad_fn()) Py_RETURN_TRUE;
+  return PyBool_FromLong(forget_in(result.grad_fn().get(), Forgets::every));
+}
+
 // rebuild(what `source` returned): the output once more, or None where an operand has changed since.
 PyObject* rebuild(PyObject*, PyObject* capsule) {
   const auto* const held = static_cast<const HeldSource*>(PyCapsule_GetPointer(capsule, kSource));
@@ -1400,6 +1451,7 @@ PyMethodDef methods[] = {{"attach", method(attach), METH_FASTCALL, nullptr},
                          {"recompute", method(recompute), METH_FASTCALL, nullptr},
                          {"gradients_in_place", gradients_in_place, METH_NOARGS, nullptr},
                          {"source", source, METH_O, nullptr},
+                         {"forget", method(forget_read), METH_FASTCALL, nullptr},
                          {"rebuild", rebuild, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

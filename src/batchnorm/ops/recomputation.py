@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -99,12 +100,16 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
         super().__exit__(*exception)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if type(function) is MethodWrapperType:  # reads an attribute
+            return function(*args, **(kwargs or {}))
         _tell(0, -1)  # this mode is off the stack meanwhile
         try:
             result = function(*args, **(kwargs or {}))
         finally:
             _tell(0, 1)
-        if torch.is_grad_enabled() and not is_compiled():
+        if not torch.is_grad_enabled() or is_compiled():
+            return result
+        if self._sources or cpu.calls is None or not cpu.calls.forget(args, kwargs, result):
             self._forget(list(_tensors((*args, *(kwargs or {}).values()))), list(_tensors((result,))))
         return result
 
