@@ -297,7 +297,7 @@ def by_statistics(
     y = autograd.PopulationStatistics.apply(x, *fusion.tensors(), mean, var, *settings, mask)[0]
     if fusion.residual is None and recomputation.is_active():
         operands = (x, fusion.weight, fusion.bias)
-        recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments, mask)
+        recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments(), mask)
     return y
 
 
