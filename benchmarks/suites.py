@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import calibration, growth, kernels, peers, pools, ranks, recurrent, steps, wall, whole
+from . import calibration, growth, kernels, peers, pools, ranks, recurrent, steps, streams, wall, whole
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -79,6 +79,10 @@ def _calibrate(quick: bool) -> list[Job]:
     return [partial(calibration.measure, network, norm, 3.0 if quick else 10.0) for network, norm in grid]
 
 
+def _streams(quick: bool) -> list[Job]:
+    return [partial(streams.measure, 1 if quick else 8), partial(streams.train, 0.3 if quick else 3.0)]
+
+
 def _peers(quick: bool) -> list[Job]:
     return [partial(peers.measure_jax, case, 0.5 if quick else 2.0) for case in peers.jax_cases(quick)]
 
@@ -109,5 +113,6 @@ SUITES: dict[str, Suite] = {
     "allocator": Suite(partial(_allocator, "default")),
     "allocator-thp": Suite(partial(_allocator, "thp"), {"THP_MEM_ALLOC_ENABLE": "1"}),
     "allocator-tcmalloc": Suite(partial(_allocator, "tcmalloc"), {"LD_PRELOAD": peers.tcmalloc() or ""}),
+    "streams": Suite(_streams),
     "peers": Suite(_peers),
 }

@@ -26,7 +26,8 @@ from batchnorm.progress import TrainingBar
 from batchnorm.training import load_data, procedure2, train
 from batchnorm.training.config import TrainConfig
 
-quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TIMES = int(os.environ.get("HOSTILE_TIMES", "1"))  # 20: the ten thousand cases that are run by hand
+quick = settings(max_examples=60 * TIMES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = ["?", "u1", "i2", ">i4", "i8", "u8", "f2", ">f4", "f4", "f8", "c8", "U3", "S2", "M8[s]", "m8[s]", "f4,i2"]
 
 
@@ -72,7 +73,7 @@ def data_or_error(name, **options):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@settings(quick, max_examples=200)
+@settings(quick, max_examples=200 * TIMES)
 @given(arrays())
 def test_generated_arrays(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("a") / "file.npz"

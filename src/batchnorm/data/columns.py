@@ -161,6 +161,34 @@ class ColumnMoments:
             low,
         )
 
+    def beside(self, others: Sequence[ColumnMoments]) -> ColumnMoments:
+        """Those of the same rows with more columns, which were read by themselves.
+
+        Args:
+            others: of the same part.
+
+        Raises:
+            DataError: another number of rows.
+        """
+        each = [self, *others]
+        rows = {one.rows for one in each}
+        if len(rows) > 1:
+            raise DataError(f"{_some(self.parts)}: its columns have {sorted(rows)} rows; expected one number")
+        if not others or not self.rows:
+            return self
+        return ColumnMoments(
+            Moments(
+                *(torch.from_numpy(np.concatenate(x)) for x in ([one._arrays()[k] for one in each] for k in (0, 1, 3)))
+            ),
+            tuple(name for one in each for name in one.columns or ()),
+            tuple(type_ for one in each for type_ in one.types),
+            torch.cat([one.nonfinite for one in each]),
+            tuple(part for one in each for part in one.found_in),
+            self.rows,
+            self.parts,
+            torch.cat([one.low for one in each]),
+        )
+
     def _arrays(self) -> tuple[Any, ...]:
         count = self.moments.count.expand_as(self.moments.mean)
         return count.numpy(), self.moments.mean.numpy(), self.low.numpy(), self.moments.m2.numpy()

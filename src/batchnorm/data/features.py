@@ -68,7 +68,26 @@ def columns_of(block: Any, columns: Sequence[str] | None, part: str) -> list[Col
         if columns is not None:
             raise DataError(f"{part}: got columns={list(columns)} for an array, which has no named columns")
         return [_checked(Column("", str(block.dtype), (block,)), part)]
-    there = column_names(block) or []
+    wanted = _wanted(column_names(block) or [], columns, part)
+    read = _reader(block)
+    return [_checked(read(block, name, part), part) for name in wanted]
+
+
+def check_schema(schema: Any, columns: Sequence[str] | None, part: str) -> list[str]:
+    """The columns of a schema of Arrow that are asked for, or all.
+
+    Raises:
+        DataError: as of `columns_of`.
+    """
+    wanted = _wanted(list(schema.names), columns, part)
+    for name in wanted:
+        kind = schema.field(name).type
+        if not _holds_numbers(kind):
+            raise _not_numbers(name, str(kind), part)
+    return wanted
+
+
+def _wanted(there: list[str], columns: Sequence[str] | None, part: str) -> list[str]:
     twice = sorted({name for name in there if there.count(name) > 1})
     if twice:
         raise DataError(f"{part}: several columns are called {twice[0]!r}; give each a name of its own")
@@ -78,8 +97,7 @@ def columns_of(block: Any, columns: Sequence[str] | None, part: str) -> list[Col
         raise DataError(f"{part}: there is no column {missing[0]!r}; its columns are {_few(there)}")
     if not wanted:
         raise DataError(f"{part}: the table has no columns")
-    read = _reader(block)
-    return [_checked(read(block, name, part), part) for name in wanted]
+    return wanted
 
 
 def to_tensors(columns: list[Column], dtype: torch.dtype, part: str) -> Tensor | dict[str, Tensor]:
@@ -192,7 +210,7 @@ def _numpy(chunk: Any, name: str, part: str) -> _Array:
     kind = chunk.type
     if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind):
         plain = not chunk.null_count and not types.is_boolean(kind)
-        return np.asarray(chunk.to_numpy(zero_copy_only=plain)) if plain else _with_nan(chunk)
+        return _as_it_lies(chunk) if plain else _with_nan(chunk)
     if types.is_decimal(kind):
         return _with_nan(chunk.cast(pa.float64()))
     if isinstance(kind, pa.BaseExtensionType):
@@ -208,11 +226,21 @@ def _numpy(chunk: Any, name: str, part: str) -> _Array:
     raise _not_numbers(name, str(kind), part)
 
 
+def _as_it_lies(chunk: Any) -> _Array:
+    """Numbers without nulls, in Arrow's own memory. Arrow's `to_numpy` would load pandas, which takes 50 MB."""
+    if not len(chunk):  # which may have no memory
+        return np.empty(0)
+    kind = chunk.type
+    dtype = np.dtype(f"{'f' if 'float' in str(kind) or 'double' in str(kind) else str(kind)[0]}{kind.bit_width // 8}")
+    values: _Array = np.frombuffer(chunk.buffers()[1], dtype, count=chunk.offset + len(chunk))
+    return values[chunk.offset :]
+
+
 def _with_nan(chunk: Any) -> _Array:
     import pyarrow as pa
 
     values = chunk.cast(pa.uint8()) if pa.types.is_boolean(chunk.type) else chunk
-    return np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False))
+    return _as_it_lies(values.cast(pa.float64()).fill_null(np.nan))
 
 
 def _of_lists(chunk: Any, name: str, part: str) -> _Array:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.data.features import columns_of
+from batchnorm.data.features import check_schema
 from batchnorm.errors import DataError, MissingDependencyError
 
 ARRAYS, PARQUET, ARROW = (".npy",), (".parquet", ".pq"), (".arrow", ".ipc", ".feather", ".arrows")
@@ -20,6 +20,7 @@ KNOWN = ARRAYS + PARQUET + ARROW
 # Bytes of an array, and rows of a table, that are in memory at a time.
 _BYTES = 8 << 20
 _ROWS = 1 << 16
+_BUFFER = 1 << 16  # bytes of a column that are read from a Parquet file at a time
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ class File:
             return _array_blocks(self.path)
         read = _parquet_blocks if suffix in PARQUET else _arrow_blocks
         return _readable(self.path, read(self.path, columns))
+
+    def column_groups(self, columns: Sequence[str] | None = None) -> list[list[str]] | None:
+        """Columns that are best read by themselves, where their order among one another does not matter; None: all.
+
+        A reader of Parquet holds a page and a dictionary of each column that it reads, which lie apart in the file.
+
+        Raises:
+            DataError: a column is missing, or holds no numbers.
+        """
+        if self.path.suffix.lower() not in PARQUET:
+            return None
+        (schema,) = _readable(self.path, _schema_of(self.path))
+        return [[name] for name in check_schema(schema, columns, str(self.path))]
 
 
 def find_files(given: Any) -> list[File]:
@@ -124,12 +138,17 @@ def _array_blocks(path: Path) -> Iterator[np.ndarray[Any, Any]]:
 def _parquet(path: Path) -> Any:
     parquet = arrow_module("pyarrow.parquet", str(path))
     # Nothing is read ahead, and pages come through a small buffer, so that memory is that of a few pages a column.
-    return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    return parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
+
+
+def _schema_of(path: Path) -> Iterator[Any]:
+    with _parquet(path) as file:
+        yield file.schema_arrow
 
 
 def _parquet_blocks(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
     with _parquet(path) as file:
-        _check_schema(file.schema_arrow, columns, path)
+        check_schema(file.schema_arrow, columns, str(path))
         # Without threads: each would hold pages of its own, and parts are what is shared out.
         wanted = None if columns is None else list(columns)
         yield from file.iter_batches(batch_size=_ROWS, columns=wanted, use_threads=False)
@@ -148,16 +167,11 @@ def _arrow_blocks(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
         else:
             reader = ipc.open_stream(source)
             batches = iter(reader)
-        _check_schema(reader.schema, columns, path)
+        check_schema(reader.schema, columns, str(path))
         for batch in batches:
             for start in range(0, batch.num_rows, _ROWS):
                 piece = batch.slice(start, _ROWS)
                 yield piece if columns is None else piece.select(list(columns))
-
-
-def _check_schema(schema: Any, columns: Sequence[str] | None, path: Path) -> None:
-    """Refuse columns that are missing or hold no numbers before the first row is read."""
-    columns_of(schema.empty_table(), columns, str(path))
 
 
 def _readable(path: Path, blocks: Iterator[Any]) -> Iterator[Any]:

@@ -93,10 +93,14 @@ def _locally(source: Local, columns: list[str] | None, axis: int, any_type: bool
     """The parts one after the other; the first mistake ends it."""
     whole = ColumnMoments.empty()
     for k, name in enumerate(source.names):
-        part = ColumnMoments.of_blocks(
-            source.read(k, columns), columns=columns, feature_axis=axis, part=name, any_type=any_type
-        )
-        whole = whole.merge(part, any_type=any_type)
+        groups = source.groups(k, columns)
+        found = [
+            ColumnMoments.of_blocks(
+                source.read(k, group), columns=group, feature_axis=axis, part=name, any_type=any_type
+            )
+            for group in ([columns] if groups is None else groups)
+        ]
+        whole = whole.merge(found[0].beside(found[1:]), any_type=any_type)
     return whole
 
 

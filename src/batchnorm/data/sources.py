@@ -21,10 +21,12 @@ class Local:
     Args:
         names: of the parts.
         read: called with the number of a part and the columns to read, gives its blocks.
+        groups: called with the same, gives columns that are best read by themselves; None: all together.
     """
 
     names: tuple[str, ...]
     read: Callable[[int, Sequence[str] | None], Iterator[Any]]
+    groups: Callable[[int, Sequence[str] | None], list[list[str]] | None] = lambda k, columns: None
 
 
 def is_dataset(given: Any) -> bool:
@@ -62,7 +64,11 @@ def source_of(given: Any, called: str) -> Source | Local:
 
 
 def _of_files(files: list[File]) -> Local:
-    return Local(tuple(file.name for file in files), lambda k, columns: files[k].blocks(columns))
+    return Local(
+        tuple(file.name for file in files),
+        lambda k, columns: files[k].blocks(columns),
+        lambda k, columns: files[k].column_groups(columns),
+    )
 
 
 def _in_memory(table: Any) -> Local:
