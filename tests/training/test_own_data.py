@@ -38,6 +38,9 @@ class Recurrent(nn.Module):
 def recurrent(input_shape, num_classes): return Recurrent(input_shape[-1], num_classes)
 def softmax(num_features, num_classes):
     return nn.Sequential(nn.Linear(num_features, 8), nn.ReLU(), nn.Linear(8, num_classes), nn.Softmax(1))
+def images(in_channels, num_classes):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, num_classes))
 def tokens(num_classes): return nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(24, 6), nn.ReLU(),
                                               nn.Linear(6, num_classes))
 def load_tokens():
@@ -322,3 +325,31 @@ def test_foreign_values_are_one_error_each():
             dataclasses.replace(TrainConfig(), batch_size=value).resolve()
     with pytest.raises(DataError, match="NaN or infinite"):
         classes_of("x", np.array([0.0, np.nan, 1.0]), np.array([0.0]))
+
+
+def shapes_of_data():
+    """By name: samples, labels, the network, and what the run says of the data."""
+    images = RNG.integers(0, 256, size=(60, 9, 9, 3)).astype(np.uint8)
+    table = np.column_stack([X, np.full(120, 7.0), 1e12 + np.arange(120.0)])
+    return {
+        "table": (table, CLASSES, "hidden", "Features are shifted in float64"),
+        "images": (images, np.arange(60) % 2, "images", "Images are divided by 255"),
+        "sequences": (X.reshape(40, 3, 4)[:, :, :3], np.arange(40) % 2, "recurrent", "Samples are sequences"),
+        "regression": (X, X[:, 0] * 100 + 5, "hidden", "Targets are taken as numbers to predict"),
+    }
+
+
+@pytest.mark.parametrize("name", ["table", "images", "sequences", "regression"])
+def test_the_command_trains_on_own_data(folder, no_exports, capsys, name):
+    """Four shapes of data with own networks; the fifth, 3 GB under a limit of 1 GB, is a row of the suite streams."""
+    x, y, network, note = shapes_of_data()[name]
+    data = saved(x=x, y=y)
+    command = ["train", "--network", f"people:{network}", "--data", data, "--steps", "4", "--batch-size", "16"]
+    assert main([*command, "--out", "run"]) == 0, capsys.readouterr().err
+    held = json.loads((folder / "run" / "metrics.json").read_text())
+    assert held["failure"] is None
+    assert any(note in text for text in held["data"]["notes"])
+    assert np.isfinite(held["curves"]["batch norm"]["test_loss"]).all()
+    with torch.no_grad():
+        said = bn.load_run("run")
+        assert torch.isfinite(said.network(said.prepare(x[:5]))).all()
