@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from printed import kept
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -250,7 +251,7 @@ def main() -> None:
             versions |= {tool: made["version"]} if "version" in made else {}
             print(tool, name, made, file=sys.stderr)
         cache.write_text(json.dumps(known))
-    PAGE.write_text(render(rows, versions))
+    PAGE.write_text(render(rows, versions) + kept(PAGE))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from batchnorm.population.formats.conventions import CONVENTIONS, ELSEWHERE
 
+sys.path.insert(0, str(Path(__file__).parent))
+from printed import kept
+
 PAGE = Path(__file__).parent.parent / "frameworks.md"
 
 HEAD = """# Batch norm in fifteen frameworks
@@ -78,7 +81,7 @@ def render() -> str:
             ]
         )
     head, *body = ("| " + " | ".join(cells) + " |" for cells in rows)
-    return HEAD + "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n" + TAIL
+    return HEAD + "\n".join([head, "|" + "---|" * len(rows[0]), *body]) + "\n" + TAIL + kept(PAGE)
 
 
 def main() -> None:

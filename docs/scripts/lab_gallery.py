@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from printed import kept
+
 from batchnorm.lab import run_all
 from batchnorm.lab.experiments import EXPERIMENTS
 from batchnorm.report import write_gallery
@@ -79,7 +81,8 @@ def main() -> None:
         for ground in ("light", "dark"):
             lines += ["", f"![{experiment.title}](images/lab/{experiment.name}-{ground}.svg#only-{ground})"]
         lines += ["", f"*{experiment.caption}* Source of the claim: {experiment.source}"]
-    (DOCS / "lab-results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page = DOCS / "lab-results.md"
+    page.write_text("\n".join(lines) + "\n" + kept(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

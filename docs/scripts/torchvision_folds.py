@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from printed import kept
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -155,7 +156,8 @@ def main() -> None:
             with options.rows.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
             gc.collect()
-    PAGE.write_text(page(rows, sorted(set(sizes) - {r["name"] for r in rows})), encoding="utf-8")
+    text = page(rows, sorted(set(sizes) - {r["name"] for r in rows}))
+    PAGE.write_text(text + kept(PAGE), encoding="utf-8")
 
 
 if __name__ == "__main__":
