@@ -15,7 +15,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import SynchronizationError
 
-LIMIT = 1.5  # seconds, of the group
+LIMIT = 3.0  # seconds, of the group
 began = [0.0]  # when the last exchange was begun
 
 
