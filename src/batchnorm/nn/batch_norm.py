@@ -17,7 +17,7 @@ from batchnorm.nn import buffers as layer_buffers
 from batchnorm.nn import options
 from batchnorm.nn.configured import ConfiguredLayer
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
-from batchnorm.nn.short_calls import in_one_call, in_one_node, in_two_calls, sequences_in_one_call
+from batchnorm.nn.short_calls import at_once, batch_at_once, in_one_call, in_one_node
 from batchnorm.ops.context import is_compiled, is_recorded, is_traced_by_jit
 from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool, is_alone, process_group
@@ -53,29 +53,16 @@ class BatchNorm(ConfiguredLayer):
         weights: Tensor | None = None,
     ) -> Tensor:
         """activation(BN(input) + residual); see the class."""
-        size = self._call_size
-        if size is not None and weights is None and isinstance(input, Tensor) and not input.is_nested:
-            self._check_input_dim(input)
-            if mask is None and lengths is None:
-                y = in_one_call(self, input, residual, size)
-                if y is None and not size:
-                    y = in_two_calls(self, input, residual)
-                return self._normalize(Batch(input, residual)) if y is None else y
-            if not size and (y := in_one_call(self, input, residual, 0, (mask, lengths, 0))) is not None:
-                return y
-        of_sequences = self.pool == "sequence" and weights is None and isinstance(input, Tensor)
-        if of_sequences and (y := sequences_in_one_call(self, input, residual, mask, lengths)) is not None:
+        is_bare = weights is None and isinstance(input, Tensor) and not input.is_nested
+        if is_bare and (y := at_once(self, input, residual, mask, lengths)) is not None:
             return y
         if isinstance(input, fx.Proxy) and is_of_this_package(type(self)):
             options = {"residual": residual, "mask": mask, "lengths": lengths, "weights": weights}
             if (recorded := recorded_call(self, (input,), options)) is not None:
                 return recorded
         batch = self._batch(input, residual, mask, lengths, weights)
-        if not self._is_special and isinstance(batch.x, Tensor) and self._is_one_pool(batch):
-            valid = () if batch.mask is None else ((batch.mask, None, 0),)
-            if (y := in_one_call(self, batch.x, batch.residual, 0, *valid)) is not None:
-                return batch.restore(y)  # type: ignore[no-any-return]
-        return self._normalize(batch)  # type: ignore[no-any-return]
+        y = batch_at_once(self, batch)
+        return self._normalize(batch) if y is None else batch.restore(y)  # type: ignore[no-any-return]
 
     def forward_parts(self, parts: list[Tensor]) -> Tensor | None:
         """`forward` of `torch.cat(parts, 1)`, which is not made; None, with nothing done, if it cannot do without."""
@@ -205,11 +192,6 @@ class BatchNorm(ConfiguredLayer):
         """Whether a channel is one pool with one set of statistics, as in torch."""
         parted = self.ghost_size or self.channel_groups or self.domains or not is_alone(self.process_group)
         return is_plain(batch) and not parted
-
-    def _is_one_pool(self, batch: Batch) -> bool:
-        """Whether the valid values of a channel, or of a group of channels, are one pool of this process."""
-        parted = batch.weights is not None or batch.steps or self.ghost_size
-        return not parted and is_alone(self.process_group)
 
     def _check(self, batch: Batch, fusion: Fusion, use_batch: bool, updates: bool) -> None:
         """Raises for a batch that the layer cannot take."""

@@ -18,10 +18,35 @@ from batchnorm.pools import is_alone
 from batchnorm.running import momentum_of_next
 
 if TYPE_CHECKING:
+    from batchnorm.batch import Batch
     from batchnorm.nn.batch_norm import BatchNorm
 
 _ALL: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
 """Mask, lengths and frames where all is valid."""
+
+
+def at_once(
+    layer: BatchNorm, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
+) -> Tensor | None:
+    """`forward` of a tensor that is a batch as it stands, or of padded sequences."""
+    size = layer._call_size
+    if size is None:
+        return sequences_in_one_call(layer, x, residual, mask, lengths) if layer.pool == "sequence" else None
+    layer._check_input_dim(x)
+    if mask is None and lengths is None:
+        y = in_one_call(layer, x, residual, size)
+        return in_two_calls(layer, x, residual) if y is None and not size else y
+    return None if size else in_one_call(layer, x, residual, 0, (mask, lengths, 0))
+
+
+def batch_at_once(layer: BatchNorm, batch: Batch) -> Tensor | None:
+    """The result for a batch whose valid values of a channel, or of a group of channels, are one pool here."""
+    if layer._is_special or not isinstance(batch.x, Tensor) or batch.weights is not None or batch.steps:
+        return None
+    if layer.ghost_size or not is_alone(layer.process_group):
+        return None
+    valid = _ALL if batch.mask is None else (batch.mask, None, 0)
+    return in_one_call(layer, batch.x, batch.residual, 0, valid)
 
 
 def in_one_call(
@@ -77,7 +102,7 @@ def sequences_in_one_call(
     layer: BatchNorm, x: Tensor, residual: Tensor | None, mask: Tensor | None, lengths: Tensor | None
 ) -> Tensor | None:
     """`forward` of padded sequences (batch, time, C), or with the time first, in one call of C++; None elsewhere."""
-    if layer._is_special or layer._padding is not None or layer.ghost_size or x.ndim != 3 or x.is_nested:
+    if layer._is_special or layer._padding is not None or layer.ghost_size or x.ndim != 3:
         return None
     if not (is_alone(layer.process_group) and (residual is None or residual.shape == x.shape)):
         return None
