@@ -99,9 +99,9 @@ def test_every_option_reaches_the_run(tmp_path, monkeypatch):
     }
     options = [str(w) for k, v in given.items() for w in ("--" + k.replace("_", "-"), v)]
     options += ["--set", "width=3", "--set", "kind=wide"]
-    assert main(["train", *options, "--overwrite", "--baseline"]) == 130
+    assert main(["train", *options, "--overwrite", "--baseline", "--fsdp"]) == 130
     arguments = {"width": 3, "kind": "wide"}
-    assert vars(seen[0]) == {**given, "overwrite": True, "baseline": True, "arguments": arguments}
+    assert vars(seen[0]) == {**given, "overwrite": True, "baseline": True, "fsdp": True, "arguments": arguments}
 
 
 @pytest.fixture

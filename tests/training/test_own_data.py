@@ -334,7 +334,7 @@ def shapes_of_data():
     return {
         "table": (table, CLASSES, "hidden", "Features are shifted in float64"),
         "images": (images, np.arange(60) % 2, "images", "Images are divided by 255"),
-        "sequences": (X.reshape(40, 3, 4)[:, :, :3], np.arange(40) % 2, "recurrent", "Samples are sequences"),
+        "sequences": (X.reshape(40, 3, 4), np.arange(40) % 2, "recurrent", "Samples are sequences"),
         "regression": (X, X[:, 0] * 100 + 5, "hidden", "Targets are taken as numbers to predict"),
     }
 

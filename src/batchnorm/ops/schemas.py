@@ -52,7 +52,7 @@ def _define(name: str, arguments: str, results: str) -> None:
     schema = f"{name}({arguments}) -> {results}"
     LIBRARY.define(schema)
     given = torch._C.parse_schema(f"batchnorm::{schema}").arguments
-    optional = [None for each in given if each.has_default_value()]  # the last ones: None stands for nothing given
+    optional = [each.default_value for each in given if each.has_default_value()]  # the last ones
     ARGUMENTS[name] = namedtuple(name, [each.name for each in given], defaults=optional)
 
 

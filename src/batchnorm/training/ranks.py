@@ -220,7 +220,7 @@ def joined(device: str, synchronized: bool, timeout: float, sharded: bool = Fals
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=timeout)
     if own and not is_launched():
-        store = dist.distributed_c10d.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
     elif own:
         try:
