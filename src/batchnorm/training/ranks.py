@@ -220,8 +220,8 @@ def joined(device: str, synchronized: bool, timeout: float, sharded: bool = Fals
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=timeout)
     if own and not is_launched():
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=limit)
     elif own:
         try:
             store, rank, size = next(dist.distributed_c10d.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
