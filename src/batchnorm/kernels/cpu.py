@@ -28,7 +28,7 @@ _library: ctypes.CDLL | None = None
 # Without `_autograd`, plain calls on fewer elements than this go to torch's own operator: through Python, forward and
 # backward cost about 80 us more than torch's, and the kernels earn that back between 32,768 and 100,352 elements
 # (float32, BN + ReLU, torch 2.13, one thread).
-SMALL = 1 << 16
+SMALL = 100_000
 torch_below: float = 0  # in force: 0 with `_autograd`, infinite without the native library
 
 _VERSION = re.compile(r"(\d+)\.(\d+)\.")
