@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import distributed as dist
 
 from batchnorm.errors import BatchNormError, SynchronizationError
 
-_WORDS = ("gloo", "nccl", "connection", "timed out", "timeout", "peer", "process group", "socket", "store")
+_WORDS = re.compile(  # of errors of gloo, nccl and their stores
+    r"\b(gloo|nccl|connection|timed out|timeout|peer|process group|socket|(tcp|file|hash)?store)\b", re.IGNORECASE
+)
 PATIENCE = 2.0  # seconds in which ranks whose exchange failed, too, tell the others so
 _KEY = "batchnorm/failed"
 _last = ""  # the layer whose ranks have exchanged last
@@ -84,7 +87,7 @@ class rank_errors:  # noqa: N801 - a context manager, named as one
 
 def is_of_an_exchange(error: RuntimeError) -> bool:
     """Whether a RuntimeError, of which torch has one for all, comes from gloo, nccl or their store."""
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _WORDS)
+    return isinstance(error, dist.DistError) or bool(_WORDS.search(str(error)))
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hostile_ranks import KINDS, LIMIT
 from torch import distributed as dist
 
-from batchnorm.exchanges import PATIENCE
+from batchnorm.exchanges import PATIENCE, is_of_an_exchange
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
@@ -62,3 +62,19 @@ def test_each_trouble_of_ranks_is_one_error_within_the_limit(tmp_path):
         text = told["calibration_of_others", rank][1]
         assert "layer 'norm'" in text
         assert "rank 0: (4,), rank 1: (5,)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[/third_party/gloo/gloo/transport/tcp/pair.cc:525] Read error: Connection reset by peer", True),
+        ("Timed out waiting 2000ms for recv operation to complete", True),
+        ("wait timeout after 2000ms, keys: /default_pg/0//cpu", True),
+        ("TCPStore: the client is closed", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+        ("the backbone could not be restored", False),
+        ("a gradient is stored twice", False),
+    ],
+)
+def test_errors_of_exchanges_are_known_by_whole_words(text, expected):
+    assert is_of_an_exchange(RuntimeError(text)) is expected
