@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from itertools import combinations
 
 import pytest
@@ -20,21 +19,8 @@ from batchnorm.report.diagnosis_page import short_names
 from batchnorm.report.explain_page import write_explanation
 from batchnorm.training.results import Calibration, ClassAccuracy, Curve, Insertion, LayerStatistics
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LONG = "encoder.layers.11.a_very_long_name_of_a_projection_in_a_block.and_its_normalization"
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 class Block(nn.Module):

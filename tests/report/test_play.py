@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import runpy
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,20 +23,7 @@ from batchnorm.report import write_play
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = ROOT / "src/batchnorm/report/templates/play/numbers.js"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
