@@ -242,9 +242,18 @@ def test_no_pickle_is_executed(users, capsys, run, where):
     assert "unpickled" not in sys.modules
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which a run in the background of a shell has not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 STAGES = ["loading", "inserting", "training", "calibrating", "folding", "exporting", "timing", "writing"]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_at_every_stage(users, capsys, monkeypatch, stage):
     forms = procedure2.export_network.__globals__["_forms"]
