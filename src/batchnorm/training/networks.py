@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from batchnorm.errors import InputError
 from batchnorm.nn import recurrent
 from batchnorm.population.state_dicts import as_tensor, load_state, read_state, renamed_state, state_dicts
+from batchnorm.undo import evaluating
 
 ALIAS = "num_outputs"  # another name of num_classes: offered where it is asked for by name alone
 ANY_CLASSES = 10  # where neither data nor arguments say; weights tell the right number
@@ -111,6 +112,27 @@ def lstm(input_shape: tuple[int, ...], num_classes: int = 10, hidden_size: int =
 
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"figure1": figure1, "convnet": convnet, "lstm": lstm}
+
+
+def modules_called(network: nn.Module, example: Tensor) -> list[nn.Module]:
+    """The modules that a forward pass in evaluation mode calls, in the order in which their calls end.
+
+    Args:
+        network: it is left as it was.
+        example: a batch that it takes.
+
+    Returns:
+        A module once for each call, the network itself at the end.
+    """
+    called: list[nn.Module] = []
+    hooks = [m.register_forward_hook(lambda module, args, output: called.append(module)) for m in network.modules()]
+    try:
+        with evaluating(network), torch.no_grad():
+            network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 class Rescale(nn.Module):

@@ -37,7 +37,7 @@ from batchnorm.training.loop import (
     make_optimizer,
     train_steps,
 )
-from batchnorm.training.networks import Rescale, SequenceClassifier, build_network
+from batchnorm.training.networks import Rescale, SequenceClassifier, build_network, modules_called
 from batchnorm.training.ranks import Ranks, check_parts, joined, restarts
 from batchnorm.training.results import (
     Calibration,
@@ -438,19 +438,9 @@ def _check_output(config: ResolvedConfig, network: nn.Module, example: Tensor, d
 
 def _calls(network: nn.Module, example: Tensor) -> list[tuple[str, nn.Module]]:
     """Linear, convolution and batch norm layers in the order in which a forward pass calls them."""
-    called: list[tuple[str, nn.Module]] = []
-    hooks = [
-        module.register_forward_hook(lambda m, args, output, name=name: called.append((name, m)))
-        for name, module in network.named_modules()
-        if isinstance(module, _LAYERS) or _is_norm(module)
-    ]
-    try:
-        with evaluating(network), torch.no_grad():
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return called
+    names = {module: name for name, module in network.named_modules()}
+    called = modules_called(network, example)
+    return [(names[module], module) for module in called if isinstance(module, _LAYERS) or _is_norm(module)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from batchnorm.errors import DataError, SurgeryError, WriteError
-from batchnorm.undo import evaluating
+from batchnorm.training.networks import modules_called
 
 PREFIX = "checkpoint-"  # of the folder of a checkpoint's shards; the number of steps follows
 
@@ -64,14 +64,7 @@ def shard(network: nn.Module, example: Tensor, device: torch.device) -> nn.Modul
 
 def _units(network: nn.Module, whole: nn.Module, example: Tensor) -> list[nn.Module]:
     """The modules under `whole`, inner ones first, that have parameters of their own alone and that a forward calls."""
-    called: set[nn.Module] = set()
-    hooks = [m.register_forward_pre_hook(lambda m, args: called.add(m)) for m in whole.modules()]
-    try:
-        with evaluating(network), torch.no_grad():
-            network(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    called = set(modules_called(network, example))
     owners: dict[int, int] = {}
     for module in whole.modules():
         for parameter in module.parameters(recurse=False):
