@@ -61,7 +61,8 @@ class BatchNorm(ConfiguredLayer):
             if (recorded := recorded_call(self, (input,), options)) is not None:
                 return recorded
         batch = self._batch(input, residual, mask, lengths, weights)
-        y = batch_at_once(self, batch)
+        tried = is_bare and self._call_size is not None
+        y = None if tried else batch_at_once(self, batch)
         return self._normalize(batch) if y is None else batch.restore(y)  # type: ignore[no-any-return]
 
     def forward_parts(self, parts: list[Tensor]) -> Tensor | None:
