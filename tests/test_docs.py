@@ -48,7 +48,7 @@ def test_every_page_has_an_example_and_what_it_prints(page):
     found = PRINTED["blocks"](text)
     assert len(found) == len(re.findall("^```python", text, re.MULTILINE))
     assert any(block.prints for block in found)
-    assert text.count("```text prints") == sum(block.prints is not None for block in found)
+    assert text.count(PRINTED["FENCE"]) == sum(block.prints is not None for block in found)
 
 
 @pytest.mark.filterwarnings("ignore:.use_push_based_shuffle. is deprecated:DeprecationWarning")  # Ray, of itself
@@ -64,7 +64,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
 def test_printed_blocks_are_compared():
     assert rough("relative 2.63e-07 (accepted 1e-05), 1 folded") == "relative # (accepted #), 1 folded"
     assert rough("2 folded") != rough("1 folded")
-    found = PRINTED["blocks"]("<!-- needs: ray -->\n\n```python\nprint(1)\n```\n\n```text prints\n1\n```\n")
+    text = f"<!-- needs: ray -->\n\n```python\nprint(1)\n```\n\n{PRINTED['FENCE']}\n1\n```\n"
+    found = PRINTED["blocks"](text)
     assert [(block.source, block.prints, block.needs) for block in found] == [("print(1)\n", "1\n", ("ray",))]
 
 
@@ -176,3 +177,7 @@ def test_the_built_site_has_an_anchor_for_each_public_name(tmp_path):
     assert [name for name in names if name.rpartition(".")[2] in inner] == []
     assert not re.search(r"=</span>\s*<span[^>]*>_[A-Z]", pages), "a default that is a private name"
     assert not re.findall(r"<summary>Example</summary>", pages)
+    for page in site.rglob("*.html"):  # a fence that the site's Markdown does not know becomes a line of text
+        told = re.sub(r"<pre.*?</pre>|<script.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert "<code>text" not in told, page
+        assert "```" not in told, page

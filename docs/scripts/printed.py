@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# The title is above the block on the site, whose Markdown takes nothing else behind the language.
+FENCE = '```text title="prints"'
 BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>[\w, ]+) -->\n+)?```python\n(?P<source>.*?)^```$"
-    r"(?P<shown>\n+```text prints\n(?P<prints>.*?)^```$)?",
+    rf"(?P<shown>\n+{FENCE}\n(?P<prints>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
 RANKS = re.compile(r"^<!-- ranks: (\d+) -->$", re.MULTILINE)
@@ -107,7 +109,7 @@ def fill(page: Path) -> None:
         found = list(run(text, page.name))
     for _, block, printed in reversed(found):
         lines = "".join(f"{line.rstrip()}\n" for line in printed.splitlines())
-        shown = f"\n\n```text prints\n{lines}```" if lines.strip() else ""
+        shown = f"\n\n{FENCE}\n{lines}```" if lines.strip() else ""
         text = text[: block.end] + shown + text[block.shown_end :]
     page.write_text(text, encoding="utf-8")
 
