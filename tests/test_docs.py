@@ -51,7 +51,6 @@ def test_every_page_has_an_example_and_what_it_prints(page):
     assert text.count(PRINTED["FENCE"]) == sum(block.prints is not None for block in found)
 
 
-@pytest.mark.filterwarnings("ignore:.use_push_based_shuffle. is deprecated:DeprecationWarning")  # Ray, of itself
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
