@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
+import platform
 import shutil
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +18,9 @@ from typing import Any
 from batchnorm.errors import WriteError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_MARK = ".batchnorm-tmp"  # in every temporary name, before the suffix
+_DAY = 86_400.0  # seconds after which nobody still writes a file
+_unfinished: set[Path] = set()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -138,14 +145,87 @@ class Stream(io.BufferedIOBase):
 @contextmanager
 def _moved_to(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, moved there at the end; removed on any error."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with temporary_for(path) as temporary:
+            yield temporary
+            os.replace(temporary, path)
     except WriteError:
         raise
     except OSError as error:
         raise refused(path, error) from error
+
+
+@contextmanager
+def temporary_for(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a file or folder that is not finished; it keeps the suffix, and is removed at the end.
+
+    A process that is killed cannot remove it. So the name tells machine and process, and the next process that writes
+    into this folder removes what the dead have left there.
+    """
+    _remove_leftovers(path.parent)
+    temporary = path.with_name(f".{path.stem[:40]}.{_machine()}-{os.getpid()}{_MARK}{path.suffix}")
+    _unfinished.add(temporary)
+    try:
+        yield temporary
     finally:
-        with suppress(OSError):
+        _remove(temporary)
+        _unfinished.discard(temporary)
+
+
+@contextmanager
+def folders_for(path: Path) -> Iterator[None]:
+    """Make the folders that a file is to be in; on any error those that were made are removed, if they are empty."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def remove_unfinished() -> None:
+    """Remove every temporary file of this process, which is about to end at once."""
+    for temporary in list(_unfinished):
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):
+        if temporary.is_dir() and not temporary.is_symlink():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
             temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+@functools.lru_cache(maxsize=256)
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that are dead, once a folder; they belong to this user."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        found = [entry for entry in entries if entry.name.startswith(".") and _MARK in entry.name]
+        for entry in found:
+            status = entry.stat(follow_symlinks=False)
+            own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+            machine, _, process = entry.name.partition(_MARK)[0].rpartition(".")[2].partition("-")
+            old = time.time() - status.st_mtime > _DAY
+            if own and process.isdecimal() and (old or (machine == _machine() and not _is_alive(int(process)))):
+                _remove(Path(entry.path))
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user
+        return True
+    return True

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MODULE = """
+import os, signal
 from torch import nn
 def net(num_features=64, num_classes=10):
     return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 8), nn.BatchNorm1d(8), nn.ReLU(),
                          nn.Linear(8, num_classes))
+def terminated(num_features=64, num_classes=10):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return net(num_features, num_classes)
 def plain(num_features, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(num_features, 8), nn.ReLU(), nn.Linear(8, num_classes))
 """

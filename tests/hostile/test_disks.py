@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from batchnorm.cli import main
 from batchnorm.errors import InputError, WriteError
+from batchnorm.training.procedure2 import export_network
 from batchnorm.writing import in_bytes, write_bytes, writing
 
 TRAIN = ["train", "--network", "nets:plain", "--data", "digits", "--steps", "4", "--batch-size", "32"]
@@ -87,6 +88,9 @@ def commands(folder):
         "fold": ["fold", *NET, *shape, *weights, "--out"],
         "fold an archive": ["fold", str(folder / "net.pt2"), "--out"],
         "convert an archive": ["convert", str(folder / "net.pt2"), "--out"],
+        "convert": ["convert", *NET, *shape, "--out"],
+        "convert --from": ["convert", "--from", str(folder / "w.safetensors"), *NET, "--to"],
+        "convert --from, to others": ["convert", "--from", str(folder / "w.safetensors"), *NET, "--to"],
     }
 
 
@@ -96,12 +100,15 @@ def bn_net():
     return nets.net()
 
 
-@pytest.mark.parametrize(
-    "name", ["summary", "diagnose", "calibrate", "adapt", "fold", "fold an archive", "convert an archive"]
-)
+WRITING = ["summary", "diagnose", "calibrate", "adapt", "fold", "fold an archive", "convert an archive", "convert"]
+WRITING += ["convert --from", "convert --from, to others"]
+SUFFIX = {"summary": ".html", "diagnose": ".html", "convert --from, to others": ".weights.h5"}
+
+
+@pytest.mark.parametrize("name", WRITING)
 def test_every_command_that_writes_a_file(users, capsys, name):
     command = commands(users)[name]
-    suffix = {"summary": ".html", "diagnose": ".html"}.get(name, ".pt2" if "archive" in name else ".safetensors")
+    suffix = SUFFIX.get(name, ".pt2" if "archive" in name else ".safetensors")
     (users / f"out{suffix}").write_bytes(b"of before")
     before = contents(users)
     with file_size_limit(200):
@@ -137,13 +144,36 @@ def test_lab_keeps_the_finished_seeds_only(users, capsys):
     assert not [name for name in contents(users) if name.startswith("lab")]
 
 
+LESSON = ["--network", "nets:net", "--data", "digits", "--set", "steps=2", "--out", "new/pages"]
+
+
+@pytest.mark.parametrize("name", ["explain", "play"])
+def test_pages_of_the_lab_leave_nothing(users, capsys, name):
+    with file_size_limit(200):
+        line = refused(["lab", name, *LESSON], capsys)
+    assert f"new/pages/{name}.html: it cannot be written (file size limit" in line
+    assert not (users / "new").exists()
+    assert main(["lab", name, *LESSON]) == 0
+
+
 @pytest.fixture(scope="module")
-def sizes(tmp_path_factory):
+def few_forms():
+    """Exports without the forms that take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        forms = export_network.__globals__["_forms"]
+        patch.setitem(export_network.__globals__, "_forms", lambda *a: forms(*a)[:3])
+        yield
+
+
+@pytest.fixture(scope="module")
+def sizes(few_forms, tmp_path_factory):
     """The sizes of the files of a finished run."""
     folder = tmp_path_factory.mktemp("sizes")
-    (folder / "nets.py").write_text(MODULE)
-    command = [sys.executable, "-m", "batchnorm", *TRAIN, "--out", "run"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        (folder / "nets.py").write_text(MODULE)
+        assert main([*TRAIN, "--out", str(folder / "run")]) == 0
+        sys.modules.pop("nets", None)
     return {name: len(content) for name, content in contents(folder / "run").items()}
 
 

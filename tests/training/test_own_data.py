@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.cli import main
 from batchnorm.errors import DataError, InputError
+from batchnorm.lab.of_runs import explain_run
 from batchnorm.report.verdict import verdict
 from batchnorm.training import TrainConfig, load_data, procedure2, train
+from batchnorm.training.loop import batch_indices
 from batchnorm.training.objectives import Regression
 from batchnorm.training.targets import classes_of
 
@@ -111,6 +114,65 @@ def test_floats_are_a_regression_unless_classes_are_asked_for(folder):
     assert load_data(saved(x=X, y=CLASSES), task="regression").y_train.dtype == torch.float32
     with pytest.raises(DataError, match="a regression needs numbers"):
         load_data(saved(x=X, y=np.array(["a", "b", "c"])[CLASSES]), task="regression")
+
+
+def test_the_lab_takes_the_loss_of_a_regression(folder, no_exports):
+    """The gradients that it walks through are those of the run's own loss."""
+    y = X @ np.array([1.0, -2.0, 0.5, 0.0]) + 100
+    train(TrainConfig(network="people:hidden", data=saved(x=X, y=y), steps=3, batch_size=24, out="run"))
+    found, source = explain_run("run", channel=2)
+    assert "batch of 24" in source
+    held = bn.load_run("run")
+    data = held.load_data()
+    at = batch_indices(len(data.x_train), 24, held.config.seed, 3)
+    Regression.of(data).loss(held.network.train()(data.x_train[at]), data.y_train[at]).backward()
+    norm = held.network.get_submodule(found.layer)
+    assert found.sum_dy == pytest.approx(float(norm.bias.grad[2]), rel=1e-4, abs=1e-7)
+    assert found.sum_dy_xhat == pytest.approx(float(norm.weight.grad[2]), rel=1e-4, abs=1e-7)
+
+
+def table_with(**columns):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"a": X[:, 0], "b": np.arange(120), **columns})
+    parquet.write_table(table, "t.parquet", row_group_size=50)
+    return "t.parquet"
+
+
+def test_labels_of_a_table_are_what_its_types_say(folder):
+    pa = pytest.importorskip("pyarrow")
+    texts = pa.array(["dog", "cat", "émeu"] * 40)
+    for labels in (texts, texts.dictionary_encode(), texts.cast(pa.large_string()), texts.cast(pa.binary())):
+        data = load_data(table_with(y=labels))
+        assert (data.classes, data.input_shape) == (("cat", "dog", "émeu"), (2,))
+    assert load_data(table_with(y=pa.array([None, True, False] * 40).fill_null(True))).classes == ("False", "True")
+    prices = pa.array([Decimal("1.5"), Decimal("2.25")] * 60)
+    pairs = pa.FixedSizeListArray.from_arrays(np.arange(240.0), 2)
+    for targets, outputs in ((prices, 1), (pairs, 2)):
+        data = load_data(table_with(y=targets))
+        assert (data.task, data.num_classes) == ("regression", outputs)
+    for labels, message in (
+        (pa.array(["dog", None] * 60), "column 'y' has [0-9]+ missing values"),
+        (pa.array([{"a": 1}] * 120), "column 'y' holds struct<a: int64>; expected numbers or texts"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_data(table_with(y=labels))
+
+
+def test_features_of_a_table(folder):
+    pa = pytest.importorskip("pyarrow")
+    images = pa.FixedShapeTensorArray.from_numpy_ndarray(RNG.normal(size=(120, 3, 5, 5)))
+    vectors = pa.FixedSizeListArray.from_arrays(RNG.normal(size=480), 4)
+    assert load_data(table_with(v=vectors, y=CLASSES)).input_shape == (6,)
+    for column, message in (
+        (images, r"column 'v' holds arrays of shape \(3, 5, 5\), and there are other columns"),
+        (pa.array([[1.0] * (1 + k % 2) for k in range(120)]), "column 'v' holds lists of 1 to 2 values"),
+        (pa.array(["a"] * 120), "column 'v' holds string; expected numbers"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_data(table_with(v=column, y=CLASSES))
+    with pa.ipc.new_stream("t.arrows", (table := pa.table({"x": images, "y": CLASSES})).schema) as writer:
+        writer.write_table(table)
+    assert load_data("t.arrows").input_shape == (3, 5, 5)
 
 
 def test_the_objective_of_a_regression_is_r2_in_float64(folder):
@@ -265,10 +327,19 @@ def test_every_command_takes_a_run(folder, no_exports, capsys):
         ["adapt", *run, "--data", "new.npy", "--out", "a.safetensors"],
         ["fold", *run, "--out", "f.safetensors"],
         ["convert", *run, "--set", "eps=0.001", "--out", "v.safetensors"],
+        ["convert", *run, "--from", "c.safetensors", "--to", "again.safetensors"],
+        ["bench", *run, "--seconds", "0.001"],
+        ["lab", "explain", *run, "--set", "channel=3", "--set", "batch_size=30", "--out", "pages"],
+        ["lab", "play", *run, "--out", "pages"],
+        ["lab", "figure1", *run, "--set", "steps=2", "--seeds", "1", "--workers", "1", "--out", "pages"],
     ]
     for command in commands:
         assert main(command) == 0, capsys.readouterr().err
-    assert "BatchNorm1d" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "BatchNorm1d" in said
+    assert "20,8" in said  # the shape that bench measured
+    (page,) = (folder / "pages").glob("explain.html")
+    assert "Network people:hidden as run run has trained it, on a batch of 30 training samples" in page.read_text()
     with torch.no_grad():
         run_again = bn.load_run("run")
         raw = run_again.prepare(X[:9])
@@ -281,6 +352,11 @@ def test_every_command_takes_a_run(folder, no_exports, capsys):
         (["calibrate", "--out", "x.safetensors"], "give either --network or --run"),
         (["calibrate", "--run", "run", "--set", "width=3", "--out", "x.safetensors"], "a run has its own"),
         (["calibrate", "--network", "people:first", "--out", "x.safetensors"], "--network needs --data"),
+        (["lab", "play", "--run", "run", "--data", "digits"], "a run has its own"),
+        (["lab", "explain", "--run", "run", "--set", "steps=3"], "setting 'steps' does not go with a run"),
+        (["lab", "explain", "--run", "run", "--set", "batch_size=97"], "96 training samples do not make one batch"),
+        (["bench", "8,4", "--run", "run"], "give either shapes or --run"),
+        (["convert", "--from", "c.safetensors", "--to", "x.safetensors"], "--from needs --network"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

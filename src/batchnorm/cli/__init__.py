@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from batchnorm.errors import BatchNormError, InstallationError
@@ -17,23 +20,29 @@ __all__ = ["INTERRUPTED", "main"]
 INTERRUPTED = 130  # the shell's code for a command that Ctrl-C ended
 
 
+class Stopped(KeyboardInterrupt):
+    """Another signal that asks a command to end; all that cleans up after Ctrl-C cleans up after it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     0: done. 1: done, but the network diverged or a file failed its check. 2: wrong usage or input,
-    one message on stderr. 130: interrupted, with a checkpoint to resume from.
+    one message on stderr. 130: interrupted by Ctrl-C, SIGTERM or SIGHUP, one line on stderr; nothing
+    half-written is left, and of a training the checkpoint stays.
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # for package.module:name beside the user
     try:
-        code = _run(arguments)
+        with _stoppable():
+            code = _run(arguments)
         sys.stdout.flush()
     except BatchNormError as error:
         interrupted = type(error).__name__ == "Interrupted"
         sys.stderr.write(f"batchnorm: {'' if interrupted else 'error: '}{error}\n")
         return INTERRUPTED if interrupted else 2
-    except KeyboardInterrupt:
-        sys.stderr.write("batchnorm: interrupted.\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"batchnorm: interrupted by {stop if isinstance(stop, Stopped) else 'Ctrl-C'}.\n")
         return INTERRUPTED
     except BrokenPipeError:
         _drop_output()
@@ -55,8 +64,34 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="batchnorm")
     except SystemExit as end:
+        cause: BaseException | None = end
+        while cause is not None:  # typer makes an exit of it, without a word
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Stopped, unless somebody answers to them already; a second one is passed over."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in answered:
+            signal.signal(each, signal.SIG_IGN)  # while things are put in order
+        raise Stopped(signal.Signals(number).name)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    own = threading.current_thread() is threading.main_thread()
+    answered = [number for number in numbers if own and signal.getsignal(number) == signal.SIG_DFL]
+    for number in answered:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in answered:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _application() -> Any:

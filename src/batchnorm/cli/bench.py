@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from batchnorm.cli import options
+from batchnorm.errors import InputError
 from batchnorm.progress import waiting
 
 EXAMPLES = """**Examples**
@@ -15,6 +18,8 @@ EXAMPLES = """**Examples**
 `batchnorm bench` - a few usual shapes
 
 `batchnorm bench 64,256,28,28 4096,512 --dtype bfloat16 --threads 1`
+
+`batchnorm bench --run runs/figure1-mnist5k-1` - the shapes of the layers of a run, in its batch size
 """
 
 
@@ -27,6 +32,10 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
     seconds: Annotated[float, typer.Option(help="For each phase of each shape.")] = 0.5,
     as_json: options.Json = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="The folder of a run of `batchnorm train`, instead of shapes: those of its layers."),
+    ] = None,
 ) -> None:
     """Measure this package's layer beside torch's here: first whether it is right, then how fast.
 
@@ -44,7 +53,15 @@ def bench(
     if threads is not None:
         options.at_least_one("bench", "--threads", threads)
         torch.set_num_threads(threads)
-    wanted = [options.sizes_of("bench", text) for text in shapes] if shapes else SHAPES
+    if run is not None and shapes:
+        raise InputError("bench: give either shapes or --run.")
+    wanted: Sequence[Sequence[int]] = SHAPES
+    if run is not None:
+        from batchnorm.lab.of_runs import shapes_of_run
+
+        wanted = shapes_of_run(run)
+    elif shapes:
+        wanted = [options.sizes_of("bench", text) for text in shapes]
     found: list[Timing] = []
     try:
         with waiting("measuring"):

@@ -89,7 +89,10 @@ def convert(
     values = dict(options.assignment(text) for text in assignments or ())
     if source is not None:
         foreign = _Foreign(source, source_framework, _pairs(layers), decay, eps, frozen)
-        _convert_foreign(foreign, network, shape, weights, out or Path(to), framework, like, assignments)
+        if network is None and run is None:
+            raise InputError("convert: --from needs --network, whose batch normalizations the file is loaded into.")
+        given = Given("convert", network, run, weights, assignments)
+        _convert_foreign(foreign, given, shape, out or Path(to), framework, like)
         return
     if out is None:
         raise InputError("convert: --out, the file to write, is missing.")
@@ -136,24 +139,17 @@ def _pairs(layers: list[str] | None) -> dict[str, str] | None:
 
 
 def _convert_foreign(
-    foreign: _Foreign,
-    network: str | None,
-    shape: str | None,
-    weights: Path | None,
-    out: Path,
-    framework: str | None,
-    like: Path | None,
-    arguments: list[str] | None,
+    foreign: _Foreign, given: Given, shape: str | None, out: Path, framework: str | None, like: Path | None
 ) -> None:
     """Another framework's file into the network, and its weights, or a third framework's file, out."""
     from batchnorm import save_statistics
 
-    if network is None:
-        raise InputError("convert: --from needs --network, whose batch normalizations the file is loaded into.")
     if out.suffix == "":
         raise InputError(f"convert: --to {out}: with --from it names a file, as in net.safetensors or net.weights.h5.")
-    sizes = () if shape is None else tuple(options.sizes_of("--shape", shape)[1:])
-    net = Given("convert", network, None, weights, arguments).build(sizes, None)
+    if given.run is not None:
+        net, _ = given.with_example(None)
+    else:
+        net = given.build(() if shape is None else tuple(options.sizes_of("--shape", shape)[1:]), None)
     foreign.load(net)
     if framework is None and like is None and out.suffix == ".safetensors":
         save(net, out)

@@ -35,6 +35,8 @@ EXAMPLES = """**Examples**
 `batchnorm lab play` - a page to play with: pools, one layer, running averages, folding, a network that learns
 
 `batchnorm lab play --network mymodels:resnet --checkpoint net.pt --data mydata:load` - the same on your own network
+
+`batchnorm lab explain --run runs/figure1-mnist5k-1 --set channel=3` - the same on the network and data of a run
 """
 
 
@@ -62,6 +64,13 @@ def lab(
     workers: Annotated[
         int | None, typer.Option(help="Processes; each seed computes on one thread.", show_default="one a core")
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of a run of `batchnorm train`, instead of --network and --data. `explain` and `play` take "
+            "its trained network; experiments train the same network on the same data."
+        ),
+    ] = None,
 ) -> None:
     """Run experiments that show what batch norm does, and whether the papers' claims hold here.
 
@@ -74,18 +83,24 @@ def lab(
     if names == ["list"]:
         _list_experiments(list(EXPERIMENTS.values()))
         return
+    if run is not None and (network is not None or data is not None or checkpoint is not None or insert):
+        raise InputError("lab: --network, --data, --checkpoint and --insert do not go with --run; a run has its own.")
     changes = _changes(names, assignments, network)
     changes |= {key: value for key, value in (("network", network), ("data", data)) if value is not None}
     if insert:
         changes["insert"] = True
     if names == ["play"]:
-        typer.echo(f"Page: {_play(out, checkpoint, changes)}")
+        typer.echo(f"Page: {_play(out, checkpoint, changes, run)}")
         return
     if checkpoint is not None:
         raise InputError("lab: --checkpoint is for `lab play`; experiments train their networks themselves.")
     if names == ["explain"]:
-        typer.echo(f"Page: {_explain(out, changes)}")
+        typer.echo(f"Page: {_explain(out, changes, run)}")
         return
+    if run is not None:
+        from batchnorm.lab.of_runs import settings_of_run
+
+        changes = settings_of_run(run) | changes
     chosen = list(EXPERIMENTS.values()) if names == ["all"] else [find(name) for name in names]
     settings = [(experiment, experiment.configure(quick=quick, **changes)) for experiment in chosen]
 
@@ -118,19 +133,24 @@ def _changes(names: list[str], assignments: list[str] | None, network: str | Non
     return given | ({"arguments": arguments} if arguments else {})
 
 
-def _explain(out: Path, changes: dict[str, Any]) -> Path:
+def _explain(out: Path, changes: dict[str, Any], run: Path | None) -> Path:
     from batchnorm.lab.explanation import explain_built_in
+    from batchnorm.lab.of_runs import explain_run
     from batchnorm.report.explain_page import write_explanation
 
-    found, source = explain_built_in(**changes)
+    found, source = explain_built_in(**changes) if run is None else explain_run(run, **changes)
     return write_explanation(out / "explain.html", found, source=source)
 
 
-def _play(out: Path, checkpoint: Path | None, changes: dict[str, Any]) -> Path:
+def _play(out: Path, checkpoint: Path | None, changes: dict[str, Any], run: Path | None) -> Path:
+    from batchnorm.lab.of_runs import play_run
     from batchnorm.lab.playing import lesson, play_built_in
     from batchnorm.report.play_page import write_play
 
-    found = play_built_in(checkpoint=checkpoint, **changes) if changes or checkpoint else lesson()
+    if run is not None:
+        found = play_run(run, **changes)
+    else:
+        found = play_built_in(checkpoint=checkpoint, **changes) if changes or checkpoint else lesson()
     return write_play(out / "play.html", found)
 
 

@@ -82,7 +82,7 @@ def check_schema(schema: Any, columns: Sequence[str] | None, part: str) -> list[
     wanted = _wanted(list(schema.names), columns, part)
     for name in wanted:
         kind = schema.field(name).type
-        if not _holds_numbers(kind):
+        if not holds_numbers(kind):
             raise _not_numbers(name, str(kind), part)
     return wanted
 
@@ -183,20 +183,20 @@ def _stacked(rows: list[Any], name: str, part: str) -> _Array:
 
 def _from_arrow(table: Any, name: str, part: str) -> Column:
     column = table.column(name)
-    if not _holds_numbers(column.type):
+    if not holds_numbers(column.type):
         raise _not_numbers(name, str(column.type), part)
     chunks = column.chunks if hasattr(column, "chunks") else [column]
     arrays = tuple(_numpy(chunk, name, part) for chunk in chunks if len(chunk))
     return Column(name, str(column.type), arrays or (np.empty(0),))
 
 
-def _holds_numbers(kind: Any) -> bool:
+def holds_numbers(kind: Any) -> bool:
     """Whether a type of Arrow is of numbers, or of lists or tensors of them."""
     import pyarrow as pa
     from pyarrow import types
 
     if types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind):
-        return _holds_numbers(kind.value_type)
+        return holds_numbers(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
         return "tensor" in str(kind).lower()
     return bool(types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind))

@@ -17,9 +17,10 @@ from batchnorm.errors import DataError, MissingDependencyError
 ARRAYS, PARQUET, ARROW = (".npy",), (".parquet", ".pq"), (".arrow", ".ipc", ".feather", ".arrows")
 KNOWN = ARRAYS + PARQUET + ARROW
 
-# Bytes of an array, and rows of a table, that are in memory at a time.
+# Bytes of an array, and rows and bytes of a table, that are in memory at a time.
 _BYTES = 8 << 20
 _ROWS = 1 << 16
+_TABLE_BYTES = 16 << 20
 _BUFFER = 1 << 16  # bytes of a column that are read from a Parquet file at a time
 
 
@@ -33,8 +34,12 @@ class File:
     def name(self) -> str:
         return str(self.path)
 
-    def blocks(self, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    def blocks(self, columns: Sequence[str] | None = None, *, numbers: bool = True) -> Iterator[Any]:
         """The rows from the first to the last: arrays, or batches of Arrow with the columns asked for.
+
+        Args:
+            columns: the columns to read, by default all.
+            numbers: refuse a table with a column that holds no numbers before it is read.
 
         Raises:
             DataError: the file is damaged, or lacks a column; the message names file and column.
@@ -44,7 +49,7 @@ class File:
         if suffix in ARRAYS:
             return _array_blocks(self.path)
         read = _parquet_blocks if suffix in PARQUET else _arrow_blocks
-        return _readable(self.path, read(self.path, columns))
+        return _readable(self.path, read(self.path, columns, numbers))
 
     def column_groups(self, columns: Sequence[str] | None = None) -> list[list[str]] | None:
         """Columns that are best read by themselves, where their order among one another does not matter; None: all.
@@ -146,15 +151,24 @@ def _schema_of(path: Path) -> Iterator[Any]:
         yield file.schema_arrow
 
 
-def _parquet_blocks(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+def _parquet_blocks(path: Path, columns: Sequence[str] | None, numbers: bool) -> Iterator[Any]:
     with _parquet(path) as file:
-        check_schema(file.schema_arrow, columns, str(path))
+        if numbers:
+            check_schema(file.schema_arrow, columns, str(path))
         # Without threads: each would hold pages of its own, and parts are what is shared out.
         wanted = None if columns is None else list(columns)
-        yield from file.iter_batches(batch_size=_ROWS, columns=wanted, use_threads=False)
+        rows = _rows_at_a_time(file.schema_arrow, wanted)
+        yield from file.iter_batches(batch_size=rows, columns=wanted, use_threads=False)
 
 
-def _arrow_blocks(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+def _rows_at_a_time(schema: Any, columns: Sequence[str] | None) -> int:
+    """Rows of which memory holds some megabytes, however many columns there are."""
+    fields = [field for field in schema if columns is None or field.name in columns]
+    values = sum(max(1, getattr(field.type, "list_size", 1)) for field in fields)
+    return max(1, min(_ROWS, _TABLE_BYTES // (8 * max(1, values))))
+
+
+def _arrow_blocks(path: Path, columns: Sequence[str] | None, numbers: bool) -> Iterator[Any]:
     """Batches of the file format (which Feather is, too) or of the stream format."""
     ipc = arrow_module("pyarrow.ipc", str(path))
     pa = arrow_module("pyarrow", str(path))
@@ -167,10 +181,12 @@ def _arrow_blocks(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
         else:
             reader = ipc.open_stream(source)
             batches = iter(reader)
-        check_schema(reader.schema, columns, str(path))
+        if numbers:
+            check_schema(reader.schema, columns, str(path))
+        rows = _rows_at_a_time(reader.schema, columns)
         for batch in batches:
-            for start in range(0, batch.num_rows, _ROWS):
-                piece = batch.slice(start, _ROWS)
+            for start in range(0, batch.num_rows, rows):
+                piece = batch.slice(start, rows)
                 yield piece if columns is None else piece.select(list(columns))
 
 

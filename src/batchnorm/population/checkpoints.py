@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.population.formats import recognition, writing
 from batchnorm.population.formats.conventions import CONVENTIONS
 from batchnorm.population.formats.records import Checkpoint, ForeignBatchNorm
+from batchnorm.writing import write_bytes
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -456,7 +456,7 @@ def save_statistics(
                 f"{verb}: layer {name!r} has {ours[name].mean.size} channels, {theirs.name!r} {theirs.mean.size}"
             )
     named = {theirs.name: ours[name] for name, theirs in pairs}
-    _write(Path(path), writing.content_like(Path(like), found.framework, named, verb))
+    write_bytes(Path(path), writing.content_like(Path(like), found.framework, named, verb))
 
 
 def _save(net: nn.Module, path: Path, framework: str | None, layers: Mapping[str, str] | None, verb: str) -> None:
@@ -464,7 +464,7 @@ def _save(net: nn.Module, path: Path, framework: str | None, layers: Mapping[str
     key = writing.framework_of(path, framework, verb)
     theirs = _theirs(found, key, layers, verb)
     named = [(name, f) for name, (_, f) in zip(theirs, found, strict=True)]
-    _write(path, writing.content(named, key, path, verb))
+    write_bytes(path, writing.content(named, key, path, verb))
 
 
 def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
@@ -585,10 +585,3 @@ def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
     if not found:
         raise InputError(f"{verb}: the network has no batch normalization with running statistics")
     return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes beside and moves, so that no half file is left."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from batchnorm.errors import InputError, WriteError
-from batchnorm.writing import write_text
+from batchnorm.writing import folders_for, write_text
 
 
 def render(template: str, **values: Any) -> str:
@@ -33,8 +33,8 @@ def write_page(verb: str, path: str | Path, page: str) -> Path:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page)
+        with folders_for(path):
+            write_text(path, page)
     except WriteError:
         raise
     except OSError as error:

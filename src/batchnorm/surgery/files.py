@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from batchnorm.surgery.onnx_patterns import Chain, chains, with_norms, without_p
 from batchnorm.surgery.onnx_precision import retyped
 from batchnorm.surgery.onnx_run import Runner, examples
 from batchnorm.surgery.rounding import TOLERANCE, Rounding, accepted, errors_against
-from batchnorm.writing import refused, writing
+from batchnorm.writing import refused, temporary_for, writing
 
 
 def fold_onnx(
@@ -192,8 +191,9 @@ def save_onnx(model: Any, path: str | Path) -> None:
     """
     onnx, path = needed("onnx"), Path(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            temporary, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
+        with temporary_for(path) as folder:
+            folder.mkdir()
+            temporary, data = folder / path.name, folder / f"{path.name}.data"
             if model.ByteSize() < IN_MEMORY:
                 temporary.write_bytes(model.SerializeToString())
             else:

@@ -18,7 +18,7 @@ from batchnorm.errors import InputError, MissingDependencyError, SurgeryError, W
 from batchnorm.surgery.archives import quiet
 from batchnorm.training.results import Export
 from batchnorm.undo import evaluating
-from batchnorm.writing import write_bytes, writing
+from batchnorm.writing import temporary_for, write_bytes, writing
 
 TOLERANCE = 1e-5  # of the largest logit
 FOLDED, UNFOLDED, ARCHIVE, UNFOLDED_ARCHIVE, ONNX = EXPORTED_FILES = (
@@ -110,7 +110,12 @@ def _export(form: _Form, folder: Path, reference: Tensor) -> Export:
     if missing:
         note = f"{missing[0]} is not installed: pip install 'batchnorm[export]'"
         return Export(form.name, form.file, "not written", note)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    with temporary_for(path) as temporary:
+        return _checked(form, path, temporary, reference)
+
+
+def _checked(form: _Form, path: Path, temporary: Path, reference: Tensor) -> Export:
+    """Write a form under a temporary name, run it, and move it if it gives the reference."""
     try:
         note = form.write(temporary)
         size = temporary.stat().st_size
@@ -131,8 +136,6 @@ def _export(form: _Form, folder: Path, reference: Tensor) -> Export:
         reason = str(error).strip().splitlines() or ["no message"]
         status = "not written" if form.optional and not temporary.exists() else "failed"
         return Export(form.name, form.file, status, f"{type(error).__name__}: {reason[0]}")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _differences(output: Tensor, reference: Tensor) -> tuple[float, float]:

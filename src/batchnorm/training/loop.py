@@ -32,6 +32,9 @@ EVALUATION_BATCH = 500
 MAX_PROBED = 1_000_000  # values that one percentile is taken of
 
 
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # a terminal that was closed
+
+
 class Interrupted(BatchNormError):  # noqa: N818, a signal is no error
     """Training was stopped by a signal; the checkpoint holds all that was done."""
 
@@ -118,7 +121,7 @@ def train_steps(
 
     A contender whose loss is not finite is stopped there (`Curve.diverged_at`) with its parameters
     as they were before that update; the others go on. A checkpoint is written every half minute or
-    `config.checkpoint_every` steps, at the end and on SIGINT or SIGTERM. Of several ranks each takes
+    `config.checkpoint_every` steps, at the end and on SIGINT, SIGTERM or SIGHUP. Of several ranks each takes
     its share of every batch, and what one of them is told to do all of them do after the same step.
 
     Raises:
@@ -297,7 +300,10 @@ class Probed:
 
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of them; a second SIGINT does kill."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of dying of them; a second one raises KeyboardInterrupt.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -308,7 +314,9 @@ def _signals() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [signal.SIGINT, signal.SIGTERM, *HANGUP]
+    caught = [number for number in caught if number not in HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, receive) for number in caught}
     try:
         yield received
     finally:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from batchnorm.data.features import Column, columns_of, holds_numbers
+from batchnorm.data.files import ARROW, PARQUET, File
 from batchnorm.errors import DataError, MissingDependencyError
 from batchnorm.memory import free_memory
 from batchnorm.writing import in_bytes
@@ -23,7 +24,7 @@ Array = npt.NDArray[Any]
 
 BLOCK = 8 << 20  # bytes that are read at a time
 LARGEST_IN_MEMORY = 2 << 30  # bytes of samples in float64, where memory allows
-ARROW_FILES = (".parquet", ".pq", ".arrow", ".feather", ".ipc")
+ARROW_FILES = PARQUET + ARROW
 
 
 class Source(Protocol):
@@ -238,71 +239,81 @@ def open_table(path: Path, target: str | None) -> dict[str, Source]:
         target: the column of labels; None: the one that is called y, label, target or class.
 
     Raises:
-        DataError: no such column, or a column that holds no numbers.
+        DataError: no such column, or a column of features that holds no numbers.
         MissingDependencyError: pyarrow is not installed.
     """
-    blocks = _table_blocks(path)
     x, y = Spool(str(path)), Spool(str(path))
-    for block in blocks:
-        names = block.schema.names
-        label = (
-            target if target is not None else next((n for n in ("y", "label", "target", "class") if n in names), None)
-        )
-        if label not in names:
-            raise DataError(
-                f"data {path}: no column {label or 'y, label, target or class'}, it has {', '.join(names[:20])}. Name "
-                "the column of the labels with --labels."
-            )
-        features = [_column(path, block, name) for name in names if name != label]
-        if not features:
-            raise DataError(f"data {path}: no column but {label!r}; expected columns of numbers.")
-        x.add(features[0] if len(features) == 1 and features[0].ndim > 1 else np.column_stack(features))
-        y.add(_labels(block.column(names.index(label))))
+    blocks = File(path).blocks(numbers=False)
+    try:
+        for block in blocks:
+            label, features = _label_and_features(path, block.schema, target)
+            _refuse_missing(path, block, (label, *features))
+            x.add(_rows_of_columns(path, columns_of(block, features, str(path))))
+            y.add(_labels(path, block, label))
+    except MissingDependencyError:
+        raise
+    except DataError as error:
+        text = str(error)
+        raise error if text.startswith("data ") else DataError(f"data {text}") from error
     return {"x": x.finish(), "y": y.finish()}
 
 
-def _table_blocks(path: Path) -> Iterator[Any]:
-    try:
-        arrow, ipc, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.ipc", "pyarrow.parquet"))
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"data {path}: reading it needs pyarrow, which is not installed: pip install pyarrow"
-        ) from error
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-                yield from file.iter_batches(batch_size=1 << 14, use_threads=False)
-            return
-        with arrow.OSFile(str(path)) as source:
-            reader = ipc.open_file(source)
-            for number in range(reader.num_record_batches):
-                yield reader.get_batch(number)
-    except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"data {path}: it cannot be read ({str(error).splitlines()[0]}).") from error
-
-
-def _column(path: Path, block: Any, name: str) -> Array:
-    """A column of numbers, or of lists of one length, as (N,) or (N, length)."""
-    column = block.column(block.schema.names.index(name))
-    if column.null_count:
-        raise DataError(f"data {path}: column {name!r} has {column.null_count} missing values. Drop or impute them.")
-    kind = str(column.type)
-    if "list" in kind:
-        rows = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
-        if len(block) and len(rows) % len(block) == 0:
-            return rows.reshape(len(block), -1)
-    values = np.asarray(column.to_numpy(zero_copy_only=False))
-    if values.dtype.kind not in "fiub":
+def _label_and_features(path: Path, schema: Any, target: str | None) -> tuple[str, list[str]]:
+    """The names of the column of labels, and of the others, which all hold numbers."""
+    names = list(schema.names)
+    label = target if target is not None else next((n for n in ("y", "label", "target", "class") if n in names), None)
+    if label is None or label not in names:
         raise DataError(
-            f"data {path}: column {name!r} holds {kind}; expected numbers, or lists of one length. Leave it out, or "
-            "encode it as numbers."
+            f"data {path}: no column {label or 'y, label, target or class'}, it has {', '.join(names[:20])}. Name "
+            "the column of the labels with --labels."
         )
-    return values
+    features = [name for name in names if name != label]
+    if not features or len(names) - len(features) > 1:
+        what = "no column but" if not features else "several columns"
+        raise DataError(f"data {path}: {what} {label!r}; expected columns of numbers beside one of labels.")
+    for name in features:
+        kind = schema.field(names.index(name)).type
+        if not holds_numbers(kind):
+            raise DataError(
+                f"data {path}: column {name!r} holds {kind}; expected numbers, or lists of one length. Leave it out, "
+                "or encode it as numbers."
+            )
+    return label, features
 
 
-def _labels(column: Any) -> Array:
+def _refuse_missing(path: Path, block: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if missing := block.column(block.schema.names.index(name)).null_count:
+            raise DataError(f"data {path}: column {name!r} has {missing} missing values. Drop or impute them.")
+
+
+def _rows_of_columns(path: Path, columns: Sequence[Column]) -> Array:
+    """(N, features), or what a single column of arrays holds."""
+    values = [column.values() for column in columns]
+    if len(values) == 1 and values[0].ndim > 1:
+        return values[0]
+    for column, array in zip(columns, values, strict=True):
+        if array.ndim > 2:
+            raise DataError(
+                f"data {path}: column {column.name!r} holds arrays of shape {array.shape[1:]}, and there are other "
+                "columns of features. Leave one or the others out."
+            )
+    return np.column_stack(values)
+
+
+def _labels(path: Path, block: Any, name: str) -> Array:
+    """Labels as they are, texts as texts; decimals, and lists of targets, are floats."""
+    column = block.column(block.schema.names.index(name))
+    kind = str(column.type)
+    if holds_numbers(column.type) and ("decimal" in kind or "list" in kind or "tensor" in kind):
+        (found,) = columns_of(block, [name], str(path))
+        return found.values()
     values = np.asarray(column.to_numpy(zero_copy_only=False))
-    return values.astype(str) if values.dtype.kind == "O" else values
+    if values.dtype.kind != "O":
+        return values
+    if not all(isinstance(value, str | bytes) for value in values):
+        raise DataError(f"data {path}: column {name!r} holds {kind}; expected numbers or texts as labels.")
+    return np.array([value if isinstance(value, str) else value.decode(errors="backslashreplace") for value in values])
 
 
 def of_items(items: Iterable[Any], name: str, as_array: Callable[[str, Any], Array]) -> dict[str, Source]:
