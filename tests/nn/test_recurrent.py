@@ -468,6 +468,17 @@ def test_compiled(kind, pool, recurrent, lengths):
             close(compiled.eval()(x, lengths), peer.eval()(x, lengths))
 
 
+def test_a_compiled_layer_alone_runs_eagerly_unless_dynamo_is_let_in():
+    """Dynamo begins with the layer's own frame here, of which it takes nothing, or all."""
+    layer, x = bn.GRU(INPUT, HIDDEN, batch_norm="sequence").double().eval(), torch.randn(3, 2, INPUT).double()
+    for let_in in (False, True):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        with torch._dynamo.config.patch(allow_rnn=let_in):
+            close(torch.compile(layer, backend=counter, fullgraph=let_in)(x), layer(x))
+        assert counter.frame_count == let_in
+
+
 def test_cells_compile_in_one_graph():
     torch._dynamo.reset()
     cell = bn.LSTMCell(INPUT, HIDDEN, batch_norm="frame", recurrent=True).double()

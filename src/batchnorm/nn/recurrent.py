@@ -269,7 +269,10 @@ class _Layer(_Normalized, nn.RNNBase):
             return recorded
         run = _Layer._forward
         # Dynamo stops at a recurrent layer unless its config.allow_rnn is set, and would then compile the functions
-        # inside one by one, again for all other lengths of sequences. (This frame it cannot compile.)
+        # inside one by one, again for all other lengths of sequences. Of this one it does not know the layer then, and
+        # takes each attribute for something that is not None.
+        if is_compiled() and not torch._dynamo.config.allow_rnn:
+            torch._dynamo.skip_frame("a recurrent layer runs eagerly")
         if "torch._dynamo" in sys.modules and not is_compiled():
             run = _disabled(run)
         return run(self, input, hx, lengths, mask, step)
