@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from batchnorm.surgery import scaling
 from batchnorm.surgery.affine import (
     ChannelMap,
     affine_of,
     crossing,
     data_users,
+    is_identity,
     is_norm,
     piece,
     shape,
     tensor_inputs,
     wide,
 )
-from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank, value_of
+from batchnorm.surgery.flow import DataFlow, attribute, data_inputs, operation, rank, value_of
 from batchnorm.surgery.layers import CHANNEL_PADDED
 from batchnorm.surgery.modules import is_plain, obstacle
 from batchnorm.surgery.weights import per_input, scale_outputs
@@ -50,12 +54,16 @@ class Line:
 
 @dataclass
 class State:
-    """What the layers have become, by name: weights, and the lines of batch normalization that stays."""
+    """What the layers have become, by name: weights, and the lines of batch normalization that stays.
+
+    ``vectors`` are parameters that a forward adds or multiplies by itself, by their paths.
+    """
 
     flow: DataFlow
     weights: dict[str, Weights] = field(default_factory=dict)
     lines: dict[str, Line] = field(default_factory=dict)
     foldable: dict[str, str | None] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, name: str) -> Weights:
         if name in self.weights:
@@ -80,17 +88,26 @@ class Absorption:
     weights: dict[str, Weights] = field(default_factory=dict)
     lines: dict[str, Line] = field(default_factory=dict)
     into: list[str] = field(default_factory=list)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def commit(self) -> None:
         self.state.weights |= self.weights
         self.state.lines |= self.lines
+        self.state.vectors |= self.vectors
 
-    def before(self, node: fx.Node, map: ChannelMap) -> str | None:
-        """Make ``node`` give the mapped value; why it cannot, or None."""
+    def attempt(self, way: Callable[[], str | None]) -> str | None:
+        """Go one way; if it fails, nothing that it planned stays."""
+        kept = dict(self.weights), dict(self.lines), list(self.into), dict(self.vectors)
+        reason = way()
+        if reason is not None:
+            self.weights, self.lines, self.into, self.vectors = kept
+        return reason
+
+    def before(self, node: fx.Node, map: ChannelMap, reader: fx.Node | None = None) -> str | None:
+        """Make ``node`` give ``reader`` (the site by default) the mapped value; why it cannot, or None."""
         flow = self.state.flow
-        users = [user for user in data_users(node) if user is not self.site]
-        if node is not data_inputs(self.site)[0]:
-            users = users[1:]
+        users = [user for user in data_users(node) if user is not (reader or self.site)]
+        users = [user for user in users if not self._undone_by(user, node, map)]
         if users:
             others = " and ".join(dict.fromkeys(flow.describe(user) for user in users))
             return f"the output of {_called(flow, node)} also goes to {others}"
@@ -100,9 +117,13 @@ class Absorption:
         if node.op.startswith("call") and operation(node) in _CONCATENATIONS and module is None:
             return self._before_concatenation(node, map)
         sources = tensor_inputs(node)
-        if not node.op.startswith("call") or len(sources) != 1:
-            return f"its input comes from {flow.describe(node)}"
-        return self._before_crossing(node, sources[0], map)
+        reason = f"its input comes from {flow.describe(node)}"
+        if node.op.startswith("call") and len(sources) == 1:
+            reason = self.attempt(lambda: self._before_crossing(node, sources[0], map)) or ""
+        if reason and node.op.startswith("call") and module is None and map.axis is not None:
+            other = self._before_arithmetic(node, map)
+            return other if other is None or other else reason
+        return reason or None
 
     def _before_crossing(self, node: fx.Node, source: fx.Node, map: ChannelMap) -> str | None:
         flow = self.state.flow
@@ -129,7 +150,8 @@ class Absorption:
             if isinstance(moved, str):
                 reasons.append(moved)
                 continue
-            result = self.before(source, moved)  # the identity where a split gives other parts
+            reader = split or node
+            result = self.attempt(partial(self.before, source, moved, reader))
             if result is None:
                 return None
             reasons.append(result)
@@ -151,10 +173,153 @@ class Absorption:
             part = map
             if map.axis is not None:
                 part = ChannelMap(map.scale[start : start + size], map.shift[start : start + size], axis)
-            reason = self.before(source, part)
+            reason = self.before(source, part, node)
             if reason is not None:
                 return reason
             start += size
+        return None
+
+    def _before_arithmetic(self, node: fx.Node, map: ChannelMap) -> str | None:
+        """Sums, whose terms are all scaled and one of them shifted, and what is linear in each channel.
+
+        Returns:
+            None where the map is taken in, else the reason, which is empty if the operation is none of these.
+        """
+        if operation(node) in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
+            return self._before_sum(node, map)
+        assert map.axis is not None
+        parted = scaling.parted_axis(node, map.axis - 1)
+        if parted is not None:  # each head has the same channels
+            heads = scaling.size(node, map.axis - 1) or 1
+            return self.before(parted, ChannelMap(map.scale.repeat(heads), map.shift.repeat(heads), map.axis - 1), node)
+        merged = scaling.merged_axes(node, map.axis)
+        found = scaling.ways(self.state.flow, node, map.axis)
+        owned = next((a for a in node.args if scaling.own_parameter(self.state.flow, a, node)), None)
+        if not found and owned is None and merged is None:
+            return ""
+        described = self.state.flow.describe(node)
+        if bool(map.shift.any()):
+            if merged is not None:
+                return ""
+            return f"its input comes from {described}, which passes a scale on and no shift; no bias is added behind it"
+        if merged is not None:
+            heads = scaling.size(merged, map.axis) or 1
+            return self._before_heads(merged, map.scale.reshape(heads, -1), map.axis, node)
+        if owned is not None and self._into_factor(node, owned, map):
+            return None
+        reason = ""
+        for way in found:
+            if way.increasing and bool((map.scale < 0).any()):
+                return f"a scale is negative, and {described} takes the largest or smallest"
+            moved = ChannelMap(map.scale, map.shift, way.axis)
+            reason = self.attempt(partial(self.before, way.source, moved, node)) or ""
+            if not reason:
+                return None
+        return reason
+
+    def _before_heads(self, node: fx.Node, scale: Tensor, axis: int, reader: fx.Node) -> str | None:
+        """Scale channels that lie on two axes, (heads, channels of a head), of which ``axis`` is the first."""
+        flow = self.state.flow
+        both = ChannelMap(scale, torch.zeros_like(scale), axis)
+        users = [user for user in data_users(node) if user is not reader and not self._undone_by(user, node, both)]
+        if users:
+            return f"the output of {_called(flow, node)} also goes to {flow.describe(users[0])}"
+        source = scaling.parted_axis(node, axis)
+        if source is not None:
+            return self.before(source, ChannelMap(scale.reshape(-1), torch.zeros(scale.numel()).to(scale), axis), node)
+        if is_identity(flow, node):
+            return self._before_heads(tensor_inputs(node)[0], scale, axis, node)
+        reason = f"its input comes from {flow.describe(node)}"
+        second = {way.source: way.axis for way in scaling.ways(flow, node, axis + 1)}
+        for way in scaling.ways(flow, node, axis):
+            if way.increasing or second.get(way.source) != way.axis + 1:
+                continue
+            there = partial(self._before_heads, way.source, scale, way.axis, node)
+            reason = self.attempt(there) or ""
+            if not reason:
+                return None
+        return reason
+
+    def _before_sum(self, node: fx.Node, map: ChannelMap) -> str | None:
+        a, b = node.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or map.axis is None:
+            return ""
+        still = ChannelMap(map.scale, torch.zeros_like(map.shift), map.axis)
+        reasons = []
+        for shifted, scaled in ((b, a), (a, b)) if operation(node) == "add" else ((a, b),):
+
+            def way(shifted: fx.Node = shifted, scaled: fx.Node = scaled) -> str | None:
+                return self._before_term(node, shifted, map) or self._before_term(node, scaled, still)
+
+            reason = self.attempt(way)
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return reasons[0]
+
+    def _before_term(self, node: fx.Node, term: fx.Node, map: ChannelMap) -> str | None:
+        """Map one term of a sum: a value, or a parameter that is added."""
+        assert map.axis is not None
+        from_right = (rank(node) or 0) - map.axis
+        if term.op == "get_attr":
+            return self._into_bias(node, term, map, from_right)
+        axis = (rank(term) or 0) - from_right
+        if axis < 0 or scaling.size(term, axis) != len(map.scale):
+            return f"{self.state.flow.describe(term)}, which is added, is the same for all channels"
+        return self.before(term, ChannelMap(map.scale, map.shift, axis), node)
+
+    def _into_bias(self, node: fx.Node, given: fx.Node, map: ChannelMap, from_right: int) -> str | None:
+        """Scale and shift a parameter that the forward adds."""
+        path = scaling.own_parameter(self.state.flow, given, node)
+        if path is None:
+            return f"{self.state.flow.describe(given)}, which is added, is no parameter that is read there alone"
+        scale, shift = (
+            scaling.along(v, attribute(self.state.flow.net, path), from_right) for v in (map.scale, map.shift)
+        )
+        if scale is None or shift is None:
+            return f"the tensor {path}, which is added, has not one number a channel"
+        return self._set(path, lambda old: old * scale + shift)
+
+    def _into_factor(self, node: fx.Node, given: Any, map: ChannelMap) -> bool:
+        """Scale a parameter that a value is multiplied by, element by element or, on the right, as a matrix."""
+        path, name = scaling.own_parameter(self.state.flow, given, node), operation(node)
+        assert path is not None
+        assert map.axis is not None
+        tensor, from_right = attribute(self.state.flow.net, path), (rank(node) or 0) - map.axis
+        if name not in ("mul", "multiply", "mm", "matmul") or len(node.args) != 2 or node.kwargs:
+            return False
+        if name in ("mm", "matmul") and (given is not node.args[1] or tensor.dim() != 2 or from_right != 1):
+            return False
+        scale = scaling.along(map.scale, tensor, from_right)
+        return scale is not None and self._set(path, lambda old: old * scale) is None
+
+    def _undone_by(self, user: fx.Node, node: fx.Node, map: ChannelMap) -> bool:
+        """Whether another reader multiplies the value by a parameter that can be divided by the scale.
+
+        So the vectors of attention (Velickovic et al. 2018, equation 3) see the value that they saw.
+        """
+        flow = self.state.flow
+        if user.op not in ("call_function", "call_method") or operation(user) not in ("mul", "multiply"):
+            return False
+        if len(user.args) != 2 or user.kwargs or node not in user.args or map.axis is None:
+            return False
+        other = user.args[1] if user.args[0] is node else user.args[0]
+        path = scaling.own_parameter(flow, other, user)
+        if path is None or bool(map.shift.any()) or not scaling.can_be_undone(map.scale):
+            return False
+        scale = scaling.along(map.scale, attribute(flow.net, path), (rank(node) or 0) - map.axis)
+        return scale is not None and self._set(path, lambda old: old / scale) is None
+
+    def _set(self, path: str, change: Callable[[Tensor], Tensor]) -> str | None:
+        """Change a parameter that a forward uses by itself."""
+        old = attribute(self.state.flow.net, path)
+        if path in self.into:
+            return f"it meets '{path}' twice"
+        new = change(self.state.vectors[path] if path in self.state.vectors else wide(old))
+        if not scaling.fits(new, old) or new.shape != old.shape:
+            return f"the folded values of '{path}' would overflow {old.dtype}"
+        self.vectors[path] = new
+        self.into.append(path)
         return None
 
     def after(self, node: fx.Node, map: ChannelMap) -> str | None:

@@ -283,7 +283,9 @@ def _averaged(node: fx.Node, axes: int, axis: int) -> Crossing | None:
 def _moved(flow: DataFlow, nodes: list[fx.Node], source: fx.Node, axis: int) -> Crossing | str | None:
     """Watch where the channels go by moving their numbers."""
     sizes = shape(source)
-    if sizes is None or any(isinstance(a, torch.dtype) for n in nodes for a in (*n.args, *n.kwargs.values())):
+    if sizes is None or not all(isinstance(size, int) for size in sizes):
+        return None  # a size that depends on the data
+    if any(isinstance(a, torch.dtype) for n in nodes for a in (*n.args, *n.kwargs.values())):
         return None  # view(dtype) moves nothing, it reads the bits anew
     numbers = torch.arange(sizes[axis]).reshape(-1, *[1] * (len(sizes) - axis - 1)).expand(sizes)
     moved = _run(flow, nodes, source, numbers)

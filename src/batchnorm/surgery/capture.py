@@ -32,6 +32,7 @@ from batchnorm.surgery.comparison import (
 )
 from batchnorm.surgery.flow import (
     EXPORTED,
+    IS_ZERO,
     ROOT,
     SHAPE_ATTRIBUTES,
     SHAPE_READERS,
@@ -151,10 +152,12 @@ class _Call(nn.Module):
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and notes shape and dtype of every value."""
+    """Runs a graph and notes shape and dtype of every value, and which constants are zero everywhere."""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if n.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            n.meta[IS_ZERO] = not bool(value.any())
         n.meta["val"] = pytree.tree_map(
             lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, value
         )

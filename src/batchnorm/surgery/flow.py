@@ -11,6 +11,7 @@ ROOT = "net"
 SHAPE_READERS = {"dim", "ndimension", "numel", "size", "sym_size"}
 SHAPE_ATTRIBUTES = {"device", "dtype", "is_cuda", "ndim", "requires_grad", "shape"}
 EXPORTED = "torch.export"
+IS_ZERO = "is_zero"  # of a constant that a forward makes
 
 
 class DataFlow:

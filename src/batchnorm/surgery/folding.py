@@ -64,6 +64,9 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     - Either way through dropout in evaluation mode, average-pooling that does not count padding, max-pooling where
       ``scale >= 0``, interpolation, flatten, reshape, permute, concatenation and split, and into another batch
       normalization.
+    - *After* sums of values, each of which takes the scale in and one of which takes the shift in: layers, and
+      parameters that a forward adds. Sums over neighbours, products and gathered rows pass a scale on, so batch
+      normalization behind a graph convolution goes into its weights and the bias behind the sum.
     - Branches of one value whose sum is a convolution become that convolution: normalization of x itself, a 1x1 and a
     3x3
       convolution with theirs (RepVGG; Ding et al. 2021, section 3.3), and so on. The module that computes the sum gets
@@ -353,6 +356,10 @@ class Folding:
             owner = self.owners.get(name, Owner(name, "weight", "bias"))
             layer = net.get_submodule(owner.module)
             steps.append(Step(f"{name}: new weights", _assignment(layer, new, dtype, owner)))
+        for path, values in self.state.vectors.items():
+            home, _, key = path.rpartition(".")
+            do = _assignment(net.get_submodule(home), Weights(values, None), dtype, Owner(home, key, ""))
+            steps.append(Step(f"{path}: new values", do))
         for name, make in self.gone.items():
             old, module = net.get_submodule(name), make(dtype)
             for key, value in vars(old).items():  # a forward may read eps, num_features, ...
