@@ -68,9 +68,8 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
       parameters that a forward adds. Sums over neighbours, products and gathered rows pass a scale on, so batch
       normalization behind a graph convolution goes into its weights and the bias behind the sum.
     - Branches of one value whose sum is a convolution become that convolution: normalization of x itself, a 1x1 and a
-    3x3
-      convolution with theirs (RepVGG; Ding et al. 2021, section 3.3), and so on. The module that computes the sum gets
-      a forward that was generated from its graph, and keeps the submodules that are still called.
+      3x3 convolution with theirs (RepVGG; Ding et al. 2021, section 3.3), and so on. The module that computes the sum
+      gets a forward that was generated from its graph, and keeps the submodules that are still called.
     - Inside recurrent layers, the normalization of W_ih x over whole sequences goes into W_ih, with a new bias;
       statistics by time step stay.
 
