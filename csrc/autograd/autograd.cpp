@@ -11,6 +11,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -336,6 +337,13 @@ class Operand {
   int64_t version_ = 0;
 };
 
+// A copy of a parameter, for what is made again: others may change it, or give its memory back (sharded parameters),
+// before the backward, which torch does not mind where the output is kept.
+Operand copy_of(const at::Tensor& t) {
+  const at::NoGradGuard no_grad;
+  return Operand(t.defined() ? t.clone() : t);
+}
+
 // Memory for outputs that are made again during a backward, one after the other: each is needed for one reader alone,
 // so the next takes its place, in pages and cache lines that are there. It is given back when the backward ends.
 class Scratch {
@@ -376,46 +384,77 @@ class Scratch {
 thread_local Scratch scratch;
 void Scratch::release() { scratch.storage_ = c10::Storage(); }
 
-// What an output was made of: `normalize` gives its bits once more. The residual is a tensor, or is made again itself.
+struct ConvolutionSource;
+
+// What an output was made of: `normalize` gives its bits once more. The input and the residual are tensors, or are made
+// again themselves.
 struct Source {
   Operand x, weight, bias, residual;
+  std::shared_ptr<const ConvolutionSource> of_x;
   std::shared_ptr<const Source> of_residual;
   at::Tensor mask, mean, var;
   Settings settings{};
   int64_t depth = 0;  // normalizations that are needed before this one
 
   virtual ~Source() = default;
-  virtual bool is_unchanged() const {
-    return x.is_unchanged() && weight.is_unchanged() && bias.is_unchanged() && residual.is_unchanged() &&
-           (!of_residual || of_residual->is_unchanged());
+  virtual bool is_unchanged() const;
+  virtual at::Tensor make() const;
+  bool needs_convolution() const { return of_x || (of_residual && of_residual->needs_convolution()); }
+};
+
+// What the output of a convolution was made of, which a batch normalization alone reads: torch's convolution gives its
+// bits once more. The input is a tensor that the convolution keeps for itself, or the output of a batch normalization.
+struct ConvolutionSource {
+  Operand input, weight, bias;
+  std::shared_ptr<const Source> of_input;
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups = 1;
+
+  bool is_unchanged() const {
+    return input.is_unchanged() && weight.is_unchanged() && bias.is_unchanged() &&
+           (!of_input || of_input->is_unchanged());
   }
 
-  virtual at::Tensor make() const {
-    const at::Tensor added = of_residual ? of_residual->make() : residual.tensor();
-    const at::Tensor y = of_residual ? added : scratch.like(x.tensor());  // over a residual that was made for it
-    operators->normalize_into({.x = lend(x.tensor()),
-                               .mean = lend(mean),
-                               .var = lend(var),
-                               .weight = lend_if(weight.tensor()),
-                               .bias = lend_if(bias.tensor()),
-                               .residual = lend_if(added),
-                               .pool_size = settings.pool_size,
-                               .eps = settings.eps,
-                               .activation = settings.activation,
-                               .slope = settings.slope,
-                               .save_signs = false,
-                               .mask = lend_if(mask)},
-                              lend(y));
-    return y;
+  at::Tensor make() const {
+    const c10::impl::ExcludeDispatchKeyGuard no_casts(c10::autocast_dispatch_keyset);
+    return at::convolution(of_input ? of_input->make() : input.tensor(), weight.tensor(), maybe(bias.tensor()), stride,
+                           padding, dilation, /*transposed=*/false, std::vector<int64_t>(stride.size(), 0), groups);
   }
 };
 
+bool Source::is_unchanged() const {
+  return x.is_unchanged() && weight.is_unchanged() && bias.is_unchanged() && residual.is_unchanged() &&
+         (!of_x || of_x->is_unchanged()) && (!of_residual || of_residual->is_unchanged());
+}
+
+at::Tensor Source::make() const {
+  const at::Tensor from = of_x ? of_x->make() : x.tensor();
+  const at::Tensor added = of_residual ? of_residual->make() : residual.tensor();
+  // Over what was made for it.
+  const at::Tensor y = of_residual ? added : of_x ? from : scratch.like(from);
+  operators->normalize_into({.x = lend(from),
+                             .mean = lend(mean),
+                             .var = lend(var),
+                             .weight = lend_if(weight.tensor()),
+                             .bias = lend_if(bias.tensor()),
+                             .residual = lend_if(added),
+                             .pool_size = settings.pool_size,
+                             .eps = settings.eps,
+                             .activation = settings.activation,
+                             .slope = settings.slope,
+                             .save_signs = false,
+                             .mask = lend_if(mask)},
+                            lend(y));
+  return y;
+}
+
 struct OfBatchNorm : Node {
   Settings settings{};
-  std::shared_ptr<const Source> source;  // of the output, where it is made again
-  int64_t version = 0;                   // of the output, as it was made
-  bool forgets = false;                  // whether readers forget the output without a context
-  bool keeps_output = false;             // since it would take too many normalizations to make it again
+  std::shared_ptr<const Source> source;           // of the output, where it is made again
+  int64_t version = 0;                            // of the output, as it was made
+  bool forgets = false;                           // whether readers forget the output without a context
+  bool keeps_output = false;                      // since it would take too many normalizations to make it again
+  std::shared_ptr<const ConvolutionSource> of_x;  // of the input, where that is made again
 };
 
 // Leaves a node to a function of packed arguments, outside the graph of compiled autograd.
@@ -447,6 +486,7 @@ struct BatchNormBackward : OfBatchNorm {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) each->reset_data();
     source.reset();
+    of_x.reset();
   }
 
   variable_list apply(variable_list&& dy) override {
@@ -521,17 +561,18 @@ const OfBatchNorm* node_of(const at::Tensor& t) {
   return node && node->version == int64_t(whole._version()) ? node : nullptr;
 }
 
-// In place of an output that a reader has saved: makes it again when the reader's backward asks for it.
+// In place of a tensor that a node has saved: makes it again when the node's backward asks for it.
+template <class Of>
 struct MadeAgain : torch::autograd::SavedVariableHooks {
-  explicit MadeAgain(std::shared_ptr<const Source> of) : source(std::move(of)) {}
-  std::shared_ptr<const Source> source;
+  explicit MadeAgain(std::shared_ptr<const Of> of) : source(std::move(of)) {}
+  std::shared_ptr<const Of> source;
 
   void call_pack_hook(const at::Tensor&) override {}
   at::Tensor call_unpack_hook() override {
     at::NoGradGuard no_grad;
     if (source->is_unchanged()) return source->make();
     static const auto refuse = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::refuse", "");
-    torch::jit::Stack stack{source->mean};
+    torch::jit::Stack stack{source->weight.tensor().defined() ? source->weight.tensor() : fresh({0})};
     refuse.callBoxed(stack);  // raises
     return stack[0].toTensor();
   }
@@ -548,7 +589,7 @@ void forget(SavedVariable& saved, Forgets which) {
   const std::optional<at::Tensor> t = saved.get_raw_data();
   if (!t || !t->defined() || t->is_view()) return;
   if (const OfBatchNorm* const node = node_of(*t); node && node->source && (node->forgets || which == Forgets::every))
-    saved.register_hooks(std::make_unique<MadeAgain>(node->source));
+    saved.register_hooks(std::make_unique<MadeAgain<Source>>(node->source));
 }
 
 // Lets a node forget what it reads; false if it is of no kind that is known here.
@@ -722,6 +763,9 @@ struct Arguments {
 
   bool makes_again() const { return output == kMadeAgain || (recomputing && output != kKept); }
 
+  // What costs a convolution is made again inside of `recompute_outputs` alone.
+  bool makes_input_again() const { return recomputing && output != kKept; }
+
   bool can_refuse() const {
     const bool is_wide = running_mean.defined() && running_mean.scalar_type() == running_var.scalar_type() &&
                          (running_mean.scalar_type() == at::kFloat || running_mean.scalar_type() == at::kDouble);
@@ -735,10 +779,60 @@ struct Arguments {
   }
 };
 
+std::optional<std::vector<int64_t>> numbers(const std::vector<c10::SymInt>& of) {
+  std::vector<int64_t> found;
+  for (const c10::SymInt& each : of)
+    if (const auto number = each.maybe_as_int()) found.push_back(*number);
+  return found.size() == of.size() ? std::optional(found) : std::nullopt;
+}
+
+// Of the output of a convolution with so few products an element that it takes about as long as to normalize it once
+// more; or nothing, also if its own input would need another convolution, of which only one is made for a backward. So
+// narrow outputs are kept, and the wide ones that are made of them are not.
+std::shared_ptr<const ConvolutionSource> convolution_before(const at::Tensor& x) {
+  constexpr int64_t most_products = 64, least_gain = 8;  // x has at least so many elements for each of the weights
+  if (!x.requires_grad() || x.is_leaf() || x.is_view() || x._version() != 0) return nullptr;
+  const auto fn = x.grad_fn();
+  auto* const node = dynamic_cast<torch::autograd::generated::ConvolutionBackward0*>(fn.get());
+  if (!node || node->transposed || node->weight_.has_hooks()) return nullptr;
+  const std::optional<at::Tensor> weight = node->weight_.get_raw_data();
+  if (!weight || !is_plain(*weight) || weight->numel() > most_products * weight->size(0) ||
+      least_gain * weight->numel() > x.numel())
+    return nullptr;
+  const auto stride = numbers(node->stride), padding = numbers(node->padding), dilation = numbers(node->dilation);
+  const auto groups = node->groups.maybe_as_int();
+  if (!stride || !padding || !dilation || !groups) return nullptr;
+  auto source = std::make_shared<ConvolutionSource>();
+  const auto& of_bias = node->bias_sym_sizes_opt.list;  // (0) without one
+  if (of_bias && !of_bias->empty() && of_bias->front() != 0) {
+    const auto* const sum = dynamic_cast<torch::autograd::AccumulateGrad*>(node->next_edge(2).function.get());
+    if (!sum || !is_plain(sum->variable)) return nullptr;
+    source->bias = copy_of(sum->variable);
+  }
+  int64_t read = 0;
+  if (const auto input = node->input_.get_raw_data()) {
+    if (!input->defined() || !is_plain(*input)) return nullptr;
+    read = input->numel();
+    source->input = Operand(*input);
+  } else {
+    const auto* const before = dynamic_cast<OfBatchNorm*>(node->next_edge(0).function.get());
+    if (!before || !before->source || before->source->needs_convolution()) return nullptr;
+    read = c10::multiply_integers(before->input_metadata(0).shape_as_dim_vector()).maybe_as_int().value_or(INT64_MAX);
+    source->of_input = before->source;
+  }
+  if (x.numel() < read) return nullptr;
+  source->weight = copy_of(*weight);
+  source->stride = *stride;
+  source->padding = *padding;
+  source->dilation = *dilation;
+  source->groups = *groups;
+  return source;
+}
+
 // Of the output of a call; or nothing, where it has a residual that its own readers might not keep, or that it would
 // take too many normalizations to make again (`too_deep`).
 std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& mean, const at::Tensor& var,
-                                        bool& too_deep) {
+                                        const std::shared_ptr<const ConvolutionSource>& of_x, bool& too_deep) {
   constexpr int64_t deepest = 1;
   if (a.settings.groups || a.renorm.r.defined()) return nullptr;
   auto source = std::make_shared<Source>();
@@ -751,9 +845,10 @@ std::shared_ptr<const Source> source_of(const Arguments& a, const at::Tensor& me
     if (too_deep) return nullptr;
     if (!before->source) source->residual = Operand(a.residual);
   }
-  source->x = Operand(a.x);
-  source->weight = Operand(a.weight);
-  source->bias = Operand(a.bias);
+  source->of_x = of_x;
+  if (!of_x) source->x = Operand(a.x);
+  source->weight = copy_of(a.weight);
+  source->bias = copy_of(a.bias);
   source->mean = mean;
   source->var = var;
   source->mask = a.mask;
@@ -944,7 +1039,9 @@ at::Tensor forward(const Arguments& a) {
     node->factors = made.factors;
     node->made = made.affine;
     if (saves_signs) node->format = a.x.suggest_memory_format();
-    if (a.makes_again()) node->source = source_of(a, made.mean, made.var, node->keeps_output);
+    if (a.makes_input_again() && !node->x.has_hooks()) node->of_x = convolution_before(a.x);
+    if (node->of_x) node->x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x));
+    if (a.makes_again()) node->source = source_of(a, made.mean, made.var, node->of_x, node->keeps_output);
     node->forgets = a.output == Arguments::kMadeAgain;
     remakes = remakes || node->forgets;
     torch::autograd::set_history(y, node);
@@ -1217,8 +1314,8 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
     if (a.makes_again()) {
       auto source = std::make_shared<PartsSource>();
       for (const at::Tensor& each : parts) source->parts.emplace_back(each);
-      source->weight = Operand(a.weight);
-      source->bias = Operand(a.bias);
+      source->weight = copy_of(a.weight);
+      source->bias = copy_of(a.bias);
       source->mean = mean;
       source->var = var;
       source->settings = settings;
@@ -1375,6 +1472,13 @@ PyObject* source(PyObject*, PyObject* t) {
   });
 }
 
+// remakes_input(a tensor): whether the batch normalization that has made it makes its own input again, too.
+PyObject* remakes_input(PyObject*, PyObject* t) {
+  if (!python::is_exact_tensor(t)) Py_RETURN_FALSE;
+  const OfBatchNorm* const node = node_of(python::tensor(t));
+  return PyBool_FromLong(node && node->of_x);
+}
+
 // The plain tensors among arguments, also in lists and tuples; false for others that may hold tensors.
 bool read_tensors(PyObject* given, variable_list& tensors, bool in_sequence = false) {
   if (python::is_exact_tensor(given)) return tensors.push_back(python::tensor(given)), true;
@@ -1451,6 +1555,7 @@ PyMethodDef methods[] = {{"attach", method(attach), METH_FASTCALL, nullptr},
                          {"recompute", method(recompute), METH_FASTCALL, nullptr},
                          {"gradients_in_place", gradients_in_place, METH_NOARGS, nullptr},
                          {"source", source, METH_O, nullptr},
+                         {"remakes_input", remakes_input, METH_O, nullptr},
                          {"forget", method(forget_read), METH_FASTCALL, nullptr},
                          {"rebuild", rebuild, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -221,3 +221,134 @@ def test_calls_inside_are_made_at_once_but_for_others_modes():
     with Other(), bn.recompute_outputs():
         assert layer(x).grad_fn.name() != "BatchNormBackward"
     assert cpu.calls.source(layer(x)) is None
+
+
+# ---------------------------------------------------------------------------------------------- convolutions made again
+needs_calls = pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
+
+
+def wide(**options: Any) -> nn.Conv2d:
+    """A convolution that takes little time and makes no less than it reads."""
+    return nn.Conv2d(4, 8, 1, **options)
+
+
+def inputs_kept(net: nn.Sequential, x: Tensor, recompute: bool, **autocast: Any) -> tuple[list[Any], list[bool]]:
+    """Loss, gradients and buffers; and which inputs of the batch normalizations are alive before the backward."""
+    net, x, storages = copy.deepcopy(net), x.clone().requires_grad_(), []
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda _, args: storages.append(args[0].untyped_storage()._weak_ref()))
+    with torch.autocast("cpu", **autocast) if autocast else nullcontext():
+        with bn.recompute_outputs() if recompute else nullcontext():
+            loss = net(x).float().square().mean()
+        gc.collect()
+        alive = [torch.UntypedStorage._new_with_weak_ptr(each) is not None for each in storages]
+        loss.backward()
+    return [loss, x.grad, *(p.grad for p in net.parameters()), *net.buffers()], alive
+
+
+@needs_calls
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        wide(),
+        wide(bias=False),
+        nn.Conv2d(4, 16, 3, padding=1, stride=2, groups=2),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, padding_mode="zeros"),
+    ],
+    ids=["bias", "plain", "strided", "depthwise"],
+)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_output_of_a_cheap_convolution_is_made_again(
+    convolution: nn.Conv2d, memory: torch.memory_format, dtype: torch.dtype
+):
+    torch.manual_seed(0)
+    norm = bn.BatchNorm2d(convolution.out_channels, activation="silu")
+    net = nn.Sequential(convolution, norm, nn.Conv2d(convolution.out_channels, 2, 3)).to(dtype)
+    x = normal(6, 4, 10, 10).to(dtype).to(memory_format=memory)
+    (ours, kept), (expected, before) = (inputs_kept(net, x, recompute) for recompute in (True, False))
+    assert_same_bits(ours, expected)
+    assert (kept, before) == ([False], [True])
+
+
+@needs_calls
+def test_of_a_chain_of_convolutions_the_widest_are_made_again():
+    """As in an inverted residual: narrow, expanded, depthwise, narrow, expanded."""
+    torch.manual_seed(0)
+    shapes = [(4, 12, 1, 1), (12, 12, 3, 12), (12, 4, 1, 1), (4, 12, 1, 1)]
+    layers: list[nn.Module] = []
+    for i, o, k, groups in shapes:
+        layers += [nn.Conv2d(i, o, k, padding=k // 2, groups=groups, bias=False), bn.BatchNorm2d(o, activation="relu")]
+    net = nn.Sequential(*layers, nn.Conv2d(12, 2, 3))
+    (ours, kept), (expected, before) = (inputs_kept(net, normal(6, 4, 10, 10), recompute) for recompute in (True, False))
+    assert_same_bits(ours, expected)
+    assert (kept, before) == ([False, True, True, False], [True] * 4)
+
+
+@needs_calls
+def test_convolutions_that_take_long_or_have_many_weights_are_not_made_again():
+    for convolution, side in ((nn.Conv2d(8, 8, 3, padding=1), 20), (wide(), 1)):
+        net = nn.Sequential(convolution, bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 2, 1))
+        assert inputs_kept(net, normal(6, convolution.in_channels, side, side), True)[1] == [True]
+
+
+@needs_calls
+def test_convolutions_are_made_again_under_autocast_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(wide(bias=False), bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 2, 1))
+    (ours, kept), (expected, _) = (
+        inputs_kept(net, normal(6, 4, 10, 10), recompute, dtype=torch.bfloat16) for recompute in (True, False)
+    )
+    assert_same_bits(ours, expected)
+    assert kept == [False]
+
+
+@needs_calls
+def test_weights_may_change_or_be_freed_before_the_backward():
+    """As an optimizer of single layers and sharded parameters do."""
+    torch.manual_seed(0)
+    first, norm, last = wide(), bn.BatchNorm2d(8, activation="silu"), nn.Conv2d(8, 2, 1)
+    x = normal(6, 4, 10, 10)
+
+    def gradient(recompute: bool, change: bool) -> Tensor:
+        last.weight.grad = None
+        with bn.recompute_outputs() if recompute else nullcontext():
+            y = last(norm(first(x))).square().mean()
+        weights = [p.data.clone() for p in (first.weight, norm.weight)]
+        if change:
+            for p in (first.weight, norm.weight):
+                p.data.fill_(torch.nan)
+        torch.autograd.backward(y, inputs=[last.weight])
+        for p, data in zip((first.weight, norm.weight), weights, strict=True):
+            p.data.copy_(data)
+        return last.weight.grad
+
+    assert_same_bits(gradient(True, True), gradient(False, False))
+
+
+@needs_calls
+def test_convolutions_made_again_in_second_derivatives_and_backwards():
+    torch.manual_seed(0)
+    net = nn.Sequential(wide(), bn.BatchNorm2d(8, activation="gelu"), nn.Conv2d(8, 2, 3)).double()
+
+    def penalty(recompute: bool) -> list[Tensor]:
+        x = normal(6, 4, 10, 10).double().requires_grad_()
+        with bn.recompute_outputs() if recompute else nullcontext():
+            loss = net(x).square().mean()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True))
+
+    assert_same_bits(penalty(True), penalty(False))
+
+
+@needs_calls
+def test_the_input_of_a_convolution_made_again_must_not_change():
+    first, norm, last = wide(), bn.BatchNorm2d(8, activation="gelu"), nn.Conv2d(8, 2, 3)
+    x = normal(6, 4, 10, 10)
+    with bn.recompute_outputs():
+        loss = last(norm(first(x))).sum()
+    x.add_(1)
+    with pytest.raises(bn.errors.StateError, match="the input of the convolution before it"):
+        loss.backward()

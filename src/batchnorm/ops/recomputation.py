@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from types import MethodWrapperType
 from typing import Any
@@ -17,8 +18,8 @@ from batchnorm.kernels import cpu
 from batchnorm.ops.context import is_compiled
 
 _CHANGED = (
-    "recompute_outputs: the input, weight, bias or residual of a batch normalization has been modified by an inplace "
-    "operation since the forward, so its output cannot be made again; modify a copy"
+    "recompute_outputs: the input or the residual of a batch normalization, or the input of the convolution before it, "
+    "has been modified by an inplace operation since the forward, so its output cannot be made again; modify a copy"
 )
 
 
@@ -62,6 +63,11 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     the same bits. It costs one more normalization in the backward for each reader. Run the forward of a step inside;
     the backward may be outside.
 
+    x is not kept either if it is the output of a cheap convolution (at most 64 products an element: depthwise ones, or
+    1x1 ones with few input channels) that is no smaller than that convolution's input. Then the backward makes the
+    convolution again, for the reader and for the batch normalization. Of two such convolutions in a row one is made
+    again. On the CPU, through the C++ call (`batchnorm info` says whether it runs); under autocast, without a bias.
+
     It covers outputs of this package's layers and of `functional.batch_norm`, also seen through views, read by torch's
     own functions. An output with a residual is made again if the residual is itself an output of this package that is
     made again or kept: every third output along a chain of residuals is kept. Kept as ever are outputs with other
@@ -71,7 +77,8 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     kept, not that of the batch normalization: fuse it first (`accelerate`, or ``activation=``). For eager mode.
 
     Raises:
-        StateError: in the backward, if x, weight, bias or residual were modified in place after the forward.
+        StateError: in the backward, if x, the residual or the input of such a convolution was modified in place after
+            the forward.
 
     Source: Chen et al. 2016 (recomputation); Rota Bulò et al. 2018 (of batch normalization).
 
@@ -142,6 +149,18 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
             return None
         source: InPython | None = self._sources.get(t if t._base is None else t._base)
         return source if source is not None and source.version == t._version else None
+
+
+def seconds_with_convolution(y: Tensor) -> float | None:
+    """The least of three times that it takes to make an output again, if a convolution is made for it; else None."""
+    if cpu.calls is None or not cpu.calls.remakes_input(y) or (held := cpu.calls.source(y)) is None:
+        return None
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        cpu.calls.rebuild(held)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 class _Note:

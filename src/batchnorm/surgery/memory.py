@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.ops.context import is_compiled
-from batchnorm.ops.recomputation import recompute_outputs
+from batchnorm.ops.recomputation import recompute_outputs, seconds_with_convolution
 from batchnorm.surgery.comparison import Example, copy_of, random_state_kept, run_example
 from batchnorm.surgery.modules import unwrap
 
@@ -27,9 +27,9 @@ class Output:
     """The output of one layer.
 
     Attributes:
-        bytes: its size on the example.
-        seconds: what it takes to make it again, measured.
-        remade: whether it is made again in the backward, or else kept.
+        bytes: its size on the example, and that of the layer's input if a convolution makes that again.
+        seconds: the time that it takes to make them again, measured.
+        remade: whether they are made again in the backward, or else kept.
     """
 
     bytes: int
@@ -81,7 +81,8 @@ def save_memory(net: nn.Module, example: Any, *, budget: float = 0.05) -> Memory
     """Let a network make outputs of batch normalization again in its backward, where that takes little time.
 
     The layer behind a batch normalization keeps its input for its own backward. Each output that is made again instead,
-    with the same bits, costs one more normalization (see `recompute_outputs`, which covers all of them for a time).
+    with the same bits, costs one more normalization, or a cheap convolution with it (see `recompute_outputs`, which
+    covers all of them for a time).
     This function measures a training step on the example, and what each output would take. It then chooses those
     that free the most bytes for their time, until the budget is spent. From then on each forward of ``net`` in training
     mode that records gradients does so. Nothing else changes: neither parameters, nor statistics, nor results. Another
@@ -203,20 +204,27 @@ def _measured(root: nn.Module, names: list[str], example: Example) -> tuple[floa
     """Seconds of a step of a copy in training mode; bytes of each layer's output and seconds to make it again."""
     twin = copy_of(root).train()
     _detach(twin)
-    layouts: dict[str, tuple[Layout, bool]] = {}
-    hooks = [twin.get_submodule(name).register_forward_hook(_noting(layouts, name), with_kwargs=True) for name in names]
+    noted: dict[str, Noted] = {}
+    hooks = [twin.get_submodule(name).register_forward_hook(_noting(noted, name), with_kwargs=True) for name in names]
+    for name in names:
+        twin.get_submodule(name).keeps_output = None
     with random_state_kept(twin), torch.enable_grad():
-        _step(twin, example)
+        with recompute_outputs():
+            _step(twin, example)
         for hook in hooks:
             hook.remove()
         took = min(_step(twin, example) for _ in range(2))
     known: dict[Layout, float] = {}
     found = {}
-    for name, (layout, has_residual) in layouts.items():
+    for name, (layout, has_residual, convolution) in noted.items():
+        size = math.prod(layout.shape) * layout.dtype.itemsize
+        if convolution is not None:  # once for the output, and once for the input
+            found[name] = (2 * size, 2 * convolution)
+            continue
         if layout not in known:
             known[layout] = _normalization(layout)
         # With a residual, that is made again first.
-        found[name] = (math.prod(layout.shape) * layout.dtype.itemsize, known[layout] * (2 if has_residual else 1))
+        found[name] = (size, known[layout] * (2 if has_residual else 1))
     return took, found
 
 
@@ -229,11 +237,20 @@ class Layout(NamedTuple):
     device: torch.device
 
 
-def _noting(layouts: dict[str, tuple[Layout, bool]], name: str) -> Any:
+class Noted(NamedTuple):
+    """The output of a layer; and the seconds in which it is made again, if a convolution is made for it."""
+
+    layout: Layout
+    has_residual: bool
+    convolution: float | None
+
+
+def _noting(noted: dict[str, Noted], name: str) -> Any:
     def note(_: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        if isinstance(y, Tensor) and not y.is_nested and y.ndim > 1:
+        if name not in noted and isinstance(y, Tensor) and not y.is_nested and y.ndim > 1:
             residual = args[1] if len(args) > 1 else kwargs.get("residual")
-            layouts.setdefault(name, (Layout(tuple(y.shape), y.stride(), y.dtype, y.device), residual is not None))
+            layout = Layout(tuple(y.shape), y.stride(), y.dtype, y.device)
+            noted[name] = Noted(layout, residual is not None, seconds_with_convolution(y))
 
     return note
 
