@@ -116,7 +116,7 @@ def network():
     return nn.Sequential(bn.BatchNorm1d(3), *inner).double()
 
 
-SPLITS = ([], [50], [1, 2, 3], [0, 0, 40, 103], [10, 20, 30, 64, 65, 66, 90])
+SPLITS = ([], [0, 0, 40, 103], [10, 20, 30, 64, 65, 66, 90])
 
 
 def check_moments(engine):
@@ -181,7 +181,7 @@ def check_calibrate(engine):
     batches = list(torch.from_numpy(x).split(16))
     for method in ("pooled", "ioffe", "sequential"):
         expected = bn.calibrate(network(), batches, method=method)
-        for cuts in SPLITS if method == "pooled" else SPLITS[2:3]:
+        for cuts in SPLITS[1:] if method == "pooled" else SPLITS[2:]:
             close_networks(bn.calibrate(network(), engine.table(x, cuts), method=method, batch_size=16), expected)
     close_networks(bn.calibrate(network(), engine.array(x, [40, 77]), batch_size=16), bn.calibrate(network(), batches))
     given = network()
@@ -214,12 +214,14 @@ def check_retries(engine):
 def check_limit(engine):
     """A stuck worker ends in an error, within the limit."""
     began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:  # the worker is stuck while the folder is there
 
-    def forward(net, batch):
-        time.sleep(30)
+        def forward(net, batch):
+            while Path(folder).exists():
+                time.sleep(0.1)
 
-    with pytest.raises(SynchronizationError, match="timeout=2"):
-        bn.calibrate(network(), engine.table(rows(), [50]), batch_size=16, forward=forward, timeout=2)
+        with pytest.raises(SynchronizationError, match="timeout=2"):
+            bn.calibrate(network(), engine.table(rows(), [50]), batch_size=16, forward=forward, timeout=2)
     assert time.monotonic() - began < 20
 
 
