@@ -1,5 +1,5 @@
 # A clone needs Python 3.10 or later with venv, g++ and make; everything else is taken from PyPI, as constraints.txt
-# pins it, into .venv. `make demo` shows the main job, `make test` runs every test.
+# pins it, into .venv. `make demo` shows the main job, `make test` runs the tests.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -21,7 +21,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo      train, fold and export a batch-normalized network; see the report"
-	@echo "make test      all Python tests         (ARGS='-k folding' is passed on, to demo and bench too)"
+	@echo "make test      the Python tests         (ARGS='-k folding' is passed on, to demo and bench too;"
+	@echo "                                         ARGS=--thorough runs the large networks, too)"
 	@echo "make test-cpp  C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-gpu  the tests that need a CUDA device, with the python of PYTHON; test-gpu-sanitized watches them"
 	@echo "make lint      ruff, mypy and clang-format; 'make format' mends what they can mend"

@@ -58,10 +58,15 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no CUDA device, unless the run asks for one."""
-    if torch.cuda.is_available() or os.environ.get("BATCHNORM_REQUIRE_CUDA"):
-        return
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run the tests that are marked `thorough`, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no CUDA device, and `thorough`, unless the run asks for them."""
+    has_device = torch.cuda.is_available() or os.environ.get("BATCHNORM_REQUIRE_CUDA")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not has_device:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("thorough") and not config.getoption("thorough"):
+            item.add_marker(pytest.mark.skip(reason="takes half a minute and more: --thorough"))

@@ -359,8 +359,7 @@ class TritonLaws:
         torch.testing.assert_close(mean, true_mean, rtol=1e-10, atol=0)
         torch.testing.assert_close(m2, true_m2, rtol=1e-5, atol=0)
 
-    @pytest.mark.parametrize("groups", [0, 3])
-    @pytest.mark.parametrize("ranks", [1, 3, 70])
+    @pytest.mark.parametrize(("ranks", "groups"), [(1, 3), (3, 0), (3, 3), (70, 3)])
     def test_ranks_and_groups_merge_where_they_normalize(self, ranks: int, groups: int) -> None:
         """Ranks of which one is empty; 70 are merged by a kernel of their own."""
         # The many are groups that a program walks in several steps.

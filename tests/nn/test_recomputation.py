@@ -281,7 +281,9 @@ def test_of_a_chain_of_convolutions_the_widest_are_made_again():
     for i, o, k, groups in shapes:
         layers += [nn.Conv2d(i, o, k, padding=k // 2, groups=groups, bias=False), bn.BatchNorm2d(o, activation="relu")]
     net = nn.Sequential(*layers, nn.Conv2d(12, 2, 3))
-    (ours, kept), (expected, before) = (inputs_kept(net, normal(6, 4, 10, 10), recompute) for recompute in (True, False))
+    (ours, kept), (expected, before) = (
+        inputs_kept(net, normal(6, 4, 10, 10), recompute) for recompute in (True, False)
+    )
     assert_same_bits(ours, expected)
     assert (kept, before) == ([False, True, True, False], [True] * 4)
 

@@ -27,17 +27,20 @@ FAST = {
 SLOW = {
     "mobilenet_v2": ({}, (2, 3, 64, 64), 0),
     "efficientnet_b0": ({}, (2, 3, 64, 64), 0),
-    "efficientnet_v2_s": ({}, (2, 3, 64, 64), 0),
     "densenet121": ({}, (2, 3, 64, 64), 62),
     "googlenet": ({}, (2, 3, 64, 64), 2),
-    "inception_v3": ({}, (2, 3, 96, 96), 2),
-    "vgg11_bn": ({}, (2, 3, 64, 64), 0),
     "regnet_y_400mf": ({}, (2, 3, 64, 64), 0),
     "resnet50": ({}, (2, 3, 64, 64), 0),
-    "maxvit_t": ({}, (1, 3, 224, 224), 0),
     "lraspp_mobilenet_v3_large": ({"weights_backbone": None}, (2, 3, 64, 64), 0),
     "deeplabv3_mobilenet_v3_large": ({"weights_backbone": None}, (2, 3, 64, 64), 0),
     "r3d_18": ({}, (1, 3, 4, 32, 32), 0),
+}
+# Large ones of the families above.
+THOROUGH = {
+    "efficientnet_v2_s": ({}, (2, 3, 64, 64), 0),
+    "inception_v3": ({}, (2, 3, 96, 96), 2),
+    "vgg11_bn": ({}, (2, 3, 64, 64), 0),
+    "maxvit_t": ({}, (1, 3, 224, 224), 0),
     "s3d": ({}, (1, 3, 16, 224, 224), 0),
 }
 
@@ -57,9 +60,9 @@ def test_fold_small_networks(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [*SLOW, *(pytest.param(name, marks=pytest.mark.thorough) for name in THOROUGH)])
 def test_fold_networks(name):
-    options, shape, kept = SLOW[name]
+    options, shape, kept = (SLOW | THOROUGH)[name]
     check(image_network(name, **options), torch.randn(shape), kept)
 
 
@@ -95,7 +98,10 @@ def test_accelerate_small_networks(name, layers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("googlenet", 57), ("mobilenet_v2", 35), ("densenet121", 121)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("googlenet", 57), ("mobilenet_v2", 35), pytest.param("densenet121", 121, marks=pytest.mark.thorough)],
+)
 def test_accelerate_networks(name, layers):
     accelerated(name, (2, 3, 64, 64), layers)
 

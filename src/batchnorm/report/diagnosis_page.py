@@ -69,7 +69,7 @@ def _caption(found: Diagnosis) -> str:
     if found.after is not None:
         text += " “Calibrated”: after bn.calibrate on these batches."
     if found.outcomes["training"].distance > NO_DROPOUT:
-        text += " The distance between “training” and “training without dropout” comes from dropout, not from batch norm."
+        text += " Dropout, not batch norm, makes the distance between “training” and “training without dropout”."
     return text
 
 
