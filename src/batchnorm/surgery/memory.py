@@ -206,8 +206,9 @@ def _measured(root: nn.Module, names: list[str], example: Example) -> tuple[floa
     _detach(twin)
     noted: dict[str, Noted] = {}
     hooks = [twin.get_submodule(name).register_forward_hook(_noting(noted, name), with_kwargs=True) for name in names]
-    for name in names:
-        twin.get_submodule(name).keeps_output = None
+    for layer in twin.modules():
+        if isinstance(layer, BatchNorm):
+            layer.keeps_output = None
     with random_state_kept(twin), torch.enable_grad():
         with recompute_outputs():
             _step(twin, example)
