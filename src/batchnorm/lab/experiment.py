@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchnorm.lab.results import Finding, Result, Table, Trial
+from batchnorm.lab.runner import run
 from batchnorm.lab.settings import Config, checked
 
 if TYPE_CHECKING:
@@ -106,6 +107,4 @@ class Experiment:
 
     def __call__(self, *, seeds: int | tuple[int, ...] = 5, quick: bool = False, **options: Any) -> Result:
         """Run it; see `batchnorm.lab.run`."""
-        from batchnorm.lab.runner import run
-
         return run(self, seeds=seeds, quick=quick, **options)
