@@ -588,3 +588,18 @@ def test_a_call_that_a_forward_tries_and_that_fails_is_no_obstacle():
     result = fold(net, x)
     assert [item.into for item in result.certificate.folded] == ["inner.conv"]
     torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_cannot_be_captured_prints_nothing(capfd):
+    class Deciding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return y * 2 if y.mean() > 0 else y
+
+    with pytest.raises(SurgeryError, match="cannot be captured"):
+        fold(Deciding().eval(), torch.randn(4, 3))
+    assert capfd.readouterr() == ("", "")

@@ -514,3 +514,18 @@ def test_a_layer_that_the_network_looks_into_stays_in_its_place(by_class):
     torch.testing.assert_close(folded.model(x), net(x), rtol=1e-4, atol=1e-5)
     assert copy.deepcopy(net)(x).equal(net(x))
     assert plain.conv.bias is not None
+
+
+def test_a_layer_whose_dtype_and_device_are_read_is_normalized():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = x.to(self.conv.weight.device, self.conv.weight.dtype)
+            return self.head(torch.relu(self.conv(x)))
+
+    net = bn.insert(Asking(), torch.randn(4, 3, 6, 6))
+    assert any(isinstance(module, nn.BatchNorm2d) for module in net.modules())

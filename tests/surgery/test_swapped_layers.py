@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import batchnorm as bn
+from batchnorm.errors import SurgeryError
 
 IMAGES = torch.randn(4, 3, 9, 9)
 
@@ -104,6 +105,27 @@ def test_activations_and_additions_survive_a_swap(name, swap):
         torch.testing.assert_close(swap(copy.deepcopy(twin))(IMAGES), expected, rtol=1e-5, atol=1e-5)
     swapped = swap(accelerated)
     torch.testing.assert_close(swapped(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def sync_of_their_own(module):
+    """A package's own conversion, which knows its classes: a layer of them that normalizes over all ranks."""
+    hasattr(module, "qconfig")
+    made = NormAct(module.num_features, module.act)
+    made.load_state_dict(module.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_a_package_that_swaps_its_own_classes_loses_no_modes(freezes):
+    net = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4, nn.ReLU()))).eval()
+    expected = net(IMAGES)
+    if freezes:
+        with pytest.raises(SurgeryError, match=r"would lose source='running', update='never'"):
+            sync_of_their_own(bn.freeze(net)[1])
+        return
+    bn.accelerate(net, IMAGES)
+    net[1] = sync_of_their_own(net[1]).eval()
+    torch.testing.assert_close(net(IMAGES), expected)
 
 
 def test_a_network_that_was_saved_whole_survives_a_swap():

@@ -199,15 +199,14 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
 
     def _lost_in_a_swap(self, caller: str) -> str | None:
         kept = {"process_group", *(("activation", "negative_slope") if outside.GUARDED in self.__dict__ else ())}
-        lost = [o for o in options.changed(self) if o.name not in kept]
-        return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
+        return options.spelled_out(self, kept)
 
     def _lost_in_evaluation(self) -> str | None:
         guarded = outside.GUARDED in self.__dict__
         if self.source == "batch" or self.update == "always":
             return f"source={self.source!r}, update={self.update!r}"
-        lost = [o for o in options.changed(self) if not o.affine or (o.name == "activation" and not guarded)]
-        return ", ".join(f"{o.spelled}={getattr(self, o.name)!r}" for o in lost) or None
+        kept = {o.name for o in options.TABLE if o.affine and (o.name != "activation" or guarded)}
+        return options.spelled_out(self, kept)
 
     # Modes and the carry in the state: in the metadata of a state_dict, so that its keys stay torch's
 

@@ -41,8 +41,11 @@ class ForeignBatchNorm(ours.BatchNorm):
     style: str
 
     def _lost_in_a_swap(self, caller: str) -> str | None:
-        own = self.theirs.__module__.partition(".")[0] == caller.partition(".")[0]  # which knows its own classes
-        return None if own else super()._lost_in_a_swap(caller) or f"the forward of {self.theirs.__qualname__}"
+        if self.theirs.__module__.partition(".")[0] != caller.partition(".")[0]:
+            return super()._lost_in_a_swap(caller) or f"the forward of {self.theirs.__qualname__}"
+        # Their package knows its own classes, and so an activation that our forward took from theirs, but no modes.
+        kept = {"process_group", *(("activation", "negative_slope") if self.style == "fused" else ())}
+        return options.spelled_out(self, kept)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.theirs, self.style), self.__getstate__()

@@ -138,6 +138,12 @@ def changed(layer: Any) -> list[Option]:
     return [option for option in TABLE if own.get(option.name, option.default) != option.default]
 
 
+def spelled_out(layer: Any, kept: set[str]) -> str | None:
+    """The options of a layer that differ from torch's and are not among ``kept``, in words, or None."""
+    lost = [option for option in changed(layer) if option.name not in kept]
+    return ", ".join(f"{option.spelled}={getattr(layer, option.name)!r}" for option in lost) or None
+
+
 def of(layer: Any) -> dict[str, Any]:
     """All options of a layer, which may be one of torch.nn."""
     return {name: getattr(layer, name, default) for name, default in DEFAULTS.items()}

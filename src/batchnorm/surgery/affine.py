@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.padding import _CircularPadNd, _ReflectionPadNd, _ReplicationPadNd
 from torch.utils import _pytree as pytree
 
-from batchnorm.surgery.flow import SHAPE_ATTRIBUTES, SHAPE_READERS, DataFlow, data_inputs, operation, rank, value_of
+from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank, reads_shape, value_of
 from batchnorm.surgery.frozen import eps_of, is_frozen_norm, looks_frozen
 
 _IDENTITIES = {"alias", "clone", "contiguous", "detach"}
@@ -163,12 +163,6 @@ def _gives_shape(node: fx.Node, user: fx.Node) -> bool:
     if name in _SHAPED_AS:
         return bool(user.args) and user.args[0] is not node
     return name in _LIKE and bool(user.args) and user.args[0] is node and len(user.all_input_nodes) == 1
-
-
-def reads_shape(node: fx.Node) -> bool:
-    if node.op == "call_function" and operation(node) == "getattr":
-        return node.args[1] in SHAPE_ATTRIBUTES
-    return node.op in ("call_function", "call_method") and operation(node) in SHAPE_READERS
 
 
 def shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -8,6 +8,9 @@ parameters and buffers read by anything else, and whose ``meta["val"]`` holds sh
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import operator
 import re
 import warnings
@@ -353,12 +356,28 @@ def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, A
         return graph, _Recorder(call, graph=graph).run(_inputs(call.example))
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the graph that torch.export prints when it fails; its error says what failed."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _export(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
     traced, hooked = _traceable(net, keeps)
     if hooked or any(_FOLLOWED in module.__dict__ for module in traced.modules()):
         raise SurgeryError("the network has forward hooks, which torch.export would hide")
     inputs = tuple(_inputs(example))
-    program = torch.export.export(_Flat(traced, example), inputs, strict=False)
+    with _silent():
+        program = torch.export.export(_Flat(traced, example), inputs, strict=False)
     with random_state_kept(net), torch.no_grad():
         output = program.module()(*inputs)
     return _Gathering(program, traced).graph, output

@@ -71,7 +71,7 @@ class DataFlow:
         return call
 
     def readers(self, name: str) -> list[fx.Node]:
-        """What reads the module's own parameters or buffers beside the module itself."""
+        """What reads values of the module's own parameters or buffers beside the module itself."""
         own = {
             id(t)
             for t in (
@@ -84,6 +84,7 @@ class DataFlow:
             for node in self.nodes
             if node.op == "get_attr" and id(attribute(self.net, self.name(node))) in own
             for user in node.users
+            if not reads_shape(user)
         ]
 
     def describe(self, node: fx.Node) -> str:
@@ -107,6 +108,13 @@ def attribute(net: nn.Module, path: str) -> Any:
     for key in path.split("."):
         value = getattr(value, key, None)
     return value
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape, dtype or device, and not its values."""
+    if node.op == "call_function" and operation(node) == "getattr":
+        return node.args[1] in SHAPE_ATTRIBUTES
+    return node.op in ("call_function", "call_method") and operation(node) in SHAPE_READERS
 
 
 def value_of(node: fx.Node) -> Any:
