@@ -57,6 +57,10 @@ Arguments unboxed(const StableIValue* stack, std::index_sequence<place...>) {
   return Arguments{std::conditional_t<can_hold<Arguments, count, place>, OptionalArgument, Argument>{stack[place]}...};
 }
 
+template <class Result>
+void put(StableIValue* stack, const Result& result) {
+  stack[0] = torch::stable::detail::from(result);
+}
 template <class... Results>
 void put(StableIValue* stack, const std::tuple<Results...>& results) {
   size_t place = 0;

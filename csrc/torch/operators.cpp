@@ -18,6 +18,7 @@
 
 #include "boxed.h"
 #include "dtypes.h"
+#include "merging.h"
 #include "operators.h"
 #include "running.h"
 
@@ -461,6 +462,99 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArg
   return gradients(a, false);
 }
 
+// ---------------------------------------------------------------------------------------------- merged over ranks
+// Values of each pool, which are the same in every channel.
+std::vector<double> counts_of(const Tensor& x, int64_t pool_size, int64_t pools, const OptionalTensor& mask) {
+  const int64_t samples = x.size(0), inner = inner_of(x), size = pools == 1 ? samples : pool_size;
+  const OptionalTensor dense = contiguous(mask);
+  const auto* const valid = dense ? static_cast<const bool*>(dense->const_data_ptr()) : nullptr;
+  std::vector<double> counts(pools);
+  for (int64_t n = 0; n < samples; ++n)
+    counts[n / size] += double(valid ? std::count(valid + n * inner, valid + (n + 1) * inner, true) : inner);
+  return counts;
+}
+
+// Counts, means and sums of squares, (3, pools, channels).
+Tensor count_moments(const batchnorm::CountMomentsArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  const int64_t pools = call.shape.pools(), channels = call.shape.channels, size = pools * channels;
+  Tensor found = empty_of({3, pools, channels}, ScalarType::Double);
+  double* const to = doubles_of(found);
+  batchnorm::moments(call.shape, call.input(), to + size, to + 2 * size, call.workspace(), Threads::parallel());
+  const std::vector<double> counts = counts_of(a.x, a.pool_size, pools, a.mask);
+  for (int64_t p = 0; p < pools; ++p) std::fill_n(to + p * channels, channels, counts[p]);
+  return found;
+}
+
+// y, and counts, means and variances of the pools, which the ranks' parts (ranks, 3, pools, channels) merge into.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normalize_merged(const batchnorm::NormalizeMergedArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  const int64_t size = call.shape.pools() * call.shape.channels;
+  if (a.groups) throw std::runtime_error("batchnorm: channel groups are merged before this operator on a CPU");
+  if (a.parts.scalar_type() != ScalarType::Double || a.parts.dim() != 4 ||
+      a.parts.numel() != 3 * size * a.parts.size(0))
+    throw std::runtime_error("batchnorm: expected float64 parts of shape (ranks, 3, pools, channels)");
+  const Tensor parts = torch::stable::contiguous(a.parts);
+  Tensor y = call.empty(), signs = make_signs(a.x, a.save_signs);
+  Tensor count = call.statistics(), mean = call.statistics(), var = call.statistics();
+  batchnorm::merge_parts(parts.size(0), size, static_cast<const double*>(parts.const_data_ptr()), doubles_of(count),
+                         doubles_of(mean), doubles_of(var));
+  const Affine affine(call, a, a.residual, signs);
+  batchnorm::normalize(call.shape, call.input(), call.write(y), doubles_of(mean), doubles_of(var), affine.gamma(),
+                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
+  return {y, count, mean, var, signs};
+}
+
+// gamma in float64; empty where there is none.
+std::vector<double> gamma_of(const OptionalTensor& weight, int64_t channels) {
+  if (!weight) return {};
+  std::vector<double> gamma(channels);
+  batchnorm::convert(dtype_of(*weight), weight->const_data_ptr(), channels, gamma.data());
+  return gamma;
+}
+
+// gamma times the sums of dz and of dz (x - mean), (2, pools, channels), and the gradients of this rank's parameters.
+std::tuple<Tensor, Tensor, Tensor> reduce_merged(const batchnorm::ReduceMergedArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  const Affine affine(call, a, a.residual, a.signs);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
+  const int64_t pools = call.shape.pools(), channels = call.shape.channels;
+  Tensor sums = empty_of({2, pools, channels}, ScalarType::Double);
+  double *const sum = doubles_of(sums), *const centered = sum + pools * channels;
+  batchnorm::backward_reduce(call.shape, call.read(a.dy), call.input(), mean.data(), var.data(), affine.gamma(),
+                             affine.beta(), a.eps, affine.fusion, sum, centered, call.workspace(), Threads::parallel());
+  const std::vector<double> gamma = gamma_of(affine.weight, channels);
+  std::vector<double> gradients(2 * channels);
+  batchnorm::weigh_sums(pools, channels, var.data(), a.eps, a.weight ? gamma.data() : nullptr, sum, centered,
+                        gradients.data(), gradients.data() + channels);
+  return {sums, parameter_gradient(a.weight, gradients.data(), a.x),
+          parameter_gradient(a.bias, gradients.data() + channels, a.x)};
+}
+
+// The gradients of the values out of these sums over all ranks.
+std::tuple<Tensor, Tensor> backward_merged(const batchnorm::BackwardMergedArguments& a) {
+  Call call(a.x, a.pool_size, a.mask);
+  const int64_t pools = call.shape.pools(), channels = call.shape.channels, size = pools * channels;
+  const Affine affine(call, a, a.residual, a.signs);
+  const Statistics mean(a.mean, call.shape), var(a.var, call.shape), count(a.count, call.shape);
+  const Tensor sums = torch::stable::contiguous(a.sums);
+  if (sums.scalar_type() != ScalarType::Double || sums.numel() != 2 * size)
+    throw std::runtime_error("batchnorm: expected float64 sums of shape (2, pools, channels)");
+  const auto* const sum = static_cast<const double*>(sums.const_data_ptr());
+  const std::vector<double> gamma = gamma_of(affine.weight, channels);
+  std::vector<double> k(3 * size);
+  batchnorm::merged_coefficients(pools, channels, var.data(), a.eps, a.weight ? gamma.data() : nullptr, sum, sum + size,
+                                 count.data(), k.data(), k.data() + size, k.data() + 2 * size);
+  Tensor dx = call.empty();
+  OptionalTensor d_residual;
+  if (a.want_residual) d_residual = call.empty();
+  batchnorm::backward_apply(call.shape, call.read(a.dy), call.input(), call.write(dx),
+                            d_residual ? call.write(*d_residual) : batchnorm::Operand{}, mean.data(), var.data(),
+                            affine.gamma(), affine.beta(), a.eps, affine.fusion, k.data(), k.data() + size,
+                            k.data() + 2 * size, call.workspace(), Threads::parallel());
+  return {dx, d_residual ? *d_residual : empty_of({0}, a.x.scalar_type())};
+}
+
 // What belongs to the channels from `channel` on.
 batchnorm::Operand from_channel(batchnorm::Operand all, int64_t channel, const Tensor& t) {
   all.data = static_cast<char*>(all.data) + channel * all.channel_stride * int64_t(t.element_size());
@@ -625,6 +719,10 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("backward", &batchnorm::Boxed<&backward>::call);
   m.impl("forward_out", &batchnorm::Boxed<&forward_out>::call);
   m.impl("backward_out", &batchnorm::Boxed<&backward_out>::call);
+  m.impl("count_moments", &batchnorm::Boxed<&count_moments>::call);
+  m.impl("normalize_merged", &batchnorm::Boxed<&normalize_merged>::call);
+  m.impl("reduce_merged", &batchnorm::Boxed<&reduce_merged>::call);
+  m.impl("backward_merged", &batchnorm::Boxed<&backward_merged>::call);
   m.impl("update_statistics", &batchnorm::Boxed<&update_statistics>::call);
   m.impl("mix_statistics", &batchnorm::Boxed<&mix_statistics>::call);
 }

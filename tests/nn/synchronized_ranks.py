@@ -17,6 +17,9 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
@@ -477,6 +480,51 @@ def precisions():
         close(own[0], part(first[0]), "dx, compiled")
         close(summed(own[1]), first[1], "dgamma, compiled")
     same_buffers(layer, whole, "compiled")
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a linear one behind its last step."""
+
+    def __init__(self, kind, group, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = getattr(bn, kind)(3, 6, batch_first=True, process_group=group, **options)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x, lengths):
+        return self.out(self.layer(x, lengths=lengths)[0][:, -1])
+
+
+def sharded(net, by_module):
+    """fully_shard of the whole, and before it of each module with parameters, the norms inside a recurrence too."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    units = [m for m in reversed(list(net.modules())) if m is not net and list(m.parameters(recurse=False))]
+    for module in units if by_module else []:
+        fully_shard(module, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def trained_recurrences():
+    """Recurrent layers under DistributedDataParallel and fully_shard: each follows the network of one process."""
+    n = dist.get_world_size()
+    part, lengths = share([4] * n), torch.tensor([6, 4, 5, 6] * n)
+    x, target = draw(4 * n, 6, 3), draw(4 * n, 2, seed=3)
+    frames = {"batch_norm": "frame", "max_steps": 5}
+    whole = {"batch_norm": "sequence"}
+    for kind, options in (("LSTM", whole), ("LSTM", frames | {"recurrent": True}), ("GRU", frames), ("RNN", whole)):
+        for wrap in (parallel, lambda net: sharded(net, False), lambda net: sharded(net, True)):
+            nets = Recurrent(kind, None, **options).double(), wrap(Recurrent(kind, "world", **options).double())
+            optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+            for _ in range(2):
+                for net, optimizer, cut in zip(nets, optimizers, (lambda t: t, part), strict=True):
+                    optimizer.zero_grad()
+                    (net(cut(x), cut(lengths)) - cut(target)).square().mean().backward()
+                    optimizer.step()
+            state = getattr(nets[1], "module", nets[1]).state_dict()
+            for name, value in nets[0].state_dict().items():
+                mine = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+                if value.is_floating_point():
+                    close(mine, value, f"{name} of {kind}, {options}", value.dtype)
 
 
 def absent():

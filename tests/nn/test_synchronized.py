@@ -27,7 +27,8 @@ def run_ranks(ranks, *checks):
 
 
 def test_two_ranks():
-    run_ranks(2, "equality", "pools", "ghosts", "precisions", "own_statistics", "two_forwards", "absent", "recurrences")
+    checks = ["equality", "pools", "ghosts", "precisions", "own_statistics", "two_forwards", "recurrences"]
+    run_ranks(2, *checks, "trained_recurrences", "absent")
 
 
 def test_the_function_is_the_layer_on_two_ranks():

@@ -17,7 +17,7 @@ from batchnorm.kernels import aten
 from batchnorm.ops.context import is_in_forward_mode
 from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
-from batchnorm.pools import Pool, Pools, all_gather, merge
+from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments, sum_over_ranks
 
 _ops = torch.ops.batchnorm
 
@@ -452,11 +452,46 @@ class TransformedMeasuredStatistics(TransformedPopulationStatistics):
         return _tangent(ctx, tangents[:4], population=False), None
 
 
-class MergedStatistics(torch.autograd.Function):
-    """activation(BN(x) + residual) where the pools reach over channels or ranks; also the statistics.
+def _merged(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    pool: Pool,
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    """y, count, mean and var of pools that reach over channels or ranks; what the backward reads is saved.
 
     The kernels sum over samples and space; these sums are merged, and become the coefficients of the values.
     """
+    parts = _ops.count_moments.default(x, pool.size, mask)
+    parts = parts[None] if pool.process_group is None else all_gather(parts, pool)
+    groups = pool.groups
+    if groups and x.is_cpu:  # whose kernels merge ranks alone
+        counts, means, m2s = parts.unbind(1)
+        parts = torch.stack(merge_moments(counts, means, m2s, Pool(groups=groups)), 1)
+        groups = 0
+    y, count, mean, var, signs = _ops.normalize_merged.default(
+        x, parts, weight, bias, residual, *settings.arguments(), groups,
+        _saves_signs(residual, settings.activation, mask), mask,
+    )  # fmt: skip
+    _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
+    ctx.pool, ctx.count = pool, count
+    return y, count, mean, var
+
+
+def _merged_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors, (mean, var, signs) = _saved(ctx), ctx.statistics
+    if dy is None:  # other ranks may wait for this one's sums
+        dy = torch.zeros_like(tensors[0])
+    saved = _Saved(*tensors, signs if ctx.has_signs else None, mean, var)
+    return merged_gradients(dy, saved, ctx.settings, ctx.pool, ctx.count, ctx.wanted)
+
+
+class MergedStatistics(torch.autograd.Function):
+    """activation(BN(x) + residual) where the pools reach over channels or ranks; also the statistics."""
 
     @staticmethod
     def forward(
@@ -472,29 +507,40 @@ class MergedStatistics(torch.autograd.Function):
         slope: float,
     ) -> tuple[Tensor, ...]:
         settings = Settings(pool.size, eps, activation, slope)
-        parts = _ops.count_moments.default(x, pool.size, mask)
-        parts = parts[None] if pool.process_group is None else all_gather(parts, pool)
-        arguments = (
-            weight,
-            bias,
-            residual,
-            *settings.arguments(),
-            pool.groups,
-            _saves_signs(residual, activation, mask),
-        )
-        y, count, mean, var, signs = _ops.normalize_merged.default(x, parts, *arguments, mask)
+        y, count, mean, var = _merged(ctx, x, weight, bias, residual, mask, pool, settings)
         ctx.mark_non_differentiable(count, mean, var)
-        _save(ctx, x, weight, bias, residual, mask, settings, (mean, var, signs))
-        ctx.pool, ctx.count = pool, count
         return y, count, mean, var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        tensors, (mean, var, signs) = _saved(ctx), ctx.statistics
-        if dy is None:  # other ranks may wait for this one's sums
-            dy = torch.zeros_like(tensors[0])
-        saved = _Saved(*tensors, signs if ctx.has_signs else None, mean, var)
-        return *merged_gradients(dy, saved, ctx.settings, ctx.pool, ctx.count, ctx.wanted), *(None,) * 5
+        return *_merged_backward(ctx, dy), *(None,) * 5
+
+
+class EagerMergedStatistics(torch.autograd.Function):
+    """`MergedStatistics` where nothing is traced or transformed: y goes through autograd, the rest into a list."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        pool: Pool,
+        settings: Settings,
+        measured: list[Tensor],
+    ) -> Tensor:
+        y, *statistics = _merged(ctx, x, weight, bias, residual, mask, pool, settings)
+        measured += statistics
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return *_merged_backward(ctx, dy), *(None,) * 4
+
+
+eager_merged_statistics = super(torch.autograd.Function, EagerMergedStatistics).apply
 
 
 def merged_gradients(
@@ -513,11 +559,10 @@ def merged_gradients(
         )
     else:
         given = (dy, x, weight, bias, residual, signs, mean, var)
-        sums = _ops.backward_reduce.default(*given, *settings.arguments(), mask)
-        inv_std = torch.rsqrt(var + settings.eps)
-        d_weight, d_bias = (sums[1] * inv_std).sum(0), sums[0].sum(0)
-        gamma = 1.0 if weight is None else weight.to(var.dtype)
-        sums = merge(gamma * torch.cat(sums), pool).unflatten(0, (2, len(mean)))
+        sums, d_weight, d_bias = _ops.reduce_merged.default(*given, *settings.arguments(), mask)
+        if pool.groups:
+            sums = merge(sums.flatten(0, 1), Pool(groups=pool.groups)).unflatten(0, (2, len(mean)))
+        sums = sum_over_ranks(sums, pool)
         d_x, d_residual = _ops.backward_merged.default(*given, sums, count, *settings.arguments(), want_residual, mask)
     return (
         d_x if want_x else None,

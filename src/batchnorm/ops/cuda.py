@@ -144,7 +144,7 @@ _operators: dict[str, Callable[[Any], Any]] = {
     **{name: _transform(name) for name in ("normalize", "normalize_merged", "forward")},
     **{name: _gradient(name) for name in ("backward_reduce", "backward_apply", "backward_merged", "backward")},
     "update_statistics": _update_statistics,
-    "mix_statistics": _not_here,
+    **dict.fromkeys(("mix_statistics", "reduce_merged"), _not_here),
 }
 
 

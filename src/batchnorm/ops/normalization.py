@@ -227,6 +227,12 @@ def by_batch(
             gamma, beta, residual = (None if t is None else _in_float64(t) for t in (gamma, beta, residual))
         y, mean, var = aten.forward(x, gamma, beta, residual, pool, *fusion.settings(), mask, weights)
         return Normalized(y.to(dtype), mean.detach(), var.detach(), Pools(x, pool, mask, weights).counts().detach())
+    if pool.is_merged and how is Way.EAGER:
+        found: list[Tensor] = []
+        settings = Settings(pool.size, *fusion.settings())
+        y = autograd.eager_merged_statistics(x, *fusion.tensors(), mask, pool, settings, found)
+        counts, mean, var = found
+        return Normalized(y, mean, var, counts)
     if pool.is_merged:
         y, counts, mean, var = autograd.MergedStatistics.apply(x, *fusion.tensors(), mask, pool, *fusion.settings())
         return Normalized(y, mean, var, counts)

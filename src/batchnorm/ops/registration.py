@@ -104,6 +104,17 @@ def _normalize_merged(a: Any) -> tuple[Tensor, ...]:
     return y, count, mean, var, signs
 
 
+def _reduce_merged(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sums = torch.ops.batchnorm.backward_reduce.default(*a)
+    d_weight, d_bias = (sums[1] * torch.rsqrt(a.var + a.eps)).sum(0), sums[0].sum(0)
+    gamma = 1.0 if a.weight is None else a.weight.to(a.var.dtype)
+    return (
+        gamma * torch.stack(sums),
+        _nothing(a.x) if a.weight is None else d_weight.to(a.weight.dtype),
+        _nothing(a.x) if a.bias is None else d_bias.to(a.bias.dtype),
+    )
+
+
 def _backward_merged(a: Any) -> tuple[Tensor, Tensor]:
     inv_std = torch.rsqrt(a.var + a.eps)
     k1 = inv_std if a.weight is None else a.weight.to(a.var.dtype) * inv_std
@@ -140,6 +151,7 @@ _operators: dict[str, Callable[[Any], Any]] = {
     "backward": _backward,
     "count_moments": _count_moments,
     "normalize_merged": _normalize_merged,
+    "reduce_merged": _reduce_merged,
     "backward_merged": _backward_merged,
     "update_statistics": lambda a: aten.update_statistics(**a._asdict()),
     "mix_statistics": lambda a: aten.mix_statistics(**a._asdict()),

@@ -94,12 +94,18 @@ _define(
     "(Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)",
 )
 # If pools reach over channel groups or ranks: count, mean and m2 are gathered, merged where they normalize, and the
-# sums of gamma dz and gamma dz (x - mean) where they make dx.
+# sums of gamma dz and gamma dz (x - mean) where they make dx. `reduce_merged` gives the latter, (2, pools, C), and the
+# gradients of this rank's gamma and beta.
 _define("count_moments", f"Tensor x, int pool_size, {_MASK}", "Tensor")
 _define(
     "normalize_merged",
     f"Tensor x, Tensor parts, {_AFFINE}, {_FUSION}, int groups, bool save_signs, {_MASK}",
     "(Tensor y, Tensor count, Tensor mean, Tensor var, Tensor signs)",
+)
+_define(
+    "reduce_merged",
+    f"Tensor dy, Tensor x, {_AFFINE}, {_SAVED}, {_FUSION}, {_MASK}",
+    "(Tensor sums, Tensor d_weight, Tensor d_bias)",
 )
 _define(
     "backward_merged",
@@ -217,6 +223,13 @@ _fake(
 )
 _fake("backward_reduce", _two_statistics)
 _fake("backward_apply", _input_gradients)
+_fake(
+    "reduce_merged",
+    lambda a: (
+        torch.stack((_statistics(a.x, a.pool_size),) * 2),
+        *(_or_empty(each, a.x, each is not None) for each in (a.weight, a.bias)),
+    ),
+)
 _fake("backward_merged", _input_gradients)
 _fake("backward", _all_gradients)
 for _name in ("update_statistics", "mix_statistics", "forward_out", "backward_out"):
