@@ -2,6 +2,7 @@
 // signs x lengths around the vector widths x misalignment, padding and pools; and what must hold exactly: the same bits
 // for every partition, channels that do not reach one another, memory that is not the core's own left alone.
 #include <cstdio>
+#include <cstdlib>
 #include <set>
 #include <thread>
 
@@ -56,6 +57,21 @@ std::vector<const char*> instruction_sets() {
   return found;
 }
 
+// An emulated processor takes a hundred times as long, most of it for the oracle's long double, which aarch64 has in
+// software alone. There one case of so many is examined. Which one is told by mixed bits of its number, so no loop of a
+// grid is in step with them, and each value of each axis is met.
+int64_t cases_for_one() {
+  static const char* const given = std::getenv("BATCHNORM_TEST_CASES_FOR_ONE");
+  return given ? std::max(1, std::atoi(given)) : 1;
+}
+
+bool is_left_out() {
+  static uint64_t number = 0;
+  uint64_t mixed = ++number * 0x9e3779b97f4a7c15;
+  mixed = (mixed ^ mixed >> 31) * 0xbf58476d1ce4e5b9;
+  return (mixed >> 33) % uint64_t(cases_for_one()) != 0;
+}
+
 // ---------------------------------------------------------------------------------------------- partitions
 // Runs the body over `ranges` parts of the count, on a thread each or last to first on this one.
 struct Partition {
@@ -101,6 +117,7 @@ void run(const Verb& verb, Run& r) {
 
 // Each verb against the oracle, on each instruction set; what is only read stays as it is.
 void examine(const Case& c) {
+  if (is_left_out()) return;
   const Problem p(c);
   const std::vector<char> inputs = p.input_bytes();
   Partition serial;
@@ -116,8 +133,9 @@ void examine(const Case& c) {
 }
 
 // The same, and the same bits for every partition of the work. Returns the most calls of Parallel that a verb made:
-// none where it is run serially, one where each piece is whole, more where the phases are apart.
+// none where it is run serially, one where each piece is whole, more where the phases are apart; -1 if left out.
 int64_t examine_partitions(const Case& c) {
+  if (is_left_out()) return -1;
   const Problem p(c);
   int64_t calls = 0;
   for (const char* name : instruction_sets()) {
@@ -192,6 +210,7 @@ void lengths() {
 
 // A result in the place of an operand has the bits that it has beside it, whatever the partition.
 void examine_in_place(const Case& c) {
+  if (is_left_out()) return;
   const Problem p(c);
   for (const char* name : instruction_sets()) {
     batchnorm::select_instruction_set(name);
@@ -320,6 +339,7 @@ void large() {
     }
   }
   test_caches = kOrdinaryCaches;
+  if (cases_for_one() > 1) return;
   now = "the shapes of large() reach serial, whole and parted plans";
   for (Order order : kOrders)
     for (int64_t calls : {0, 1, 2}) check(reached.count({order, calls}) == 1, "a kind of plan is no longer reached");
@@ -429,6 +449,7 @@ std::string containment_fault(const Run& before, const Run& after, const Verb& v
 
 // One value of one channel and pool is not finite: everything of the others has the bits that it has without it.
 void contain(const Case& c, Spoilt what, Place place, double value) {
+  if (is_left_out()) return;
   const Problem clean(c), spoilt(c);
   const Tensor& operand = what == Spoilt::x ? spoilt.x : what == Spoilt::dy ? spoilt.dy : spoilt.residual;
   operand.set(place.n, place.c, place.i, value);
