@@ -215,6 +215,21 @@ Tensor empty_as(const Tensor& t, MemoryFormat format) {
   return empty_strided(dense.sizes, dense.strides, dense.dim, t.scalar_type());
 }
 
+// Copies a small tensor whose elements are one in memory, as the gradient of a sum is, into a dense one. `copy_` would
+// take as long as the kernel.
+bool fill(const Tensor& dense, const Tensor& t) {
+  constexpr size_t small = 1 << 15;
+  const size_t bytes = size_t(t.numel()) * t.element_size();
+  if (bytes == 0 || bytes > small || t.scalar_type() != dense.scalar_type()) return false;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) > 1 && t.stride(i) != 0) return false;
+  auto* const to = static_cast<char*>(dense.data_ptr());
+  size_t done = t.element_size();
+  std::memcpy(to, t.const_data_ptr(), done);
+  for (; done < bytes; done = std::min(2 * done, bytes)) std::memcpy(to + done, to, std::min(done, bytes - done));
+  return true;
+}
+
 batchnorm::Operand operand(const Tensor& t, const Walk& walk) {
   return {t.data_ptr(), walk.sample_stride, walk.channel_stride};
 }
@@ -261,7 +276,7 @@ class Call {
     if (!t) return {};
     if (auto walk = walk_as(*t, shape.order)) return operand(*t, *walk);
     Tensor copy = empty();
-    torch::stable::copy_(copy, *t);
+    if (!fill(copy, *t)) torch::stable::copy_(copy, *t);
     kept_.push_back(copy);
     return operand(copy, *walk_as(copy, shape.order));
   }

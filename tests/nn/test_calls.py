@@ -59,6 +59,19 @@ def test_the_library_is_there():
     assert cpu.call is not None, cpu.call_error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 5), (3, 5, 2, 7), (40, 6, 9, 9)], ids=str)
+def test_the_gradient_of_a_sum_is_that_of_its_elements(shape: tuple[int, ...], dtype: torch.dtype):
+    """One element stands for all of it: the bits are those of a gradient that has memory for each element."""
+    x = normal(*shape, dtype=dtype)
+    if len(shape) == 4 and shape[1] == 5:
+        x = x.contiguous(memory_format=torch.channels_last)
+    layer = bn.BatchNorm1d if x.dim() == 2 else bn.BatchNorm2d
+    net = layer(shape[1], activation="silu", dtype=dtype)
+    dy = torch.tensor(-0.7, dtype=dtype).expand(shape)
+    assert_same_bits(*(step(net, x, None, each, at_once=True) for each in (dy, dy.contiguous())))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [True, False])
 def test_same_bits_as_through_python(activation: str, training: bool):
