@@ -16,9 +16,10 @@ from batchnorm.cli import main
 from batchnorm.errors import DataError, InputError
 from batchnorm.lab.of_runs import explain_run
 from batchnorm.report.verdict import verdict
-from batchnorm.training import TrainConfig, load_data, procedure2, train
+from batchnorm.training import TrainConfig, load_data, make_data, procedure2, train
 from batchnorm.training.loop import batch_indices
 from batchnorm.training.objectives import Regression
+from batchnorm.training.sources import pair
 from batchnorm.training.targets import classes_of
 
 RNG = np.random.default_rng(0)
@@ -96,6 +97,43 @@ def test_labels_become_class_numbers_in_their_order(folder, labels, names):
     for row, number in zip(data.x_test.tolist(), data.y_test.tolist(), strict=True):
         label = rows[tuple(row)]
         assert data.classes[number] == (label.decode() if isinstance(label, bytes) else str(label))
+
+
+@pytest.mark.parametrize("dtype", [float, np.float32, int, bool])
+def test_rows_with_a_single_1_are_named(folder, dtype):
+    rows = np.eye(3)[CLASSES].astype(dtype)
+    name = saved(x=X, y=rows)
+    if np.dtype(dtype).kind == "f":
+        assert any("if these are classes, give their numbers, as y.argmax(1)" in n for n in load_data(name).notes)
+        return
+    with pytest.raises(DataError, match=r"y has shape \(120, 3\).* a single 1 among zeros"):
+        load_data(name)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(120, 4, device="meta"), "on the device 'meta', which has no values"),
+        (torch.nested.nested_tensor([torch.zeros(3)] * 120, layout=torch.jagged), "is a nested tensor; expected one shape"),
+        (None, "x is NoneType; expected an array"),
+        ({"a": X}, r"x is a mapping with \['a'\]; expected an array"),
+    ],
+)
+def test_what_is_no_array_is_named(x, message):
+    with pytest.raises(DataError, match=message):
+        make_data((x, CLASSES))
+
+
+def test_items_that_are_no_pair_are_named():
+    for item, message in (({"pixels": 1, "labels": 2}, "a dict with 'pixels', 'labels'"), ((1, 2, 3), "a tuple of 3")):
+        with pytest.raises(DataError, match=f"gives {message}, expected"):
+            pair(item, "mine")
+
+
+def test_images_whose_channels_may_come_last_are_named(folder):
+    data = load_data(saved(x=RNG.random((120, 8, 8, 2)), y=CLASSES))
+    assert data.input_shape == (8, 8, 2)
+    assert any("They are 8 channels of 8 x 2; if the channels come last" in note for note in data.notes)
 
 
 def test_class_numbers_from_0_stay_as_they_are(folder):

@@ -423,12 +423,20 @@ def _outline(value: object) -> str:
 def _as_array(spec: str, name: str, part: Any) -> Array:
     array: Array
     if isinstance(part, Tensor):
-        if part.layout is not torch.strided or part.is_quantized:
+        if part.is_quantized:
+            raise DataError(f"data {spec}: {name} is a quantized tensor; expected plain values, as of .dequantize().")
+        if part.is_meta:
+            raise DataError(f"data {spec}: {name} is a tensor on the device 'meta', which has no values.")
+        if part.is_nested:
+            raise DataError(f"data {spec}: {name} is a nested tensor; expected one shape. Pad its parts.")
+        if part.layout is not torch.strided:
             raise DataError(f"data {spec}: {name} is a {part.layout} tensor; expected a dense one, as of .to_dense().")
         part = part.detach().cpu()
         small = part.is_floating_point() and part.dtype.itemsize < 4 and part.dtype is not torch.float16
         array = (part.float() if small else part).numpy()
         return array
+    if part is None or isinstance(part, Mapping | Iterator):
+        raise DataError(f"data {spec}: {name} is {_outline(part)}; expected an array, a tensor or numbers.")
     try:
         array = np.asarray(part)
     except (ValueError, TypeError) as error:
@@ -563,6 +571,11 @@ def _preparation(x: Source, found: Survey, kind: str, *, from_file: bool) -> tup
         if scale == 1
         else f"Images are divided by {scale:g}; the exported networks expect them so."
     )
+    if not last and len(x.shape) == 4 and x.shape[3] < x.shape[1] == x.shape[2]:
+        taken += (
+            f" They are {x.shape[1]} channels of {x.shape[2]} x {x.shape[3]}; if the channels come last, save "
+            "x.transpose(0, 3, 1, 2)."
+        )
     return Preparation(channels_last=last, add_channel=len(x.shape) == 3, scale=scale), False, (*notes, taken)
 
 

@@ -332,9 +332,12 @@ def pair(item: Any, name: str) -> tuple[Any, Any]:
         return item["x"], item["y"]
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
-    raise DataError(
-        f"data {name}: it gives a {type(item).__name__}, expected (x, y), or a dict with x and y, for each sample."
-    )
+    kind = type(item).__name__
+    if isinstance(item, dict):
+        kind += f" with {', '.join(map(repr, item)) or 'nothing'}"
+    elif isinstance(item, tuple | list):
+        kind += f" of {len(item)}"
+    raise DataError(f"data {name}: it gives a {kind}, expected (x, y), or a dict with x and y, for each sample.")
 
 
 class ItemsOfDataset:

@@ -54,10 +54,21 @@ def check_rows(name: str, part: str, y: Array, shape: tuple[int, ...]) -> None:
     """Raise DataError unless there is one label, or one row of targets, for each sample."""
     targets = y.ndim == 2 and y.dtype.kind == "f"
     if not (y.ndim == 1 or targets) or (shape and len(y) != shape[0]):
+        hint = f" {ONE_HOT}" if y.ndim == 2 and is_one_hot(y) else ""
         raise DataError(
             f"data {name}: {part} has shape {y.shape}, expected one label, or one row of targets, for each sample of "
-            f"{part.replace('y', 'x')}, whose shape is {shape}."
+            f"{part.replace('y', 'x')}, whose shape is {shape}.{hint}"
         )
+
+
+ONE_HOT = "Each of its rows has a single 1 among zeros; if these are classes, give their numbers, as y.argmax(1)."
+
+
+def is_one_hot(y: Array) -> bool:
+    """Whether each of several columns is 0 or 1, and each row has a single 1."""
+    if y.ndim != 2 or y.shape[1] < 2 or y.dtype.kind not in "iubf":
+        return False
+    return bool(np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all())
 
 
 def plain(y: Array, name: str, part: str) -> Array:
@@ -118,7 +129,8 @@ def values_of(name: str, y: Array, y_test: Array) -> Targets:
     if len(constant):
         raise DataError(f"data {name}: target {constant[0]} is {parts[0][0, constant[0]]:g} in every training sample.")
     whole = y.dtype.kind == "f" and np.array_equal(y, np.round(y)) and len(np.unique(y)) <= MANY * 2
-    hint = " They are whole numbers; --task classification takes them for classes." if whole else ""
+    hint = " They are whole numbers; --task classification takes them for classes." if whole and y.ndim == 1 else ""
+    hint = f" {ONE_HOT}" if is_one_hot(y) else hint
     notes = (f"Targets are taken as numbers to predict.{hint}",)
     return Targets("regression", parts[0], parts[1], parts[0].shape[1], (), notes)
 
