@@ -1,5 +1,6 @@
 """For the reference pages: docstrings that are made of a template, `__doc__ = _DOC.format(name=...)`, and defaults that
-are a private constant, `momentum=_MOMENTUM`, as the value that they stand for.
+are a private constant, `momentum=_MOMENTUM`, or lie in a private call, `steps = _setting(3, _COUNT)`, as the values
+that they stand for.
 
 The pages are read out of the sources without importing them, so the template and its values are read there, too.
 """
@@ -25,6 +26,9 @@ class Docstrings(griffe.Extension):
                 parameter.default = value or parameter.default
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **rest: Any) -> None:
+        default = attr.value  # of _setting(3, _CHECK), a field's default and its rule, the default alone
+        if isinstance(default, griffe.ExprCall) and re.fullmatch(r"_[a-z_]+", str(default.function)):
+            attr.value = value_in(Path(str(attr.filepath)).read_text(encoding="utf-8"), str(default.arguments[0]))
         annotation = attr.annotation  # of Annotated[int, _CHECK] the type alone
         if isinstance(annotation, griffe.ExprSubscript) and str(annotation.left).endswith("Annotated"):
             attr.annotation = next(iter(annotation.slice.elements))
@@ -44,6 +48,11 @@ def constant(source: str, name: str) -> str | None:
             value = item.value
             return ast.unparse(value.args[0] if isinstance(value, ast.Call) and value.args else value)
     return None
+
+
+def value_in(source: str, default: str) -> str:
+    """A default as its value, where it is a constant of the module."""
+    return (constant(source, default) if default.isidentifier() else None) or default
 
 
 def formatted(source: str, call: ast.expr) -> str:
