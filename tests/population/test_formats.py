@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import batchnorm as bn
@@ -671,6 +672,24 @@ def test_states_that_were_split_flattened_or_kept_in_other_fields():
         assert layer.name == "stem/norm"
         assert layer.gamma is not None
         np.testing.assert_array_equal([layer.gamma, layer.mean, layer.var], [[1] * 3, [2] * 3, [4] * 3])
+
+
+def test_counters_of_bfloat16_files_are_read(tmp_path: Path):
+    """tinygrad 0.14.0 writes bfloat16 without a format's name; the counter tells the file from one of MLX."""
+    net, path = nn.Sequential(nn.BatchNorm2d(3)), tmp_path / "half.safetensors"
+    state = {key: value.bfloat16() if value.is_floating_point() else value for key, value in net.state_dict().items()}
+    state |= {"0.num_batches_tracked": torch.tensor(7), "0.running_var": torch.full((3,), 2.5).bfloat16()}
+    save_file(state, path)
+    found = bn.load_statistics(net, path)
+    assert found.framework == "torch"
+    assert (int(net[0].num_batches_tracked), net[0].running_var.tolist()) == (7, [2.5] * 3)
+
+
+def test_an_onnx_model_is_told_what_to_do(tmp_path: Path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x08\x08:\x04")
+    with pytest.raises(DataError, match="batchnorm fold"):
+        bn.load_statistics(nn.BatchNorm1d(3), path)
 
 
 def test_paddles_nested_files_and_its_bfloat16(tmp_path: Path):

@@ -43,7 +43,8 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
     """By torch, since NumPy has no bfloat16."""
     from safetensors.torch import load_file
 
-    return {key: value.float().numpy() for key, value in load_file(path).items() if value.is_floating_point()}
+    tensors = load_file(path).items()
+    return {key: (value.float() if value.is_floating_point() else value).numpy() for key, value in tensors}
 
 
 def npz(path: Path) -> dict[str, Array]:

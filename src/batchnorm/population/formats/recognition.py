@@ -97,6 +97,11 @@ def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
         return _protobuf(path)
     if darknet.is_header(start) and (asked == "darknet" or path.suffix == ".weights"):
         return _known(darknet.read(path), {}, str(path))
+    if path.suffix == ".onnx":
+        raise DataError(
+            f"{path} is an ONNX model, from which no statistics are loaded; `batchnorm fold {path}` folds them into "
+            "its layers, and to train on, load the file of the framework that exported it"
+        )
     raise DataError(f"{path} is no file that is known: it starts with {start!r}")
 
 
