@@ -432,6 +432,7 @@ def save_statistics(
 
     Raises:
         InputError: no batch normalization, names that ``net`` does not have, or a kind of file that is not written.
+        WriteError: the file cannot be written, as on a full disk; an old one stays.
         MissingDependencyError: the package that writes such files is not installed.
 
     Source: docs/frameworks.md, with each framework's rules and versions.
