@@ -81,6 +81,13 @@ def _some(files: list[str]) -> str:
     return ", ".join(sorted(files)[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def mended(module: str | None) -> str:
+    """The command that mends a module of another package that does not import, and replaces nothing else."""
+    top = (module or "").partition(".")[0]
+    owners = importlib.metadata.packages_distributions().get(top)
+    return f"pip install --force-reinstall --no-deps {owners[0]}" if owners else f"pip install {NAME}"
+
+
 def explained(failure: ImportError) -> ImportError:
     """The error to raise in place of one from an import: what is missing, and the command that mends it."""
     name = failure.name or ""

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from batchnorm.installation import mended
 
 ROOT = Path(__file__).parent.parent.parent
 LIBRARIES = [path for path in sys.path if Path(path).name == "site-packages"]
@@ -150,6 +151,12 @@ def test_a_damaged_command_line_says_what_to_do(site: Path, gone: str):
         assert message.startswith("batchnorm: error: ")
         assert "Traceback" not in done.stderr
         assert f"{batchnorm.__version__} in {site / 'batchnorm'}" in done.stderr
+
+
+def test_a_missing_dependency_is_mended_without_replacing_torch():
+    assert mended("not_on_this_machine.parts") == "pip install batchnorm"  # brings what is missing, and no more
+    assert mended("typer.main") == "pip install --force-reinstall --no-deps typer"  # its list is there, the file is not
+    assert mended(None) == "pip install batchnorm"
 
 
 def test_info_lists_what_is_missing_and_changed(site: Path):

@@ -99,13 +99,13 @@ def _application() -> Any:
     try:
         from batchnorm.cli.commands import app
     except ImportError as failure:
-        from batchnorm.installation import described, explained
+        from batchnorm.installation import described, explained, mended
 
         sys.stderr.write(f"batchnorm {described()}, Python {sys.version.split()[0]} in {sys.executable}\n")
         error = explained(failure)
         if isinstance(error, BatchNormError):
             raise error from None
-        raise InstallationError(f"{failure}: pip install --force-reinstall batchnorm") from failure
+        raise InstallationError(f"{failure}: {mended(failure.name)}") from failure
     return app
 
 
