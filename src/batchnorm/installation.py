@@ -91,6 +91,14 @@ def mended(module: str | None) -> str:
 def explained(failure: ImportError) -> ImportError:
     """The error to raise in place of one from an import: what is missing, and the command that mends it."""
     name = failure.name or ""
+    found = getattr(sys.modules.get("torch"), "__version__", None)
+    if name.partition(".")[0] == "torch" and found is not None:
+        numbers = re.match(r"(\d+)\.(\d+)", found)
+        if numbers is None or (int(numbers[1]), int(numbers[2])) >= (2, 10):
+            return failure  # a newer one that has dropped the name: its own error says most
+        return InstallationError(
+            f"batchnorm needs torch 2.10 or later, this is torch {found}: pip install --upgrade 'torch>=2.10'"
+        )
     if name == "torch":
         return InstallationError("batchnorm needs torch, and this Python has none: pip install 'torch>=2.10'")
     if name.partition(".")[0] != NAME or isinstance(failure, InstallationError):

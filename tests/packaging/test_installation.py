@@ -177,6 +177,14 @@ def test_a_library_that_does_not_load_is_left_out(site: Path):
     assert "the native library does not load" in run(site, "-m", "batchnorm", "info").stdout
 
 
+def test_a_torch_without_what_is_needed_is_named(site: Path, tmp_path: Path):
+    (tmp_path / "old" / "torch").mkdir(parents=True)
+    (tmp_path / "old" / "torch" / "__init__.py").write_text('__version__ = "2.5.1"\n')
+    message = last_line(run(site, "-c", "import batchnorm; batchnorm.BatchNorm1d", beside=[str(tmp_path / "old")]))
+    assert "batchnorm needs torch 2.10 or later, this is torch 2.5.1" in message
+    assert message.endswith("pip install --upgrade 'torch>=2.10'")
+
+
 def test_without_torch_one_line_says_so(site: Path):
     message = last_line(run(site, "-c", "import batchnorm; batchnorm.BatchNorm1d", beside=[]))
     assert message.endswith("batchnorm needs torch, and this Python has none: pip install 'torch>=2.10'")
