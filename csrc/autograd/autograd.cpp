@@ -790,7 +790,7 @@ std::optional<std::vector<int64_t>> numbers(const std::vector<c10::SymInt>& of) 
 // more; or nothing, also if its own input would need another convolution, of which only one is made for a backward. So
 // narrow outputs are kept, and the wide ones that are made of them are not.
 std::shared_ptr<const ConvolutionSource> convolution_before(const at::Tensor& x) {
-  constexpr int64_t most_products = 64, least_gain = 8;  // x has at least so many elements for each of the weights
+  constexpr int64_t most_products = 32, least_gain = 8;  // x has at least so many elements for each of the weights
   if (!x.requires_grad() || x.is_leaf() || x.is_view() || x._version() != 0) return nullptr;
   const auto fn = x.grad_fn();
   auto* const node = dynamic_cast<torch::autograd::generated::ConvolutionBackward0*>(fn.get());
