@@ -63,7 +63,7 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     the same bits. It costs one more normalization in the backward for each reader. Run the forward of a step inside;
     the backward may be outside.
 
-    x is not kept either if it is the output of a cheap convolution (at most 64 products an element: depthwise ones, or
+    x is not kept either if it is the output of a cheap convolution (at most 32 products an element: depthwise ones, or
     1x1 ones with few input channels) that is no smaller than that convolution's input. Then the backward makes the
     convolution again, for the reader and for the batch normalization. Of two such convolutions in a row one is made
     again. On the CPU, through the C++ call (`batchnorm info` says whether it runs); under autocast, without a bias.
