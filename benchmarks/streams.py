@@ -1,7 +1,8 @@
 """Data larger than memory: moments of a Parquet set beside other streaming scalers, and training on a memory map.
 
 Each contestant runs in a process of its own, on one thread. `seconds` are those of its processor without imports, so
-other work on the machine counts little; `peak_mb` is the largest memory of the process, imports included.
+other work on the machine counts little; `peak_mb` is the largest resident memory of the process, imports included, by
+the system's `VmHWM`: `ru_maxrss` of a process begins with that of the one that started it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from .rows import Row
 COLUMNS, ROWS = 16, 2_000_000  # of a file: 256 MB in float64
 LIMIT = 1_000_000_000  # bytes that a training may write to (ulimit -d)
 
-_BEFORE = """
-import glob, json, os, resource, sys, time
+_PEAK = """
+def peak_of(pid="self"):
+    with open(f"/proc/{pid}/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+"""
+_BEFORE = f"""
+import glob, json, os, sys, time
+{_PEAK}
 files = sorted(glob.glob(os.path.join(sys.argv[1], "*.parquet")))
 def told(mean, std, seconds=None, peak=None):
     used = time.process_time() - begun if seconds is None else seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
-    print(json.dumps({"seconds": used, "peak": peak, "mean": list(map(float, mean)), "std": list(map(float, std))}))
+    peak = peak_of() if peak is None else peak
+    print(json.dumps(dict(seconds=used, peak=peak, mean=list(map(float, mean)), std=list(map(float, std)))))
 """
 CONTESTANTS = {
     "ours": """
@@ -69,8 +76,7 @@ session.sparkContext.setLogLevel("OFF")
 def java():
     pid = subprocess.run(["pgrep", "-P", str(os.getpid()), "java"], capture_output=True, text=True).stdout.split()[0]
     fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-    peak = next(int(l.split()[1]) for l in open(f"/proc/{pid}/status") if l.startswith("VmHWM"))
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), peak * 1024
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), peak_of(pid)
 begun, of_java = time.process_time(), java()[0]
 data = session.read.parquet(*files)
 data = VectorAssembler(inputCols=data.columns, outputCol="x").transform(data)
@@ -79,7 +85,7 @@ seconds, peak = java()
 told(model.mean, model.std, time.process_time() - begun + seconds - of_java, peak)
 """,
 }
-_TRAIN = """
+_TRAIN = f"""
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
 from batchnorm.cli import main
@@ -87,8 +93,8 @@ sys.path.insert(0, ".")
 begun = time.process_time()
 code = main(["train", "--network", "wide:net", "--data", "x.npy", "--labels", "y.npy", "--steps", "50",
              "--threads", "1", "--out", "run"])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print("\\n" + json.dumps({"code": code, "seconds": time.process_time() - begun, "peak": peak}))
+{_PEAK}
+print("\\n" + json.dumps(dict(code=code, seconds=time.process_time() - begun, peak=peak_of())))
 """
 _NETWORK = """
 from torch import nn

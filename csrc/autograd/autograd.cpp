@@ -66,6 +66,7 @@ thread_local bool remakes = false;
 // Of `recompute_outputs`: how many contexts this thread is in, and how many of them are on the stack of modes. While
 // one of them handles a function of torch's, it is not.
 thread_local int64_t recomputing = 0, own_modes = 0;
+thread_local size_t largest = 0;  // bytes of an input of a batch normalization so far, in the outermost context
 
 // Whether anything looks on that must see each operator: anything but the modes of `recompute_outputs`.
 bool is_watched() {
@@ -344,6 +345,8 @@ Operand copy_of(const at::Tensor& t) {
   return Operand(t.defined() ? t.clone() : t);
 }
 
+struct ConvolutionSource;
+
 // Memory for outputs that are made again during a backward, one after the other: each is needed for one reader alone,
 // so the next takes its place, in pages and cache lines that are there. It is given back when the backward ends.
 class Scratch {
@@ -357,8 +360,8 @@ class Scratch {
     const size_t bytes = size_t(x.numel()) * x.element_size();
     if (task == -1) return at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
     if (task != task_) {
+      *this = Scratch();
       task_ = task;
-      storage_ = c10::Storage();
       torch::autograd::Engine::get_default_engine().queue_callback(release);
     }
     if (storage_ && storage_.use_count() == 1 && storage_.nbytes() >= bytes && storage_.nbytes() / 4 <= bytes) {
@@ -372,6 +375,21 @@ class Scratch {
     return y;
   }
 
+  // Keeps the output of a convolution from the reader of what was made of it to the batch normalization before that,
+  // whose turn is next.
+  void hold(std::shared_ptr<const ConvolutionSource> of, const at::Tensor& x) {
+    if (torch::autograd::get_current_graph_task_id() != task_ || task_ == -1) return;
+    held_of_ = std::move(of);
+    held_ = x;
+  }
+
+  // What is held of a convolution, which is then held no more; else an undefined tensor.
+  at::Tensor take(const ConvolutionSource* of) {
+    if (held_of_.get() != of || torch::autograd::get_current_graph_task_id() != task_) return {};
+    held_of_.reset();
+    return std::exchange(held_, at::Tensor());
+  }
+
  private:
   static std::vector<int64_t> strides_of(const at::Tensor& x, at::MemoryFormat format) {
     if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(x.sizes());
@@ -379,12 +397,12 @@ class Scratch {
     return at::detail::defaultStrides(x.sizes());
   }
   c10::Storage storage_;
+  std::shared_ptr<const ConvolutionSource> held_of_;
+  at::Tensor held_;
   int64_t task_ = -1;
 };
 thread_local Scratch scratch;
-void Scratch::release() { scratch.storage_ = c10::Storage(); }
-
-struct ConvolutionSource;
+void Scratch::release() { scratch = Scratch(); }
 
 // What an output was made of: `normalize` gives its bits once more. The input and the residual are tensors, or are made
 // again themselves.
@@ -409,6 +427,7 @@ struct ConvolutionSource {
   std::shared_ptr<const Source> of_input;
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups = 1;
+  bool is_small = false;  // beside the largest output of the forward, so that holding it moves no peak
 
   bool is_unchanged() const {
     return input.is_unchanged() && weight.is_unchanged() && bias.is_unchanged() &&
@@ -416,6 +435,7 @@ struct ConvolutionSource {
   }
 
   at::Tensor make() const {
+    if (at::Tensor held = scratch.take(this); held.defined()) return held;
     const c10::impl::ExcludeDispatchKeyGuard no_casts(c10::autocast_dispatch_keyset);
     return at::convolution(of_input ? of_input->make() : input.tensor(), weight.tensor(), maybe(bias.tensor()), stride,
                            padding, dilation, /*transposed=*/false, std::vector<int64_t>(stride.size(), 0), groups);
@@ -430,8 +450,10 @@ bool Source::is_unchanged() const {
 at::Tensor Source::make() const {
   const at::Tensor from = of_x ? of_x->make() : x.tensor();
   const at::Tensor added = of_residual ? of_residual->make() : residual.tensor();
-  // Over what was made for it.
-  const at::Tensor y = of_residual ? added : of_x ? from : scratch.like(from);
+  // Over what was made for it, unless that is held.
+  const bool holds = of_x && of_x->is_small;
+  const at::Tensor y = of_residual ? added : of_x && !holds ? from : scratch.like(from);
+  if (holds) scratch.hold(of_x, from);
   operators->normalize_into({.x = lend(from),
                              .mean = lend(mean),
                              .var = lend(var),
@@ -790,7 +812,8 @@ std::optional<std::vector<int64_t>> numbers(const std::vector<c10::SymInt>& of) 
 // more; or nothing, also if its own input would need another convolution, of which only one is made for a backward. So
 // narrow outputs are kept, and the wide ones that are made of them are not.
 std::shared_ptr<const ConvolutionSource> convolution_before(const at::Tensor& x) {
-  constexpr int64_t most_products = 32, least_gain = 8;  // x has at least so many elements for each of the weights
+  constexpr int64_t most_products = 16, least_gain = 8;  // x has at least so many elements for each of the weights
+  largest = std::max(largest, size_t(x.nbytes()));
   if (!x.requires_grad() || x.is_leaf() || x.is_view() || x._version() != 0) return nullptr;
   const auto fn = x.grad_fn();
   auto* const node = dynamic_cast<torch::autograd::generated::ConvolutionBackward0*>(fn.get());
@@ -826,6 +849,7 @@ std::shared_ptr<const ConvolutionSource> convolution_before(const at::Tensor& x)
   source->padding = *padding;
   source->dilation = *dilation;
   source->groups = *groups;
+  source->is_small = 2 * size_t(x.nbytes()) <= largest;
   return source;
 }
 
@@ -1450,6 +1474,7 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
 PyObject* recompute(PyObject*, PyObject* const* given, Py_ssize_t count) {
   int64_t contexts = 0, modes = 0;
   if (count == 2 && read(given[0], contexts) && read(given[1], modes)) {
+    if (!recomputing) largest = 0;
     recomputing += contexts;
     own_modes += modes;
   }

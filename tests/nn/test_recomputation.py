@@ -253,7 +253,7 @@ def inputs_kept(net: nn.Sequential, x: Tensor, recompute: bool, **autocast: Any)
     [
         wide(),
         wide(bias=False),
-        nn.Conv2d(4, 16, 3, padding=1, stride=2, groups=2),
+        nn.Conv2d(4, 16, 3, padding=1, stride=2, groups=4),
         nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4, padding_mode="zeros"),
     ],
     ids=["bias", "plain", "strided", "depthwise"],
@@ -286,6 +286,35 @@ def test_of_a_chain_of_convolutions_the_widest_are_made_again():
     )
     assert_same_bits(ours, expected)
     assert (kept, before) == ([False, True, True, False], [True] * 4)
+
+
+@needs_calls
+@pytest.mark.parametrize(("side", "times"), [(16, 1), (4, 2)], ids=["small", "the largest"])
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_small_convolution_is_made_once_for_its_reader_and_its_batch_normalization(
+    side: int, times: int, readers: int
+):
+    """The largest is made for each, so that only one of the two tensors is there."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(4, 8, 5, padding=2), bn.BatchNorm2d(8, activation="relu"), nn.MaxPool2d(side // 4))
+    cheap, norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), bn.BatchNorm2d(8, activation="relu")
+    after = nn.ModuleList(nn.Conv2d(8, 2, 3) for _ in range(readers))
+    x = normal(6, 4, side, side)
+
+    def step(recompute: bool) -> tuple[list[Any], int]:
+        net = copy.deepcopy(nn.ModuleList([first, cheap, norm, after]))
+        with bn.recompute_outputs() if recompute else nullcontext():
+            y = net[2](net[1](net[0](x)))
+            loss = torch.stack([each(y).square().mean() for each in net[3]]).sum()
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        made = sum(each.count for each in profile.key_averages() if each.key == "aten::convolution")
+        return [p.grad for p in net.parameters()], made
+
+    (ours, made), (expected, none) = step(True), step(False)
+    assert_same_bits(ours, expected)
+    assert none == 0
+    assert made == (1 if times == 1 else readers + 1)
 
 
 @needs_calls

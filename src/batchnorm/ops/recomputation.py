@@ -63,10 +63,11 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     the same bits. It costs one more normalization in the backward for each reader. Run the forward of a step inside;
     the backward may be outside.
 
-    x is not kept either if it is the output of a cheap convolution (at most 32 products an element: depthwise ones, or
+    x is not kept either if it is the output of a cheap convolution (at most 16 products an element: depthwise ones, or
     1x1 ones with few input channels) that is no smaller than that convolution's input. Then the backward makes the
-    convolution again, for the reader and for the batch normalization. Of two such convolutions in a row one is made
-    again. On the CPU, through the C++ call (`batchnorm info` says whether it runs); under autocast, without a bias.
+    convolution again: once for the reader and the batch normalization, or for each of them if its output has more than
+    half the size of the largest so far. Of two such convolutions in a row one is made again. On the CPU, through the
+    C++ call (`batchnorm info` says whether it runs); under autocast, without a bias.
 
     It covers outputs of this package's layers and of `functional.batch_norm`, also seen through views, read by torch's
     own functions. An output with a residual is made again if the residual is itself an output of this package that is
