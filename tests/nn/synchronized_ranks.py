@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -495,6 +496,22 @@ class Recurrent(nn.Module):
         return self.out(self.layer(x, lengths=lengths)[0][:, -1])
 
 
+class ByStep(nn.Module):
+    """A cell that is called for each step, and a linear one behind its last state."""
+
+    def __init__(self, kind, group, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell = getattr(bn, kind)(3, 6, process_group=group, **options)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x, lengths):
+        state = None
+        for step, each in enumerate(x.unbind(1)):
+            state = self.cell(each, state, step=step)
+        return self.out(state[0] if isinstance(state, tuple) else state)
+
+
 def sharded(net, by_module):
     """fully_shard of the whole, and before it of each module with parameters, the norms inside a recurrence too."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -505,15 +522,18 @@ def sharded(net, by_module):
 
 
 def trained_recurrences():
-    """Recurrent layers under DistributedDataParallel and fully_shard: each follows the network of one process."""
+    """Recurrent layers and cells under DistributedDataParallel and fully_shard follow the network of one process."""
     n = dist.get_world_size()
     part, lengths = share([4] * n), torch.tensor([6, 4, 5, 6] * n)
     x, target = draw(4 * n, 6, 3), draw(4 * n, 2, seed=3)
     frames = {"batch_norm": "frame", "max_steps": 5}
-    whole = {"batch_norm": "sequence"}
-    for kind, options in (("LSTM", whole), ("LSTM", frames | {"recurrent": True}), ("GRU", frames), ("RNN", whole)):
+    whole, steps = {"batch_norm": "sequence"}, frames | {"recurrent": True}
+    kinds = [("LSTM", whole), ("LSTM", steps), ("GRU", frames), ("RNN", whole), ("LSTMCell", steps), ("GRUCell", frames)]
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")
+    for kind, options in kinds:
+        make = ByStep if kind.endswith("Cell") else Recurrent
         for wrap in (parallel, lambda net: sharded(net, False), lambda net: sharded(net, True)):
-            nets = Recurrent(kind, None, **options).double(), wrap(Recurrent(kind, "world", **options).double())
+            nets = make(kind, None, **options).double(), wrap(make(kind, "world", **options).double())
             optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
             for _ in range(2):
                 for net, optimizer, cut in zip(nets, optimizers, (lambda t: t, part), strict=True):
