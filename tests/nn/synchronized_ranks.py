@@ -528,7 +528,8 @@ def trained_recurrences():
     x, target = draw(4 * n, 6, 3), draw(4 * n, 2, seed=3)
     frames = {"batch_norm": "frame", "max_steps": 5}
     whole, steps = {"batch_norm": "sequence"}, frames | {"recurrent": True}
-    kinds = [("LSTM", whole), ("LSTM", steps), ("GRU", frames), ("RNN", whole), ("LSTMCell", steps), ("GRUCell", frames)]
+    layers = [("LSTM", whole), ("LSTM", steps), ("GRU", frames), ("RNN", whole)]
+    kinds = [*layers, ("LSTMCell", steps), ("GRUCell", frames)]
     warnings.filterwarnings("error", message="FSDP2-wrapped module")
     for kind, options in kinds:
         make = ByStep if kind.endswith("Cell") else Recurrent
