@@ -10,6 +10,7 @@ import io
 import pickle
 import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ FILES = {
     "keras2.sync_layer.h5": File("keras2"),
     "keras2.time_distributed.h5": File("keras2"),
     "keras2.no_scale.h5": File("keras2", without=("weight",)),
+    "keras2.equal_names.h5": File("keras2"),
     "keras2.by_name.h5": File("keras2"),
     "keras2.fused3d.weights.h5": File("keras2", {"framework": "keras2"}),
     "keras2.attributes.weights.h5": File(
@@ -69,7 +71,10 @@ FILES = {
     "flax.train_state.msgpack": File("flax"),
     "flax.nnx.msgpack": File("nnx"),
     "haiku.npz": File("haiku"),
+    "haiku.pkl": File("haiku"),
+    "haiku.msgpack": File("haiku"),
     "equinox.eqx": File("equinox"),
+    "equinox.header.eqx": File("equinox"),
     "paddle.flat.pdparams": File("paddle"),
     "paddle.images.pdparams": File("paddle"),
     "mindspore.images.ckpt": File("mindspore"),
@@ -188,9 +193,9 @@ def test_other_rules_of_training_are_refused_by_name_and_load_for_inference(name
         np.testing.assert_allclose(y.detach(), first(want["before"]), rtol=1e-6, atol=1e-6)
 
 
-def test_bfloat16_is_read_without_its_package(tmp_path: Path):
+@pytest.mark.parametrize("name", ["keras3.bfloat16.weights.h5", "keras3.bfloat16.h5"])
+def test_bfloat16_is_read_without_its_package(name: str, tmp_path: Path):
     """A network of bfloat16 that Keras made; after the file its training rounds each step."""
-    name = "keras3.bfloat16.weights.h5"
     net, want = network(2), expected(name)
     bn.load_keras(net, unpacked(name, tmp_path))
     assert all(torch.equal(v.bfloat16().float(), v) for v in net.state_dict().values() if v.is_floating_point())
@@ -797,7 +802,7 @@ def test_what_is_written_is_what_the_framework_wrote(name: str, tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, ours.name])
 
 
-TEMPLATES = ("haiku.npz", "equinox.eqx", "caffe.caffemodel", "darknet.folder")
+TEMPLATES = ("haiku.npz", "equinox.eqx", "equinox.header.eqx", "caffe.caffemodel", "darknet.folder")
 
 
 def numbers_of(path: Path) -> list[np.ndarray]:
@@ -807,7 +812,7 @@ def numbers_of(path: Path) -> list[np.ndarray]:
     if path.suffix == ".npz":
         return list(containers.npz(path).values())
     if path.suffix == ".eqx":
-        return containers.npy_sequence(path)
+        return containers.npy_sequence(path)[1]
     if path.suffix == ".weights":
         return [np.frombuffer(path.read_bytes()[20:], "<f4")]
     layers = caffe.layers_of(path.read_bytes())
@@ -874,6 +879,175 @@ def test_averages_that_are_not_debiased_go_on_alike_where_the_framework_divides(
     for batch in x[3:]:
         torch.testing.assert_close(again(batch), net(batch))
     torch.testing.assert_close(again[0].running_var, net[0].running_var)
+
+
+# Written back into a model's own file
+
+BACK = {
+    "keras3.sequential.keras": {},
+    "keras3.nested.keras": {},
+    "keras3.frozen.keras": {},
+    "keras3.legacy.h5": {},
+    "keras3.no_center.keras": {},
+    "keras3.sequential.weights.h5": {},
+    "keras3.renorm.keras": {"frozen": True},
+    "keras2.fused.keras": {},
+    "keras2.frozen.h5": {},
+    "keras2.equal_names.h5": {},
+    "keras2.renorm.h5": {"frozen": True},
+    "keras2.by_name.h5": {},
+}
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_settings_and_vectors_are_written_back_into_a_file_of_keras(name: str, tmp_path: Path):
+    """What is read again is our layer: vectors, momentum, epsilon and trainable; all other content stays."""
+    h5py = pytest.importorskip("h5py")
+    real, options = unpacked(name, tmp_path), BACK[name]
+    file = FILES.get(name, File("keras2" if name.startswith("keras2") else "keras3"))
+    net = network(expected(name)["target"].ndim, file.without)
+    layers = bn.load_statistics(net, real, **options).layers
+    ours = tmp_path / f"ours.{name.partition('.')[2]}"
+    bn.save_statistics(net, ours, like=real)
+    assert_same(bn.read_statistics(ours).layers, bn.read_statistics(real).layers)
+    with torch.no_grad():
+        for i, m in enumerate((net[0], net[2])):
+            m.running_mean.add_(i + 1)
+            m.running_var.mul_(2)
+            if m.weight is not None:
+                m.weight.mul_(3)
+    configured = ".weights." not in name and "by_name" not in name
+    if not options:
+        net[0].momentum, net[0].eps = 0.25, 0.02
+        bn.set_mode(net[2], source="running", update="never", affine=False)
+        bn.set_mode(net[0], source="auto", update="auto", affine=True)
+    said = bn.save_statistics(net, ours, like=real)
+    assert said.layers == layers
+    found = {f.name: f for f in bn.read_statistics(ours).layers}
+    for i, their in ((0, layers["0"]), (2, layers["2"])):
+        f = found[their]
+        for vector, value in ((f.mean, net[i].running_mean), (f.var, net[i].running_var), (f.gamma, net[i].weight)):
+            if value is not None:
+                np.testing.assert_array_equal(vector, value.detach())
+    if configured:
+        assert said.notes == ()
+        assert found[layers["0"]].decay == pytest.approx(net[0].decay, rel=1e-12)
+        assert found[layers["0"]].eps == net[0].eps
+        assert [found[layers[i]].frozen for i in "02"] == ([False, False] if options else [False, True])
+    else:
+        assert "does not hold momentum=0.75 and epsilon=0.02" in said.notes[0]
+        assert any("set trainable=False there" in note for note in said.notes)
+    if "renorm" in name:  # which goes on from the same mean and standard deviation
+        content = ours
+        if name.endswith(".keras"):
+            with zipfile.ZipFile(ours) as archive:
+                content = io.BytesIO(archive.read("model.weights.h5"))
+        with h5py.File(content) as opened:
+            vectors = []
+            opened.visititems(lambda _, node: vectors.append(np.asarray(node)) if hasattr(node, "shape") else None)
+        wanted = np.sqrt(net[0].running_var.numpy() + np.float32(net[0].eps))
+        assert sum(v.shape == (3,) and np.allclose(v, wanted, rtol=1e-6) for v in vectors) == 2
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        for key in ("gamma", "beta", "mean", "var"):
+            np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
+        assert (a.name, a.decay, a.eps, a.frozen, a.obstacle) == (b.name, b.decay, b.eps, b.frozen, b.obstacle)
+
+
+def test_bfloat16_is_written_as_the_file_has_it(tmp_path: Path):
+    real = unpacked("keras3.bfloat16.weights.h5", tmp_path)
+    net = network(2)
+    bn.load_keras(net, real)
+    bn.save_keras(net, tmp_path / "ours.weights.h5", like=real)
+    assert_same(bn.read_statistics(tmp_path / "ours.weights.h5").layers, bn.read_statistics(real).layers)
+    with torch.no_grad():
+        net[0].running_mean.copy_(torch.tensor([1.00390625 + 1e-4, -3.3e38, 1e-30]))
+    bn.save_keras(net, tmp_path / "ours.weights.h5", like=real)
+    rounded = net[0].running_mean.bfloat16().float()
+    np.testing.assert_array_equal(bn.read_statistics(tmp_path / "ours.weights.h5").layers[0].mean, rounded)
+
+
+def test_what_a_file_does_not_hold_is_told(tmp_path: Path):
+    """Nothing of a layer is dropped in silence: it is in the file, in the notes, or refused by name."""
+    net = nn.Sequential(
+        bn.BatchNorm1d(3, momentum=0.25, eps=0.5, running_var="biased", activation="relu"),
+        bn.BatchNorm1d(3, momentum=0.01, eps=1e-3, running="debiased"),
+        bn.BatchNorm1d(3, track_running_stats=False),
+    )
+    said = bn.save_statistics(net, tmp_path / "net.weights.h5")
+    assert (said.framework, list(said.layers)) == ("keras3", ["0", "1"])
+    for note in (
+        "'0': the file does not hold momentum=0.75 and epsilon=0.5; set them there",
+        "'0': activation='relu' is not in the file",
+        "'1': its variance is unbiased, and training there goes on with the biased one",
+        "'1': its average is debiased, and training there goes on with a plain moving average",
+        "not written, since they keep no running statistics: '2'",
+    ):
+        assert note in said.notes
+    assert len(said.notes) == 5
+    bn.set_mode(net[0], source="running")
+    assert any("source='running' is not in the file" in note for note in bn.save_keras(net, tmp_path / "n.h5").notes)
+    plain = nn.Sequential(bn.BatchNorm1d(3, decay=0.9, eps=1e-5, running_var="biased"))
+    assert bn.save_statistics(plain, tmp_path / "net.pdparams").notes == ()
+    assert str(bn.save_statistics(plain, tmp_path / "net.pdparams")).endswith("1 batch normalizations, '0' as '0'")
+    for options in ({"ghost_size": 2}, {"renorm": bn.Renorm()}, {"channel_groups": 3}):
+        own = nn.Sequential(bn.BatchNorm1d(3, **options))
+        (word,) = options
+        path = tmp_path / f"{word}.h5"
+        for write in (bn.to_keras, bn.to_flax, lambda n, path=path: bn.save_statistics(n, path)):
+            with pytest.raises(InputError, match=rf"layer '0' has {word}=.*frozen=True writes it for inference alone"):
+                write(own)
+        assert not path.exists()
+        assert any(f"{word}=" in note for note in bn.save_keras(own, path, frozen=True).notes)
+        assert bn.to_flax(own, frozen=True)["params"]["0"]["scale"].tolist() == [1] * 3
+    weighed = nn.Sequential(bn.BatchNorm1d(3, example_weight=0.5))
+    with pytest.raises(InputError, match=r"example_weight=0\.5.*takes it away"):
+        bn.save_statistics(weighed, tmp_path / "own.h5", frozen=True)
+    with pytest.raises(InputError, match="whole model of Keras; give like="):
+        bn.save_statistics(plain, tmp_path / "net.keras")
+    unpacked("keras3.weights.sharded", tmp_path)
+    with pytest.raises(InputError, match="index of shards"):
+        bn.save_statistics(
+            network(4), tmp_path / "a.weights.h5", like=tmp_path / "keras3.weights.sharded/model.weights.json"
+        )
+
+
+def test_layers_of_equal_names_keep_their_settings(tmp_path: Path):
+    """Two models inside a model, each with a layer called norm: each has its own momentum and epsilon."""
+    first, second = bn.read_statistics(unpacked("keras2.equal_names.h5", tmp_path)).layers
+    assert [(f.decay, f.eps) for f in (first, second)] == [(0.9, 0.01), (0.8, 0.001)]
+
+
+def test_names_that_pass_the_size_of_an_attribute(tmp_path: Path):
+    found = bn.read_statistics(unpacked("keras3.long_names.h5", tmp_path)).layers
+    assert [f.decay for f in found] == [*(0.5 + i / 400 for i in range(150)), 0.9]
+    assert found[149].name.endswith("_149")
+
+
+def test_a_model_and_its_average_are_told_apart(tmp_path: Path):
+    path, want = unpacked("flax.average.msgpack", tmp_path), expected("flax.average.msgpack")
+    names = [f.name for f in bn.read_statistics(path).layers]
+    assert names == [f"{model}/BatchNorm_{i}" for model in ("ema", "model") for i in range(2)]
+    with pytest.raises(InputError, match="has 2 batch normalizations, the checkpoint 4"):
+        bn.load_statistics(network(2), path)
+    net = network(2)
+    for (ours, theirs), (decay, eps) in zip({"0": names[2], "2": names[3]}.items(), File("").settings, strict=True):
+        bn.load_statistics(net, path, layers={ours: theirs}, decay=decay, eps=eps)
+    assert_goes_on(net, want)
+
+
+def test_variables_of_an_exported_saved_model(tmp_path: Path):
+    """As `tf.saved_model.load(folder).variables` names them, with the number of an output behind."""
+    vectors = {"gamma": np.ones(3), "beta": np.zeros(3), "moving_mean": np.full(3, 2.0), "moving_variance": np.ones(3)}
+    np.savez(tmp_path / "net.npz", **{f"inner/bn/{key}:0": value for key, value in vectors.items()})
+    (layer,) = bn.read_statistics(tmp_path / "net.npz").layers
+    assert (layer.name, layer.mean.tolist()) == ("inner/bn", [2.0] * 3)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "ck.index").write_bytes(bytes(8))
+    with pytest.raises(InputError, match="holds a checkpoint of TensorFlow"):
+        bn.read_statistics(tmp_path / "folder")
 
 
 def test_files_that_cannot_be_written(tmp_path: Path):

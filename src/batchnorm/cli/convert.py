@@ -24,6 +24,8 @@ EXAMPLES = """**Examples**
 
 `batchnorm convert --from model.pdparams --network mymodels:resnet --to resnet.weights.h5`
 
+`batchnorm convert --from model.keras --network mymodels:resnet --to new.keras --like model.keras`
+
 `batchnorm convert --from yolo.weights --network mymodels:yolo --frozen --to new.weights --like yolo.weights`
 """
 
@@ -154,8 +156,8 @@ def _convert_foreign(
     if framework is None and like is None and out.suffix == ".safetensors":
         save(net, out)
     else:
-        save_statistics(net, out, framework, like=like)
-        typer.echo(f"Written: {out}")
+        saved = save_statistics(net, out, framework, like=like, frozen=foreign.frozen)
+        typer.echo("\n".join([f"Written: {out}", *saved.notes]))
 
 
 def register(app: typer.Typer) -> None:

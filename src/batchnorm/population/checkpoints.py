@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from batchnorm.errors import DataError, InputError
-from batchnorm.nn import modes
+from batchnorm.nn import modes, options
 from batchnorm.nn.batch_norm import BatchNorm
 from batchnorm.population.formats import recognition, writing
 from batchnorm.population.formats.conventions import CONVENTIONS
@@ -399,6 +399,28 @@ def _copy(layer: nn.Module, foreign: ForeignBatchNorm, keeps: bool, decay: float
 # Writing
 
 
+@dataclass(frozen=True)
+class SavedStatistics:
+    """What `save_statistics` wrote, and what of it the file does not hold.
+
+    Args:
+        framework: the framework's key, such as "keras3".
+        path: the file.
+        layers: our names to theirs.
+        notes: what the file does not hold of the layers, and how the other framework is told.
+    """
+
+    framework: str
+    path: Path
+    layers: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        pairs = ", ".join(f"{ours!r} as {theirs!r}" for ours, theirs in self.layers.items())
+        title = CONVENTIONS[self.framework].title
+        return "\n".join([f"{self.path} ({title}): {len(self.layers)} batch normalizations, {pairs}", *self.notes])
+
+
 def save_statistics(
     net: nn.Module,
     path: str | os.PathLike[str],
@@ -406,13 +428,15 @@ def save_statistics(
     layers: Mapping[str, str] | None = None,
     *,
     like: str | os.PathLike[str] | None = None,
-) -> None:
+    frozen: bool = False,
+) -> SavedStatistics:
     """Write the batch normalizations of ``net`` as a file of another framework.
 
-    The variance is of the kind that the layer keeps (``running_var_kind``). Momentum and epsilon are in files of Caffe
-    alone: pass ``layer.decay`` and ``layer.eps`` to the constructor of another framework. Darknet has none: the
-    variance that it gets is (sqrt(running_var + eps) - 1e-6)^2. Haiku, Equinox and Caffe divide their averages by
-    1 - decay^t: t is the layer's number of batches where it averages so, else one from which that is 1.
+    The variance is of the kind that the layer keeps (``running_var_kind``). Momentum, epsilon and what is frozen are in
+    models of Keras and in files of Caffe alone; the notes that are returned say what to give to the constructor of
+    another framework. Darknet has no epsilon: the variance that it gets is (sqrt(running_var + eps) - 1e-6)^2. Haiku,
+    Equinox and Caffe divide their averages by 1 - decay^t: t is the layer's number of batches where it averages so,
+    else one from which that is 1.
 
     Args:
         net: the network.
@@ -422,16 +446,20 @@ def save_statistics(
             ``.caffemodel`` (Caffe), ``.weights`` (Darknet). ``.safetensors`` and ``.npz`` need it.
         layers: our names to theirs; by default ours, and for Keras 3 the paths of a Sequential model. With ``like``,
             by default the layers are matched as in `load_statistics`.
-        like: a file of the whole model that the framework wrote, of Haiku, Equinox, Caffe or Darknet; all that it holds
-            besides the batch normalizations is written as it is. Darknet needs it, with its ``.cfg`` beside it, and
-            Equinox, unless batch normalizations are all that the model holds. Without it Caffe's Scale behind ``bn1``
-            is ``scale1``, and Haiku's vectors have the axes of (N, C), images or volumes.
+        like: a file of the whole model that the framework wrote, of Keras, Haiku, Equinox, Caffe or Darknet; all that
+            it holds besides the batch normalizations is written as it is. A ``.keras`` archive or an ``.h5`` of a model
+            gets the layers' momentum, epsilon and ``trainable`` as well. Darknet needs it, with its ``.cfg`` beside it,
+            and Equinox, unless batch normalizations are all that the model holds. Without it Caffe's Scale behind
+            ``bn1`` is ``scale1``, and Haiku's vectors have the axes of (N, C), images or volumes.
+        frozen: write for inference alone; in a model of Keras the layers then have ``trainable=False``. Layers that
+            train by a rule of this package (``renorm``, ``ghost_size``, ``channel_groups``) are refused without it.
 
     Returns:
-        Nothing; the file is complete when it does.
+        What was written under which names, and what the file does not hold; the file is complete.
 
     Raises:
-        InputError: no batch normalization, names that ``net`` does not have, or a kind of file that is not written.
+        InputError: no batch normalization, names that ``net`` does not have, a kind of file that is not written, or a
+            layer that computes by a rule that the other framework does not have.
         WriteError: the file cannot be written, as on a full disk; an old one stays.
         MissingDependencyError: the package that writes such files is not installed.
 
@@ -440,15 +468,14 @@ def save_statistics(
     Examples:
         >>> save_statistics(net, "layers.npz", "mlx")  # doctest: +SKIP
     """
-    verb = "save_statistics"
+    verb, path = "save_statistics", Path(path)
     if like is None:
-        _save(net, Path(path), framework, layers, verb)
-        return
-    found = recognition.read(like, framework or writing.framework_of(Path(path), None, verb))
-    ours = dict(_ours(net, verb))
+        return _save(net, path, framework, layers, verb, frozen)
+    found = recognition.read(like, framework)
+    ours = {name: replace(f, frozen=frozen or f.frozen) for name, f in _ours(net, verb, frozen)}
     modules = {name: net.get_submodule(name) for name in ours}
     if layers is not None:
-        pairs = _by_name(modules, found.layers, layers, verb)
+        pairs = _by_name(modules, (*found.layers, *found.doubtful), layers, verb)
     else:
         pairs = _by_equal_names(modules, found.layers) or _in_order(modules, found, verb)
     for name, theirs in pairs:
@@ -456,33 +483,97 @@ def save_statistics(
             raise InputError(
                 f"{verb}: layer {name!r} has {ours[name].mean.size} channels, {theirs.name!r} {theirs.mean.size}"
             )
-    named = {theirs.name: ours[name] for name, theirs in pairs}
-    write_bytes(Path(path), writing.content_like(Path(like), found.framework, named, verb))
+    named = {theirs.name: replace(ours[name], obstacle=theirs.obstacle) for name, theirs in pairs}
+    write_bytes(path, writing.content_like(Path(like), found.framework, named, verb))
+    held = {theirs.name: theirs for _, theirs in pairs}
+    if found.framework in ("keras2", "keras3"):  # whose settings were written where the file has any
+        again = recognition.read(path, found.framework)
+        held = {f.name: f for f in (*again.layers, *again.doubtful)}
+    notes = _untold(net, [(ours[name], held[theirs.name]) for name, theirs in pairs], found.framework)
+    return SavedStatistics(found.framework, path, {name: theirs.name for name, theirs in pairs}, notes)
 
 
-def _save(net: nn.Module, path: Path, framework: str | None, layers: Mapping[str, str] | None, verb: str) -> None:
-    found = _ours(net, verb)
+def _save(
+    net: nn.Module,
+    path: Path,
+    framework: str | None,
+    layers: Mapping[str, str] | None,
+    verb: str,
+    frozen: bool,
+) -> SavedStatistics:
+    found = _ours(net, verb, frozen)
     key = writing.framework_of(path, framework, verb)
     theirs = _theirs(found, key, layers, verb)
     named = [(name, f) for name, (_, f) in zip(theirs, found, strict=True)]
     write_bytes(path, writing.content(named, key, path, verb))
+    row = CONVENTIONS[key]
+    told = [
+        (
+            f,
+            replace(
+                f, decay=row.decay or math.nan, eps=row.eps, variance=row.variance, running=row.running, frozen=False
+            ),
+        )
+        for _, f in found
+    ]
+    if key == "caffe":
+        told = [(f, replace(f, variance=row.variance, frozen=False)) for _, f in found]
+    return SavedStatistics(key, path, dict(zip((n for n, _ in found), theirs, strict=True)), _untold(net, told, key))
 
 
-def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
+def _untold(net: nn.Module, pairs: list[tuple[ForeignBatchNorm, ForeignBatchNorm]], framework: str) -> tuple[str, ...]:
+    """What the file does not say of our layers, as it is read; layers of which the same is to be said together."""
+    said: dict[str, list[str]] = {}
+    for ours, read in pairs:
+        for text in _differences(ours, read, framework):
+            said.setdefault(text, []).append(ours.name)
+        modes_told = _MODES if ours.frozen else ()
+        if shown := options.spelled_out(net.get_submodule(ours.name), {*_TOLD, *modes_told}):
+            said.setdefault(f"{shown} is not in the file", []).append(ours.name)
+    left = [name for name, m in net.named_modules() if _is_norm(m) and m.running_mean is None]
+    notes = [f"{', '.join(map(repr, names))}: {text}" for text, names in said.items()]
+    return (
+        *notes,
+        *([f"not written, since they keep no running statistics: {', '.join(map(repr, left))}"] * bool(left)),
+    )
+
+
+def _differences(ours: ForeignBatchNorm, read: ForeignBatchNorm, framework: str) -> Iterator[str]:
+    row = CONVENTIONS[framework]
+    word, share = row.momentum
+    decay = math.isclose(ours.decay, read.decay, rel_tol=1e-6, abs_tol=1e-9)
+    if framework != "darknet" and not (decay and math.isclose(ours.eps, read.eps, rel_tol=1e-6)):
+        momentum = ours.decay if share == "old" else 1 - ours.decay
+        yield f"the file does not hold {word}={round(momentum, 10):g} and epsilon={ours.eps:g}; set them there"
+    if ours.frozen and not read.frozen and read.obstacle is None:
+        how = "trainable=False" if framework in ("keras2", "keras3") else "inference mode in training"
+        yield f"it is frozen here, which the file does not hold; set {how} there"
+    kind = read.variance
+    if kind == "fused":
+        kind = "unbiased" if ours.rank > 3 else "biased"
+    if ours.variance != kind and framework != "darknet":
+        yield f"its variance is {ours.variance}, and training there goes on with the {kind} one"
+    kept = "debiased" if ours.running == "ema" and read.running == "debiased" else read.running  # written as such
+    if ours.running != kept and not (framework == "caffe" and ours.running == "cumulative"):
+        yield f"its average is {ours.running}, and training there goes on with a plain moving average"
+
+
+def to_keras(net: nn.Module, *, frozen: bool = False) -> dict[str, list[np.ndarray[Any, Any]]]:
     """The batch normalizations of ``net``, each as the list that Keras' ``layer.set_weights`` takes.
 
     gamma, beta (where there are any), moving mean, moving variance; the variance is *biased* where the layer keeps it
     so (``running_var_kind``), else it is what torch keeps, *unbiased*. Pass ``momentum=layer.decay, epsilon=layer.eps``
-    to Keras' constructor.
+    to Keras' constructor, and ``trainable=False`` for a layer that is frozen here.
 
     Args:
         net: the network.
+        frozen: as in `save_statistics`.
 
     Returns:
         For each layer's name its list of NumPy arrays (C,).
 
     Raises:
-        InputError: no batch normalization.
+        InputError: no batch normalization, or a layer that computes by a rule that Keras does not have.
 
     Source: `keras.layers.BatchNormalization`; docs/frameworks.md has the rules with versions.
 
@@ -490,14 +581,22 @@ def to_keras(net: nn.Module) -> dict[str, list[np.ndarray[Any, Any]]]:
         >>> [each.shape for each in to_keras(nn.Sequential(nn.BatchNorm1d(3)))["0"]]
         [(3,), (3,), (3,), (3,)]
     """
-    return {name: list(writing.vectors(f).values()) for name, f in _ours(net, "to_keras")}
+    return {name: list(writing.vectors(f).values()) for name, f in _ours(net, "to_keras", frozen)}
 
 
-def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[str, str] | None = None) -> None:
+def save_keras(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    layers: Mapping[str, str] | None = None,
+    like: str | os.PathLike[str] | None = None,
+    frozen: bool = False,
+) -> SavedStatistics:
     """Write the batch normalizations of ``net`` as a file of Keras weights: `save_statistics` for Keras.
 
     A name that ends in ``.weights.h5`` makes a file for Keras 3, ``model.load_weights(path, skip_mismatch=True)``; any
-    other an ``.h5`` for Keras 2, ``load_weights(path, by_name=True)``.
+    other an ``.h5`` for Keras 2, ``load_weights(path, by_name=True)``. With ``like``, a file of the whole model, all
+    else in it stays, and a model's config gets momentum, epsilon and ``trainable``.
 
     Args:
         net: the network.
@@ -505,12 +604,14 @@ def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[
         layers: our names to Keras'. For Keras 3 these are paths of attributes ("bn1", "layers/batch_normalization"); by
             default "layers/batch_normalization", "layers/batch_normalization_1", ..., as in a Sequential model. For
             Keras 2 they are names of layers; by default ours.
+        like: a ``.keras``, ``.weights.h5`` or ``.h5`` that Keras wrote of the model, and
+        frozen: as in `save_statistics`.
 
     Returns:
-        Nothing; the file is complete when it does.
+        What was written, and what the file does not hold.
 
     Raises:
-        InputError: no batch normalization, or names that ``net`` does not have.
+        InputError: as `save_statistics`.
         MissingDependencyError: h5py is not installed.
 
     Source: `keras.layers.BatchNormalization`; docs/frameworks.md has the rules with versions.
@@ -518,10 +619,14 @@ def save_keras(net: nn.Module, path: str | os.PathLike[str], *, layers: Mapping[
     Examples:
         >>> save_keras(net, "layers.weights.h5")  # doctest: +SKIP
     """
-    _save(net, Path(path), "keras3" if str(path).endswith(".weights.h5") else "keras2", layers, "save_keras")
+    if like is not None:
+        framework = _only(recognition.read(like), ("keras2", "keras3"), "save_keras", like).framework
+        return save_statistics(net, path, framework, layers, like=like, frozen=frozen)
+    framework = "keras3" if str(path).endswith(".weights.h5") else "keras2"
+    return _save(net, Path(path), framework, layers, "save_keras", frozen)
 
 
-def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[str, Any]:
+def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None, frozen: bool = False) -> dict[str, Any]:
     """The batch normalizations of ``net`` as Flax variables: ``{"params": ..., "batch_stats": ...}``, nested.
 
     Names of modules become nested keys; ``layers`` maps our names to Flax' paths, joined by "/". The variance is
@@ -531,12 +636,14 @@ def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[
     Args:
         net: the network.
         layers: our names to Flax' paths; by default ours, with "/" in place of dots.
+        frozen: as in `save_statistics`.
 
     Returns:
         Nested dictionaries of NumPy arrays (C,).
 
     Raises:
-        InputError: no batch normalization, or names that ``net`` does not have.
+        InputError: no batch normalization, names that ``net`` does not have, or a layer that computes by a rule that
+            Flax does not have.
 
     Source: `flax.linen.BatchNorm`; docs/frameworks.md has the rules with versions.
 
@@ -544,7 +651,7 @@ def to_flax(net: nn.Module, *, layers: Mapping[str, str] | None = None) -> dict[
         >>> to_flax(nn.Sequential(nn.BatchNorm1d(1)))["batch_stats"]["0"]["var"]
         array([1.], dtype=float32)
     """
-    found = _ours(net, "to_flax")
+    found = _ours(net, "to_flax", frozen)
     names = _theirs(found, "flax", layers, "to_flax")
     return writing.tree([(name, f) for name, (_, f) in zip(names, found, strict=True)])
 
@@ -562,27 +669,62 @@ def _theirs(
     return theirs
 
 
-def _ours(net: nn.Module, verb: str) -> list[tuple[str, ForeignBatchNorm]]:
-    def array(value: Any) -> Any:
-        return None if value is None else value.detach().cpu().float().numpy().copy()
+_MODES = ("source", "update", "trains_affine")  # all three make a layer frozen
+_TOLD = ("running", "running_var_kind", "nonfinite", "pool", "batch_first", "max_steps", "negative_slope")
+_RULES = ("renorm", "ghost_size", "ghost_update", "channel_groups", "example_weight", "domains", "affine_by")
 
+
+def _ours(net: nn.Module, verb: str, frozen: bool) -> list[tuple[str, ForeignBatchNorm]]:
     found = []
     for name, m in net.named_modules():
-        if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None:
+        if not _is_norm(m) or m.running_mean is None:
             continue
         if m.running_mean.ndim > 1:
             raise InputError(
                 f"{verb}: layer {name!r} keeps {tuple(m.running_mean.shape)} statistics, those of domains or time "
                 "steps, and other frameworks one set; bn.convert(net, domains=0) keeps those of the domain in use"
             )
-        batches = None if m.num_batches_tracked is None else int(m.num_batches_tracked)
-        mean, var, gamma, beta = (array(v) for v in (m.running_mean, m.running_var, m.weight, m.bias))
-        kind = "cumulative" if m.momentum is None else getattr(m, "running", "ema")
-        decay = math.nan if kind == "cumulative" or m.momentum is None else 1 - m.momentum
-        rank = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-        axes = next((n for each, n in rank.items() if isinstance(m, each)), 2)
-        f = ForeignBatchNorm(name, mean, var, gamma, beta, decay, m.eps, running=kind, batches=batches, rank=axes)
-        found.append((name, f))
+        _check_rule(m, name, verb, frozen)
+        found.append((name, _of_layer(name, m)))
     if not found:
         raise InputError(f"{verb}: the network has no batch normalization with running statistics")
     return found
+
+
+def _is_norm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _check_rule(m: nn.Module, name: str, verb: str, frozen: bool) -> None:
+    """Raises for a layer that computes by a rule which no other framework has."""
+    others = {option.name for option in options.TABLE if option.name not in _RULES}
+    rules = options.spelled_out(m, others)
+    alike = getattr(m, "example_weight", 0.0) == 0.0
+    if rules is None or (frozen and alike):
+        return
+    way = "frozen=True writes it for inference alone" if alike else "bn.convert(net, example_weight=0.0) takes it away"
+    raise InputError(f"{verb}: layer {name!r} has {rules}, a rule that the other framework does not have; {way}")
+
+
+def _of_layer(name: str, m: nn.modules.batchnorm._BatchNorm) -> ForeignBatchNorm:
+    def array(value: Any) -> Any:
+        return None if value is None else value.detach().cpu().float().numpy().copy()
+
+    mean, var, gamma, beta = (array(v) for v in (m.running_mean, m.running_var, m.weight, m.bias))
+    kind = "cumulative" if m.momentum is None else getattr(m, "running", "ema")
+    rank = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+    own = options.of(m)
+    return ForeignBatchNorm(
+        name,
+        mean,
+        var,
+        gamma,
+        beta,
+        math.nan if kind == "cumulative" or m.momentum is None else 1 - m.momentum,
+        m.eps,
+        variance=own["running_var_kind"],
+        running=kind,
+        batches=None if m.num_batches_tracked is None else int(m.num_batches_tracked),
+        frozen=own["source"] == "running" and own["update"] == "never" and not own["trains_affine"],
+        rank=next((n for each, n in rank.items() if isinstance(m, each)), 2),
+    )

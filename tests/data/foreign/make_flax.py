@@ -41,7 +41,7 @@ def step_linen(model, variables, x, target, rate):
     return {"params": params, **new}
 
 
-def run_linen(name, rank, state=False, dtype=jnp.float32):
+def run_linen(name, rank, state=False, dtype=jnp.float32, average=False):
     x, target = batches(rank)
     model = Linen(dtype)
     variables = model.init(jax.random.key(0), x[0], True)
@@ -52,6 +52,8 @@ def run_linen(name, rank, state=False, dtype=jnp.float32):
         content = State.create(
             apply_fn=model.apply, params=variables["params"], batch_stats=variables["batch_stats"], tx=sgd(0.1)
         )
+    if average:  # a moving average of the weights beside the model, which has statistics of its own
+        content = {"ema": jax.tree.map(lambda v: 0.5 * v, variables), "model": variables}
     (HERE / name).write_bytes(flax.serialization.to_bytes(content))
     before = model.apply(variables, x[BEFORE], False)
     for i in range(STEPS):
@@ -115,6 +117,7 @@ def run_nnx(name, rank):
 
 run_linen("flax.linen.msgpack", 2)
 run_linen("flax.train_state.msgpack", 1, state=True)
+run_linen("flax.average.msgpack", 1, average=True)
 run_linen("flax.bfloat16.msgpack", 1, dtype=jnp.bfloat16)
 run_nnx("flax.nnx.msgpack", 2)
 run_nnx("flax.nnx.orbax", 1)

@@ -1,9 +1,12 @@
 # /// script
 # requires-python = "==3.11.*"
-# dependencies = ["dm-haiku==0.0.17", "jax[cpu]==0.10.2", "numpy"]
+# dependencies = ["dm-haiku==0.0.17", "jax[cpu]==0.10.2", "flax==0.12.8", "numpy"]
 # ///
-"""A file of Haiku 0.0.17 on JAX 0.10.2 (2026-11-28): an .npz of parameters and state, by their paths."""
+"""Haiku 0.0.17 on JAX 0.10.2 (2026-11-28): parameters and state in an .npz by their paths, in a pickle, in msgpack."""
 
+import pickle
+
+import flax.serialization
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,7 @@ def step(model, params, state, x, target, rate):
     return jax.tree.map(lambda p, g: p - rate * g, params, gradients), new
 
 
-def main(name: str = "haiku.npz") -> None:
+def main(name: str) -> None:
     x, target = batches(2)
     model = hk.transform_with_state(network)
     params, state = model.init(jax.random.key(0), x[0], True)
@@ -37,7 +40,14 @@ def main(name: str = "haiku.npz") -> None:
         for path, entries in tree.items()
         for key, value in entries.items()
     }
-    np.savez(HERE / name, **arrays)
+    if name.endswith(".npz"):
+        np.savez(HERE / name, **arrays)
+    elif name.endswith(".pkl"):  # as many people keep the pair
+        with (HERE / name).open("wb") as file:
+            pickle.dump(jax.tree.map(np.asarray, (params, state)), file)
+    else:
+        tree = jax.tree.map(np.asarray, {"params": params, "state": state})
+        (HERE / name).write_bytes(flax.serialization.msgpack_serialize(tree))
     before = model.apply(params, state, None, x[BEFORE], False)[0]
     for i in range(STEPS):
         params, state = step(model, params, state, x[BEFORE + 1 + i], target, 0.1)
@@ -54,4 +64,6 @@ def main(name: str = "haiku.npz") -> None:
     pack(name)
 
 
-main()
+main("haiku.npz")
+main("haiku.pkl")
+main("haiku.msgpack")

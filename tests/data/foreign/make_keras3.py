@@ -89,6 +89,14 @@ def run(name: str, model, rank: int = 1, time: bool = False, freeze: bool = Fals
     pack(name)
 
 
+def long_names(name: str) -> None:
+    """A model inside a model, whose names pass the 63 KB of one attribute; momentum tells the layers apart."""
+    norms = [bn(0.5 + i / 400, name="a_layer_with_a_rather_long_name_" * 4 + str(i)) for i in range(150)]
+    inner = keras.Sequential([keras.Input((1,)), *norms], name="backbone")
+    keras.Sequential([keras.Input((1,)), inner, bn()]).save(HERE / name)
+    pack(name)
+
+
 def main() -> None:
     run("keras3.sequential.keras", sequential())
     run("keras3.nested.keras", nested(), 2)
@@ -105,6 +113,8 @@ def main() -> None:
     run("keras3.time_distributed_model.weights.h5", wrapped(True), time=True)
     run("keras3.weights.sharded", sequential(2), 2, max_shard_size=6e-8)
     run("keras3.bfloat16.weights.h5", sequential(dtype="bfloat16"))
+    run("keras3.bfloat16.h5", sequential(dtype="bfloat16"))
+    long_names("keras3.long_names.h5")
 
 
 main()

@@ -40,6 +40,18 @@ def nested():
     return keras.Model(x, bn(0.8, 1e-3)(inner(x)))
 
 
+def equal_names():
+    """Two models inside a model, each with a layer of the same name and settings of its own."""
+
+    def inner(name: str, *settings: float):
+        x = keras.Input((2, 2, 3))
+        return keras.Model(x, bn(*settings, name="norm")(x), name=name)
+
+    x = keras.Input((2, 2, 3))
+    y = layers.ReLU()(inner("stem", 0.9, 1e-2)(x))
+    return keras.Model(x, inner("head", 0.8, 1e-3)(y))
+
+
 def wrapped():
     return keras.Sequential([keras.Input((2, 3)), layers.TimeDistributed(bn()), layers.ReLU(), bn(0.8, 1e-3)])
 
@@ -92,3 +104,4 @@ run("keras2.time_distributed.h5", wrapped(), time=True)
 run("keras2.virtual.weights.h5", sequential(2, virtual_batch_size=3), 2)
 run("keras2.sync_layer.h5", sequential(2, layers.experimental.SyncBatchNormalization), 2)
 run("keras2.synchronized.h5", sequential(2, synchronized=True), 2)
+run("keras2.equal_names.h5", equal_names(), 2)

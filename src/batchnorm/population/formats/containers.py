@@ -299,13 +299,27 @@ def _packed(value: bytes) -> list[int]:
 # Equinox
 
 
-def npy_sequence(path: Path) -> list[Array]:
-    """The arrays of a file in which one ``.npy`` follows another, as `equinox.tree_serialise_leaves` writes them."""
-    content = io.BytesIO(path.read_bytes())
+_NPY = b"\x93NUMPY"
+
+
+def npy_header(path: Path) -> bytes:
+    """A first line before the arrays, in which people keep what the model is made of; nothing where there is none."""
+    with path.open("rb") as file:
+        line = file.readline()
+        return line if not line.startswith(_NPY) and file.read(len(_NPY)) == _NPY else b""
+
+
+def npy_sequence(path: Path) -> tuple[bytes, list[Array]]:
+    """A first line, if any, and the arrays of a file in which one ``.npy`` follows another.
+
+    `equinox.tree_serialise_leaves` writes such files.
+    """
+    header = npy_header(path)
+    content = io.BytesIO(path.read_bytes()[len(header) :])
     arrays = []
     try:
         while content.tell() < len(content.getbuffer()):
             arrays.append(np.lib.format.read_array(content, allow_pickle=False))
     except (ValueError, EOFError, struct.error) as error:
         raise DataError(f"{path} is no sequence of .npy arrays: {error}") from error
-    return arrays
+    return header, arrays

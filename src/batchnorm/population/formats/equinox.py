@@ -121,7 +121,7 @@ def write(layers: list[tuple[str, ForeignBatchNorm]]) -> bytes:
 
 def into(template: Path, pairs: Mapping[str, ForeignBatchNorm]) -> bytes:
     """The leaves of a whole model, with those of the layers of the given numbers replaced."""
-    arrays = containers.npy_sequence(template)
+    header, arrays = containers.npy_sequence(template)
     affine, states = _places(arrays)
     for name, f in pairs.items():
         weight, bias, *averages = _leaves(f)
@@ -129,7 +129,7 @@ def into(template: Path, pairs: Mapping[str, ForeignBatchNorm]) -> bytes:
             arrays[at : at + len(values)] = [
                 value.astype(arrays[at + i].dtype).reshape(arrays[at + i].shape) for i, value in enumerate(values)
             ]
-    return _sequence(arrays)
+    return header + _sequence(arrays)
 
 
 def _leaves(f: ForeignBatchNorm) -> list[Array]:

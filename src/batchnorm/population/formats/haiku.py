@@ -6,7 +6,8 @@ Haiku has no files of its own. The ``.npz`` has ``params/<module>/<name>`` and `
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from batchnorm.population.formats.records import Array, Checkpoint, ForeignBatch
 from batchnorm.population.formats.values import array, flat, natural, numbered, vector
 
 _AVERAGES = "/~/{}_ema/{}"
+_PART = re.compile(r"((?:.*?/)??)(params|state)/(.*)")
 
 
-def is_of(leaves: Mapping[str, Any]) -> bool:
+def is_of(leaves: Iterable[str]) -> bool:
     """Whether arrays by their paths have the averages of Haiku's batch normalization."""
     return any(name.endswith("/mean_ema/average") for name in leaves)
 
@@ -41,7 +43,7 @@ def of_leaves(leaves: Mapping[str, Any], kind: str) -> Checkpoint:
 
     ``average`` of ``mean_ema`` and ``var_ema`` is what inference uses: ``hidden`` divided by 1 - decay^counter.
     """
-    plain = {name.removeprefix("params/").removeprefix("state/"): value for name, value in leaves.items()}
+    plain = _plain(leaves)
     row, found = CONVENTIONS["haiku"], []
     suffix = "/~/mean_ema/average"
     for path in sorted((n.removesuffix(suffix) for n in plain if n.endswith(suffix)), key=natural):
@@ -55,6 +57,16 @@ def of_leaves(leaves: Mapping[str, Any], kind: str) -> Checkpoint:
     names = [f.name for f in found]
     note = "Haiku does not save its decay rate, which follows from its counter and averages, nor epsilon; 1e-5 is taken"
     return Checkpoint("haiku", kind, tuple(found), numbered(names), (note,))
+
+
+def _plain(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by the module's path, without ``params`` and ``state``, and what both lie in where that is one place."""
+    parts = {name: _PART.match(name) for name in leaves}
+    places = {m[1] for name, m in parts.items() if m is not None and m[2] == "state" and is_of([name])} or {""}
+    if len(places) < 2:
+        inside = {m[3]: leaves[name] for name, m in parts.items() if m is not None and {m[1]} == places}
+        return {name: value for name, value in leaves.items() if parts[name] is None} | inside
+    return {name if m is None else (m[1] or "") + m[3]: leaves[name] for name, m in parts.items()}
 
 
 def _decay(leaves: Mapping[str, Any], ema: str, batches: int) -> float:

@@ -24,17 +24,19 @@ from batchnorm.population.formats.values import bfloat16, natural
 NAMES = ("gamma", "beta", "moving_mean", "moving_variance")
 RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 DECAY, EPS = 0.99, 1e-3
-_STEPS = "inside TimeDistributed"  # a mark among the settings of a layer
+_STEPS = "inside TimeDistributed"  # marks among the settings of a layer: this, and the config that they are of
+CONFIG = "config"
 _AUTOMATIC = re.compile(r"batch_normalization(_\d+)?")
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """The variables of one layer in a file of weights: ``path/vars/0``, ``path/vars/1``, ..."""
 
     path: str
     label: str | None  # the layer's own name, which Keras 3 writes since 3.6
     arrays: tuple[Array, ...]
+    at: str = ""  # the group's own name
 
 
 # Opening
@@ -48,9 +50,9 @@ def read(path: Path) -> Checkpoint:
         if path.read_bytes()[:1] == b"{":
             return _of_weights(_shards(path), "3", "sharded weights")
         with h5py("load_keras").File(path, "r") as file:
-            if _names_layers(file):
+            if names_layers(file):
                 return _named(file)
-            groups = _groups(file)
+            groups = groups_of(file)
         if not groups:
             raise ValueError("it is no file of weights, and names no layers")
         if all(group.label is None for group in groups):
@@ -81,17 +83,25 @@ def _archive(path: Path) -> Checkpoint:
             )
         content = io.BytesIO(archive.read("model.weights.h5"))
     with h5py("load_keras").File(content, "r") as file:
-        groups = _groups(file)
+        groups = groups_of(file)
     return _configured(groups, config, str(metadata.get("keras_version", "3")))
 
 
-def _names_layers(file: Any) -> bool:
-    return "layer_names" in file.get("model_weights", file).attrs
+def names_layers(file: Any) -> bool:
+    attributes = file.get("model_weights", file).attrs
+    return "layer_names" in attributes or "layer_names0" in attributes
 
 
-def _groups(file: Any) -> list[_Group]:
+def _strings(group: Any, key: str) -> list[str]:
+    """A list among the attributes of a group, which Keras cuts into ``key0``, ``key1``, ... where it passes 63 KB."""
+    cut = sorted((name for name in group.attrs if re.fullmatch(rf"{key}\d+", name)), key=natural)
+    pieces = [key] if key in group.attrs else cut
+    return [text(each) for piece in pieces for each in group.attrs[piece]]
+
+
+def groups_of(file: Any) -> list[Group]:
     """All groups ``vars`` of a file of weights, that of the root included."""
-    found: list[_Group] = []
+    found: list[Group] = []
 
     def visit(name: str, node: Any) -> None:
         if name.rpartition("/")[2] != "vars" or not hasattr(node, "keys"):
@@ -99,13 +109,14 @@ def _groups(file: Any) -> list[_Group]:
         label = node.attrs.get("name")
         keys = sorted((key for key in node if key.isdigit()), key=int)
         path = name.rpartition("/")[0].replace("_layer_checkpoint_dependencies", "layers")  # as Keras 2.13 had it
-        found.append(_Group(path, None if label is None else text(label), tuple(_array(node[key]) for key in keys)))
+        arrays = tuple(array_of(node[key]) for key in keys)
+        found.append(Group(path, None if label is None else text(label), arrays, name))
 
     file.visititems(visit)
     return found
 
 
-def _shards(path: Path) -> list[_Group]:
+def _shards(path: Path) -> list[Group]:
     """The groups of all files that a ``.weights.json`` names; the variables of one layer may lie in two of them."""
     parts: dict[str, tuple[str | None, dict[int, Array]]] = {}
     index = json.loads(path.read_text())["weight_map"]
@@ -120,15 +131,15 @@ def _shards(path: Path) -> list[_Group]:
                     return
                 label = node.parent.attrs.get("name")
                 owner = parts.setdefault(parent.rpartition("/")[0], (None if label is None else text(label), {}))
-                owner[1][int(key)] = _array(node)
+                owner[1][int(key)] = array_of(node)
 
             file.visititems(visit)
-    return [_Group(at, label, tuple(array for _, array in sorted(v.items()))) for at, (label, v) in parts.items()]
+    return [Group(at, label, tuple(array for _, array in sorted(v.items()))) for at, (label, v) in parts.items()]
 
 
-def _array(node: Any) -> Array:
+def array_of(node: Any) -> Array:
     value = np.asarray(node)
-    if text(node.attrs.get("dtype", "")) == "bfloat16":
+    if text(node.attrs.get("dtype", "")) == "bfloat16" or value.dtype.str == "|V2":  # an .h5 has no attribute
         return bfloat16(value)
     return value
 
@@ -141,29 +152,18 @@ def text(value: Any) -> str:
 # Archives, which have a config
 
 
-def _configured(groups: list[_Group], config: dict[str, Any], version: str) -> Checkpoint:
-    """Follows the model's config, whose layers lie under the names of their attributes or, in lists, their classes."""
-    by_path, by_label = {g.path: g for g in groups}, {g.label: g for g in groups if g.label}
+def _configured(groups: list[Group], config: dict[str, Any], version: str) -> Checkpoint:
     framework = _framework(version)
-    found, seen = [], set()
-    for path, name, settings in _walk(_entries(config["config"]), "", ""):
-        by_step = framework == "keras3" and settings.get(_STEPS, False)
-        group = by_path.get(path) or by_label.get(str(settings.get("name")))
-        if group is None:
-            stem = path.rpartition("/")[0]
-            group = by_path.get(f"{stem}/{settings.get('name')}")
-        if group is None:
-            raise ValueError(f"the config has a batch normalization {name!r}, but there are no weights at {path}")
-        if group.path in seen:
-            continue  # a layer that is used at several places
-        seen.add(group.path)
-        options = {"gamma": settings.get("scale", True), "beta": settings.get("center", True)}
-        keys = [key for key in NAMES if options.get(key, True)]
+    found = []
+    for name, group, settings in configured(groups, config):
+        keys = kept(settings)
         if len(group.arrays) < len(keys):
             raise ValueError(f"{name} has {len(group.arrays)} vectors; expected {', '.join(keys)}")
         layer = _layer(name, dict(zip(keys, group.arrays, strict=False)), settings, version)
+        by_step = framework == "keras3" and settings.get(_STEPS, False)
         obstacle = layer.obstacle or (BY_STEP if by_step else None)
         found.append(replace(layer, aliases=(group.path, *filter(None, [group.label])), obstacle=obstacle))
+    seen = {f.aliases[0] for f in found}
     rest = [
         replace(layer, variance=_variance({}, version, layer.obstacle))
         for layer in _recognized(groups)
@@ -172,6 +172,31 @@ def _configured(groups: list[_Group], config: dict[str, Any], version: str) -> C
     notes = (_NOT_IN_CONFIG.format(", ".join(f.name for f in rest)),) if rest else ()
     ordered = not rest or (not found and _tell_order(rest))
     return Checkpoint(framework, f".keras archive of Keras {version}", (*found, *rest), ordered, notes)
+
+
+def configured(groups: list[Group], config: dict[str, Any]) -> Iterator[tuple[str, Group, dict[str, Any]]]:
+    """The name, variables and settings of each batch normalization of a model's config, once where it is shared.
+
+    Its layers lie under the names of their attributes or, in lists, their classes.
+    """
+    by_path, by_label = {g.path: g for g in groups}, {g.label: g for g in groups if g.label}
+    seen = set()
+    for path, name, settings in _walk(_entries(config["config"]), "", ""):
+        group = by_path.get(path) or by_label.get(str(settings.get("name")))
+        if group is None:
+            stem = path.rpartition("/")[0]
+            group = by_path.get(f"{stem}/{settings.get('name')}")
+        if group is None:
+            raise ValueError(f"the config has a batch normalization {name!r}, but there are no weights at {path}")
+        if group.path not in seen:
+            seen.add(group.path)
+            yield name, group, settings
+
+
+def kept(settings: Mapping[str, Any]) -> list[str]:
+    """The names of the vectors that a layer of these settings has, in their order."""
+    options = {"gamma": settings.get("scale", True), "beta": settings.get("center", True)}
+    return [key for key in NAMES if options.get(key, True)]
 
 
 _NOT_IN_CONFIG = "the model's config does not have {}; for momentum and epsilon Keras' 0.99 and 1e-3 are taken"
@@ -200,7 +225,8 @@ def _visit(layer: dict[str, Any], path: str, name: str) -> Iterator[tuple[str, s
     own = name + str(settings.get("name", path.rpartition("/")[2]))
     kind = layer["class_name"].rpartition(">")[2]
     if kind == "BatchNormalization" or "moving_variance_initializer" in settings:
-        yield path, own, {**settings, "synchronized": settings.get("synchronized") or kind.startswith("Sync")}
+        synchronized = settings.get("synchronized") or kind.startswith("Sync")
+        yield path, own, {**settings, "synchronized": synchronized, CONFIG: settings}
     else:
         for at, inner, found in _walk(settings, path, own + "/"):
             yield at, inner, {**found, _STEPS: found.get(_STEPS, False) or kind == "TimeDistributed"}
@@ -231,7 +257,7 @@ _UNSAVED = (
 )
 
 
-def _of_weights(groups: list[_Group], version: str, kind: str) -> Checkpoint:
+def _of_weights(groups: list[Group], version: str, kind: str) -> Checkpoint:
     found = _recognized(groups)
     notes = list(_UNSAVED)
     inside = [f.name for f in found if f.obstacle is None and re.search(r"(^|/)layer(/|$)", f.name)]
@@ -243,7 +269,7 @@ def _of_weights(groups: list[_Group], version: str, kind: str) -> Checkpoint:
     return Checkpoint("keras3", kind, tuple(found), _tell_order(found), tuple(notes), tuple(doubtful))
 
 
-def _recognized(groups: list[_Group]) -> list[ForeignBatchNorm]:
+def _recognized(groups: list[Group]) -> list[ForeignBatchNorm]:
     """The groups that can be nothing else than a batch normalization, in the order of creation where it is told."""
     found = [layer for group in _sorted(groups) if not _doubtful(group) for layer in _as_norm(group)]
     if found and all(f.aliases and _AUTOMATIC.fullmatch(f.aliases[0]) for f in found):
@@ -251,17 +277,17 @@ def _recognized(groups: list[_Group]) -> list[ForeignBatchNorm]:
     return found
 
 
-def _sorted(groups: list[_Group]) -> list[_Group]:
+def _sorted(groups: list[Group]) -> list[Group]:
     return sorted(groups, key=lambda g: natural(g.path))
 
 
-def _doubtful(group: _Group) -> bool:
+def _doubtful(group: Group) -> bool:
     """Whether it has two vectors, as a layer normalization has, and no name that Keras gives a batch normalization."""
     called = _AUTOMATIC.fullmatch(group.path.rpartition("/")[2]) or _AUTOMATIC.fullmatch(group.label or "")
     return len(group.arrays) == 2 and not called
 
 
-def _as_norm(group: _Group) -> list[ForeignBatchNorm]:
+def _as_norm(group: Group) -> list[ForeignBatchNorm]:
     """What holds as many vectors of one length as a batch normalization, with three more where it renormalizes."""
     arrays = group.arrays
     alike = bool(arrays) and all(a.shape == arrays[0].shape and a.size == max(a.shape, default=0) for a in arrays)
@@ -279,7 +305,7 @@ def _as_norm(group: _Group) -> list[ForeignBatchNorm]:
         own[1] if len(own) == 4 else None,
         loose=tuple(own[:1]) if len(own) == 3 else (),
         aliases=() if group.label is None else (group.label,),
-        obstacle=_RENORM if renorm else _VIRTUAL.format("") if virtual else by_step,
+        obstacle=RENORM_RULE if renorm else _VIRTUAL.format("") if virtual else by_step,
     )
     return [layer]
 
@@ -301,50 +327,59 @@ def _tell_order(found: list[ForeignBatchNorm]) -> bool:
 
 def _named(file: Any) -> Checkpoint:
     """Groups lie in the order of the model, vectors have names."""
-    weights = file.get("model_weights", file)
-    config = json.loads(text(file.attrs["model_config"])) if "model_config" in file.attrs else {}
-    version = text(weights.attrs.get("keras_version", file.attrs.get("keras_version", "2")))
-    settings = {own["name"]: own for _, _, own in _walk(_entries(config.get("config", {})), "", "") if "name" in own}
-    wrapped = _wrapped(config.get("config", {}))
+    config, version = config_of(file)
     found, without = [], []
-    for layer in map(text, weights.attrs["layer_names"]):
-        group = weights[layer.replace("/", "_") if layer not in weights else layer]
-        parts: dict[str, dict[str, Array]] = {}
-        for name in map(text, group.attrs["weight_names"]):
-            owner, _, key = name.split(":")[0].rpartition("/")
-            parts.setdefault(owner or layer, {})[key] = _array(group[name])
-        for owner, arrays in parts.items():
-            if "moving_mean" in arrays and "moving_variance" in arrays:
-                name = layer if len(parts) == 1 else owner
-                last = owner.rpartition("/")[2]
-                own = settings.get(last) or settings.get(wrapped.get(last, "")) or settings.get(name) or {}
-                if config and not own:
-                    without.append(name)
-                made = _layer(name, arrays, own, version)
-                by_step = BY_STEP if own.get(_STEPS) and _framework(version) == "keras3" else None
-                found.append(replace(made, aliases=(owner, last), obstacle=made.obstacle or by_step))
+    for name, owner, paths, settings in named(file, config):
+        if config and not settings:
+            without.append(name)
+        made = _layer(name, {key: array_of(file[path]) for key, path in paths.items()}, settings, version)
+        by_step = BY_STEP if settings.get(_STEPS) and _framework(version) == "keras3" else None
+        aliases = (owner, owner.rpartition("/")[2])
+        found.append(replace(made, aliases=aliases, obstacle=made.obstacle or by_step))
     notes = (_NOT_IN_CONFIG.format(", ".join(without)),) if without else () if config else _UNSAVED
     kind = f".h5 {'model' if config else 'weights'} of Keras {version}"
     return Checkpoint(_framework(version), kind, tuple(found), True, notes)
 
 
-def _wrapped(config: Any) -> dict[str, str]:
-    """Names of wrappers (``TimeDistributed``) to those of the batch normalization inside."""
-    names = {}
-    for entry in config.get("layers", ()) if isinstance(config, dict) else config:
-        settings = entry["config"] if _is_layer(entry) else {}
-        inside = settings.get("layer") if isinstance(settings, dict) else None
-        if isinstance(inside, dict) and _is_layer(inside):
-            names[str(settings.get("name"))] = str(inside["config"].get("name"))
-        elif isinstance(settings, dict) and "layers" in settings:
-            names |= _wrapped(settings)
-    return names
+def config_of(file: Any) -> tuple[dict[str, Any], str]:
+    """The config of a model, empty in a file of weights, and the version of Keras."""
+    config = json.loads(text(file.attrs["model_config"])) if "model_config" in file.attrs else {}
+    weights = file.get("model_weights", file)
+    return config, text(weights.attrs.get("keras_version", file.attrs.get("keras_version", "2")))
+
+
+def named(file: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, str], dict[str, Any]]]:
+    """The name, the owner of the vectors, their paths by name, and the settings of each batch normalization."""
+    weights = file.get("model_weights", file)
+    entries = [(name, own) for _, name, own in _walk(_entries(config.get("config", {})), "", "")]
+    for layer in _strings(weights, "layer_names"):
+        group = weights[layer.replace("/", "_") if layer not in weights else layer]
+        parts: dict[str, dict[str, str]] = {}
+        for name in _strings(group, "weight_names"):
+            owner, _, key = name.split(":")[0].rpartition("/")
+            parts.setdefault(owner or layer, {})[key] = f"{group.name}/{name}"
+        for owner, paths in parts.items():
+            if "moving_mean" in paths and "moving_variance" in paths:
+                yield layer if len(parts) == 1 else owner, owner, paths, _settings(owner, layer, entries)
+
+
+def _settings(owner: str, layer: str, entries: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What the config says of a layer that lies in, or is, one of the model: nothing where that is not told.
+
+    Layers of equal names may lie in different models inside the model, and a wrapper may stand around a layer.
+    """
+    inside = [(name, own) for name, own in entries if f"{name}/".startswith(f"{layer}/")]
+    if len(inside) > 1:
+        words = owner.split("/")
+        shared = [len({*words} & {*name.split("/")}) if words[-1] in name.split("/") else 0 for name, _ in inside]
+        inside = [each for each, count in zip(inside, shared, strict=True) if count == max(shared) > 0]
+    return inside[0][1] if len(inside) == 1 else {}
 
 
 # Settings
 
 
-_RENORM = (
+RENORM_RULE = (
     "renorm=True: Keras averages the standard deviation, and keeps further statistics for training, "
     "where Renorm uses the running variance"
 )
@@ -365,7 +400,7 @@ def _layer(name: str, arrays: Mapping[str, Array], settings: Mapping[str, Any], 
     vectors = [arrays.get(key) for key in NAMES]
     obstacle = None
     if settings.get("renorm") or "renorm_mean" in arrays:
-        obstacle = _RENORM
+        obstacle = RENORM_RULE
     if settings.get("virtual_batch_size") is not None:
         obstacle = _VIRTUAL.format(f"={settings['virtual_batch_size']}")
         vectors = [v.reshape(-1) if v is not None and v.size == max(v.shape) else v for v in vectors]

@@ -74,19 +74,16 @@ def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
         raise DataError(f"{path} cannot be read: {error}") from error
     if start.startswith(b"\x89HDF") and (arrays := containers.chainer_hdf5(path)):
         return _known(states.read(arrays, "HDF5", "chainer", ordered=True), arrays, str(path))
+    if start.startswith(b"\x93NUMPY") or (start.startswith(b"{") and containers.npy_header(path)):
+        return equinox.of_leaves(containers.npy_sequence(path)[1], decay)
     if start.startswith((b"\x89HDF", b"{")):
         return _known(keras.read(path), {}, str(path))
     if start.startswith(b"PK\x03\x04"):
         return _zip(path, asked)
-    if start.startswith(b"\x93NUMPY"):
-        return equinox.of_leaves(containers.npy_sequence(path), decay)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return _safetensors(path, asked)
     if end == _TABLE_END:
-        raise InputError(
-            f"{path} is the index of a TensorFlow checkpoint. Load it there and write model.save('model.keras') or "
-            "model.save_weights('model.weights.h5'), and pass that file"
-        )
+        raise InputError(f"{path} is the index of a TensorFlow checkpoint. {trees.WRITE_KERAS}")
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return _pickle(path, asked)
     if start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # a map of msgpack
@@ -172,8 +169,11 @@ def _pickle(path: Path, asked: str | None) -> Checkpoint:
     if b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." in start:  # torch's magic number
         return _of_torch(containers.torch_file(path), path, asked)
     tree, jittor = containers.pickled(path)
+    if isinstance(tree, list) and len(tree) == 2 and all(isinstance(each, Mapping) for each in tree):
+        pair = _state(tuple(tree), asked)
+        return replace(pair, kind=f"pickle of arrays, {pair.kind}")
     if not isinstance(tree, Mapping):
-        raise DataError(f"{path} holds a {type(tree).__name__}; expected a dictionary of arrays")
+        raise DataError(f"{path} holds a {type(tree).__name__}; expected a dictionary of arrays, or a pair of them")
     tree = _of_model(tree)
     found = states.read(tree, "pickle of arrays", _alike(asked) or ("jittor" if jittor else None), ordered=True)
     return _known(found or trees.read(tree), tree, str(path))
@@ -200,7 +200,8 @@ def _as(found: Checkpoint, framework: str) -> Checkpoint:
     if mine.names != asked.names:
         raise InputError(f"got framework={framework!r}, but the content is that of {mine.title} ({found.kind})")
     layers, doubtful = (tuple(_turned(f, asked) for f in side) for side in (found.layers, found.doubtful))
-    return replace(found, framework=framework, layers=layers, doubtful=doubtful)
+    notes = tuple(note for note in found.notes if not note.endswith("is assumed"))
+    return replace(found, framework=framework, layers=layers, doubtful=doubtful, notes=notes)
 
 
 def _turned(layer: ForeignBatchNorm, asked: Convention) -> ForeignBatchNorm:

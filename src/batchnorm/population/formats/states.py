@@ -35,14 +35,14 @@ def read(tree: Mapping[Any, Any], kind: str, framework: str | None = None, order
         framework: whose it is, where the container tells or the caller says.
         ordered: whether the names come in the order of the model.
     """
-    tree = {key: value for key, value in tree.items() if key != "StructuredToParameterName@@"}
+    tree = {_bare(key): value for key, value in tree.items() if key != "StructuredToParameterName@@"}
+    if haiku.is_state(tree):
+        return haiku.of_leaves(flat(tree), kind)
     leaves = flat(tree, "." if _dotted(tree) else "/")
     separator = "/" if any("/" in name for name in leaves) else "."
     found = _family(leaves, separator) if framework is None else framework
     if found is not None and found != "haiku" and not owners(leaves, CONVENTIONS[found].names, separator):
         found = _family(leaves, separator)  # not what the caller said, which is told there
-    if haiku.is_of(leaves):
-        return haiku.of_leaves(leaves, kind)
     if found is None:
         return None
     names = CONVENTIONS[found].names
@@ -54,6 +54,11 @@ def read(tree: Mapping[Any, Any], kind: str, framework: str | None = None, order
         at = sorted(at, key=first.__getitem__)
     layers = tuple(_layer(path, leaves, separator, found) for path in at)
     return Checkpoint(found, kind, layers, ordered or numbered(at), _notes(found))
+
+
+def _bare(key: Any) -> Any:
+    """A name without the number of an output, which TensorFlow's variables have."""
+    return key.removesuffix(":0") if isinstance(key, str) else key
 
 
 def _dotted(tree: Mapping[Any, Any]) -> bool:

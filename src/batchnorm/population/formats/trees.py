@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,20 @@ def of_split(parts: Sequence[Any]) -> Mapping[Any, Any] | None:
 
 
 def read(tree: Any) -> Checkpoint | None:
-    """The batch normalizations of linen variables, of a TrainState, or of an nnx state; None where it is none."""
+    """The batch normalizations of linen variables, of a TrainState, or of an nnx state; None where it is none.
+
+    A tree that holds several models, such as one and its moving average, names each layer with the model's path.
+    """
     tree = _plain(tree)
-    found = _with_batch_stats(tree, {})
-    if found is None:
+    models = list(_with_batch_stats(tree, {}, ""))
+    if not models:
         return _merged(tree)
-    params, batch_stats = found
-    statistics, affine = flat(batch_stats), flat(params)
-    names = CONVENTIONS["flax"].names
-    layers = [_layer(path, statistics, affine, "flax") for path in owners(statistics, names)]
+    names, layers = CONVENTIONS["flax"].names, []
+    for place, params, batch_stats in models:
+        statistics, affine = flat(batch_stats), flat(params)
+        prefix = f"{place}/" if place and len(models) > 1 else ""
+        read = [_layer(path, statistics, affine, "flax") for path in owners(statistics, names)]
+        layers += [replace(f, name=prefix + f.name) for f in read]
     return Checkpoint("flax", "variables of Flax linen", tuple(layers), numbered([f.name for f in layers]), _NOTE)
 
 
@@ -75,17 +80,19 @@ def _plain(tree: Any) -> Mapping[Any, Any]:
     return tree
 
 
-def _with_batch_stats(tree: Mapping[Any, Any], params: Any) -> tuple[Any, Any] | None:
-    """params and batch_stats, of the tree itself or of one inside, such as a TrainState in a dictionary.
+def _with_batch_stats(tree: Mapping[Any, Any], params: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
+    """The path, params and batch_stats of each model, of the tree itself or of those inside, such as a TrainState.
 
     batch_stats may lie deeper than params, as in a TrainState with a field for the state of the model.
     """
     params = tree.get("params", params)
     if isinstance(tree.get("batch_stats"), Mapping):
-        return params if isinstance(params, Mapping) else {}, tree["batch_stats"]
-    inside = (_fields(value) if is_state(value) else value for value in tree.values())
-    found = (_with_batch_stats(each, params) for each in inside if isinstance(each, Mapping))
-    return next((each for each in found if each is not None), None)
+        yield place, params if isinstance(params, Mapping) else {}, tree["batch_stats"]
+        return
+    for key, value in tree.items():
+        each = _fields(value) if is_state(value) else value
+        if isinstance(each, Mapping):
+            yield from _with_batch_stats(each, params, f"{place}/{key}" if place else str(key))
 
 
 def _merged(tree: Mapping[Any, Any]) -> Checkpoint | None:
@@ -112,7 +119,11 @@ def _layer(path: str, statistics: Mapping[str, Any], affine: Mapping[str, Any], 
     return ForeignBatchNorm(path, mean, var, gamma, beta, row.decay, row.eps, row.variance)
 
 
-# Files of flax.serialization
+# Files of flax.serialization, and folders
+
+WRITE_KERAS = (
+    "Load it there and write model.save('model.keras') or model.save_weights('model.weights.h5'), and pass that file"
+)
 
 
 def read_msgpack(path: Path) -> Any:
@@ -158,8 +169,10 @@ def refuse_folder(path: Path) -> None:
     """Raises for a folder, with what to do instead."""
     if (path / "saved_model.pb").exists():
         raise InputError(
-            f"{path} is a SavedModel of TensorFlow. Load it there and write model.save('model.keras') or "
-            "model.save_weights('model.weights.h5'), and pass that file"
+            f"{path} is a SavedModel of TensorFlow. {WRITE_KERAS}. What model.export wrote is no such model: there, "
+            "with s = tf.saved_model.load(path), numpy.savez('model.npz', **{v.name: v.numpy() for v in s.variables})"
         )
     inside = sorted((each.name for each in path.iterdir() if each.is_file()), key=natural)
+    if any(name.endswith(".index") for name in inside):
+        raise InputError(f"{path} holds a checkpoint of TensorFlow. {WRITE_KERAS}")
     raise InputError(f"{path} is a folder; expected a file" + (f", such as {inside[-1]}" if inside else ""))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.errors import InputError, MissingDependencyError
-from batchnorm.population.formats import caffe, darknet, equinox, haiku
+from batchnorm.population.formats import caffe, darknet, equinox, haiku, keras_templates
 from batchnorm.population.formats.containers import field, varint
 from batchnorm.population.formats.conventions import CONVENTIONS, framework_key
 from batchnorm.population.formats.keras import h5py
@@ -39,6 +39,8 @@ _INTO: dict[str, Callable[[Path, Mapping[str, ForeignBatchNorm]], bytes]] = {
     "equinox": equinox.into,
     "caffe": caffe.into,
     "darknet": darknet.into,
+    "keras2": keras_templates.into,
+    "keras3": keras_templates.into,
 }
 _NAMED = ("torch", "tinygrad", "mlx", "jittor", "pyg", "paddle", "mindspore", "chainer")
 
@@ -47,6 +49,11 @@ def framework_of(path: Path, framework: str | None, verb: str) -> str:
     """Whose file is to be written: as said, or as the name's end tells."""
     if framework is not None:
         return framework_key(framework)
+    if path.suffix == ".keras":
+        raise InputError(
+            f"{verb}: {path.name} is to be a whole model of Keras; give like=, the model's .keras file, of which all "
+            "but the batch normalizations stays, or write a .weights.h5"
+        )
     for end, key in _BY_SUFFIX.items():
         if path.name.endswith(end):
             return key
