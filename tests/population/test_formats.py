@@ -717,6 +717,7 @@ def test_paddles_nested_files_and_its_bfloat16(tmp_path: Path):
         path.write_bytes(pickle.dumps(content, 4))
         (layer,) = bn.read_statistics(path).layers
         assert (layer.name, layer.mean.tolist(), layer.var.tolist()) == ("bn", [1.5] * 3, [2.0] * 3)
+        assert "use_global_stats=True" in bn.read_statistics(path).notes[1]
 
 
 def test_chainers_layers_that_were_not_run_and_its_hdf5(tmp_path: Path):

@@ -23,6 +23,7 @@ _HETERO = (
     "gradient through its statistics"
 )
 _UNSAVED = "{title} does not save momentum and epsilon; its defaults {decay} and {eps} are taken"
+_BY_OPTION = {"paddle": "use_global_stats=True", "mindspore": "use_batch_statistics=False"}
 _TORCH_ALIKE = ("torch", "tinygrad", "mlx", "jittor", "pyg")
 
 
@@ -85,6 +86,11 @@ def _notes(framework: str) -> tuple[str, ...]:
         notes = [f"{row.title} does not save momentum and epsilon; those of the layers stay"]
     else:
         notes = [_UNSAVED.format(title=row.title, decay=row.decay, eps=row.eps)]
+    if framework in _BY_OPTION:
+        notes.append(
+            f"it does not say which layers train with {_BY_OPTION[framework]}; "
+            "bn.set_mode(layer, source='running', update='never') makes one so"
+        )
     if framework == "mlx":
         notes.append("the variance is unbiased since a release after 0.29.4; before, running_var='biased' is right")
     return tuple(notes)
