@@ -68,6 +68,33 @@ def test_printed_blocks_are_compared():
     assert [(block.source, block.prints, block.needs) for block in found] == [("print(1)\n", "1\n", ("ray",))]
 
 
+NUMBER = r"(?<![\w.#/-])\d+(?:\.\d+)?(?:e-?\d+)?"
+
+
+def answers():
+    """Each paragraph of the questions that links to a page of measurements, and the text of what it links to."""
+    results = (ROOT / "docs" / "lab-results.md").read_text(encoding="utf-8")
+    sections = {part.split("}")[0]: part for part in re.split(r"^## .*\{#", results, flags=re.MULTILINE)[1:]}
+    for paragraph in (ROOT / "docs" / "questions.md").read_text(encoding="utf-8").split("\n\n"):
+        experiments = re.findall(r"lab-results\.md#(\w+)", paragraph)
+        pages = re.findall(r"\]\((torchvision-folds|verbs/fold)\.md", paragraph)
+        linked = [sections[name] for name in experiments]
+        linked += [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").partition("\n| ")[0] for name in pages]
+        if linked:
+            yield re.sub(r"^\*\*\d+\.|\]\([^)]*\)|`[^`]*`", "", paragraph), "\n".join(linked)
+
+
+@pytest.mark.parametrize(("answer", "measured"), answers(), ids=lambda text: text.strip()[:30])
+def test_the_numbers_of_an_answer_are_those_of_its_source(answer, measured):
+    known = [number.replace(",", "") for number in re.findall(NUMBER, measured)]
+    for number in re.findall(NUMBER, answer):
+        digits = len(number.partition(".")[2]) if "e" not in number else None
+        same = [
+            k for k in known if (float(k) == float(number) if digits is None else f"{float(k):.{digits}f}" == number)
+        ]
+        assert same, number
+
+
 def test_the_pictures_of_pools_are_computed():
     module = runpy.run_path(str(ROOT / "docs" / "scripts" / "pools.py"))
     pools = {title: module["labels"](options, call) for title, options, call in module["PANELS"]}

@@ -121,7 +121,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
-            color=color,
+            color=drawing.for_words(color),
             annotation_clip=False,
         )
 
@@ -174,7 +174,7 @@ def _accuracy(result: TrainResult, narrow: bool) -> Figure:
                     xytext=(6 if side == "left" else -6, -30 if name == "batch norm" else -46),
                     textcoords="offset points",
                     ha=side,
-                    color=COLORS[name],
+                    color=drawing.for_words(COLORS[name]),
                 )
     top = 1.01 if _is_regression(result) else 101
     axes.set(xlabel="training step", ylim=(None, top))
@@ -240,5 +240,5 @@ def _mark_divergence(axes: Axes, curve: Curve, values: list[float], color: str) 
             xytext=(-8, 10),
             textcoords="offset points",
             ha="right",
-            color=color,
+            color=drawing.for_words(color),
         )

@@ -67,15 +67,10 @@
   }
 
   function table({ y, out, split = y.length }) {
-    const row = (name, values) => html("tr", {}, html("th", { scope: "row" }, name), ...cells(values));
-    const rows = (from, to, who) => [
-      row(`${who}as it is`, y.slice(from, to)),
-      row(`${who}folded`, out.slice(from, to)),
-      row("difference", y.slice(from, to).map((value, i) => out[from + i] - value)),
-    ];
-    const both = split < y.length;
-    byId("fold-head").replaceChildren(html("th", {}, "output"), ...y.slice(0, split).map((_, i) => html("th", { class: "number", scope: "col" }, String(i))));
-    byId("fold-rows").replaceChildren(...rows(0, split, ""), ...(both ? rows(split, y.length, "other reader, ") : []));
+    byId("fold-rows").replaceChildren(...y.map((value, i) => {
+      const name = i < split ? `output ${i}` : `other reader, ${i - split}`;
+      return html("tr", {}, html("th", { scope: "row" }, name), ...cells([value, out[i], out[i] - value]));
+    }));
   }
 
   function plot({ y, out }) {
@@ -83,7 +78,7 @@
     const [low, high] = [Math.min(...every), Math.max(...every)];
     const margin = (high - low || 1) * 0.08;
     chart(byId("fold-plot"), {
-      x: { low: 0, high: y.length - 1, label: "output" },
+      x: { low: 0, high: y.length - 1, label: "output", least: 1 },
       y: { low: low - margin, high: high + margin, label: "value" },
       dots: [{ points: y.map((value, i) => [i, value]), color: "--batch-norm" }],
       lines: [

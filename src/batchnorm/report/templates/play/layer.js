@@ -27,30 +27,44 @@
     return found;
   }
 
+  /* As many parts as there are values: what is there stays, since it is what costs a frame. */
+  function grow(parts, make) {
+    while (parts.length < state.x.length) parts.push(make(parts.length));
+    while (parts.length > state.x.length) parts.pop().remove();
+  }
+
   const ROW = 74;
   const forward = byId("layer-forward");
-  let lines = null;
-
-  /* Number lines of x, normalized and y; the dots of the first are handles. */
-  function buildForward() {
+  const lines = (() => {
     const names = ["before: x", "normalized: x̂", "scaled and shifted: y"];
     const parts = names.map((name, row) => svg("g", { class: "numberline" }, text(0, row * ROW + 12, name, { class: "axis" }), svg("g")));
     const links = svg("g", { class: "links" });
-    const dots = names.map(() => svg("g"));
-    forward.replaceChildren(links, ...parts, ...dots);
-    lines = { axes: parts.map((part) => part.lastChild), links, dots, handles: [] };
-    for (let row = 0; row < 3; row++)
-      for (let i = 0; i < state.x.length; i++) lines.dots[row].append(svg("circle", { r: row ? 5 : 8, class: row ? "dot" : "dot handle" }));
-    lines.handles = state.x.map((_, i) =>
-      handle(lines.dots[0].children[i], {
-        label: `x of value ${i}`, low: reach[0], high: reach[1], step,
-        value: () => state.x[i],
-        toValue: (event) => valueAt(event, forward, reach),
-        onMove: (value) => {
-          state.x[i] = value;
-          redraw();
-        },
-      }));
+    const groups = names.map(() => svg("g"));
+    forward.replaceChildren(links, ...parts, ...groups);
+    return { axes: parts.map((part) => part.lastChild), links, groups, dots: names.map(() => []), handles: [] };
+  })();
+
+  /* Number lines of x, normalized and y; the dots of the first are handles. */
+  function buildForward() {
+    lines.dots.forEach((dots, row) => grow(dots, (i) => {
+      const dot = svg("circle", { r: row ? 5 : 8, class: row ? "dot" : "dot handle" });
+      lines.groups[row].append(dot);
+      if (row === 0) lines.handles[i] = handleOf(dot, i);
+      return dot;
+    }));
+    lines.handles.length = state.x.length;
+  }
+
+  function handleOf(dot, i) {
+    return handle(dot, {
+      label: `x of value ${i}`, low: reach[0], high: reach[1], step,
+      value: () => state.x[i],
+      toValue: (event) => valueAt(event, forward, reach),
+      onMove: (value) => {
+        state.x[i] = value;
+        redraw();
+      },
+    });
   }
 
   const [LEFT, RIGHT] = [14, 14];
@@ -71,14 +85,14 @@
       const y = row * ROW + 34;
       group.replaceChildren(
         svg("line", { x1: LEFT, x2: wide - RIGHT, y1: y, y2: y, class: "grid" }),
-        ...axes[row].ticks.map((tick) => text(axes[row].place(tick), y + 21, format(tick), { class: "tick middle" })),
+        ...axes[row].ticks.map((tick) => text(axes[row].place(tick), y + 24, format(tick), { class: "tick middle" })),
         ...spread(rows[row], axes[row], y),
       );
     });
     lines.links.replaceChildren(...state.x.flatMap((_, i) => [0, 1].map((row) =>
       svg("line", { x1: at[row][i][0], y1: at[row][i][1], x2: at[row + 1][i][0], y2: at[row + 1][i][1], stroke: `var(${paint[i]})` }))));
     at.forEach((row, r) => row.forEach(([x, y], i) => {
-      const dot = lines.dots[r].children[i];
+      const dot = lines.dots[r][i];
       dot.setAttribute("cx", x);
       dot.setAttribute("cy", y);
       dot.setAttribute("fill", `var(${paint[i]})`);
@@ -102,19 +116,24 @@
   };
   const HIGH = 102;
   const back = byId("layer-backward");
-  let arrows = null;
+  let arrows = [];
+  let way = "";
 
   function buildBackward() {
-    const rows = BACK[byId("layer-way").value];
-    back.style.height = `${rows.length * HIGH}px`;
-    arrows = rows.map(([name], row) => {
-      const group = svg("g", {}, text(0, row * HIGH + 12, name, { class: "axis" }), svg("line", { class: "grid" }));
-      const bars = svg("g");
-      for (let i = 0; i < state.x.length; i++) bars.append(svg("g", {}, svg("path", { class: "arrow" }), text(0, 0, "", { class: "tick middle" })));
-      group.append(bars);
-      return { group, bars: [...bars.children], name };
-    });
-    back.replaceChildren(...arrows.map(({ group }) => group));
+    if (way !== byId("layer-way").value) {
+      const rows = BACK[byId("layer-way").value];
+      back.style.height = `${rows.length * HIGH}px`;
+      arrows = rows.map(([name], row) => ({
+        group: svg("g", {}, text(0, row * HIGH + 12, name, { class: "axis" }), svg("line", { class: "grid" })), bars: [],
+      }));
+      back.replaceChildren(...arrows.map(({ group }) => group));
+    }
+    for (const { group, bars } of arrows)
+      grow(bars, () => {
+        const bar = svg("g", {}, svg("path", { class: "arrow" }), text(0, 0, "", { class: "tick middle" }));
+        group.append(bar);
+        return bar;
+      });
   }
 
   function drawBackward(values, paint) {
@@ -144,29 +163,36 @@
 
   const TABLE = { compact: [["x"], ["x̂", "xhat"], ["y"], ["dy"], ["dx"]], steps: [["x"], ["x̂", "xhat"], ["dx̂", "dxhat"], ["dx̂/s", "direct"], ["+ by var", "byVariance"], ["+ by mean", "byMean"], ["= dx", "dx"]] };
 
+  const table = [];
+
   function buildTable() {
     const columns = TABLE[byId("layer-way").value];
-    byId("layer-head").replaceChildren(html("th", {}, "value"), ...columns.map(([name]) => html("th", { class: "number", scope: "col" }, name)));
-    byId("layer-rows").replaceChildren(...state.x.map((_, i) => {
-      const cellsOf = columns.map(([name, key = name]) => html("td", { class: "number", "data-of": key }));
-      return html("tr", {}, html("th", { scope: "row" }, String(i)), ...cellsOf);
-    }));
-    gradientHandles();
+    if (way !== byId("layer-way").value) {
+      table.splice(0).forEach((row) => row.remove());
+      byId("layer-head").replaceChildren(html("th", { scope: "col", role: "columnheader" }, "value"), ...columns.map(([name]) => html("th", { class: "number", scope: "col", role: "columnheader" }, name)));
+    }
+    way = byId("layer-way").value;
+    grow(table, (i) => {
+      const cellsOf = columns.map(([name, key = name]) => html("td", { class: "number", role: "cell", "data-of": key, "data-title": name }));
+      const row = html("tr", { role: "row" }, html("th", { scope: "row", role: "rowheader" }, `value ${i}`), ...cellsOf);
+      byId("layer-rows").append(row);
+      return row;
+    });
   }
 
   /* The gradient that arrives is set by sliders, one for each value. */
-  let sliders = [];
-  function gradientHandles() {
-    sliders = state.dy.map((_, i) => {
+  const sliders = [];
+  function buildSliders() {
+    grow(sliders, (i) => {
       const input = html("input", { type: "range", min: -tiny, max: tiny, step: Number((tiny / 100).toPrecision(1)), "aria-label": `dy of value ${i}`, "data-dy": i });
       input.addEventListener("input", () => {
         state.dy[i] = Number(input.value);
         byId("layer-gradient").value = "own";
         redraw();
       });
-      return input;
+      byId("layer-dy").append(html("label", {}, html("span", {}, `dy ${i}`), input));
+      return input.parentNode;
     });
-    byId("layer-dy").replaceChildren(...sliders.map((input, i) => html("label", {}, html("span", {}, `dy ${i}`), input)));
   }
 
   function presets(x, gamma, beta) {
@@ -176,7 +202,11 @@
     if (kind === "rest") state.dy = x.map((_, i) => start.dy[i % start.dy.length]);
   }
 
+  let stale = true;
+
   function draw() {
+    if (stale) [buildForward, buildBackward, buildTable, buildSliders].forEach((build) => build());
+    stale = false;
     const [gamma, beta] = [setting("gamma"), setting("beta")];
     presets(state.x, gamma, beta);
     const found = numbers.batchNorm(state.x, gamma, beta, eps());
@@ -186,8 +216,8 @@
     const paint = colors(state.x);
     drawForward(found, paint);
     drawBackward(all, paint);
-    byId("layer-rows").querySelectorAll("tr").forEach((row, i) => row.querySelectorAll("td").forEach((cell) => show(cell, all[cell.dataset.of][i])));
-    sliders.forEach((input, i) => {
+    table.forEach((row, i) => row.querySelectorAll("td").forEach((cell) => show(cell, all[cell.dataset.of][i])));
+    sliders.forEach(({ lastChild: input }, i) => {
       if (document.activeElement !== input) input.value = state.dy[i];
       input.setAttribute("aria-valuetext", format(state.dy[i]));
     });
@@ -223,15 +253,16 @@
 
   const redraw = later(draw);
   function rebuild() {
-    buildForward();
-    buildBackward();
-    buildTable();
-    draw();
+    stale = true;
+    redraw();
   }
+
+  /* The given values again, each time moved a little, so that no dot hides another. */
+  const another = (i) => Number((start.x[i % start.x.length] + 5 * step * Math.floor(i / start.x.length)).toPrecision(12));
 
   function setSize(size) {
     const old = state.x;
-    state.x = Array.from({ length: size }, (_, i) => old[i] ?? start.x[i % start.x.length]);
+    state.x = Array.from({ length: size }, (_, i) => old[i] ?? another(i));
     state.dy = Array.from({ length: size }, (_, i) => state.dy[i] ?? start.dy[i % start.dy.length]);
     byId("layer-size").value = size;
     rebuild();
@@ -270,4 +301,5 @@
   byId("layer-reset").addEventListener("click", reset);
   redraws.push(draw);
   reset();
+  draw();
 })();

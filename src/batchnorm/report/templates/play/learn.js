@@ -5,18 +5,22 @@
   const RATES = Array.from({ length: 9 }, (_, i) => i / 2);
   const BUDGET = 7; // milliseconds of a frame for steps; every other frame draws
   const ALONG = 16; // frames from one look along the gradient to the next, which takes a frame of its own
+  const HUNDRED = 100; // steps of a press
   const MOST = 3000; // steps
   const setting = (id) => byId(`learn-${id}`).value;
   let state = null;
-  let running = false;
+  let until = 0; // the step at which a run ends; none is under way once it is reached
+  let seen = -1; // the step after which the batch's loss was last measured along the gradient
+
+  const busy = () => state !== null && state.step < until;
 
   function start() {
-    stop();
     const layers = [x[0].length, ...hidden, classes];
     const make = (normalized) => numbers.makeNetwork(layers, {
       seed: Number(setting("seed")), spread: Number(setting("spread")), normalized, activation: setting("activation"),
     });
     state = { step: 0, frame: 0, along: [null, null], arms: ARMS.map(([name, normalized, color]) => ({ name, color, network: make(normalized), loss: [], accuracy: [], unit: [], along: null, mean: NaN })) };
+    [until, seen] = [0, 0];
     state.arms.forEach(measure);
     draw();
   }
@@ -68,7 +72,6 @@
         lines: [[2, "85 %"], [1, "50 %"], [0, "15 %"]].map(([k, name]) => ({ name, color: arm.color, dash: k === 1 ? "" : "4 3", points: at(k) })), height: 180,
       });
     }
-    if (!running) look();
     const { along } = state;
     const tops = along.flatMap((losses) => losses || []).filter(Number.isFinite);
     chart(byId("learn-along"), {
@@ -104,53 +107,60 @@
   }
 
   function look() {
+    seen = state.step;
     state.along = state.arms.map((arm) => (arm.last ? arm.last() : null));
   }
 
+  /* One frame of a run: steps, a drawing, or a look along the gradient, never two of them. After the last step come a look
+   * and a drawing, and the section is no longer busy: only then does a screen reader say what was found. */
   function frame() {
-    if (!running) return undefined;
     state.frame += 1;
-    if (state.frame % 2 === 0) draw();
-    else if (state.frame % ALONG === 1) look();
+    if (busy()) {
+      if (state.frame % 2 === 0) draw();
+      else if (state.frame % ALONG === 1) look();
+      else {
+        const end = performance.now() + BUDGET;
+        do step(); while (busy() && performance.now() < end);
+      }
+    } else if (seen !== state.step) look();
     else {
-      const until = performance.now() + BUDGET;
-      do step(); while (performance.now() < until && state.step < MOST);
+      settle();
+      return draw();
     }
-    if (state.step < MOST) return requestAnimationFrame(frame);
-    stop();
-    return draw();
+    return requestAnimationFrame(frame);
   }
 
-  function stop() {
-    running = false;
+  function settle() {
+    byId("learn").setAttribute("aria-busy", false);
     byId("learn-run").textContent = "Train";
-    byId("learn-run").setAttribute("aria-pressed", false);
+  }
+
+  function goOn() {
+    const under = byId("learn").getAttribute("aria-busy") === "true";
+    byId("learn").setAttribute("aria-busy", true);
+    if (!under) requestAnimationFrame(frame);
+  }
+
+  function run(steps) {
+    until = state.step + steps;
+    goOn();
   }
 
   byId("learn-run").addEventListener("click", () => {
-    if (running) {
-      stop();
-      return draw();
-    }
+    if (busy()) return run(0);
     if (state.step >= MOST) start();
-    running = true;
     byId("learn-run").textContent = "Pause";
-    byId("learn-run").setAttribute("aria-pressed", true);
-    return requestAnimationFrame(frame);
+    return run(MOST - state.step);
   });
-  byId("learn-once").addEventListener("click", () => {
-    stop();
-    step();
-    draw();
+  byId("learn-once").addEventListener("click", () => run(1));
+  byId("learn-many").addEventListener("click", () => run(HUNDRED));
+  const restart = later(start);
+  byId("learn-reset").addEventListener("click", restart);
+  for (const id of ["spread", "size", "seed", "activation"]) byId(`learn-${id}`).addEventListener("input", restart);
+  byId("learn-rate").addEventListener("input", () => {
+    seen = -1;
+    goOn();
   });
-  byId("learn-many").addEventListener("click", () => {
-    stop();
-    for (let i = 0; i < 100; i++) step();
-    draw();
-  });
-  byId("learn-reset").addEventListener("click", start);
-  for (const id of ["spread", "size", "seed", "activation"]) byId(`learn-${id}`).addEventListener("input", start);
-  byId("learn-rate").addEventListener("input", draw);
-  redraws.push(() => state && draw());
+  redraws.push(later(draw));
   start();
 })();

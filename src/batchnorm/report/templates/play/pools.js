@@ -38,6 +38,7 @@
     const words = [String(c)];
     if (samples.startsWith("ghost")) words.push(`ghost_size=${samples.slice(5)}`);
     if (samples === "all") words.push('process_group="world"');
+    if (samples === "domains") words.push("domains=2");
     if (option("channels") !== "each") words.push(`channel_groups=${option("channels") === "two" ? 2 : 1}`);
     if (view.layout === "last") words.push(`pool="${option("time") === "step" ? "frame" : "sequence"}"`);
     if (view.layout === "last" && option("time") === "step") words.push(`max_steps=${view.l}`);
@@ -183,6 +184,8 @@
     else verdict("pool-says", "", `${pool.places.length} values share this mean and this variance${weights ? ` (weights sum to ${format(total)})` : ""}.`);
   }
 
+  const redraw = later(draw);
+
   function stop() {
     clearInterval(state.timer);
     state.timer = 0;
@@ -224,7 +227,7 @@
   byId("pool-counted").addEventListener("input", (event) => {
     stop();
     state.counted = Number(event.target.value);
-    draw();
+    redraw();
   });
   byId("pool-play").addEventListener("click", () => {
     if (state.timer) return stop();

@@ -12,11 +12,15 @@
     };
   }
 
-  function code({ kind, momentum, unbiased }) {
+  const keras = () => byId("running-decay-as").getAttribute("aria-pressed") === "true";
+  const decay = (momentum) => Number((1 - momentum).toPrecision(12));
+
+  function code({ kind, momentum, unbiased, dtype }) {
     if (kind === "exact") return "bn.calibrate(net, batches)";
     const words = ["C"];
+    if (dtype.endsWith("16") && unbiased && kind !== "debiased") return `torch.nn.BatchNorm2d(C, momentum=${kind === "cumulative" ? "None" : momentum}).to(torch.${dtype})`;
     if (kind === "cumulative") words.push("momentum=None");
-    else words.push(`momentum=${momentum}`);
+    else words.push(keras() ? `decay=${decay(momentum)}` : `momentum=${momentum}`);
     if (kind === "debiased") words.push('running="debiased"');
     if (!unbiased) words.push('running_var="biased"');
     return `bn.BatchNorm2d(${words.join(", ")})`;
@@ -31,7 +35,7 @@
     const [low, high] = [Math.min(...every), Math.max(...every)];
     const margin = (high - low || 1) * 0.06;
     chart(byId(id), {
-      x: { low: 0, high: batches.length, label: "batch" },
+      x: { low: 0, high: batches.length, label: "batch", least: 1 },
       y: { low: low - margin, high: high + margin, label: key === "mean" ? "mean" : "variance" },
       dots: [{ points: points(batches.map(of)), color: "--gray" }],
       lines: [
@@ -57,7 +61,8 @@
     const [evaluation] = numbers.inference([value], running.mean, running.variance);
     show("running-code", code(chosen));
     show("running-momentum-value", chosen.momentum);
-    show("running-decay", 1 - chosen.momentum);
+    show("running-decay", decay(chosen.momentum));
+    show("running-kind-of-variance", chosen.unbiased ? "variance, unbiased" : "variance, unbiased; kept: biased");
     show("running-at-value", at);
     show("running-x-value", value);
     show("running-batch-mean", batch.mean);
@@ -95,7 +100,7 @@
     const lost = Math.abs(last.mean - wide[wide.length - 1].mean) / Math.sqrt(numbers.varianceOf(whole, true));
     show("running-stuck", frozen[worst]);
     show("running-lost", lost);
-    if (frozen[worst] > 2) verdict("running-says", "bad", `It sticks: the last ${frozen[worst]} batches did not move the ${worst}, because their share of the difference is less than half the distance between two numbers of ${chosen.dtype}. Layers keep statistics in their own dtype, so .half() and .bfloat16() do this.`);
+    if (frozen[worst] > 2) verdict("running-says", "bad", `It sticks: the last ${frozen[worst]} batches did not move the ${worst}, because their share of the difference is less than half the distance between two numbers of ${chosen.dtype}. Layers of torch.nn do this after .half() or .bfloat16(); those of this package keep float32 there, and carry what rounding leaves.`);
     else if (chosen.dtype.endsWith("16")) verdict("running-says", lost > 0.02 ? "bad" : "", `Kept in ${chosen.dtype}, the mean is ${format(lost)} standard deviations from what float64 keeps. With a smaller momentum it sticks.`);
     else if (chosen.kind === "moving" && left > 0.05) verdict("running-says", "bad", `After ${at} batches ${format(100 * left)} % of what is kept are still the initial values 0 and 1, which no data ever had.`);
     else if (chosen.kind === "moving") verdict("running-says", "", `The last ${format(1 / chosen.momentum)} batches or so count; it ends ${format(error(last))} standard deviations from the mean of all data.`);
@@ -107,11 +112,12 @@
   const redraw = later(draw);
   for (const control of controls("running")) control.addEventListener("input", redraw);
   byId("running-decay-as").addEventListener("click", (event) => {
-    const keras = event.currentTarget.getAttribute("aria-pressed") !== "true";
-    event.currentTarget.setAttribute("aria-pressed", keras);
-    byId("running-convention").textContent = keras ? "momentum of Keras and Flax: the share of the old" : "momentum of torch: the share of the new";
-    byId("running-shown-momentum").hidden = keras;
-    byId("running-shown-decay").hidden = !keras;
+    const old = !keras();
+    event.currentTarget.setAttribute("aria-pressed", old);
+    byId("running-convention").textContent = old ? "momentum of Keras and Flax: the share of the old" : "momentum of torch: the share of the new";
+    byId("running-shown-momentum").hidden = old;
+    byId("running-shown-decay").hidden = !old;
+    redraw();
   });
   byId("running-at").max = batches.length;
   byId("running-at").value = Math.min(20, batches.length);

@@ -9,7 +9,7 @@ function format(value) {
   if (!Number.isFinite(value)) return String(value).replace("Infinity", "∞").replace("-", "−");
   const size = Math.abs(value);
   const text = value === 0 || (size >= 1e-3 && size < 1e5) ? String(Number(value.toPrecision(4))) : value.toExponential(2);
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 function show(id, value) {
@@ -48,8 +48,8 @@ function html(name, attributes = {}, ...children) {
 
 const text = (x, y, content, attributes = {}) => svg("text", { x, y, ...attributes }, content);
 
-/* An axis in pixels: value -> place, with round values to write on it. */
-function scale(low, high, from, to, log = false, apartBy = 70) {
+/* An axis in pixels: value -> place, with round values to write on it; `least` between two of them. */
+function scale(low, high, from, to, { log = false, apartBy = 70, least = 0 } = {}) {
   const warp = log ? Math.log10 : (value) => value;
   const [start, end] = [warp(low), warp(high)];
   const place = (value) => from + ((warp(value) - start) / (end - start || 1)) * (to - from);
@@ -60,7 +60,7 @@ function scale(low, high, from, to, log = false, apartBy = 70) {
   } else {
     const rough = (high - low) / Math.max(2, Math.abs(to - from) / apartBy);
     const size = 10 ** Math.floor(Math.log10(rough));
-    const step = size * [1, 2, 5, 10].find((factor) => size * factor >= rough);
+    const step = Math.max(least, size * [1, 2, 5, 10].find((factor) => size * factor >= rough));
     for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) ticks.push(Number(tick.toPrecision(12)));
   }
   return { place, ticks };
@@ -85,8 +85,8 @@ function chart(element, { lines, dots = [], x, y, mark = null, height = 220 }) {
   const width = element.clientWidth || 600;
   const longest = Math.max(...lines.map(({ name }) => name.length));
   const [left, right, top, bottom] = [46, Math.min(longest * 7.7 + 12, width * 0.4), 22, 34];
-  const across = scale(x.low, x.high, left, width - right, x.log);
-  const up = scale(y.low, y.high, height - bottom, top, y.log, 36);
+  const across = scale(x.low, x.high, left, width - right, { log: x.log, least: x.least });
+  const up = scale(y.low, y.high, height - bottom, top, { log: y.log, apartBy: 36 });
   const inside = (value) => Math.min(Math.max(value, y.low), y.high);
   const parts = [];
   for (const tick of up.ticks)
@@ -111,7 +111,7 @@ function chart(element, { lines, dots = [], x, y, mark = null, height = 220 }) {
     );
   const ends = shown.map(({ points }) => up.place(inside(points[points.length - 1][1])) + 4);
   apart(ends, 15, top + 4, height - bottom + 4).forEach((place, i) => {
-    parts.push(text(width - right + 7, place, shown[i].name, { fill: `var(${shown[i].color})`, class: "name" }));
+    parts.push(text(width - right + 7, place, shown[i].name, { fill: `var(${shown[i].color}-text)`, class: "name" }));
   });
   element.setAttribute("viewBox", `0 0 ${width} ${height}`);
   element.style.height = `${height}px`;
