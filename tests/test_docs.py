@@ -84,7 +84,7 @@ def answers():
             yield re.sub(r"^\*\*\d+\.|\]\([^)]*\)|`[^`]*`", "", paragraph), "\n".join(linked)
 
 
-@pytest.mark.parametrize(("answer", "measured"), answers(), ids=lambda text: text.strip()[:30])
+@pytest.mark.parametrize(("answer", "measured"), list(answers()), ids=lambda text: text.split("?")[0].strip()[:40])
 def test_the_numbers_of_an_answer_are_those_of_its_source(answer, measured):
     known = [number.replace(",", "") for number in re.findall(NUMBER, measured)]
     for number in re.findall(NUMBER, answer):

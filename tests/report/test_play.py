@@ -689,7 +689,8 @@ def test_a_network_learns(page):
 ALONG = """() => {
   const { x, y, testX, testY, classes, hidden } = data.learn;
   return [true, false].map((normalized) => {
-    const net = numbers.makeNetwork([2, ...hidden, classes], { seed: 1, spread: 0.5, normalized, activation: "sigmoid" });
+    const options = { seed: 1, spread: 0.5, normalized, activation: "sigmoid" };
+    const net = numbers.makeNetwork([2, ...hidden, classes], options);
     const at = numbers.batchPlaces(x.length, 60, 1, 0);
     const [bx, by] = [at.map((i) => x[i]), at.map((i) => y[i])];
     const { network, found } = numbers.trainStep(net, bx, by, 10 ** -0.5);
@@ -722,7 +723,8 @@ PRESSED = """([selector, turn]) => {
     e.dispatchEvent(new KeyboardEvent("keydown", { key: turn % 2 ? "ArrowRight" : "PageDown", bubbles: true }));
   else e.click();
   const busy = byId("learn").ariaBusy === "true";  // then both frames have work
-  return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 0, busy ? 2 : 1))));
+  const next = (done) => requestAnimationFrame(done);
+  return new Promise((done) => next(() => next(() => setTimeout(done, 0, busy ? 2 : 1))));
 }"""
 LIMIT = 1.5 / 60  # seconds: a frame of 60 a second, and half of one more for cores that others use
 
@@ -798,6 +800,13 @@ def test_names_and_motion_for_those_who_do_not_see_or_do_not_want_it(browser, wr
     )
     assert nameless == []
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    # A screen reader says what is shown beside a slider, not its place, and not every number that follows.
+    drive(page, "layer-eps", -2)
+    drive(page, "learn-rate", 1)
+    drive(page, "running-decay-as")
+    said = {"layer-eps": "0.01", "learn-rate": "10", "running-momentum": "0.9", "fold-w1": "−0.5"}
+    assert {name: page.get_attribute(f"#{name}", "aria-valuetext") for name in said} == said
+    assert page.eval_on_selector_all("output", "all => all.every((e) => e.ariaLive === 'off')")
     drive(page, "pool-play")
     first = shown(page, "pool-m")
     page.wait_for_timeout(400)

@@ -63,6 +63,7 @@
     show("running-momentum-value", chosen.momentum);
     show("running-decay", decay(chosen.momentum));
     show("running-kind-of-variance", chosen.unbiased ? "variance, unbiased" : "variance, unbiased; kept: biased");
+    byId("running-momentum").setAttribute("aria-valuetext", format(keras() ? decay(chosen.momentum) : chosen.momentum));
     show("running-at-value", at);
     show("running-x-value", value);
     show("running-batch-mean", batch.mean);

@@ -16,6 +16,7 @@ function show(id, value) {
   const element = typeof id === "string" ? byId(id) : id;
   const text = typeof value === "number" ? format(value) : value;
   if (element.textContent !== text) element.textContent = text;
+  if (element.htmlFor && element.htmlFor.length) byId(element.htmlFor.value).setAttribute("aria-valuetext", text);
   if (typeof value === "number") element.dataset.value = String(value);
 }
 
