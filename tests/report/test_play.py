@@ -703,6 +703,7 @@ ALONG = """() => {
 
 def test_percentiles_and_the_loss_along_the_gradient(page):
     (flat, width), (other_flat, other_width) = page.evaluate(ALONG)
+    assert page.inner_text("#learn-flat-0") == page.inner_text("#learn-batchloss-1") == "–"  # no step was taken
     assert_shown(page, {"learn-width-0": width, "learn-width-1": other_width})  # before the first step
     drive(page, "learn-once")
     assert_shown(page, {"learn-flat-0": flat, "learn-flat-1": other_flat})

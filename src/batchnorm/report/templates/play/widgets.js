@@ -4,8 +4,9 @@ const byId = (id) => document.getElementById(id);
 const controls = (part) => document.querySelectorAll(`#${part} input, #${part} select, #${part} button`);
 const reducedMotion = window.matchMedia("(prefers-reduced-motion: reduce)");
 
-/* Four significant digits, with a true minus; the number itself stays in data-value. */
+/* Four significant digits, with a true minus, and a dash for what is not there yet; the number itself stays in data-value. */
 function format(value) {
+  if (Number.isNaN(value)) return "–";
   if (!Number.isFinite(value)) return String(value).replace("Infinity", "∞").replace("-", "−");
   const size = Math.abs(value);
   const text = value === 0 || (size >= 1e-3 && size < 1e5) ? String(Number(value.toPrecision(4))) : value.toExponential(2);
