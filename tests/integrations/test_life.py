@@ -89,6 +89,17 @@ def test_the_average_of_the_weights_has_its_own_statistics():
     torch.testing.assert_close(life.ema[1].running_mean.double(), z.mean(0), rtol=1e-4, atol=1e-4)
 
 
+def test_buffers_of_the_average_are_found_by_name():
+    """A buffer that the network gets after the start does not shift those behind it."""
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    with Life(net, optimizer, accumulate=False, ema=0.5) as life:
+        net[0].register_buffer("seen", torch.full((8,), 7.0))
+        train(net, life, optimizer, epochs=1)
+    assert torch.equal(life.ema[1].running_mean, net[1].running_mean)
+    assert torch.equal(life.ema[1].running_var, net[1].running_var)
+
+
 def test_calibration_before_validation_is_on_a_budget():
     net = network()
     with Life(net, batches=DATA, calibrate_before_validation=16, calibrate_at_end=False) as life:

@@ -97,7 +97,7 @@ def test_transformers(tmp_path):
         pytest.skip("transformers is not installed")
     import transformers
 
-    from batchnorm.integrations.transformers import MODES_FILE, BatchNormCallback
+    from batchnorm.integrations.transformers import EMA_FILE, MODES_FILE, BatchNormCallback
 
     class Model(nn.Module):
         def __init__(self):
@@ -126,9 +126,49 @@ def test_transformers(tmp_path):
     assert len(callback.life.watch.evaluations) == 2
     assert len(callback.life.watch.readings) == 16
     assert (tmp_path / "checkpoint-8" / MODES_FILE).exists()
+    average = torch.load(tmp_path / "checkpoint-8" / EMA_FILE, weights_only=True)
     fresh = Model()
     arguments.num_train_epochs = 3
-    callbacks = [BatchNormCallback()]
+    arguments.learning_rate = 0.0
+    callbacks = [BatchNormCallback(ema=1 - 2**-20, calibrate_at_end=False)]
     again = transformers.Trainer(fresh, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert is_frozen(fresh.net[1])
+    assert not torch.allclose(average["net.0.weight"], fresh.net[0].weight)
+    torch.testing.assert_close(callbacks[0].life.ema.net[0].weight, average["net.0.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_with_a_stream_of_unknown_length(tmp_path):
+    """The last micro-batches of an epoch are a step of their own."""
+    if not has("lightning"):
+        pytest.skip("lightning is not installed")
+    import lightning.pytorch as pl
+
+    from batchnorm.integrations.lightning import BatchNormCallback
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(X[:12])
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.counts = network(), []
+
+        def training_step(self, batch, index):
+            return self.net(batch).square().mean()
+
+        def on_train_epoch_end(self):
+            self.counts.append(int(self.net[1].num_batches_tracked))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    trainer = pl.Trainer(
+        max_epochs=2, accumulate_grad_batches=2, accelerator="cpu", logger=False, default_root_dir=tmp_path,
+        callbacks=[BatchNormCallback(calibrate_at_end=False)], enable_progress_bar=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Stream(), 4))
+    assert module.counts == [2, 4]

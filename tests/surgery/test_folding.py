@@ -184,6 +184,22 @@ def test_data_dependent_python_is_refused():
         fold(net, torch.randn(2, 3, 6, 6))
 
 
+def test_values_that_are_written_into():
+    """By x[...] = y, which torch.fx does not record: the layer behind is kept, the one before it folds."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y[:, 0] = self.conv2(y[:, :1])[:, 0]
+        return self.bn2(y) if len(y) else y
+
+    net = Calls(forward, conv=nn.Conv2d(3, 3, 3), bn=nn.BatchNorm2d(3), conv2=nn.Conv2d(1, 1, 1), bn2=nn.BatchNorm2d(3))
+    x = torch.randn(2, 3, 6, 6)
+    result = fold(net, x)
+    assert [item.layer for item in result.certificate.folded] == ["bn"]
+    assert [item.layer for item in result.certificate.kept] == ["bn2"]
+    torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 def conv_bn(**more):
     return {"conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3), **more}
 

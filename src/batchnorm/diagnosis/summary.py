@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import SurgeryError
-from batchnorm.surgery.capture import capture
+from batchnorm.surgery.capture import capture_settled
 from batchnorm.surgery.flow import DataFlow, data_inputs, rank, value_of
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.freezing import is_frozen
@@ -169,7 +169,7 @@ def summary(net: nn.Module, example: Any = None) -> Summary:
     flow, note = None, None
     if example is not None:
         try:
-            flow = capture(root, example)
+            flow = capture_settled(root, example)
         except SurgeryError as error:
             note = str(error)
     layers = {n: m for n, m in root.named_modules() if _is_listed(m)}

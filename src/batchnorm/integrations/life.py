@@ -184,8 +184,10 @@ class Life:
         own = dict(self.net.named_parameters())
         for name, mean in self.ema.named_parameters():
             mean.lerp_(own[name].detach().to(mean.dtype), 1 - self.decay)
-        for mean_buffer, buffer in zip(self.ema.buffers(), self.net.buffers(), strict=False):
-            if mean_buffer.shape == buffer.shape:
+        buffers = dict(self.net.named_buffers())
+        for name, mean_buffer in self.ema.named_buffers():
+            buffer = buffers.get(name)
+            if buffer is not None and mean_buffer.shape == buffer.shape:
                 mean_buffer.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:

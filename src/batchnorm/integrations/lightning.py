@@ -92,7 +92,8 @@ class BatchNormCallback(Callback):  # type: ignore[misc, unused-ignore]
         if self.life is None:
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        last = batch_idx + 1 == trainer.num_training_batches
+        # The number of batches of a stream without a length is infinite.
+        last = batch_idx + 1 == trainer.num_training_batches or trainer.is_last_batch
         if last or (batch_idx + 1) % int(trainer.accumulate_grad_batches) == 0:
             self.life.step_ends(loss if isinstance(loss, Tensor) else None)
 

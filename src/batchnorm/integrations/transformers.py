@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.errors import MissingDependencyError
 from batchnorm.integrations.life import Life, layer_modes, options_of, set_layer_modes, warn_of_trap
-from batchnorm.writing import write_text
+from batchnorm.writing import write_atomically, write_text
 
 try:
     import transformers as trainer_package
@@ -26,13 +26,16 @@ except ImportError as error:
 
 MODES_FILE = "batchnorm_modes.json"
 """Beside the weights in each checkpoint: files of weights alone do not hold the modes of layers."""
+EMA_FILE = "batchnorm_ema.pt"
+"""Beside it, where an average of the weights is kept: the averaged network's ``state_dict``."""
 
 
 class BatchNormCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Batch normalization through a training with ``transformers.Trainer``: what `Life` does, at its own points.
 
     Micro-batches of ``gradient_accumulation_steps`` update the running statistics once, as one batch. Each checkpoint
-    in ``output_dir`` gets a file with the modes of the layers, which is read when a training is resumed from it.
+    in ``output_dir`` gets a file with the modes of the layers, and one with the averaged network if there is one, which
+    are read when a training is resumed from it.
 
     Args:
         batches: for calibration; by default the trainer's training batches.
@@ -75,6 +78,9 @@ class BatchNormCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if state.global_step and modes.exists():
             set_layer_modes(model, json.loads(modes.read_text(encoding="utf-8")))
         self.life.begin()
+        average = _checkpoint(args, state) / EMA_FILE
+        if self.life.ema is not None and state.global_step and average.exists():
+            self.life.ema.load_state_dict(torch.load(average, map_location="cpu", weights_only=True))
         self._handle = model.register_forward_hook(self._note_loss)
         _warn_of_traps(args, model)
 
@@ -107,10 +113,13 @@ class BatchNormCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.life.watch.evaluated(float(loss))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the modes of the layers beside the weights."""
+        """Write the modes of the layers, and the averaged network, beside the weights."""
         folder = _checkpoint(args, state)
         if folder.is_dir() and state.is_world_process_zero:
             write_text(folder / MODES_FILE, json.dumps(layer_modes(kwargs["model"]), indent=1))
+            if self.life is not None and self.life.ema is not None:
+                average = self.life.ema.state_dict()
+                write_atomically(folder / EMA_FILE, lambda path: torch.save(average, path))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Calibrate, and end the watch."""

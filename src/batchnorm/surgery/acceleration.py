@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,17 +21,26 @@ from batchnorm.nn import foreign
 from batchnorm.nn.outside import GUARDED, has_hooks
 from batchnorm.surgery import activations, concatenations
 from batchnorm.surgery.activations import Activation
-from batchnorm.surgery.capture import capture
-from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, random_state_kept, run_example
+from batchnorm.surgery.capture import capture, traced_without_draws
+from batchnorm.surgery.comparison import (
+    Distance,
+    Example,
+    copy_of,
+    distances,
+    random_state_kept,
+    run_example,
+    seed_all,
+)
 from batchnorm.surgery.conversion import REPORT, Absorbed, becoming, our_class, refusal, replacing
 from batchnorm.surgery.flow import DataFlow, operation
 from batchnorm.surgery.frozen import told_of_frozen
 from batchnorm.surgery.layers import AddActivation
 from batchnorm.surgery.memory import remake_what_costs_little
-from batchnorm.surgery.modules import is_leaf, is_plain, obstacle, unwrap
+from batchnorm.surgery.modules import is_leaf, is_plain, obstacle, obstacle_outside, unwrap
 from batchnorm.surgery.plan import Plan, Step, references
 from batchnorm.surgery.rounding import TOLERANCE, Rounding, trembling
 from batchnorm.surgery.subclasses import NORM, opened
+from batchnorm.surgery.trial_runs import DRAWS, Runs
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"}
 _EXACT = 1e-7  # of the largest value, in float64
@@ -61,8 +71,12 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     If another tool puts a layer of its own in the place of a fused one afterwards, the activation and the addition
     are computed as before: neither is lost.
 
+    A forward that draws random numbers itself, to skip layers in training, say, stays as it is. A network that cannot
+    be captured as a whole is accelerated in the parts that can.
+
     The result is verified on the example: outputs in evaluation mode; outputs, running statistics and all gradients
-    for a random upstream gradient in training mode, in float64 to 1e-7 of the largest value. ``revert`` undoes it.
+    for a random upstream gradient in training mode, in float64 to 1e-7 of the largest value; for three seeds where the
+    forward draws. ``revert`` undoes it.
     ``net.report``, an `Acceleration`, tells what was fused, what was kept, and why. It is not set if the class of the
     network has an attribute of that name.
 
@@ -80,8 +94,7 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
 
     Raises:
         InputError: when ``net`` is no module, or fails on the example in either mode.
-        SurgeryError: when there is no batch normalization, the network cannot be captured, or the result differs;
-            ``net`` is then as it was.
+        SurgeryError: when there is no batch normalization, or the result differs; ``net`` is then as it was.
 
     Source: this package; He et al. 2016 and Huang et al. 2017 for the additions and concatenations that it looks for.
 
@@ -157,6 +170,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
     skipped = {name: str(reason) for name, reason in refused.items() if reason is not None}
     fusions = Fusions(net, layers.keys() - skipped.keys(), own)
     fusions.find(given)
+    seeds = range(DRAWS if fusions.draws else 1)
     steps, swapped = [], []
     for name in sorted(layers.keys() - skipped.keys(), key=list(layers).index):
         fused = fusions.fused.get(name)
@@ -176,7 +190,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
     for name, forward in fusions.forwards.items():
         steps.append(Step(f"{name or 'the network'}: calls fused layers", _generated(net.get_submodule(name), forward)))
     original = copy_of(net)
-    plan = Plan(net, steps, lambda: _verify(original, net, given), skipped=skipped | fusions.refused)
+    plan = Plan(net, steps, lambda: _verify(original, net, given, seeds), skipped=skipped | fusions.refused)
     told = {name: fusions.told(name) for name in layers if name in fusions.fused.keys() | fusions.sums | fusions.joined}
     swapped = [name for name in swapped if name not in told]
     return plan, Acceleration(told, tuple(swapped), skipped, fusions.refused)
@@ -241,6 +255,7 @@ class Fusions:
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
         refused: modules whose forward could not be generated anew although there is something to fuse, and why.
+        draws: whether the forward of some module draws random numbers itself.
     """
 
     net: nn.Module
@@ -253,6 +268,7 @@ class Fusions:
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
+    draws: bool = False
 
     def find(self, example: Example) -> None:
         self.fused |= {name: activation for name, activation in self.inside.items() if activation is not None}
@@ -261,29 +277,75 @@ class Fusions:
         for name in self.inside:
             layer = base.get_submodule(name)
             foreign.adopt(layer, foreign.class_for(type(layer), "fused"))
-        flows = [capture(copy_of(base).train(mode), example) for mode in (False, True)]
-        free = {
-            name
-            for name in self.candidates
-            if not any(obstacle(flow, name) for flow in flows)
-            and getattr(self.net.get_submodule(name), "activation", None) is None
-        }
+        flows = self.flows(base, example)
+        runs = Runs.of(self.net, example)
+        self.draws = bool(runs.drawing) or any(flow.draws for flow in flows)
+        free = {name for name in self.candidates if self.is_free(name, flows, runs)}
         for name in sorted(free - self.taken):
-            self.absorb(name, flows)
+            self.absorb(name, flows, runs)
+        self.absorb_in_order(free, runs)
         inputs = _inputs(self.net, example)
         names = {id(module): name for name, module in self.net.named_modules()}
         for name, module in reversed(list(self.net.named_modules())):
             if name in inputs:
                 self.rewrite(name, module, inputs[name], free, names)
 
-    def absorb(self, name: str, flows: list[DataFlow]) -> None:
-        """An activation module right after the layer, in both modes."""
-        found = {activations.following(flow, flow.calls(name)[0]) for flow in flows}
+    def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
+        """The network's data flow in evaluation and in training mode, as far as it can be captured."""
+        found = []
+        for mode in (False, True):
+            try:
+                found.append(capture(copy_of(base).train(mode), example))
+            except SurgeryError as error:
+                self.refused[""] = f"in {'training' if mode else 'evaluation'} mode {error}"
+        return found
+
+    def is_free(self, name: str, flows: list[DataFlow], runs: Runs) -> bool:
+        """Whether the layer may take something in: it is called once, and nobody sees its output from outside."""
+        layer = self.net.get_submodule(name)
+        if getattr(layer, "activation", None) is not None or not runs.once(name):
+            return False
+        if flows:
+            return not any(flow.calls(name) or not flow.draws for flow in flows if obstacle(flow, name))
+        return is_plain(layer) and obstacle_outside(self.net, layer) is None
+
+    def absorb(self, name: str, flows: list[DataFlow], runs: Runs) -> None:
+        """An activation module right after the layer, in both modes.
+
+        Where random numbers shape a mode's flow, it is one draw: then no module may draw any that calls either.
+        """
+        called = [flow for flow in flows if flow.calls(name)]
+        if len(called) < 2:
+            return
+        found = {activations.following(flow, flow.calls(name)[0]) for flow in called}
         (after, *others) = found
-        if not others and isinstance(after, tuple):
-            self.fused[name] = after[1]
-            self.absorbed[after[0]] = name
-            self.taken.add(name)
+        if others or not isinstance(after, tuple):
+            return
+        if any(flow.draws for flow in flows) and runs.drawing & {*_above(name), *_above(after[0])}:
+            return
+        self.take_in(name, *after)
+
+    def absorb_in_order(self, free: set[str], runs: Runs) -> None:
+        """An activation module behind the layer in a ``Sequential`` that calls both as often as it is called."""
+        for name, module in self.net.named_modules():
+            if type(module).forward is not nn.Sequential.forward or has_hooks(module):
+                continue
+            keys = [f"{name}.{key}".lstrip(".") for key in module._modules]
+            for layer, after in pairwise(keys):
+                activation = activations.of_module(self.net.get_submodule(after))
+                if (
+                    activation is not None
+                    and layer in free - self.taken
+                    and after not in self.absorbed
+                    and obstacle_outside(self.net, self.net.get_submodule(after)) is None
+                    and runs.together(layer, after, name)
+                ):
+                    self.take_in(layer, after, activation)
+
+    def take_in(self, layer: str, after: str, activation: Activation) -> None:
+        self.fused[layer] = activation
+        self.absorbed[after] = layer
+        self.taken.add(layer)
 
     def told(self, name: str) -> str:
         """What a layer computes besides its normalization, in words."""
@@ -334,6 +396,13 @@ class Fusions:
         graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
         graph.lint()
         self.forwards[name] = type(fx.GraphModule(module, graph)).forward
+
+
+def _above(name: str) -> Iterator[str]:
+    """The names of the modules that a module lies in."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 @dataclass(frozen=True)
@@ -437,7 +506,7 @@ def _own_graph(module: nn.Module, training: bool) -> fx.Graph:
     twin = copy_of(module).train(training)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _OwnTracer().trace(twin)
+        return traced_without_draws(_OwnTracer(), twin)
 
 
 def _inputs(net: nn.Module, example: Example) -> dict[str, tuple[Any, Any]]:
@@ -517,26 +586,29 @@ def _no_class(layer: nn.Module) -> str | None:
     return None if our_class(layer) is not None else "is a SyncBatchNorm; convert it first"
 
 
-def _verify(original: nn.Module, net: nn.Module, example: Example) -> None:
-    """Evaluation mode in the network's dtype; both modes in float64, with gradients."""
+def _verify(original: nn.Module, net: nn.Module, example: Example, seeds: Sequence[int] = (0,)) -> None:
+    """Evaluation mode in the network's dtype; both modes in float64, with gradients, for each seed."""
     before, after = copy_of(original).eval(), copy_of(net).eval()
     own = Rounding(before, example)
     tolerance = TOLERANCE[own.dtype]
     limits = [own.limit(d, tolerance) for d in own.compare(after, tolerance, "accelerate", " in evaluation mode")]
-    if own.truth is None:
-        results = [_trained(copy_of(n), example) for n in (original, net)]
-        limit = 100 * max(limits, default=tolerance)
-    else:
-        wide = example.to(torch.float64)
-        results = [_trained(copy_of(n).double(), wide) for n in (original, net)]
-        limit = 100 * max(limits, default=tolerance) if own.narrows else _EXACT
-    outputs, states = zip(*results, strict=True)
+    kind = torch.float64 if own.truth is not None else own.dtype
+    limit = 100 * max(limits, default=tolerance) if own.truth is None or own.narrows else _EXACT
+    for seed in seeds:
+        _verify_training(original, net, example.to(kind), kind, limit, seed)
+
+
+def _verify_training(
+    original: nn.Module, net: nn.Module, example: Example, kind: torch.dtype, limit: float, seed: int
+) -> None:
+    """One step of both networks from the same random state."""
+    both = [copy_of(n) if kind != torch.float64 else copy_of(n).double() for n in (original, net)]
+    outputs, states = zip(*[_trained(n, example, seed) for n in both], strict=True)
     differences = distances(*outputs)
     if _agree(differences, states, limit):
         return
     # As far apart as the original and itself with other last bits: the mode of training may multiply rounding.
-    kind = torch.float64 if own.truth is not None else own.dtype
-    trials = [_trained(trembling(original.to(kind), seed), example.to(kind)) for seed in range(_TRIALS)]
+    trials = [_trained(trembling(copy_of(original).to(kind), k), example, seed) for k in range(_TRIALS)]
     moves: dict[str, float] = {}
     for output, _ in trials:
         for d in distances(outputs[0], output):
@@ -562,18 +634,18 @@ def _agree(differences: list[Distance], states: Sequence[dict[str, Tensor]], lim
     return True
 
 
-def _trained(net: nn.Module, example: Example) -> tuple[Any, dict[str, Tensor]]:
-    """Output, gradients and buffers after one forward and backward in training mode, always the same randomness."""
+def _trained(net: nn.Module, example: Example, seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    """Output, gradients and buffers after one forward and backward in training mode, the randomness that of a seed."""
     net.train()
     given = example.map(lambda x: x.detach().clone())
     with random_state_kept(net), torch.enable_grad():
-        torch.manual_seed(0)
+        seed_all(seed)
         try:
             output = net(*given.args, **given.kwargs)
             detached = Example.of((output,)).map(lambda x: x.detach().clone()).args[0]
             # Now, as recomputation in the backward may change them again.
             buffers = {key: buffer.clone() for key, buffer in net.named_buffers()}
-            torch.manual_seed(1)
+            torch.manual_seed(seed + 1)
             losses = [(x * torch.randn_like(x)).sum() for x in _differentiable(output)]
             if losses:
                 torch.stack(losses).sum().backward()

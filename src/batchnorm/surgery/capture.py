@@ -15,16 +15,17 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from batchnorm.errors import SurgeryError
+from batchnorm.errors import BatchNormError, SurgeryError
 from batchnorm.nn.outside import NORM, followed_by_norm, has_hooks, is_followed
 from batchnorm.surgery.comparison import (
+    Draws,
     Example,
     copy_of,
     distances,
@@ -51,30 +52,40 @@ _FOLLOWED = "_is_followed_by_norm"
 _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
 
 
-def capture(net: nn.Module, example: Any) -> DataFlow:
-    """The data flow of ``net`` on ``example``, in the modes that its modules are in.
+class Traced(NamedTuple):
+    """A graph, the output that it gave on the example, and whether random numbers that are not in it shaped it."""
+
+    graph: fx.Graph
+    output: Any
+    draws: bool = False
+
+
+def capture(net: nn.Module, example: Any, *, evaluation: bool = False) -> DataFlow:
+    """The data flow of ``net`` on ``example``, in the modes that its modules are in, or in evaluation.
 
     Everything runs on a copy, so that parameters, buffers, modes, hooks and the random state stay. The graph is run on
     the example and must give the network's own output. Hooks are left out, and stand in the graph as observers of
     values. A network that does not run without its hooks, or gives outputs of another structure then, is traced with
-    them.
+    them. A forward that draws random numbers in Python, to skip layers in training, say, gives the flow of one draw,
+    whose ``draws`` is True.
 
     Raises:
         InputError: when the network fails on the example.
         SurgeryError: when neither torch.fx nor torch.export can capture the network.
     """
     given = Example.of(example)
-    keeps = _needs_hooks(net, given)
-    expected = run_example(_traceable(net, keeps, runs=True)[0], given)
+    shown = copy_of(net).eval() if evaluation else net
+    keeps = _needs_hooks(shown, given)
+    expected = run_example(_traceable(shown, keeps, runs=True)[0], given)
     failures = []
     attempts = {"torch.fx": _trace, "torch.fx on the example's shapes": _trace_on_example, EXPORTED: _export}
     for method, attempt in attempts.items():
         try:
             with random_state_kept(net), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph, output = attempt(net, given, keeps)
+                graph, output, draws = attempt(shown, given, keeps)
                 _check_same(expected, output)
-            return DataFlow(graph, net, method)
+            return DataFlow(graph, net, method, draws)
         except Exception as error:
             first = str(error).strip().splitlines() or [""]
             failures.append(f"{method}: {type(error).__name__}: {first[0]}")
@@ -83,6 +94,17 @@ def capture(net: nn.Module, example: Any) -> DataFlow:
         "Move what depends on the data's values out of forward, or edit the parts that can be "
         "captured one by one."
     )
+
+
+def capture_settled(net: nn.Module, example: Any) -> DataFlow:
+    """`capture`, in evaluation where the forward is random, fails or cannot be followed in the modes of ``net``."""
+    if not any(module.training for module in net.modules()):
+        return capture(net, example)
+    with contextlib.suppress(BatchNormError):
+        flow = capture(net, example)
+        if not flow.draws:
+            return flow
+    return capture(net, example, evaluation=True)
 
 
 def _needs_hooks(net: nn.Module, example: Example) -> bool:
@@ -159,12 +181,16 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            n.meta[IS_ZERO] = not bool(value.any())
-        n.meta["val"] = pytree.tree_map(
-            lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, value
-        )
+        _note(n, value)
         return value
+
+
+def _note(node: fx.Node, value: Any) -> None:
+    if node.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        node.meta[IS_ZERO] = not bool(value.any())
+    node.meta["val"] = pytree.tree_map(
+        lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, value
+    )
 
 
 class _Tracer(fx.Tracer):
@@ -254,6 +280,10 @@ class _Known(fx.Proxy):
     def __len__(self) -> int:
         return len(self.tracer.values[self.node])
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """A user of the value more, so that no edit takes it for what its layer gave."""
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
 
 class _Values(dict[fx.Node, Any]):
     """The values of nodes; those of tensors that a forward makes of Python numbers are attributes of the root."""
@@ -277,6 +307,8 @@ class ExampleTracer(_Tracer):
         self.inputs = iter(inputs)
         self.values: dict[fx.Node, Any] = _Values(self)
         self.computing = False
+        self.random = Draws(net)
+        self.draws = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Known(node, self)
@@ -289,7 +321,8 @@ class ExampleTracer(_Tracer):
         except Exception:  # which the forward may catch
             self.graph.erase_node(node)
             raise
-        if any(isinstance(x, Tensor) for _, x in leaves_of(value)) or node.op == "placeholder":
+        is_tensor = any(isinstance(x, Tensor) for _, x in leaves_of(value))
+        if is_tensor or node.op == "placeholder" or node.target is operator.setitem:
             return proxy
         known = not tensors_in(fx.map_arg((node.args, node.kwargs), self.values.__getitem__))
         # An attribute of a tensor that is no tensor says nothing of the data.
@@ -303,11 +336,13 @@ class ExampleTracer(_Tracer):
             return next(self.inputs)
         interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        self.draws |= self.random.moved()
         self.computing = True
         try:
             return getattr(interpreter, node.op)(node.target, args, kwargs)
         finally:
             self.computing = False
+            self.random.moved()
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self.computing:
@@ -329,31 +364,52 @@ def _inputs(example: Example) -> list[Tensor]:
     return [x.detach().clone() for x in example.leaves() if isinstance(x, Tensor)]
 
 
-def _trace(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
+def _trace(net: nn.Module, example: Example, keeps: bool) -> Traced:
     traced, hooked = _traceable(net, keeps)
     call = _Call(traced, example)
-    return _recorded(call, _Tracer(traced, hooked).trace(call), net)
+    return _recorded(call, traced_without_draws(_Tracer(traced, hooked), call), net)
+
+
+def traced_without_draws(tracer: fx.Tracer, module: nn.Module) -> fx.Graph:
+    """The graph of a forward that draws no random numbers outside it: these would be constants there.
+
+    Raises:
+        SurgeryError: it draws some.
+    """
+    with random_state_kept(module):
+        draws = Draws(module)
+        graph = tracer.trace(module)
+        if draws.moved():
+            raise SurgeryError("random numbers are drawn outside the operators on its input")
+    return graph
 
 
 def trace_module(module: nn.Module) -> fx.Graph:
     """The graph of a module's own forward, with the same layers as in `capture`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Tracer(module, set()).trace(module)
+        return traced_without_draws(_Tracer(module, set()), module)
 
 
-def _trace_on_example(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
+def _trace_on_example(net: nn.Module, example: Example, keeps: bool) -> Traced:
     traced, hooked = _traceable(net, keeps)
     call = _Call(traced, example)
     with random_state_kept(net), torch.no_grad():
-        graph = ExampleTracer(traced, hooked, [_inputs(example)]).trace(call)
-    return _recorded(call, graph, net)
+        tracer = ExampleTracer(traced, hooked, [_inputs(example)])
+        graph = tracer.trace(call)
+        if not (tracer.draws or tracer.random.moved()):
+            return _recorded(call, graph, net)
+    for node in graph.nodes:  # another run would draw other numbers
+        if node.op != "output":
+            _note(node, tracer.values[node])
+    (result,) = (node for node in graph.nodes if node.op == "output")
+    return Traced(graph, fx.map_arg(result.args[0], tracer.values.__getitem__), True)
 
 
-def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> tuple[fx.Graph, Any]:
+def _recorded(call: _Call, graph: fx.Graph, net: nn.Module) -> Traced:
     call.add_module(ROOT, _traceable(net)[0])
     with random_state_kept(net), torch.no_grad():
-        return graph, _Recorder(call, graph=graph).run(_inputs(call.example))
+        return Traced(graph, _Recorder(call, graph=graph).run(_inputs(call.example)))
 
 
 @contextlib.contextmanager
@@ -371,7 +427,7 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _export(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, Any]:
+def _export(net: nn.Module, example: Example, keeps: bool) -> Traced:
     traced, hooked = _traceable(net, keeps)
     if hooked or any(_FOLLOWED in module.__dict__ for module in traced.modules()):
         raise SurgeryError("the network has forward hooks, which torch.export would hide")
@@ -380,7 +436,7 @@ def _export(net: nn.Module, example: Example, keeps: bool) -> tuple[fx.Graph, An
         program = torch.export.export(_Flat(traced, example), inputs, strict=False)
     with random_state_kept(net), torch.no_grad():
         output = program.module()(*inputs)
-    return _Gathering(program, traced).graph, output
+    return Traced(_Gathering(program, traced).graph, output)
 
 
 class _Flat(_Call):

@@ -102,6 +102,39 @@ def random_state_kept(net: nn.Module) -> Iterator[None]:
             numpy.random.set_state(legacy)
 
 
+class Draws:
+    """Tells whether random numbers of torch, Python or NumPy were drawn since the last look."""
+
+    def __init__(self, net: nn.Module) -> None:
+        tensors = (*net.parameters(), *net.buffers())
+        self.devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+        self.seen = self._states()
+
+    def moved(self) -> bool:
+        """Whether they were; the next answer counts from now on."""
+        (plain, states), self.seen = self.seen, self._states()
+        return plain != self.seen[0] or not all(map(torch.equal, states, self.seen[1]))
+
+    def _states(self) -> tuple[Any, list[Tensor]]:
+        numpy = sys.modules.get("numpy")
+        legacy = () if numpy is None else tuple(map(_plain_state, numpy.random.get_state()))
+        states = [torch.random.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+        return (random.getstate(), legacy), states
+
+
+def _plain_state(value: Any) -> Any:
+    return value.tobytes() if hasattr(value, "tobytes") else value
+
+
+def seed_all(number: int) -> None:
+    """Seed torch, Python and NumPy."""
+    torch.manual_seed(number)
+    random.seed(number)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(number)
+
+
 def copy_of(net: nn.Module) -> nn.Module:
     """A deep copy, or a ``SurgeryError`` that names what cannot be copied."""
     groups = (getattr(module, "process_group", None) for module in net.modules())  # handles, which have no copies

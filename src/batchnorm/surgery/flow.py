@@ -23,12 +23,14 @@ class DataFlow:
         modules: each module by its first qualified name, shared modules once.
         method: ``"torch.fx"``; or ``"torch.fx on the example's shapes"`` or ``"torch.export"``: then the flow holds for
             these alone.
+        draws: whether random numbers that are not in the graph shaped it: it is one draw of several.
     """
 
-    def __init__(self, graph: fx.Graph, net: nn.Module, method: str) -> None:
+    def __init__(self, graph: fx.Graph, net: nn.Module, method: str, draws: bool = False) -> None:
         self.graph = graph
         self.net = net
         self.method = method
+        self.draws = draws
         self.modules: dict[str, nn.Module] = dict(net.named_modules())
         self._first: dict[int, str] = {id(module): name for name, module in self.modules.items()}
         self._calls: dict[str, list[fx.Node]] = {}

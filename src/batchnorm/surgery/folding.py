@@ -144,6 +144,9 @@ def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example) -> Folding:
 
     def planned(given: nn.Module, allowed: dict[str, str] | None = None) -> Folding:
         flow = capture(given, inputs)
+        if flow.draws:
+            way = "call net.eval() first" if given is not evaluated else "fold the parts that do not, one by one"
+            raise SurgeryError(f"fold: the forward of {type(net).__name__} draws random numbers outside torch; {way}")
         folding = Folding(flow, overwritten, allowed, owners=called_layers(flow, inputs), merging=True)
         folding.run()
         return folding

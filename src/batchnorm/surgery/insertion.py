@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from batchnorm.errors import BatchNormError, InputError, SurgeryError
 from batchnorm.nn.batch_norm import BY_RANK
 from batchnorm.nn.outside import NORM, followed_by_norm
-from batchnorm.surgery.capture import capture
+from batchnorm.surgery.capture import capture_settled
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank
 from batchnorm.surgery.folding import uses_batch_statistics
@@ -150,7 +150,7 @@ def plan_insertion(
     layers = [name for name, module in net.named_modules() if is_layer(module)]
     chosen = None if only is None else _matching(only, layers, "only")
     left_out = _matching(skip, layers, "skip")
-    flow = capture(net, given)
+    flow = capture_settled(net, given)
     insertions: list[Insertion] = []
     skipped: dict[str, str] = {}
     impossible: dict[str, str] = {}
@@ -505,7 +505,7 @@ def _joining(
 def _verify(original: nn.Module, net: nn.Module, insertions: list[Insertion], example: Example) -> None:
     """The new layers sit where they were planned, and made neutral give the original's output."""
     try:
-        _check_places(capture(net, example), insertions)
+        _check_places(capture_settled(net, example), insertions)
         names = {id(module): name for name, module in net.named_modules()}
         neutral = copy_of(net).eval()
         for item in insertions:

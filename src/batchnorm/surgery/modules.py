@@ -54,18 +54,26 @@ def obstacle(flow: DataFlow, name: str) -> str | None:
         return "it is not called on the example's path (or only inside another layer)"
     if len(calls) > 1:
         return f"it is used {len(calls)} times"
+    reason = obstacle_outside(flow.net, module)
+    if reason is not None:
+        return reason
+    readers = flow.readers(name)
+    if readers:
+        return f"its parameters or buffers are also read by {flow.describe(readers[0])}"
+    return None
+
+
+def obstacle_outside(net: nn.Module, module: nn.Module) -> str | None:
+    """What stands against an edit of the layer beside the data flow, in words, or None."""
     if parametrize.is_parametrized(module):
         return (
             "its parameters are computed by a parametrization; make it permanent with "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
-    if any(is_compiled(parent) for parent, _ in references(flow.net, module)):
+    if any(is_compiled(parent) for parent, _ in references(net, module)):
         return "it is compiled by itself; compile the network instead"
     if has_hooks(module):
         return "it has hooks, which see or change its input or output; remove them first"
-    readers = flow.readers(name)
-    if readers:
-        return f"its parameters or buffers are also read by {flow.describe(readers[0])}"
     return None
 
 

@@ -1,0 +1,94 @@
+"""What runs of a network on an example show without its graph: calls, and whose code draws random numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm.errors import InputError
+from batchnorm.surgery.comparison import Draws, Example, copy_of, random_state_kept, seed_all
+from batchnorm.surgery.modules import is_leaf
+
+DRAWS = 3
+"""So many seeds are tried of a network whose forward draws random numbers in Python."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What runs of a network show without its graph.
+
+    Attributes:
+        calls: how often each module is called: in evaluation, and in training for each of several seeds.
+        drawing: the modules whose own code draws random numbers in training, by name.
+    """
+
+    calls: list[Counter[str]]
+    drawing: set[str]
+
+    @classmethod
+    def of(cls, net: nn.Module, example: Example) -> Runs:
+        counts, drawing = [], set[str]()
+        for training in (False, True):
+            counted = _Counted(net, training)
+            for seed in range(DRAWS if training else 1):
+                counts.append(counted.run(example, seed))
+                if not counted.drawing:
+                    break
+            drawing |= counted.drawing
+        return cls(counts, drawing)
+
+    def once(self, name: str) -> bool:
+        """Whether a module is called once in evaluation, and never twice."""
+        return self.calls[0][name] == 1 and all(count[name] <= 1 for count in self.calls)
+
+    def together(self, *names: str) -> bool:
+        """Whether these are called equally often in every run, in evaluation once."""
+        return self.once(names[0]) and all(len({count[name] for name in names}) == 1 for count in self.calls)
+
+
+class _Counted:
+    """A copy of a network that counts the calls of its modules, and notes whose own code draws random numbers."""
+
+    def __init__(self, net: nn.Module, training: bool) -> None:
+        self.net = copy_of(net).train(training)
+        self.counts = Counter[str]()
+        self.drawing = set[str]()
+        self.running: list[str] = []
+        self.draws = Draws(net)
+        for name, module in self.net.named_modules():
+            module.register_forward_pre_hook(partial(self._enters, name))
+            module.register_forward_hook(self._leaves, always_call=True)
+
+    def run(self, example: Example, seed: int) -> Counter[str]:
+        self.counts, self.running = Counter(), []
+        fresh = example.map(lambda x: x.detach().clone())
+        with random_state_kept(self.net), torch.no_grad():
+            seed_all(seed)
+            self.draws.moved()
+            try:
+                self.net(*fresh.args, **fresh.kwargs)
+            except Exception as error:
+                mode = "training" if self.net.training else "evaluation"
+                raise InputError(
+                    f"accelerate: the network fails on the example in {mode} mode ({example.describe()}): {error}. "
+                    "Give a batch that it can be trained on."
+                ) from error
+        return self.counts
+
+    def _enters(self, name: str, module: nn.Module, args: Any) -> None:
+        self._look()
+        self.running.append(name)
+        self.counts[name] += 1
+
+    def _leaves(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._look()
+        self.running.pop()
+
+    def _look(self) -> None:
+        if self.draws.moved() and self.running and not is_leaf(self.net.get_submodule(self.running[-1])):
+            self.drawing.add(self.running[-1])
