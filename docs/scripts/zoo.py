@@ -386,6 +386,7 @@ def run(path: Path, packages: list[str], limit: int | None, verbs: list[str], on
                 continue
             torch.manual_seed(0)
             row: dict[str, Any] = {"package": package, "name": name, "version": importlib.metadata.version(package)}
+            row["dates"] = sorted({*before.get("dates", []), f"{datetime.date.today():%Y-%m-%d}"})
             try:
                 net, example = make()
             except Exception as error:
@@ -449,11 +450,12 @@ def page(path: Path) -> str:
     counts = {verb: Counter(_outcome(row[verb]) for row in rows if verb in row) for verb in VERBS}
     worst = max(_times(row["fold"]) for row in rows if "fold" in row)
     versions = sorted({f"{row['package']} {row['version']}" for row in rows})
+    dates = sorted({date for row in rows for date in row["dates"]})
     lines = [
         "# Other people's networks",
         "",
         f"{len(rows)} architectures of {len(versions)} packages were put through the verbs for networks, with random"
-        f" weights and statistics and small inputs, on {datetime.date.today():%Y-%m-%d}, with torch"
+        f" weights and statistics and small inputs, on {' and '.join(dates)}, with torch"
         f" {torch.__version__}: "
         f"{', '.join(versions)}. `python docs/scripts/zoo.py` makes this page.",
         "",
