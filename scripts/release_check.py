@@ -18,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = datetime.timedelta(days=14)  # of the matrix
-WHOLE = "tests"  # what a row of the matrix must have run
 FASTER = 1.3  # times torch.nn's BN + ReLU at (64, 32), forward and backward
 SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
@@ -59,7 +58,7 @@ def matrix_is_fresh() -> str | None:
     found = [f"no row for torch {torch}" for torch in matrix["TORCHES"] if torch not in [pair[0] for pair in pairs]]
     found += [f"no row for Python {one}" for one in matrix["PYTHONS"] if one not in [pair[1] for pair in pairs]]
     for name, row in rows.items():
-        if row["tests"] != WHOLE:
+        if not matrix["is_whole"](row):
             found.append(f"{name}: only {row['tests']}")
         elif not matrix["passed"](row):
             found.append(f"{name}: {row['outcome']}")

@@ -34,6 +34,17 @@ def test_a_row_has_passed_if_nothing_failed(matrix: dict[str, Any], outcome: str
     assert matrix["passed"]({"outcome": outcome}) is passed
 
 
+@pytest.mark.parametrize(
+    ("tests", "whole"), [("tests", True), ("tests --thorough", True), ("tests/nn", False), ("tests -k fold", False)]
+)
+def test_a_row_is_whole_if_no_part_of_the_suite_was_chosen(matrix: dict[str, Any], tests: str, whole: bool):
+    assert matrix["is_whole"]({"tests": tests}) is whole
+
+
+def test_what_the_matrix_runs_by_default_counts_as_the_whole_suite(matrix: dict[str, Any]):
+    assert matrix["is_whole"]({"tests": matrix["EVERYTHING"]})
+
+
 def test_the_page_has_the_table_of_the_results(matrix: dict[str, Any]):
     rows = json.loads((ROOT / "docs" / "installation-matrix.json").read_text())
     assert matrix["table"]([rows[name] for name in sorted(rows)]) in (ROOT / "docs" / "installation.md").read_text()
