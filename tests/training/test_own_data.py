@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import batchnorm as bn
 from batchnorm.cli import main
-from batchnorm.errors import DataError, InputError
+from batchnorm.errors import DataError, InputError, SurgeryError
 from batchnorm.lab.of_runs import explain_run
 from batchnorm.report.verdict import verdict
 from batchnorm.training import TrainConfig, load_data, make_data, procedure2, train
+from batchnorm.training.datasets import load_samples
 from batchnorm.training.loop import batch_indices
 from batchnorm.training.objectives import Regression
 from batchnorm.training.sources import pair
@@ -42,6 +44,16 @@ class Recurrent(nn.Module):
 def recurrent(input_shape, num_classes): return Recurrent(input_shape[-1], num_classes)
 def softmax(num_features, num_classes):
     return nn.Sequential(nn.Linear(num_features, 8), nn.ReLU(), nn.Linear(8, num_classes), nn.Softmax(1))
+def sigmoid(num_features, num_classes):
+    return nn.Sequential(nn.Linear(num_features, 8), nn.ReLU(), nn.Linear(8, num_classes), nn.Sigmoid())
+class Memory(nn.GRU): pass
+class OnlyRecurrent(nn.Module):
+    def __init__(self, features, classes):
+        super().__init__()
+        self.gru, self.out = Memory(features, 8, batch_first=True), nn.Linear(8, classes)
+    def forward(self, x): return self.out(self.gru(x)[0][:, -1])
+def only_recurrent(input_shape, num_classes): return OnlyRecurrent(input_shape[-1], num_classes)
+made = nn.Linear(3, 2)
 def images(in_channels, num_classes):
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(4, num_classes))
@@ -128,6 +140,92 @@ def test_items_that_are_no_pair_are_named():
     for item, message in (({"pixels": 1, "labels": 2}, "a dict with 'pixels', 'labels'"), ((1, 2, 3), "a tuple of 3")):
         with pytest.raises(DataError, match=f"gives {message}, expected"):
             pair(item, "mine")
+
+
+ROWS = X[:30].astype(np.float32)
+ANIMALS = ["ox", "cat", "elephant"]
+
+
+class ByNumber:
+    """Of no class of torch's, with texts of several lengths; as Hugging Face's data sets are."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, k):
+        if not 0 <= k < 30:
+            raise IndexError(k)
+        return {"x": ROWS[k].tolist(), "y": ANIMALS[k % 3]}
+
+
+class OneByOne(IterableDataset):
+    def __iter__(self):
+        return (ByNumber()[k] for k in range(30))
+
+
+def in_batches():
+    return ((ROWS[k : k + 10], [ANIMALS[row % 3] for row in range(k, k + 10)]) for k in (0, 10, 20))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        ByNumber,
+        OneByOne,
+        lambda: (ByNumber()[k] for k in range(30)),
+        in_batches,
+        lambda: DataLoader(OneByOne(), batch_size=None),
+        lambda: DataLoader(TensorDataset(torch.from_numpy(ROWS), torch.arange(30) % 3), batch_size=7),
+    ],
+)
+def test_streams_of_samples_and_of_batches(stream):
+    found, expected = make_data(stream()), make_data((ROWS, np.array([ANIMALS[k % 3] for k in range(30)])))
+    order = list(found.classes) if "ox" in found.classes else ["cat", "elephant", "ox"]
+    assert order == list(expected.classes)
+    assert len(found.x_train) == len(expected.x_train) == 24
+    rows = {tuple(row): ANIMALS[k % 3] for k, row in enumerate(ROWS.tolist())}
+    names = found.classes if "ox" in found.classes else ANIMALS
+    for x, y in zip(
+        torch.cat([found.x_train[:], found.x_test[:]]), torch.cat([found.y_train, found.y_test]), strict=True
+    ):
+        assert rows[tuple(x.tolist())] == names[y]
+
+
+def test_batches_that_may_be_samples_are_asked_about():
+    batches = ((ROWS[k : k + 10], X[k : k + 10, 0]) for k in (0, 10, 20))
+    with pytest.raises(DataError, match="may be samples or batches"):
+        make_data(batches)
+
+
+class Growing(ByNumber):
+    def __getitem__(self, k):
+        return np.full(3, 0.5 if k else 1, float if k else int), k % 2
+
+
+def test_values_that_the_first_dtype_does_not_hold_are_refused():
+    with pytest.raises(DataError, match="sample 1 has dtype float64, sample 0 int64"):
+        make_data(Growing())
+    with pytest.raises(DataError, match="dtype float64 follows int64"):
+        make_data(Growing()[k] for k in range(30))
+    with pytest.raises(DataError, match="dtype int64 follows int8"):
+        make_data((np.full(3, 300 * k, np.int64 if k else np.int8), k % 2) for k in range(30))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "DataLoader(TensorDataset(torch.zeros(9, 3)), batch_size=4)",
+        "TensorDataset(torch.zeros(9, 3))",
+        "(torch.zeros(3) for _ in range(9))",
+        "iter([torch.zeros(4, 3), torch.zeros(5, 3)])",
+        "torch.zeros(9, 3)",
+    ],
+)
+def test_samples_without_labels_may_be_streams(folder, monkeypatch, source):
+    if source.startswith("iter"):
+        source = f"DataLoader({source[5:-1]}, batch_size=None)"
+    monkeypatch.setattr("people.make", lambda: eval(source, globals()), raising=False)
+    assert load_samples("people:make")[0].shape == (9, 3)
 
 
 def test_images_whose_channels_may_come_last_are_named(folder):
@@ -315,6 +413,31 @@ def test_a_network_that_normalizes_behind_its_own_recurrent_layer(folder, no_exp
     assert any("bn.LSTM(..., batch_norm='sequence')" in text for text in found.warnings)
 
 
+def test_a_recurrent_network_with_nothing_else_to_normalize_is_told_what_there_is(folder):
+    data = saved(x=RNG.normal(size=(60, 12, 3)).astype(np.float32), y=np.arange(60) % 2)
+    with pytest.raises(SurgeryError, match=r"The recurrent layer gru has .*: bn\.GRU\(\.\.\., batch_norm='sequence'\)"):
+        built(network="people:only_recurrent", data=data)
+
+
+def test_a_network_in_place_of_its_factory_is_named(folder):
+    with pytest.raises(InputError, match="network people:made: got a Linear, expected a factory"):
+        built(network="people:made", data=saved(x=X, y=CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "remedy"),
+    [("t.csv", "label", "to_parquet"), ("t.pt", None, "numpy.savez"), ("t.h5", None, "loader"), ("t.txt", "y", "")],
+)
+def test_files_of_other_kinds_are_named_with_the_way_to_one_of_ours(name, labels, remedy):
+    with pytest.raises(DataError, match=rf"data '{name}': unknown, expected .*\.parquet.*{remedy}"):
+        load_data(name, labels=labels)
+
+
+def test_outputs_of_a_sigmoid_under_cross_entropy_are_named(folder):
+    warnings = built(network="people:sigmoid", data=saved(x=X, y=CLASSES)).warnings
+    assert any("as after a sigmoid" in text for text in warnings)
+
+
 def test_a_softmax_under_cross_entropy_and_imbalance_are_named(folder):
     y = (np.arange(120) % 12 == 0).astype(int)
     assert any("ends in a softmax" in text for text in built(network="people:softmax", data=saved(x=X, y=y)).warnings)
@@ -398,6 +521,44 @@ def test_every_command_takes_a_run(folder, no_exports, capsys):
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_other_data_of_a_run_is_prepared_and_numbered_as_its_own(folder, no_exports, capsys):
+    x = np.column_stack([X[:, :3], 1.7e9 + RNG.integers(0, 1000, 120)])
+    names = np.array(["ant", "bee", "cow"])[CLASSES]
+    train(TrainConfig(network="people:hidden", data=saved(x=x, y=names), steps=3, batch_size=20, out="run"))
+    run = bn.load_run("run")
+    moved = x[CLASSES > 0] + [0, 0, 0, 5000]
+    np.savez("later.npz", x=moved, y=names[CLASSES > 0], x_test=moved[:5], y_test=names[CLASSES > 0][:5])
+    later = run.load_data("later.npz")
+    assert later.classes == ("ant", "bee", "cow")
+    assert torch.equal(later.y_train, torch.from_numpy(CLASSES[CLASSES > 0]))
+    assert torch.equal(later.x_train, run.prepare(moved))
+    assert main(["diagnose", "--run", "run", "--data", "later.npz", "--batch-size", "20", "--json"]) == 0
+    capsys.readouterr()
+    np.savez("others.npz", x=moved, y=np.where(names == "cow", "dog", names)[CLASSES > 0])
+    assert main(["diagnose", "--run", "run", "--data", "others.npz"]) == 2
+    assert "y has the label dog, which the run does not know; its labels are ant, bee, cow" in capsys.readouterr().err
+    np.savez("narrow.npz", x=moved[:, :3], y=names[CLASSES > 0])
+    for command in ("diagnose", "calibrate", "adapt"):
+        out = [] if command == "diagnose" else ["--out", "a.safetensors"]
+        assert main([command, "--run", "run", "--data", "narrow.npz", *out]) == 2
+        assert "the data of the run was a table of 4 features" in capsys.readouterr().err
+
+
+def test_images_of_a_run_are_divided_by_its_own_scale(folder, no_exports):
+    x = RNG.integers(0, 200, (60, 8, 8, 3)).astype(np.float32)
+    config = TrainConfig(
+        network="people:images", data=saved(x=x, y=np.arange(60) % 2), steps=3, batch_size=20, out="run"
+    )
+    train(config)
+    run = bn.load_run("run")
+    np.savez("dark.npz", x=x / 4, y=np.arange(60) % 2, x_test=x[:4] / 4, y_test=np.arange(4) % 2)
+    assert torch.equal(run.load_data("dark.npz").x_train, run.prepare(x / 4))
+    assert run.load_data("dark.npz").x_train.max() < 0.26
+    np.savez("flat.npz", x=x[..., 0], y=np.arange(60) % 2)
+    with pytest.raises(DataError, match=r"the data of the run was images \(N, H, W, C\)"):
+        run.load_data("flat.npz")
 
 
 @pytest.mark.parametrize("damage", ["{", "[" * 200_000, '{"config": {}, "data": {}}', "{}"])

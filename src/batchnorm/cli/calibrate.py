@@ -32,12 +32,11 @@ def calibrate(
     import torch
 
     from batchnorm import calibrate as compute
-    from batchnorm.training import load_data
     from batchnorm.training.samples import Parts
 
     options.at_least_one("calibrate", "--batch-size", batch_size)
     given = Given("calibrate", network, run, weights, arguments)
-    net, samples = given.with_samples_of(data, lambda name: load_data(name, seed=seed, labels=labels))
+    net, samples = given.with_samples_of(data, labels, seed)
     parts = torch.arange(len(samples.x_train)).split(batch_size)
     batches = Parts(samples.x_train, [part for part in parts if len(part) == batch_size or method != "ioffe"])
     compute(net, batches, method=method)  # type: ignore[arg-type]  # which checks it

@@ -45,13 +45,12 @@ def diagnose(
     import torch
 
     from batchnorm import diagnose as examine
-    from batchnorm.training import load_data
     from batchnorm.training.samples import Parts
 
     options.at_least_one("diagnose", "--batch-size", batch_size)
     options.at_least_one("diagnose", "--batches", batches)
     given = Given("diagnose", network, run, weights, arguments)
-    net, samples = given.with_samples_of(data, lambda name: load_data(name, seed=seed, labels=labels))
+    net, samples = given.with_samples_of(data, labels, seed)
     size = len(samples.x_train)
     order = torch.arange(size) if in_order else torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     parts = [part for part in order.split(batch_size) if len(part) == min(batch_size, size)][:batches]

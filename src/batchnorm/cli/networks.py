@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,17 +38,19 @@ class Given:
         if self.run is not None and (self.weights is not None or self.arguments):
             raise InputError(f"{self.command}: --weights and --set go with --network; a run has its own.")
 
-    def with_samples_of(self, data: str | None, load: Callable[[str], Any]) -> tuple[nn.Module, Any]:
-        """The network, and the samples that `load` reads of the data, or those of the run."""
+    def with_samples_of(self, data: str | None, labels: str | None, seed: int) -> tuple[nn.Module, Any]:
+        """The network, and the samples of the data, or those of the run; other data is prepared as that of the run."""
         if self.run is None:
+            from batchnorm.training import load_data
+
             if data is None:
                 raise InputError(f"{self.command}: --network needs --data.")
-            samples = load(data)
+            samples = load_data(data, seed=seed, labels=labels)
             return self.build(tuple(samples.input_shape), samples.num_classes), samples
         from batchnorm.training import load_run
 
         held = load_run(self.run)
-        samples = held.load_data() if data is None else load(data)
+        samples = held.load_data() if data is None else held.load_data(data, labels=labels, seed=seed)
         if tuple(samples.input_shape) != tuple(held.example.shape[1:]):
             raise InputError(
                 f"{self.command}: the samples have shape {tuple(samples.input_shape)}, those of the run "

@@ -37,10 +37,19 @@ from batchnorm.training.sources import (
     pair,
     too_large,
 )
-from batchnorm.training.targets import Targets, check_rows, classes_of, plain, task_of, values_of
+from batchnorm.training.targets import check_rows, classes_of, plain, task_of, values_of
 
 TEST_FRACTION = 0.2
 CHOICES = "mnist5k, digits, japanese-vowels, a .npz, .npy, .parquet or .arrow file, or package.module:loader"
+FROM_OTHERS = {
+    suffix: f" {said}"
+    for suffixes, said in (
+        ((".csv", ".tsv", ".xlsx", ".json"), "A table becomes one by pandas.DataFrame.to_parquet."),
+        ((".pt", ".pth", ".pkl", ".pickle"), "Pickled objects are never loaded; save arrays with numpy.savez."),
+        ((".h5", ".hdf5", ".mat"), "Save its arrays with numpy.savez, or read it in a loader."),
+    )
+    for suffix in suffixes
+}
 AS_THEY_ARE = Preparation()
 LOST = 1e-3  # of a standard deviation: what float32 may round off a feature before it is shifted in float64
 
@@ -121,7 +130,14 @@ def _fingerprint(*parts: Tensor | Samples) -> str:
 
 
 def load_data(
-    spec: str, *, seed: int = 0, labels: str | None = None, task: str | None = None, samples: str | None = None
+    spec: str,
+    *,
+    seed: int = 0,
+    labels: str | None = None,
+    task: str | None = None,
+    samples: str | None = None,
+    preparation: Preparation | None = None,
+    classes: tuple[str, ...] = (),
 ) -> Dataset:
     """Load, check, split and scale the data that `spec` names.
 
@@ -154,6 +170,8 @@ def load_data(
         labels: the file, or the column, of the labels.
         task: "classification" or "regression"; None: by the dtype of the labels.
         samples: "table", "images" or "sequences"; None: by their shape.
+        preparation: what was done to the samples of a run, and is done to these; None: what they need themselves.
+        classes: the labels of a run, in the order of their numbers; () for those of this data.
 
     Raises:
         DataError: the message names the file and what is wrong with it, sizes included.
@@ -161,6 +179,9 @@ def load_data(
     """
     path = Path(spec)
     suffix = path.suffix.lower()
+    built_in = spec in ("mnist5k", "digits", "japanese-vowels")
+    if not (built_in or ":" in spec or suffix in (".npz", ".npy", *ARROW_FILES)):
+        raise DataError(f"data {spec!r}: unknown, expected {CHOICES}.{FROM_OTHERS.get(suffix, '')}")
     if labels is not None and suffix not in (".npy", *ARROW_FILES):
         raise DataError(
             f"data {spec}: labels={labels!r} goes with a .npy file only, or with the column of a table; {spec} has its "
@@ -180,11 +201,10 @@ def load_data(
     elif suffix in ARROW_FILES:
         _check_file(path, b"", "a file")
         parts, from_file = open_table(path, labels), True
-    elif ":" in spec:
-        parts, from_file = _call_loader(spec, seed), False
     else:
-        raise DataError(f"data {spec!r}: unknown, expected {CHOICES}.")
-    return _prepare(spec, parts, seed, from_file=from_file, task=task, samples=samples)
+        parts, from_file = _call_loader(spec, seed), False
+    chosen = (preparation, classes)
+    return _prepare(spec, parts, seed, from_file=from_file, task=task, samples=samples, of_run=chosen)
 
 
 def make_data(found: Any, *, name: str = "given", seed: int = 0, task: str | None = None) -> Dataset:
@@ -214,9 +234,9 @@ def load_samples(spec: str, preparation: Preparation | None = None) -> tuple[Any
     elif ":" in spec:
         found = call_with_offered(load_callable(spec, "data", CHOICES), {"seed": 0}, f"data {spec}")
         alone = isinstance(found, Tensor | np.ndarray)
-        parts = {"x": InMemory(_as_array(spec, "x", found))} if alone else _parts(found, spec)
+        parts = {"x": InMemory(_as_array(spec, "x", found))} if alone else _parts(found, spec, labelled=False)
     else:
-        held = load_data(spec)
+        held = load_data(spec, preparation=preparation)
         return _joined([held.x_train, held.x_test]), held.num_classes if held.classes else None
     names = [name for name in ("x", "x_test") if name in parts]
     if "x" not in names:
@@ -232,6 +252,7 @@ def load_samples(spec: str, preparation: Preparation | None = None) -> tuple[Any
             add_channel=kind == "images" and len(source.shape) == 3,
             scale=255.0 if source.dtype == np.uint8 else 1.0,
         )
+        chosen.check(spec, source.shape)
         found_samples.append(_prepared(source, np.arange(source.shape[0]), chosen))
     return _joined(found_samples), None
 
@@ -359,13 +380,13 @@ def _call_loader(spec: str, seed: int) -> dict[str, Source]:
     return _parts(call_with_offered(loader, {"seed": seed}, f"data {spec}"), spec)
 
 
-def _parts(found: Any, spec: str) -> dict[str, Source]:
+def _parts(found: Any, spec: str, *, labelled: bool = True) -> dict[str, Source]:
     names = ("x", "y", "x_test", "y_test")
     if _is_stream(found):
-        return _of_torch(found, spec)
+        return _of_stream(found, spec, labelled)
     if isinstance(found, tuple | list) and len(found) == 2 and all(map(_is_stream, found)):
-        train, test = (_of_torch(part, spec) for part in found)
-        return {**train, "x_test": test["x"], "y_test": test["y"]}
+        train, test = (_of_stream(part, spec, labelled) for part in found)
+        return {**train, **{f"{part}_test": source for part, source in test.items()}}
     if isinstance(found, Mapping):
         parts = {name: found[name] for name in names if name in found}
     elif isinstance(found, tuple | list) and len(found) in (2, 4):
@@ -375,35 +396,43 @@ def _parts(found: Any, spec: str) -> dict[str, Source]:
     if len(parts) not in (2, 4) or not {"x", "y"} <= set(parts):
         raise DataError(
             f"data {spec}: the loader returned {_outline(found)}, expected a mapping with x, y "
-            "(and x_test, y_test), or a tuple (x, y) or (x, y, x_test, y_test), or a Dataset or DataLoader of torch."
+            "(and x_test, y_test), or a tuple (x, y) or (x, y, x_test, y_test), or a Dataset or DataLoader of torch, "
+            "or a generator."
         )
     return {name: InMemory(_as_array(spec, name, part)) for name, part in parts.items()}
 
 
 def _is_stream(found: Any) -> bool:
-    return isinstance(found, TorchDataset | DataLoader)
+    """Whether it gives samples or batches one after another, or by their number: torch's classes, and what is alike."""
+    if isinstance(found, TorchDataset | DataLoader):
+        return True
+    is_array = isinstance(found, Tensor | Mapping | tuple | list | set | frozenset | str | bytes)
+    is_array = is_array or hasattr(found, "__array__")
+    return not is_array and (
+        hasattr(found, "__iter__") or (hasattr(found, "__getitem__") and hasattr(found, "__len__"))
+    )
 
 
-def _of_torch(found: Any, spec: str) -> dict[str, Source]:
-    """x and y of a DataLoader, an IterableDataset, or a Dataset whose samples are read when they are needed."""
+def _of_stream(found: Any, spec: str, labelled: bool) -> dict[str, Source]:
+    """x and y of a DataLoader, an IterableDataset, a generator, or of a Dataset, read when its samples are needed."""
 
     def as_array(part: str, value: Any) -> Array:
         return _as_array(spec, part, value)
 
     try:
-        if isinstance(found, DataLoader):
-            return of_items(found, spec, as_array)
-        if isinstance(found, IterableDataset) or not hasattr(found, "__len__"):
-            one_by_one = (tuple(as_array("x", part)[None] for part in pair(item, spec)) for item in found)
-            return of_items(one_by_one, spec, as_array)
+        is_loader = isinstance(found, DataLoader)
+        if is_loader or isinstance(found, IterableDataset) or not hasattr(found, "__len__"):
+            return of_items(found, spec, as_array, batched=is_loader, labelled=labelled)
         if not len(found):
             raise DataError(f"data {spec}: the data set is empty.")
-        like = as_array("x", pair(found[0], spec)[0])
-        items = ItemsOfDataset(found, like, spec, as_array)
-        y = InMemory(np.stack([as_array("y", pair(found[k], spec)[1]) for k in range(len(found))]))
+        first = pair(found[0], spec, labelled=labelled)
+        items = ItemsOfDataset(found, as_array("x", first[0]), spec, as_array, labelled=labelled)
+        parts: dict[str, Source] = {"x": items}
+        if first[1] is not None:
+            parts["y"] = InMemory(np.stack([as_array("y", pair(found[k], spec)[1]) for k in range(len(found))]))
         if fits_in_memory(items.shape) and len(found) <= 1_000:
-            return {"x": InMemory(items.read(np.arange(len(found)))), "y": y}
-        return {"x": items, "y": y}
+            parts["x"] = InMemory(items.read(np.arange(len(found))))
+        return parts
     except BatchNormError:
         raise
     except Exception as error:  # the user's own code raises anything
@@ -447,7 +476,14 @@ def _as_array(spec: str, name: str, part: Any) -> Array:
 
 
 def _prepare(
-    name: str, parts: dict[str, Source], seed: int, *, from_file: bool, task: str | None, samples: str | None
+    name: str,
+    parts: dict[str, Source],
+    seed: int,
+    *,
+    from_file: bool,
+    task: str | None,
+    samples: str | None,
+    of_run: tuple[Preparation | None, tuple[str, ...]] = (None, ()),
 ) -> Dataset:
     """Check everything, then split, scale and convert."""
     for part in [part for part in parts if part.startswith("x")]:
@@ -470,7 +506,7 @@ def _prepare(
         by_class = ", drawn class by class" if task == "classification" else ", drawn"
         notes = (f"{len(test)} of {len(whole)} samples held out for the test{by_class} with seed {seed}.",)
         x_test, y, y_test = x, whole[train], whole[test]
-    targets: Targets = (classes_of if task == "classification" else values_of)(name, y, y_test)
+    targets = classes_of(name, y, y_test, of_run[1]) if task == "classification" else values_of(name, y, y_test)
     counts = np.zeros(x.shape[0], bool)
     counts[train] = True
     found = survey(x, counts)
@@ -479,6 +515,9 @@ def _prepare(
         _check_values(name, "x_test", survey(x_test, np.zeros(x_test.shape[0], bool)))
     kind = _kind_of(x, from_file=from_file, asked=samples)
     preparation, standardize, told = _preparation(x, found, kind, from_file=from_file)
+    if of_run[0] is not None:
+        preparation, told = of_run[0], ("Samples are prepared as those of the run.",)
+        preparation.check(name, x.shape)
     x_train_t, x_test_t = _prepared(x, train, preparation), _prepared(x_test, test, preparation)
     if isinstance(x_train_t, Samples):
         told = (*told, "Samples are read when they are needed: memory has no room for all of them.")

@@ -178,9 +178,7 @@ def build_network(
     if num_classes is not None:
         offered |= {"num_classes": num_classes, "num_outputs": num_classes}
     if isinstance(spec, nn.Module):
-        raise InputError(
-            f"network: got a {type(spec).__name__}, expected a factory, a function that returns a new one."
-        )
+        raise _not_a_factory("network", spec)
     if not isinstance(spec, str):
         factory = spec
         spec = getattr(factory, "__qualname__", repr(factory))
@@ -203,10 +201,16 @@ def build_network(
         factory = BUILT_IN[spec]
     else:
         factory = load_callable(spec, "network", f"{', '.join(BUILT_IN)} or package.module:factory")
+        if isinstance(factory, nn.Module):
+            raise _not_a_factory(f"network {spec}", factory)
     network = call_with_offered(factory, offered, f"network {spec}", arguments or {})
     if not isinstance(network, nn.Module):
         raise InputError(f"network {spec}: the factory returned {type(network).__name__}, expected a torch.nn.Module.")
     return network
+
+
+def _not_a_factory(what: str, network: nn.Module) -> InputError:
+    return InputError(f"{what}: got a {type(network).__name__}, expected a factory, a function that returns a new one.")
 
 
 def build_for_weights(

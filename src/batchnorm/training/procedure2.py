@@ -350,21 +350,35 @@ def _warnings(made: Normalized, data: Dataset, example: Tensor) -> list[str]:
     found = []
     with evaluating(made.plain), torch.no_grad():
         output = made.plain(example)
-    if data.task == "classification" and (output >= 0).all() and ((output.sum(1) - 1).abs() < 1e-4).all():
+    within = data.task == "classification" and bool(((output >= 0) & (output <= 1)).all())
+    if within and ((output.sum(1) - 1).abs() < 1e-4).all():
         found.append(
             "The network ends in a softmax, and cross-entropy takes logits and applies one itself: gradients become "
             "small. Leave the softmax out of the network."
         )
-    recurrent = [name for name, m in made.normalized.named_modules() if type(m) in (nn.LSTM, nn.GRU, nn.RNN)]
-    if recurrent:
-        kind = type(made.normalized.get_submodule(recurrent[0])).__name__
+    elif within:
         found.append(
-            f"The recurrent layer {recurrent[0]} has no batch norm inside: bn.{kind}(..., batch_norm='sequence') in "
-            "its place has, and is trained, calibrated and folded with the rest."
+            "The outputs of the network lie between 0 and 1, as after a sigmoid, and cross-entropy takes logits: with "
+            "these it cannot become sure of a class. Leave the sigmoid out of the network."
         )
+    recurrent = _recurrent_without_norm(made.normalized)
+    if recurrent:
+        found.append(recurrent)
     if data.task == "classification":
         found += _imbalance(data)
     return found
+
+
+def _recurrent_without_norm(network: nn.Module) -> str | None:
+    """A sentence about the first recurrent layer of a network that normalizes nothing inside."""
+    for name, module in network.named_modules():
+        kind = next((kind for kind in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, kind)), None)
+        if kind is not None and not any(_is_norm(inside) for inside in module.modules()):
+            return (
+                f"The recurrent layer {name or 'network'} has no batch norm inside: bn.{kind.__name__}(..., "
+                "batch_norm='sequence') in its place has, and is trained, calibrated and folded with the rest."
+            )
+    return None
 
 
 def _imbalance(data: Dataset) -> list[str]:
@@ -505,7 +519,10 @@ def _insert(network: nn.Module, example: Tensor, config: ResolvedConfig) -> dict
         plan = plan_insertion(network, example, placement=config.placement)
     except NothingToInsertError as nothing:
         if not any(_is_norm(module) for module in network.modules()):
-            raise
+            hint = _recurrent_without_norm(network)
+            if hint is None:
+                raise
+            raise NothingToInsertError(f"{nothing}. {hint}", nothing.skipped) from nothing
         if config.baseline or config.placement != "before_activation":
             raise InputError(
                 f"network {config.network}: it comes with its own batch norm, which is trained as it is, so it has no "

@@ -55,10 +55,25 @@ class Run:
         """
         return self.preparation(np.asarray(x))
 
-    def load_data(self) -> Dataset:
-        """The data of the run, read again and split as it was."""
+    def load_data(self, spec: str | None = None, *, labels: str | None = None, seed: int | None = None) -> Dataset:
+        """The data of the run, read again and split as it was; or other data, prepared and numbered as that of the run.
+
+        Args:
+            spec: other data, in any form that `--data` takes; None: that of the run.
+            labels: the file or the column of its labels.
+            seed: of its split; None: that of the run.
+        """
         c = self.config
-        return load_data(c.data, seed=c.seed, labels=c.labels, task=c.task, samples=c.samples)
+        task = "classification" if self.classes else "regression"
+        return load_data(
+            c.data if spec is None else spec,
+            seed=c.seed if seed is None else seed,
+            labels=c.labels if spec is None else labels,
+            task=task,
+            samples=c.samples if spec is None else None,
+            preparation=self.preparation,
+            classes=self.classes,
+        )
 
 
 def load_run(folder: str | Path) -> Run:

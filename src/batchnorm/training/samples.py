@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchnorm.errors import DataError
 from batchnorm.training.sources import BLOCK, Array, Source, in_blocks
 
 
@@ -31,6 +32,15 @@ class Preparation:
     scale: float = 1.0
     shift: tuple[float, ...] = ()
     keep: bool = False
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise DataError for raw samples of a shape (N, ...) to which this cannot be done."""
+        axes = 4 if self.channels_last else 3 if self.add_channel else None
+        expected = "images (N, H, W, C)" if self.channels_last else "images (N, H, W)"
+        if self.shift and shape[1:] != (len(self.shift),):
+            axes, expected = -1, f"a table of {len(self.shift)} features"
+        if axes is not None and len(shape) != axes:
+            raise DataError(f"data {name}: x has shape {shape}, and the data of the run was {expected}.")
 
     def __call__(self, x: Array) -> Tensor:
         """The samples (N, ...) as a tensor."""

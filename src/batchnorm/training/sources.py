@@ -7,7 +7,7 @@ import os
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -169,8 +169,19 @@ def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return tuple(int(size) for size in shape), fortran, dtype
 
 
+def _holds(dtype: np.dtype[Any], rows: Array) -> bool:
+    """Whether rows can take that dtype: floats are rounded, but no integer and no text becomes another."""
+    if np.can_cast(rows.dtype, dtype, "safe"):
+        return True
+    if not np.can_cast(rows.dtype, dtype, "same_kind"):
+        return False
+    return rows.dtype.kind == "f" or bool((rows.astype(dtype) == rows).all())
+
+
 class Spool:
     """Rows that arrive one after another: in memory while they are few, then in a temporary file without a name.
+
+    They keep the dtype of the first, where it holds the values of the others; texts may become longer.
 
     Args:
         name: for messages.
@@ -183,6 +194,11 @@ class Spool:
         self._rows = 0
         self._like: Array | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has arrived."""
+        return self._like is None
+
     def add(self, rows: Array) -> None:
         """Take more rows; all are of one shape and get the dtype of the first."""
         if self._like is None:
@@ -192,7 +208,10 @@ class Spool:
                 f"data {self._name}: a sample of shape {rows.shape[1:]} follows those of shape {self._like.shape[1:]}; "
                 "expected one shape. Pad or crop them."
             )
-        if not np.can_cast(rows.dtype, self._like.dtype, "same_kind"):
+        texts = rows.dtype.kind == self._like.dtype.kind and rows.dtype.kind in "US"
+        if texts and self._file is None:
+            self._like = self._like.astype(np.promote_types(rows.dtype, self._like.dtype))
+        elif not _holds(self._like.dtype, rows):
             raise DataError(f"data {self._name}: dtype {rows.dtype} follows {self._like.dtype}; expected one dtype.")
         self._rows += len(rows)
         rows = np.ascontiguousarray(rows, self._like.dtype)
@@ -215,8 +234,9 @@ class Spool:
 
     def _spill(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="batchnorm-")  # noqa: SIM115, it lives as long as its rows
+        assert self._like is not None
         for part in self._parts:
-            self._write(part)
+            self._write(np.ascontiguousarray(part, self._like.dtype))
         self._parts.clear()
 
     def _write(self, rows: Array) -> None:
@@ -316,24 +336,63 @@ def _labels(path: Path, block: Any, name: str) -> Array:
     return np.array([value if isinstance(value, str) else value.decode(errors="backslashreplace") for value in values])
 
 
-def of_items(items: Iterable[Any], name: str, as_array: Callable[[str, Any], Array]) -> dict[str, Source]:
-    """x and y of the batches of a DataLoader or of an IterableDataset: (x, y), or a mapping with x and y."""
+def of_items(
+    items: Iterable[Any], name: str, as_array: Callable[[str, Any], Array], *, batched: bool, labelled: bool = True
+) -> dict[str, Source]:
+    """x and y of the items of a DataLoader, an IterableDataset or a generator.
+
+    Args:
+        items: (x, y), or mappings with x and y; samples, or batches.
+        name: of the data, for messages.
+        as_array: makes arrays of x and y.
+        batched: whether labels in one axis are those of a batch; a single label is always that of a sample.
+        labelled: whether there have to be labels; without them items may also be samples alone.
+    """
     x, y = Spool(name), Spool(name)
+    are_batches: bool | None = None
     for item in items:
-        parts = pair(item, name)
-        x.add(as_array("x", parts[0]))
-        y.add(as_array("y", parts[1]))
-    return {"x": x.finish(), "y": y.finish()}
+        parts = pair(item, name, labelled=labelled)
+        rows = as_array("x", parts[0])
+        labels = as_array("y", parts[1]) if parts[1] is not None else None
+        if are_batches is None:
+            are_batches = _is_batch(rows, labels, name, batched)
+        x.add(rows if are_batches else rows[None])
+        if labels is not None:
+            y.add(labels if are_batches else labels[None])
+    return {"x": x.finish()} if not labelled and y.is_empty else {"x": x.finish(), "y": y.finish()}
 
 
-def pair(item: Any, name: str) -> tuple[Any, Any]:
-    """x and y of an item of a data set."""
-    if isinstance(item, dict) and {"x", "y"} <= set(item):
+def _is_batch(x: Array, y: Array | None, name: str, batched: bool) -> bool:
+    """Whether the first item of a stream is a batch of samples."""
+    if y is None:
+        return batched and x.ndim > 1
+    if y.ndim == 0 or batched:
+        return y.ndim > 0
+    if x.ndim < 2 or len(x) != len(y):
+        return False
+    if y.dtype.kind == "f":
+        raise DataError(
+            f"data {name}: its items, x of shape {x.shape} and y of shape {y.shape}, may be samples or batches. Return "
+            "a DataLoader of them: with batch_size=None if they are batches, with a size if they are samples."
+        )
+    return True
+
+
+def pair(item: Any, name: str, *, labelled: bool = True) -> tuple[Any, Any]:
+    """x and y of an item of a data set; without `labelled` also those of a sample alone, whose y is None."""
+    if isinstance(item, Mapping) and {"x", "y"} <= set(item):
         return item["x"], item["y"]
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
+    if not labelled:
+        if isinstance(item, Mapping) and "x" in item:
+            return item["x"], None
+        if isinstance(item, tuple | list) and len(item) == 1:
+            return item[0], None
+        if hasattr(item, "__array__"):
+            return item, None
     kind = type(item).__name__
-    if isinstance(item, dict):
+    if isinstance(item, Mapping):
         kind += f" with {', '.join(map(repr, item)) or 'nothing'}"
     elif isinstance(item, tuple | list):
         kind += f" of {len(item)}"
@@ -346,18 +405,25 @@ class ItemsOfDataset:
     Its labels are read in one pass before; its samples may differ from one time to the next, as augmented ones do.
     """
 
-    def __init__(self, dataset: Any, like: Array, name: str, as_array: Callable[[str, Any], Array]) -> None:
-        self._dataset, self._name, self._as_array = dataset, name, as_array
+    def __init__(
+        self, dataset: Any, like: Array, name: str, as_array: Callable[[str, Any], Array], *, labelled: bool = True
+    ) -> None:
+        self._dataset, self._name, self._as_array, self._labelled = dataset, name, as_array, labelled
         self.shape, self.dtype = (len(dataset), *like.shape), like.dtype
 
     def read(self, places: Array) -> Array:
         found = np.empty((len(places), *self.shape[1:]), self.dtype)
         for row, place in zip(found, places.tolist(), strict=True):
-            sample = self._as_array("x", pair(self._dataset[place], self._name)[0])
+            sample = self._as_array("x", pair(self._dataset[place], self._name, labelled=self._labelled)[0])
             if sample.shape != row.shape:
                 raise DataError(
                     f"data {self._name}: sample {place} has shape {sample.shape}, sample 0 {row.shape}; expected one "
                     "shape. Pad or crop them."
+                )
+            if not _holds(self.dtype, sample):
+                raise DataError(
+                    f"data {self._name}: sample {place} has dtype {sample.dtype}, sample 0 {self.dtype}; expected one "
+                    "dtype."
                 )
             row[...] = sample
         return found

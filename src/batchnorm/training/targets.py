@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,14 +84,22 @@ def plain(y: Array, name: str, part: str) -> Array:
     return y
 
 
-def classes_of(name: str, y: Array, y_test: Array) -> Targets:
-    """Class numbers from 0 up, in the order of the labels.
+def classes_of(name: str, y: Array, y_test: Array, known: Sequence[str] = ()) -> Targets:
+    """Class numbers from 0 up, in the order of the labels; or those that the labels have in a run.
+
+    Args:
+        name: of the data.
+        y, y_test: the labels.
+        known: the labels of the run, in the order of their numbers; () if there is none.
 
     Raises:
         DataError: fewer than two classes, a class for almost each sample, or a test label that training lacks.
     """
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         raise DataError(f"data {name}: {int((~np.isfinite(y)).sum())} labels of y are NaN or infinite.")
+    if known:
+        of_run, of_run_test = _numbers(name, y, known), _numbers(name, y_test, known)
+        return Targets("classification", of_run, of_run_test, len(known), tuple(known), ())
     labels, numbers = np.unique(y, return_inverse=True)
     if len(labels) < 2:
         raise DataError(f"data {name}: every training label is {labels[0]}, expected two classes or more.")
@@ -111,6 +120,20 @@ def classes_of(name: str, y: Array, y_test: Array) -> Targets:
     test_numbers = np.searchsorted(labels, y_test)
     y_train_t, y_test_t = (torch.from_numpy(part.reshape(-1).astype(np.int64)) for part in (numbers, test_numbers))
     return Targets("classification", y_train_t, y_test_t, len(labels), tuple(map(str, labels.tolist())), tuple(notes))
+
+
+def _numbers(name: str, y: Array, known: Sequence[str]) -> Tensor:
+    """The numbers that labels have in a run."""
+    labels, places = np.unique(y, return_inverse=True)
+    numbers = {label: number for number, label in enumerate(known)}
+    unknown = [label for label in map(str, labels.tolist()) if label not in numbers]
+    if unknown:
+        raise DataError(
+            f"data {name}: y has the label {unknown[0]}, which the run does not know; its labels are "
+            f"{_listed(np.array(known))}."
+        )
+    found = np.array([numbers[str(label)] for label in labels.tolist()], dtype=np.int64)
+    return torch.from_numpy(found[places.reshape(-1)])
 
 
 def values_of(name: str, y: Array, y_test: Array) -> Targets:
