@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as failure:
+    except (ImportError, SyntaxError) as failure:
         from batchnorm.installation import explained
 
         error = explained(failure)

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import importlib.metadata
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -79,6 +80,31 @@ def condition() -> str:
     return "complete" if listed else "not on any list of pip's: a source tree or an editable installation"
 
 
+def is_cut_short(library: Path) -> bool:
+    """Whether the end of a shared library of Linux (ELF, 64 bits) is missing; to load it would end the process.
+
+    The system's loader maps what the headers promise, and the first read behind the file's end is a bus error. Files of
+    other kinds are left to their loaders.
+    """
+    size = library.stat().st_size
+    with library.open("rb") as file:
+        head = file.read(64)
+        if head[:6] != b"\x7fELF\x02\x01":
+            return False
+        if len(head) < 64:
+            return True
+        segments, sections = struct.unpack_from("<QQ", head, 32)
+        segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", head, 54)
+        if max(segments + segment_size * segment_count, sections + section_size * section_count) > size:
+            return True
+        file.seek(segments)
+        table = file.read(segment_size * segment_count)
+    ends = (
+        sum(struct.unpack_from("<Q16xQ", table, start + 8)[:2]) for start in range(0, len(table), segment_size or 56)
+    )
+    return any(end > size for end in ends)
+
+
 def _some(files: list[str]) -> str:
     rest = len(files) - _SHOWN
     return ", ".join(sorted(files)[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
@@ -91,8 +117,13 @@ def mended(module: str | None) -> str:
     return f"pip install --force-reinstall --no-deps {owners[0]}" if owners else f"pip install {NAME}"
 
 
-def explained(failure: ImportError) -> ImportError:
-    """The error to raise in place of one from an import: what is missing, and the command that mends it."""
+def explained(failure: ImportError | SyntaxError) -> ImportError | SyntaxError:
+    """The error to raise in place of one from an import: what is missing or damaged, and the command that mends it."""
+    if isinstance(failure, SyntaxError):
+        file = Path(failure.filename or "")
+        if FOLDER not in file.parents:
+            return failure
+        return InstallationError(f"{file} is damaged (line {failure.lineno}: {failure.msg}); {MEND}")
     name = failure.name or ""
     found = getattr(sys.modules.get("torch"), "__version__", None)
     if name.partition(".")[0] == "torch" and found is not None:

@@ -6,6 +6,7 @@ The wheel is one without the native library, which takes seconds to make; `BATCH
 
 from __future__ import annotations
 
+import _ctypes
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
-from batchnorm.installation import mended
+from batchnorm.installation import is_cut_short, mended
 
 ROOT = Path(__file__).parent.parent.parent
 LIBRARIES = [path for path in sys.path if Path(path).name == "site-packages"]
@@ -175,6 +176,46 @@ def test_a_library_that_does_not_load_is_left_out(site: Path):
     done = run(site, "-c", LAYERS.format(site=str(site)))
     assert done.stdout == "ran\n", done.stderr
     assert "the native library does not load" in run(site, "-m", "batchnorm", "info").stdout
+
+
+def test_a_file_that_is_damaged_or_missed_while_a_command_runs_is_one_line(site: Path):
+    package = site / "batchnorm"
+    (package / "pools.py").write_text('"""cut in its')
+    for arguments in (["-m", "batchnorm", "info"], ["-c", "import batchnorm as bn; bn.BatchNorm1d(3)"]):
+        done = run(site, *arguments)
+        assert done.returncode
+        assert re.search(r"pools\.py is damaged \(line 1: .*\); pip install --force", done.stderr.splitlines()[-1])
+    (package / "__init__.py").unlink()
+    done = run(site, "-c", "from batchnorm.cli import main; raise SystemExit(main(['info']))")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "error: __init__.py is missing from" in done.stderr
+
+
+def test_a_command_that_lacks_its_report_says_so(site: Path, tmp_path: Path):
+    shutil.rmtree(site / "batchnorm" / "report")
+    done = run(site, "-c", "from batchnorm.cli import main; raise SystemExit(main(['train', '--data', 'none.npz']))")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "batchnorm.report is missing from" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries of Linux")
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_library_that_is_cut_short_is_left_out(site: Path, share: float):
+    for path in site.rglob("*.so"):
+        path.unlink()
+    whole = Path(str(_ctypes.__file__)).read_bytes()
+    cut = site / "batchnorm" / "_C.abi3.so"
+    cut.write_bytes(whole)
+    assert not is_cut_short(cut)
+    cut.write_bytes(whole[: int(len(whole) * share)])
+    assert is_cut_short(cut)
+    done = run(site, "-c", LAYERS.format(site=str(site)))
+    assert done.stdout == "ran\n", done.stderr
+
+
+def test_info_names_a_library_that_is_cut_short(site: Path):
+    (site / "batchnorm" / "_C.abi3.so").write_bytes(Path(str(_ctypes.__file__)).read_bytes()[:4000])
+    assert "_C.abi3.so is cut short; pip install --force-reinstall" in run(site, "-m", "batchnorm", "info").stdout
 
 
 def test_a_torch_without_what_is_needed_is_named(site: Path, tmp_path: Path):

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # for package.module:name beside the user
     try:
-        with _stoppable():
+        with _stoppable(), _damage_named():
             code = _run(arguments)
         sys.stdout.flush()
     except BatchNormError as error:
@@ -94,16 +94,32 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """A part of the package that is missing or damaged, and that a command meets while it runs, is one error."""
+    try:
+        yield
+    except (ImportError, SyntaxError) as failure:
+        from batchnorm.installation import explained
+
+        error = explained(failure)
+        if error is failure:
+            raise
+        raise error from None
+
+
 def _application() -> Any:
     """The application with its commands; else an error that tells which part of the installation is missing."""
+    from batchnorm.installation import FOLDER, MEND, described, explained, mended
+
+    if not (FOLDER / "__init__.py").exists():
+        raise InstallationError(f"__init__.py is missing from {FOLDER}: this installation is damaged; {MEND}")
     try:
         from batchnorm.cli.commands import app
-    except ImportError as failure:
-        from batchnorm.installation import described, explained, mended
-
+    except (ImportError, SyntaxError) as failure:
         sys.stderr.write(f"batchnorm {described()}, Python {sys.version.split()[0]} in {sys.executable}\n")
         error = explained(failure)
-        if isinstance(error, BatchNormError):
+        if isinstance(error, BatchNormError) or isinstance(failure, SyntaxError):
             raise error from None
         raise InstallationError(f"{failure}: {mended(failure.name)}") from failure
     return app

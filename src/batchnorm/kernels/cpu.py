@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from batchnorm.installation import MEND, is_cut_short
+
 path: Path | None = None
 error: str | None = None
 call: Callable[..., Any] | None = None  # of `_autograd`; see ops/autograd.py
@@ -52,8 +54,11 @@ def _load() -> None:
     if spec is None or spec.origin is None:
         error = (
             f"the native library is not in {Path(__file__).parent.parent}: there was no C++ compiler at installation, "
-            "or it was deleted; pip install --force-reinstall --no-deps batchnorm"
+            f"or it was deleted; {MEND}"
         )
+        return
+    if is_cut_short(Path(spec.origin)):
+        error = f"the native library {spec.origin} is cut short; {MEND}"
         return
     try:
         torch.ops.load_library(spec.origin)
@@ -78,6 +83,9 @@ def _load_calls(library: ctypes.CDLL, beside: Path) -> None:
     if not version or not file.is_file():
         known = sorted(each.name.split(".")[0][10:].replace("_", ".") for each in beside.parent.glob("_autograd_*"))
         call_error = f"this installation has none for torch {running} (it has: {', '.join(known) or 'none at all'})"
+        return
+    if is_cut_short(file):
+        call_error = f"{file} is cut short; {MEND}"
         return
     try:
         module = _module(file)
