@@ -82,6 +82,7 @@ FILES = {
     "mlx.safetensors": File("mlx"),
     "mlx.npz": File("mlx"),
     "tinygrad.safetensors": File("tinygrad", {"framework": "tinygrad"}),
+    "tinygrad.float16.safetensors": File("tinygrad", {"framework": "tinygrad"}),
     "chainer.npz": File("chainer"),
     "jittor.pkl": File("jittor"),
 }

@@ -125,7 +125,7 @@ CONVENTIONS: dict[str, Convention] = {
         1e-5,
         "biased",
         "beta",
-        "(params, state), .npz of both",
+        "(params, state), .npz, .pkl or msgpack of both",
         running="debiased",
         counter="counter",
     ),
