@@ -155,6 +155,7 @@ def _residuals(result: TrainResult, narrow: bool) -> Figure:
 def _accuracy(result: TrainResult, narrow: bool) -> Figure:
     figure, (axes,) = _figure(narrow)
     share = 1 if _is_regression(result) else 100
+    top = 1.01 if _is_regression(result) else 101
     baseline = result.curves.get("baseline")
     for name, curve in result.curves.items():
         values = [share * value for value in curve.scores]
@@ -168,15 +169,15 @@ def _accuracy(result: TrainResult, narrow: bool) -> Figure:
             if step:
                 axes.plot(step, share * best, "o", ms=7, color=COLORS[name], clip_on=False, zorder=5)
                 side = "left" if step < 0.8 * max(curve.steps) else "right"
+                below = share * best > 0.4 * top  # else the words would lie on the axis' numbers
                 axes.annotate(
                     f"step {step:,}",
                     (step, share * best),
-                    xytext=(6 if side == "left" else -6, -30 if name == "batch norm" else -46),
+                    xytext=(6 if side == "left" else -6, (-30 if name == "batch norm" else -46) if below else 12),
                     textcoords="offset points",
                     ha=side,
                     color=drawing.for_words(COLORS[name]),
                 )
-    top = 1.01 if _is_regression(result) else 101
     axes.set(xlabel="training step", ylim=(None, top))
     axes.set_title(_score(result), loc="left")
     if _is_regression(result):
