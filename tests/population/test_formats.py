@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import re
 import sys
 import tarfile
 import zipfile
@@ -956,6 +957,39 @@ def assert_same(ours: Any, theirs: Any) -> None:
         for key in ("gamma", "beta", "mean", "var"):
             np.testing.assert_array_equal(getattr(a, key), getattr(b, key))
         assert (a.name, a.decay, a.eps, a.frozen, a.obstacle) == (b.name, b.decay, b.eps, b.frozen, b.obstacle)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "end"),
+    [
+        ("keras3.attributes.weights.h5", "new.keras", ".weights.h5"),
+        ("keras2.plain.keras", "new.weights.h5", ".keras"),
+        ("keras2.flat.h5", "new.weights.h5", ".h5"),
+        ("haiku.npz", "new.pkl", ".npz"),
+    ],
+)
+def test_a_file_like_another_has_its_kind_of_name(name: str, other: str, end: str, tmp_path: Path):
+    real = unpacked(name, tmp_path)
+    with pytest.raises(InputError, match=rf"{other} would be a file as like=.*ends in {re.escape(end)}$"):
+        bn.save_statistics(twin_of(real), tmp_path / other, like=real, layers=names_of(real))
+    assert not (tmp_path / other).exists()
+
+
+@pytest.mark.parametrize("name", ["haiku.msgpack", "haiku.pkl"])
+def test_a_pair_of_haiku_that_is_no_npz_is_no_template(name: str, tmp_path: Path):
+    real = unpacked(name, tmp_path)
+    with pytest.raises(InputError, match=r"is no \.npz; of Haiku like= takes"):
+        bn.save_statistics(twin_of(real), tmp_path / f"new{real.suffix}", like=real, layers=names_of(real))
+
+
+def twin_of(path: Path) -> nn.Sequential:
+    """Layers of the sizes that the file has."""
+    layers = bn.read_statistics(path).layers
+    return nn.Sequential(*(bn.BatchNorm1d(f.mean.size, affine=f.gamma is not None) for f in layers))
+
+
+def names_of(path: Path) -> dict[str, str]:
+    return {str(i): f.name for i, f in enumerate(bn.read_statistics(path).layers)}
 
 
 def test_bfloat16_is_written_as_the_file_has_it(tmp_path: Path):

@@ -446,11 +446,12 @@ def save_statistics(
             ``.caffemodel`` (Caffe), ``.weights`` (Darknet). ``.safetensors`` and ``.npz`` need it.
         layers: our names to theirs; by default ours, and for Keras 3 the paths of a Sequential model. With ``like``,
             by default the layers are matched as in `load_statistics`.
-        like: a file of the whole model that the framework wrote, of Keras, Haiku, Equinox, Caffe or Darknet; all that
-            it holds besides the batch normalizations is written as it is. A ``.keras`` archive or an ``.h5`` of a model
-            gets the layers' momentum, epsilon and ``trainable`` as well. Darknet needs it, with its ``.cfg`` beside it,
-            and Equinox, unless batch normalizations are all that the model holds. Without it Caffe's Scale behind
-            ``bn1`` is ``scale1``, and Haiku's vectors have the axes of (N, C), images or volumes.
+        like: a file of the whole model that the framework wrote, of Keras, Haiku (``.npz``), Equinox, Caffe or
+            Darknet; all that it holds besides the batch normalizations is written as it is, into a file of its kind. A
+            ``.keras`` archive or an ``.h5`` of a model gets the layers' momentum, epsilon and ``trainable`` as well.
+            Darknet needs it, with its ``.cfg`` beside it, and Equinox, unless batch normalizations are all that the
+            model holds. Without it Caffe's Scale behind ``bn1`` is ``scale1``, and Haiku's vectors have the axes of
+            (N, C), images or volumes.
         frozen: write for inference alone; in a model of Keras the layers then have ``trainable=False``. Layers that
             train by a rule of this package (``renorm``, ``ghost_size``, ``channel_groups``) are refused without it.
 
@@ -484,7 +485,7 @@ def save_statistics(
                 f"{verb}: layer {name!r} has {ours[name].mean.size} channels, {theirs.name!r} {theirs.mean.size}"
             )
     named = {theirs.name: replace(ours[name], obstacle=theirs.obstacle) for name, theirs in pairs}
-    write_bytes(path, writing.content_like(Path(like), found.framework, named, verb))
+    write_bytes(path, writing.content_like(Path(like), path, found.framework, named, verb))
     held = {theirs.name: theirs for _, theirs in pairs}
     if found.framework in ("keras2", "keras3"):  # whose settings were written where the file has any
         again = recognition.read(path, found.framework)
@@ -507,17 +508,10 @@ def _save(
     named = [(name, f) for name, (_, f) in zip(theirs, found, strict=True)]
     write_bytes(path, writing.content(named, key, path, verb))
     row = CONVENTIONS[key]
-    told = [
-        (
-            f,
-            replace(
-                f, decay=row.decay or math.nan, eps=row.eps, variance=row.variance, running=row.running, frozen=False
-            ),
-        )
-        for _, f in found
-    ]
-    if key == "caffe":
-        told = [(f, replace(f, variance=row.variance, frozen=False)) for _, f in found]
+    held: dict[str, Any] = {"variance": row.variance, "frozen": False}
+    if key != "caffe":  # whose files hold the rest
+        held |= {"decay": row.decay or math.nan, "eps": row.eps, "running": row.running}
+    told = [(f, replace(f, **held)) for _, f in found]
     return SavedStatistics(key, path, dict(zip((n for n, _ in found), theirs, strict=True)), _untold(net, told, key))
 
 
@@ -604,8 +598,8 @@ def save_keras(
         layers: our names to Keras'. For Keras 3 these are paths of attributes ("bn1", "layers/batch_normalization"); by
             default "layers/batch_normalization", "layers/batch_normalization_1", ..., as in a Sequential model. For
             Keras 2 they are names of layers; by default ours.
-        like: a ``.keras``, ``.weights.h5`` or ``.h5`` that Keras wrote of the model, and
-        frozen: as in `save_statistics`.
+        like: a ``.keras``, ``.weights.h5`` or ``.h5`` that Keras wrote of the model; as in `save_statistics`.
+        frozen: write for inference alone; as in `save_statistics`.
 
     Returns:
         What was written, and what the file does not hold.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def write(layers: list[tuple[str, ForeignBatchNorm]]) -> bytes:
 
 def into(template: Path, pairs: Mapping[str, ForeignBatchNorm]) -> bytes:
     """The ``.npz`` of a whole model, with the vectors of the layers named in ``pairs`` replaced."""
+    if not zipfile.is_zipfile(template):
+        raise InputError(f"{template} is no .npz; of Haiku like= takes params and state as numpy.savez writes them")
     arrays = containers.npz(template)
     bare = {key.removeprefix("params/").removeprefix("state/"): key for key in arrays}
     for name, f in pairs.items():

@@ -34,6 +34,7 @@ _ALONE: dict[str, tuple[str, Callable[[Layers], bytes]]] = {
     "equinox": (".eqx", equinox.write),
     "caffe": (".caffemodel", caffe.write),
 }
+_ENDINGS = (".keras", *_BY_SUFFIX, ".hdf5", ".npz", ".pkl", ".safetensors")
 _INTO: dict[str, Callable[[Path, Mapping[str, ForeignBatchNorm]], bytes]] = {
     "haiku": haiku.into,
     "equinox": equinox.into,
@@ -95,14 +96,27 @@ def content(layers: Layers, framework: str, path: Path, verb: str) -> bytes:
     return write(layers, framework)
 
 
-def content_like(template: Path, framework: str, pairs: Mapping[str, ForeignBatchNorm], verb: str) -> bytes:
-    """The bytes of the template, a file of a whole model, with the layers named in ``pairs`` replaced."""
+def content_like(template: Path, path: Path, framework: str, pairs: Mapping[str, ForeignBatchNorm], verb: str) -> bytes:
+    """The bytes of the template, a file of a whole model, with the layers named in ``pairs`` replaced.
+
+    They are a file of the template's kind, so the name of ``path`` must not promise another.
+    """
+    theirs, ours = (_ending(each.name) for each in (template, path))
+    if theirs and ours and theirs != ours:
+        raise InputError(
+            f"{verb}: {path.name} would be a file as like={template.name} is; give it a name that ends in {theirs}"
+        )
     if framework not in _INTO:
         raise InputError(
             f"{verb}: like= is for {', '.join(CONVENTIONS[key].title for key in _INTO)}; a file of "
             f"{CONVENTIONS[framework].title} holds layers by name, and the framework takes those it has"
         )
     return _INTO[framework](template, pairs)
+
+
+def _ending(name: str) -> str:
+    """What a file's name says of its kind; nothing if that is not told."""
+    return next((end.replace(".hdf5", ".h5") for end in _ENDINGS if name.endswith(end)), "")
 
 
 def arrays(layers: Layers, framework: str, separator: str = ".") -> dict[str, Array]:
