@@ -238,3 +238,104 @@ def test_a_part_of_a_sequential_that_is_called_from_outside_is_left_alone():
     bn.accelerate(net, IMAGES)
     assert "first.1" not in net.report.fused
     assert_same(original, net)
+
+
+GENERATOR = random.Random(0)
+
+
+class Drawn:
+    """A skip that a generator of the network's own draws."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self):
+        return self.generator.random() < P
+
+
+class DrawnByTorch(Drawn):
+    def __call__(self):
+        return bool(torch.rand((), generator=self.generator) < P)
+
+    def __deepcopy__(self, memo):
+        generator = torch.Generator()
+        generator.set_state(self.generator.get_state())
+        return DrawnByTorch(generator)
+
+
+class Counted:
+    """Each 50th call skips."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.calls % 50 == 0
+
+
+class Skipping(nn.Module):
+    def __init__(self, skips, calls):
+        super().__init__()
+        self.block = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)])
+        self.act, self.skips = nn.ReLU() if calls else None, skips
+
+    def forward(self, x):
+        for layer in self.block:
+            x = layer(x)
+        if self.training and self.skips():
+            return x
+        return F.relu(x) if self.act is None else self.act(x)
+
+
+class SkippingByGlobal(Skipping):
+    def forward(self, x):
+        for layer in self.block:
+            x = layer(x)
+        if self.training and GENERATOR.random() < P:
+            return x
+        return F.relu(x) if self.act is None else self.act(x)
+
+
+@pytest.mark.parametrize("calls", [True, False], ids=["module", "function"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda calls: Skipping(Drawn(random.Random(0)), calls),
+        lambda calls: Skipping(Drawn(np.random.default_rng(0)), calls),
+        lambda calls: Skipping(Drawn(np.random.RandomState(0)), calls),
+        lambda calls: Skipping(DrawnByTorch(torch.Generator().manual_seed(0)), calls),
+        lambda calls: Skipping(Counted(), calls),
+        lambda calls: SkippingByGlobal(None, calls),
+    ],
+    ids=["Python's", "NumPy's", "NumPy's old", "torch's", "counter", "global"],
+)
+def test_a_forward_that_decides_by_numbers_of_its_own_is_left_alone(make, calls):
+    net = randomize(make(calls)).double()
+    fast = bn.accelerate(net, IMAGES, inplace=False)
+    assert not fast.report.fused
+    assert "changes numbers or generators of its own" in fast.report.unfused[""]
+    found = []
+    for each in (net, fast):
+        GENERATOR.seed(1)
+        steps = copy.deepcopy(each).train()
+        with torch.no_grad():
+            found.append(torch.stack([steps(IMAGES) for _ in range(120)]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+    assert (found[0] < 0).any()  # some were skipped
+
+
+def test_what_a_forward_keeps_from_its_first_run_or_writes_as_tensors_is_no_decision():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+            self.side, self.last = 0, None
+
+        def forward(self, x):
+            self.side = x.shape[-1]
+            self.last = self.act(self.norm(self.conv(x)))
+            return self.last
+
+    fast = bn.accelerate(randomize(Keeping()).double(), IMAGES, inplace=False)
+    assert list(fast.report.fused) == ["norm"]

@@ -43,6 +43,7 @@ from batchnorm.surgery.subclasses import NORM, opened
 from batchnorm.surgery.trial_runs import DRAWS, Runs
 
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"}
+_CHANGES = "its forward changes numbers or generators of its own, by which the next one may decide"
 _EXACT = 1e-7  # of the largest value, in float64
 _TRIALS = 3  # of how far a network in training mode moves with its last bits
 
@@ -71,7 +72,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     If another tool puts a layer of its own in the place of a fused one afterwards, the activation and the addition
     are computed as before: neither is lost.
 
-    A forward that draws random numbers itself, to skip layers in training, say, stays as it is. A network that cannot
+    A forward that draws random numbers itself, or that changes numbers or generators of its own, by which it may skip
+    layers in training, stays as it is. A network that cannot
     be captured as a whole is accelerated in the parts that can.
 
     The result is verified on the example: outputs in evaluation mode; outputs, running statistics and all gradients
@@ -287,7 +289,9 @@ class Fusions:
         inputs = _inputs(self.net, example)
         names = {id(module): name for name, module in self.net.named_modules()}
         for name, module in reversed(list(self.net.named_modules())):
-            if name in inputs:
+            if name in inputs and name in runs.changing and free - self.taken:
+                self.refused[name] = _CHANGES
+            elif name in inputs and name not in runs.changing:
                 self.rewrite(name, module, inputs[name], free, names)
 
     def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
@@ -321,7 +325,12 @@ class Fusions:
         (after, *others) = found
         if others or not isinstance(after, tuple):
             return
-        if any(flow.draws for flow in flows) and runs.drawing & {*_above(name), *_above(after[0])}:
+        above = {*_above(name), *_above(after[0])}
+        changing = sorted(runs.changing & above)
+        if changing:
+            self.refused |= dict.fromkeys(changing, _CHANGES)
+            return
+        if any(flow.draws for flow in flows) and runs.drawing & above:
             return
         self.take_in(name, *after)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from batchnorm.errors import InputError
 from batchnorm.surgery.comparison import Draws, Example, copy_of, random_state_kept, seed_all
 from batchnorm.surgery.modules import is_leaf
+from batchnorm.surgery.own_state import own_state
 
 DRAWS = 3
 """So many seeds are tried of a network whose forward draws random numbers in Python."""
@@ -25,22 +27,29 @@ class Runs:
     Attributes:
         calls: how often each module is called: in evaluation, and in training for each of several seeds.
         drawing: the modules whose own code draws random numbers in training, by name.
+        changing: the modules of which a run in training changes a number or a generator of random numbers, by name:
+            the next one may decide otherwise.
     """
 
     calls: list[Counter[str]]
     drawing: set[str]
+    changing: set[str]
 
     @classmethod
     def of(cls, net: nn.Module, example: Example) -> Runs:
-        counts, drawing = [], set[str]()
+        counts, drawing, changing = [], set[str](), set[str]()
         for training in (False, True):
             counted = _Counted(net, training)
             for seed in range(DRAWS if training else 1):
+                before = counted.own_states() if seed else {}  # the first run may fill what is kept from then on
                 counts.append(counted.run(example, seed))
-                if not counted.drawing:
+                if seed:
+                    after = counted.own_states()
+                    changing |= {name for name in before if before[name] != after[name]}
+                if seed and not counted.drawing | changing:
                     break
             drawing |= counted.drawing
-        return cls(counts, drawing)
+        return cls(counts, drawing, changing)
 
     def once(self, name: str) -> bool:
         """Whether a module is called once in evaluation, and never twice."""
@@ -79,6 +88,10 @@ class _Counted:
                     "Give a batch that it can be trained on."
                 ) from error
         return self.counts
+
+    def own_states(self) -> dict[str, Hashable]:
+        """Of each module that is not torch's."""
+        return {name: own_state(module) for name, module in self.net.named_modules() if not is_leaf(module)}
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
         self._look()
