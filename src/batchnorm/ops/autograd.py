@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels import aten
-from batchnorm.ops.context import is_in_forward_mode
+from batchnorm.ops.context import is_graphed, is_in_forward_mode
 from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
 from batchnorm.pools import Pool, Pools, all_gather, merge, merge_moments, sum_over_ranks
@@ -36,8 +36,11 @@ class Settings(NamedTuple):
 
 
 def _saves_signs(residual: Tensor | None, activation: str, mask: Tensor | None = None) -> bool:
-    """Whether one bit an element stands in for the residual in the backward."""
-    return residual is not None and activation in PIECEWISE_LINEAR and mask is None
+    """Whether one bit an element stands in for the residual in the backward.
+
+    Not in a graph: the bits lie in the memory order of x, and a compiler may make x again in another.
+    """
+    return residual is not None and activation in PIECEWISE_LINEAR and mask is None and not is_graphed()
 
 
 def _save(

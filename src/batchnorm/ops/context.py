@@ -54,6 +54,11 @@ is_compiled = torch.compiler.is_compiling
 """Whether Dynamo or torch.export traces the call; eager calls ask this first, so it costs no call of its own."""
 
 
+def is_graphed() -> bool:
+    """Whether the operators that run now may go into a graph: Dynamo traces, or a dispatch mode sees each of them."""
+    return is_compiled() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active, or forward mode; eager calls alone may ask."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

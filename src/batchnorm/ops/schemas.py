@@ -48,9 +48,12 @@ ARGUMENTS: dict[str, Any] = {}  # of each operator, as a named tuple: the one pl
 
 
 def _define(name: str, arguments: str, results: str) -> None:
-    """Defines an operator, and how its implementations get its arguments."""
+    """Defines an operator, and how its implementations get its arguments.
+
+    Each reads tensors in whatever memory order they come; a compiler need not reorder what it hands them.
+    """
     schema = f"{name}({arguments}) -> {results}"
-    LIBRARY.define(schema)
+    LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     given = torch._C.parse_schema(f"batchnorm::{schema}").arguments
     optional = [each.default_value for each in given if each.has_default_value()]  # the last ones
     ARGUMENTS[name] = namedtuple(name, [each.name for each in given], defaults=optional)
