@@ -14,7 +14,7 @@ import batchnorm as bn
 from batchnorm.lab.experiments import EXPERIMENTS
 from batchnorm.lab.explanation import explain
 from batchnorm.lab.results import Result, Trial
-from batchnorm.report import drawing, lab_figures, write_diagnosis, write_gallery, write_report
+from batchnorm.report import drawing, lab_figures, plots, write_diagnosis, write_gallery, write_report
 from batchnorm.report.diagnosis_page import short_names
 from batchnorm.report.explain_page import write_explanation
 from batchnorm.training.results import Calibration, ClassAccuracy, Curve, Insertion, LayerStatistics
@@ -142,7 +142,9 @@ def overlapping(page):
     ]
 
 
-def test_a_verdict_stands_above_each_proof(tmp_path):
+def test_a_verdict_stands_above_each_proof(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "available", lambda: False)
+    monkeypatch.setattr(plots, "available", lambda: False)
     (tmp_path / "report").mkdir()
     report = write_report(result(), tmp_path / "report").read_text()
     for heading in ("Layers after training", "Moving averages against exact statistics", "certificate", "Files for"):
@@ -153,7 +155,8 @@ def test_a_verdict_stands_above_each_proof(tmp_path):
         assert text.index('class="says') < text.index("<table")
 
 
-def test_tables_keep_their_meaning_as_cards(tmp_path):
+def test_tables_keep_their_meaning_as_cards(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "available", lambda: False)
     text = diagnosis_of_many(tmp_path).read_text()
     cards = re.search(r'<table class="full cards.*?</table>', text, re.DOTALL)[0]
     assert cards.count('role="columnheader"') == 9

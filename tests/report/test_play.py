@@ -749,13 +749,13 @@ def test_every_control_answers_within_a_frame(browser, written):
         if not page.locator(name).first.is_visible():
             continue
         times = []
-        for turn in range(5):
+        for turn in range(3):
             before = spent()
             frames = page.evaluate(PRESSED, [name, turn])
             times.append((spent() - before) / frames)
             page.evaluate("() => byId('learn-run').textContent === 'Pause' && byId('learn-run').click()")
             page.wait_for_selector("#learn:not([aria-busy=true])")
-        longest[name] = sorted(times)[2]
+        longest[name] = sorted(times)[1]
     assert len(longest) > 40
     assert {name: seconds for name, seconds in longest.items() if seconds > LIMIT} == {}
     page.close()
@@ -769,8 +769,7 @@ def test_every_control_is_driven_here(page):
     assert [name for name in ids if f'"{name}"' not in source and f'"#{name}"' not in source and name not in fold] == []
 
 
-@pytest.mark.parametrize("width", [375, 768, 1200])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (768, "light"), (1200, "dark")])
 def test_it_fits_the_screen(browser, written, width, scheme):
     page = opened(browser, written, viewport={"width": width, "height": 800}, color_scheme=scheme)
     drive(page, "learn-many")

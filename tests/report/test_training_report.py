@@ -109,8 +109,20 @@ def page_of(found, folder):
     return text, page
 
 
-def test_the_page_is_whole_self_contained_and_escaped(tmp_path):
-    text, page = page_of(result(), tmp_path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A page with everything, its reader, and its folder: drawing takes seconds."""
+    folder = tmp_path_factory.mktemp("whole")
+    return *page_of(result(), folder), folder
+
+
+@pytest.fixture
+def no_drawings(monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+
+
+def test_the_page_is_whole_self_contained_and_escaped(whole):
+    text, page, _ = whole
     assert "@import" not in text
     assert not re.search(r"url\((?!#)", text)
     assert "da<b>ta" not in text
@@ -119,8 +131,8 @@ def test_the_page_is_whole_self_contained_and_escaped(tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
-def test_drawings_take_their_colours_from_the_page(tmp_path):
-    text, _ = page_of(result(), tmp_path)
+def test_drawings_take_their_colours_from_the_page(whole):
+    text, _, folder = whole
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == 6  # each for a wide screen and for a phone
     for drawing in drawings:
@@ -131,36 +143,34 @@ def test_drawings_take_their_colours_from_the_page(tmp_path):
     style = text[text.index("<style>") : text.index("</style>")]
     for variable in plots.VARIABLES.values():
         assert len(re.findall(rf"{variable}: #", style)) == 2  # light and dark
-    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    names = {path.name for path in (folder / "plots").iterdir()}
     assert names == {f"{n}.{s}" for n in ("accuracy", "loss", "percentiles") for s in ("svg", "png")}
-    assert "var(" not in (tmp_path / "plots" / "loss.svg").read_text()
+    assert "var(" not in (folder / "plots" / "loss.svg").read_text()
 
 
-def test_the_page_is_the_same_again(tmp_path):
+def test_the_page_is_the_same_again(whole, tmp_path):
     write_report(result(), tmp_path)
-    first = (tmp_path / "report.html").read_bytes()
-    write_report(result(), tmp_path)
-    assert (tmp_path / "report.html").read_bytes() == first
+    for name in ("report.html", "plots/accuracy.svg", "plots/accuracy.png"):
+        assert (tmp_path / name).read_bytes() == (whole[2] / name).read_bytes()
 
 
-def test_the_page_shows_what_was_found(tmp_path, monkeypatch):
-    _, page = page_of(result(), tmp_path)
+def test_the_page_shows_what_was_found(whole):
+    page = whole[1]
     text = " ".join(" ".join(page.text).split())
     for shown in ("0.123", "0.900 to 1.100", "folded into", "model.onnx", "2.0e-07", "unit 0 of layer 0"):
         assert shown in text
     assert "None was put after 3 : it is an output layer." in text
 
 
-def test_a_network_with_its_own_batch_norm_and_no_baseline(tmp_path):
+def test_a_network_with_its_own_batch_norm_and_no_baseline(whole, tmp_path):
     alone = result(insertions=[], curves={"batch norm": curve([0.1, 0.9])})
-    assert "that the baseline reached" in " ".join(page_of(result(), tmp_path)[1].text)
+    assert "that the baseline reached" in " ".join(whole[1].text)
     text = " ".join(page_of(alone, tmp_path)[1].text)
     assert "the network came with batch norm of its own" in text
     assert "that the baseline reached" not in text
 
 
-def test_without_matplotlib_the_tables_stay_and_it_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
+def test_without_matplotlib_the_tables_stay_and_it_is_said(tmp_path, no_drawings):
     _, page = page_of(result(), tmp_path)
     assert "matplotlib is not installed" in " ".join(page.text)
     assert not (tmp_path / "plots").exists()

@@ -225,7 +225,7 @@ def test_samples_without_labels_may_be_streams(folder, monkeypatch, source):
     if source.startswith("iter"):
         source = f"DataLoader({source[5:-1]}, batch_size=None)"
     monkeypatch.setattr("people.make", lambda: eval(source, globals()), raising=False)
-    assert load_samples("people:make")[0].shape == (9, 3)
+    assert load_samples("people:make").shape == (9, 3)
 
 
 def test_images_whose_channels_may_come_last_are_named(folder):
@@ -628,3 +628,130 @@ def test_the_command_trains_on_own_data(folder, no_exports, capsys, name):
     with torch.no_grad():
         said = bn.load_run("run")
         assert torch.isfinite(said.network(said.prepare(x[:5]))).all()
+
+
+UNLABELLED = {
+    "x.npy": "a .npy file",
+    "alone.npz": "a .npz file of samples",
+    "masks.npz": "labels that are masks",
+    "objects.npz": "labels that are pickled",
+    "table.parquet": "a table of numbers",
+    "missing.parquet": "a table whose labels are missing in part",
+    "people:alone": "a loader of an array",
+    "people:mapping": "a loader of x alone",
+    "people:boxes": "a data set whose targets are dicts",
+    "people:stream": "batches of samples",
+}
+
+
+class Detection:
+    """A data set whose targets are no labels."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        return self.rows[k], {"box": k}
+
+
+@pytest.fixture
+def unlabelled(folder, monkeypatch):
+    """Sixty rows in every form that has no labels of ours."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    x = (2 * RNG.normal(size=(60, 4)) + 1).astype(np.float32)
+    np.save("x.npy", x)
+    np.savez("alone.npz", x=x)
+    np.savez("masks.npz", x=x, y=np.zeros((60, 5, 5), int))
+    np.savez("objects.npz", x=x, y=np.array([{"box": 1}] * 60))
+    columns = {name: x[:, k] for k, name in enumerate("abcd")}
+    pq.write_table(pa.table(columns), "table.parquet")
+    pq.write_table(pa.table({**columns, "label": [None, 1] * 30}), "missing.parquet")
+    rows = [torch.from_numpy(row) for row in x]
+    batches = DataLoader(TensorDataset(torch.from_numpy(x)), batch_size=7)
+    people = __import__("people")
+    for name, made in (("alone", x), ("mapping", {"x": x}), ("boxes", Detection(rows))):
+        monkeypatch.setattr(people, name, lambda made=made: made, raising=False)
+    monkeypatch.setattr(people, "stream", lambda: batches, raising=False)
+    return torch.from_numpy(x)
+
+
+@pytest.mark.parametrize("data", UNLABELLED)
+def test_what_needs_no_labels_asks_for_none(unlabelled, capsys, data):
+    options = ["--network", "people:hidden_norm", "--data", data]
+    people = __import__("people")
+    people.hidden_norm = lambda num_features: nn.Sequential(nn.BatchNorm1d(num_features))
+    assert main(["calibrate", *options, "--batch-size", "60", "--out", "c.safetensors"]) == 0
+    assert "All 60 samples are used, without labels: " in capsys.readouterr().err
+    state = bn.population.state_dicts.read_state("c.safetensors")
+    torch.testing.assert_close(state["0.running_mean"], unlabelled.mean(0))
+    torch.testing.assert_close(state["0.running_var"], unlabelled.var(0))
+    assert main(["adapt", *options, "--prior", "0", "--batch-size", "60", "--out", "a.safetensors"]) == 0
+    adapted = bn.population.state_dicts.read_state("a.safetensors")
+    torch.testing.assert_close(adapted["0.running_mean"], unlabelled.mean(0))
+    capsys.readouterr()
+    assert main(["diagnose", *options, "--batch-size", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["cause"] == "untrained"
+    assert main(["train", *options, "--steps", "1"]) == 2
+
+
+def test_a_run_takes_data_without_labels(unlabelled, no_exports, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: X[:, k] for k, name in enumerate("abcd")}
+    pq.write_table(pa.table({**columns, "species": np.array(["a", "b", "c"])[CLASSES]}), "run.parquet")
+    config = TrainConfig(
+        network="people:hidden", data="run.parquet", labels="species", steps=2, batch_size=20, out="run"
+    )
+    train(config)
+    for data in (*UNLABELLED, "run.parquet"):  # whose column of labels the run knows
+        for command in ("calibrate", "adapt"):
+            words = [command, "--run", "run", "--data", data, "--batch-size", "60", "--out", f"{command}.safetensors"]
+            assert main(words) == 0, data
+    held = bn.load_run("run")
+    assert held.load_inputs("run.parquet").y is not None
+    assert held.load_inputs("x.npy").y is None
+    assert len(held.load_inputs("x.npy").x) == 60
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        (np.ones(60, int), "every training label is 1, expected two classes or more"),
+        (np.arange(60), "60 samples are too few to hold some out of every class"),
+        (np.full(60, np.nan), "48 targets of y are NaN"),
+        (np.zeros(59, int), "y has shape (59,)"),
+    ],
+)
+def test_labels_that_cannot_be_used_do_not_stop_a_calibration(folder, capsys, labels, why):
+    __import__("people").norm = lambda num_features: nn.Sequential(nn.BatchNorm1d(num_features))
+    options = ["--network", "people:norm", "--data", saved(x=X[:60], y=labels)]
+    assert main(["calibrate", *options, "--batch-size", "60", "--out", "c.safetensors"]) == 0
+    told = capsys.readouterr().err
+    assert "All 60 samples are used" in told
+    assert why in told
+    state = bn.population.state_dicts.read_state("c.safetensors")
+    torch.testing.assert_close(state["0.running_mean"], torch.from_numpy(X[:60].mean(0)).float())
+
+
+def test_labels_that_are_named_have_to_be_there(folder, capsys):
+    np.save("x.npy", X)
+    for data, labels, message in (("x.npy", "y.npy", "y.npy"), ("data.npz", "y", "goes with a .npy file only")):
+        saved(x=X)
+        words = ["calibrate", "--network", "people:first", "--data", data, "--labels", labels, "--out", "c.safetensors"]
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_table_of_a_large_mean_is_not_shifted_for_a_network_that_is_there(folder):
+    __import__("people").norm = lambda num_features: nn.Sequential(nn.BatchNorm1d(num_features))
+    x = np.column_stack([X[:, 0], 1.7e9 + RNG.integers(0, 1000, 120)])
+    for arrays in ({"x": x}, {"x": x, "y": CLASSES}):
+        words = ["calibrate", "--network", "people:norm", "--data", saved(**arrays), "--batch-size", "24"]
+        assert main([*words, "--out", "c.safetensors"]) == 0
+        mean = bn.population.state_dicts.read_state("c.safetensors")["0.running_mean"]
+        assert mean[1].item() == pytest.approx(1.7e9, rel=1e-6)

@@ -25,6 +25,12 @@ def adapt(
     network: options.Factory = None,
     run: options.Run = None,
     weights: options.Weights = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="The column of a table that is no feature. Default: y, label, target or class, or that of --run."
+        ),
+    ] = None,
     prior: Annotated[float, typer.Option(help="What the old statistics count, in samples; 0: nothing.")] = 16,
     method: Annotated[
         str, typer.Option(help="statistics; or tent, which also trains gamma and beta on the entropy of the outputs.")
@@ -49,10 +55,10 @@ def adapt(
     given = Given("adapt", network, run, weights, arguments)
     if run is not None:
         held = load_run(run)
-        net, samples = held.network, load_samples(data, held.preparation)[0]
+        net, samples = held.network, load_samples(data, held.preparation, labels or held.label_column(data))
     else:
-        samples, classes = load_samples(data)
-        net = given.build(tuple(samples.shape[1:]), classes)
+        samples = load_samples(data, labels=labels)
+        net = given.build(tuple(samples.shape[1:]), None)
     batches = Parts(samples, torch.arange(len(samples)).split(batch_size))
     adapt_to(net, batches, prior=prior, method=method, learning_rate=lr)  # type: ignore[arg-type]  # which checks it
     save(net, out)

@@ -28,7 +28,10 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Of the split, where the data has none.")] = SEED,
     arguments: options.Arguments = None,
 ) -> None:
-    """Compute exact population statistics of a network's batch norm layers over data."""
+    """Compute exact population statistics of a network's batch norm layers over data.
+
+    Data needs no labels. With labels its training part is used, as `batchnorm train` splits it; without, all of it.
+    """
     import torch
 
     from batchnorm import calibrate as compute
@@ -36,9 +39,9 @@ def calibrate(
 
     options.at_least_one("calibrate", "--batch-size", batch_size)
     given = Given("calibrate", network, run, weights, arguments)
-    net, samples = given.with_samples_of(data, labels, seed)
-    parts = torch.arange(len(samples.x_train)).split(batch_size)
-    batches = Parts(samples.x_train, [part for part in parts if len(part) == batch_size or method != "ioffe"])
+    net, inputs = given.with_inputs_of(data, labels, seed, any_labels=True)
+    parts = torch.arange(len(inputs.x)).split(batch_size)
+    batches = Parts(inputs.x, [part for part in parts if len(part) == batch_size or method != "ioffe"])
     compute(net, batches, method=method)  # type: ignore[arg-type]  # which checks it
     save(net, out)
 

@@ -41,6 +41,7 @@ def diagnose(
     The network runs on the same batches as in training, in evaluation, and in evaluation with exact statistics. Every
     layer's running statistics are compared with the data's, and with what each cause would make of them: too few
     updates, other data, earlier weights, a noisy average, sorted batches, dropout. Nothing of the network is changed.
+    Data needs no labels; with them loss and accuracy are compared, too, over the training part.
     """
     import torch
 
@@ -50,15 +51,15 @@ def diagnose(
     options.at_least_one("diagnose", "--batch-size", batch_size)
     options.at_least_one("diagnose", "--batches", batches)
     given = Given("diagnose", network, run, weights, arguments)
-    net, samples = given.with_samples_of(data, labels, seed)
-    size = len(samples.x_train)
+    net, inputs = given.with_inputs_of(data, labels, seed)
+    size = len(inputs.x)
     order = torch.arange(size) if in_order else torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     parts = [part for part in order.split(batch_size) if len(part) == min(batch_size, size)][:batches]
-    found = examine(net, Parts(samples.x_train, parts, labels=samples.y_train), progress=True)
+    found = examine(net, Parts(inputs.x, parts, labels=inputs.y), progress=True)
     if html is not None:
         from batchnorm.report import write_diagnosis
 
-        write_diagnosis(html, found, source=f"{network or run} on {samples.name}, {batch_size} samples a batch.")
+        write_diagnosis(html, found, source=f"{network or run} on {inputs.name}, {batch_size} samples a batch.")
         typer.echo(f"Written: {html}", err=as_json)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 

@@ -17,6 +17,8 @@ from batchnorm.writing import write_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from batchnorm.training.datasets import Inputs
+
 
 @dataclass(frozen=True)
 class Given:
@@ -38,25 +40,35 @@ class Given:
         if self.run is not None and (self.weights is not None or self.arguments):
             raise InputError(f"{self.command}: --weights and --set go with --network; a run has its own.")
 
-    def with_samples_of(self, data: str | None, labels: str | None, seed: int) -> tuple[nn.Module, Any]:
-        """The network, and the samples of the data, or those of the run; other data is prepared as that of the run."""
+    def with_inputs_of(
+        self, data: str | None, labels: str | None, seed: int, *, any_labels: bool = False
+    ) -> tuple[nn.Module, Inputs]:
+        """The network, and the samples of the data, or those of the run; other data is prepared as that of the run.
+
+        What was done to the data is told. `any_labels`: as of `load_inputs`.
+        """
         if self.run is None:
-            from batchnorm.training import load_data
+            from batchnorm.training.datasets import load_inputs
 
             if data is None:
                 raise InputError(f"{self.command}: --network needs --data.")
-            samples = load_data(data, seed=seed, labels=labels)
-            return self.build(tuple(samples.input_shape), samples.num_classes), samples
-        from batchnorm.training import load_run
+            inputs = load_inputs(data, seed=seed, labels=labels, any_labels=any_labels)
+            network = self.build(inputs.input_shape, inputs.num_classes)
+        else:
+            from batchnorm.training import load_run
 
-        held = load_run(self.run)
-        samples = held.load_data() if data is None else held.load_data(data, labels=labels, seed=seed)
-        if tuple(samples.input_shape) != tuple(held.example.shape[1:]):
-            raise InputError(
-                f"{self.command}: the samples have shape {tuple(samples.input_shape)}, those of the run "
-                f"{tuple(held.example.shape[1:])}."
-            )
-        return held.network, samples
+            held = load_run(self.run)
+            chosen: dict[str, Any] = {} if data is None else {"labels": labels, "seed": seed}
+            inputs = held.load_inputs(data, any_labels=any_labels, **chosen)
+            network = held.network
+            if inputs.input_shape != tuple(held.example.shape[1:]):
+                raise InputError(
+                    f"{self.command}: the samples have shape {inputs.input_shape}, those of the run "
+                    f"{tuple(held.example.shape[1:])}."
+                )
+        for note in inputs.notes:
+            typer.echo(note, err=True)
+        return network, inputs
 
     def build(self, sample_shape: tuple[int, ...], num_classes: int | None) -> nn.Module:
         """The network of the factory, with the weights of a file where one is given."""

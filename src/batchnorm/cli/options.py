@@ -34,7 +34,9 @@ Arguments = Annotated[
 Shape = Annotated[
     str | None, typer.Option(help="With --network: shape of an example input, the batch first, as in 2,3,32,32.")
 ]
-TrainingData = Annotated[str | None, setting("data", more="The training part is used.", show_default="that of --run")]
+TrainingData = Annotated[
+    str | None, setting("data", more="Of data with labels the training part is used.", show_default="that of --run")
+]
 Labels = Annotated[str | None, setting("labels")]
 BatchSize = Annotated[int, typer.Option(help="Samples a batch.")]
 WeightsOut = Annotated[Path, typer.Option(help="The .safetensors file to write.")]

@@ -149,13 +149,20 @@ def dark(svg: str) -> str:
 
 def both(name: str, alternative: str, draw: Callable[[bool], Figure]) -> str:
     """The figure twice, for a wide screen and for a phone; `draw(narrow)` makes it, and the page's style shows one."""
-    parts = []
-    for narrow in (False, True):
-        own = f"{name}-narrow" if narrow else name
-        with styled(own):
-            drawn = svg(draw(narrow))
-        parts.append(f'<div class="on-{"narrow" if narrow else "wide"}">{for_page(drawn, own, alternative)}</div>')
-    return "".join(parts)
+    with styled(name):
+        wide = svg(draw(False))
+    return with_narrow(name, alternative, wide, draw)
+
+
+def with_narrow(name: str, alternative: str, wide: str, draw: Callable[[bool], Figure]) -> str:
+    """As `both`, of a figure whose drawing for a wide screen is there."""
+    own = f"{name}-narrow"
+    with styled(own):
+        narrow = svg(draw(True))
+    return (
+        f'<div class="on-wide">{for_page(wide, name, alternative)}</div>'
+        f'<div class="on-narrow">{for_page(narrow, own, alternative)}</div>'
+    )
 
 
 def for_page(svg: str, name: str, alternative: str) -> str:

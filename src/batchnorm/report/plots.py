@@ -69,9 +69,11 @@ def draw(result: TrainResult, folder: Path) -> list[Plot]:
     for name, title, alternative, draw_one in drawings:
         with drawing.styled(name):
             figure = draw_one(result, False)
-            write_text(folder / f"{name}.svg", drawing.svg(figure))
+            wide = drawing.svg(figure)
+            write_text(folder / f"{name}.svg", wide)
+            figure.set_layout_engine("none")  # as it lies in the first drawing
             drawing.save_png(figure, folder / f"{name}.png")
-        shown = drawing.both(name, alternative, functools.partial(draw_one, result))
+        shown = drawing.with_narrow(name, alternative, wide, functools.partial(draw_one, result))
         plots.append(Plot(name, title, alternative, shown))
     return plots
 

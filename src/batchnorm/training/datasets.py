@@ -7,8 +7,8 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from batchnorm.training.sources import (
     Source,
     fits_in_memory,
     in_blocks,
+    is_label,
     of_items,
     open_member,
     open_npy,
@@ -51,6 +52,7 @@ FROM_OTHERS = {
     for suffix in suffixes
 }
 AS_THEY_ARE = Preparation()
+OF_RUN: tuple[str, ...] = ("Samples are prepared as those of the run.",)
 LOST = 1e-3  # of a standard deviation: what float32 may round off a feature before it is shifted in float64
 
 _NPY_MAGIC, _ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
@@ -177,6 +179,16 @@ def load_data(
         DataError: the message names the file and what is wrong with it, sizes included.
         MissingDependencyError: the set or the file needs a package that is not installed.
     """
+    parts, from_file = _open(spec, seed, labels)
+    chosen = (preparation, classes)
+    return _prepare(spec, parts, seed, from_file=from_file, task=task, samples=samples, of_run=chosen)
+
+
+def _open(spec: str, seed: int, labels: str | None, *, labelled: bool = True) -> tuple[dict[str, Source], bool]:
+    """x, y, and x_test, y_test where they are given, and whether they come from a file of images or tables.
+
+    Without `labelled` there need to be no labels, and those that cannot be read are left out.
+    """
     path = Path(spec)
     suffix = path.suffix.lower()
     built_in = spec in ("mnist5k", "digits", "japanese-vowels")
@@ -188,23 +200,20 @@ def load_data(
             "own."
         )
     if spec == "mnist5k":
-        parts, from_file = _held(demo_data.mnist5k()), True
-    elif spec == "digits":
-        parts, from_file = _held(demo_data.digits()), True
-    elif spec == "japanese-vowels":
+        return _held(demo_data.mnist5k()), True
+    if spec == "digits":
+        return _held(demo_data.digits()), True
+    if spec == "japanese-vowels":
         with _reading(path, "the package's file"):
-            parts, from_file = _held(demo_data.japanese_vowels()), False
-    elif suffix == ".npz":
-        parts, from_file = _read_npz(path), True
-    elif suffix == ".npy":
-        parts, from_file = _read_npy(path, labels), True
-    elif suffix in ARROW_FILES:
+            return _held(demo_data.japanese_vowels()), False
+    if suffix == ".npz":
+        return _open_npz(path, labelled=labelled), True
+    if suffix == ".npy":
+        return _open_npy(path, labels, labelled=labelled), True
+    if suffix in ARROW_FILES:
         _check_file(path, b"", "a file")
-        parts, from_file = open_table(path, labels), True
-    else:
-        parts, from_file = _call_loader(spec, seed), False
-    chosen = (preparation, classes)
-    return _prepare(spec, parts, seed, from_file=from_file, task=task, samples=samples, of_run=chosen)
+        return open_table(path, labels, labelled=labelled), True
+    return _call_loader(spec, seed, labelled=labelled), False
 
 
 def make_data(found: Any, *, name: str = "given", seed: int = 0, task: str | None = None) -> Dataset:
@@ -216,45 +225,126 @@ def make_data(found: Any, *, name: str = "given", seed: int = 0, task: str | Non
     return _prepare(name, _parts(found, name), seed, from_file=False, task=task, samples=None)
 
 
-def load_samples(spec: str, preparation: Preparation | None = None) -> tuple[Any, int | None]:
-    """All samples that `spec` names, without their labels, and the number of classes where they have some.
+@dataclass(frozen=True)
+class Inputs:
+    """What a network that is there already is given: samples, with their labels where these can be used.
 
-    As for `load_data`, but .npz and .npy files need no labels, a loader may return the samples alone, and numbers are
-    taken as they are (uint8 divided by 255), not by their own range: they come to a network that is trained already.
+    Args:
+        name: what the user called the data.
+        x: (N, *input_shape), as `Dataset.x_train`: of data with labels the training part, of other data all samples.
+        y: (N,) or (N, targets), as `Dataset.y_train`; None without labels.
+        num_classes: outputs of the network; None without labels.
+        notes: what was done to the data, a sentence each.
+    """
+
+    name: str
+    x: Any
+    y: Tensor | None
+    num_classes: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return tuple(self.x.shape[1:])
+
+
+def load_inputs(
+    spec: str,
+    *,
+    seed: int = 0,
+    labels: str | None = None,
+    task: str | None = None,
+    samples: str | None = None,
+    preparation: Preparation | None = None,
+    classes: tuple[str, ...] = (),
+    any_labels: bool = False,
+) -> Inputs:
+    """The samples that `spec` names, for a network that is there already: labels are used, and need not be there.
+
+    With labels it is the training part, as `load_data` splits the data; without, or with labels of another kind (masks,
+    boxes), all samples. A loader may return the samples alone. Tables are not shifted.
+
+    Args:
+        spec, seed, labels, task, samples, preparation, classes: as of `load_data`.
+        any_labels: whether labels that cannot be used (a single class, one that the run does not know) are left out,
+            too, unless `labels` names them.
 
     Raises:
         DataError, MissingDependencyError: as of `load_data`.
     """
-    path = Path(spec)
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        parts = _open_npz(path)
-    elif suffix == ".npy":
-        parts = {"x": _open_array(path)}
-    elif ":" in spec:
-        found = call_with_offered(load_callable(spec, "data", CHOICES), {"seed": 0}, f"data {spec}")
-        alone = isinstance(found, Tensor | np.ndarray)
-        parts = {"x": InMemory(_as_array(spec, "x", found))} if alone else _parts(found, spec, labelled=False)
-    else:
-        held = load_data(spec, preparation=preparation)
-        return _joined([held.x_train, held.x_test]), held.num_classes if held.classes else None
+    parts, from_file = _open(spec, seed, labels, labelled=False)
+    why = "it has no labels"
+    if "y" in parts:
+        checked = False
+        try:
+            _labels(spec, "y", parts)
+            checked = True
+            held = _prepare(
+                spec,
+                parts,
+                seed,
+                from_file=from_file,
+                task=task,
+                samples=samples,
+                of_run=(preparation, classes),
+                shifted=False,
+            )
+            return Inputs(spec, held.x_train, held.y_train, held.num_classes, held.notes)
+        except DataError as error:
+            if labels is not None or (checked and not any_labels):
+                raise
+            why = str(error).removeprefix(f"data {spec}: ").rstrip(".")
+    x, told = _alone(spec, "x", parts, preparation, from_file=from_file, asked=samples)
+    return Inputs(spec, x, None, None, (f"All {len(x)} samples are used, without labels: {why}.", *told))
+
+
+def load_samples(spec: str, preparation: Preparation | None = None, labels: str | None = None) -> Tensor | Samples:
+    """All samples that `spec` names, without their labels.
+
+    As for `load_data`, but there need to be no labels, a loader may return the samples alone, and numbers of a user's
+    data are taken as they are (uint8 divided by 255), not by their own range: they come to a network that is trained
+    already.
+
+    Args:
+        spec: the name.
+        preparation: what was done to the samples of a run, and is done to these.
+        labels: the column of a table that is no feature; None: the one that is called y, label, target or class.
+
+    Raises:
+        DataError, MissingDependencyError: as of `load_data`.
+    """
+    parts, from_file = _open(spec, 0, labels, labelled=False)
+    own_range = spec in ("mnist5k", "digits", "japanese-vowels")
     names = [name for name in ("x", "x_test") if name in parts]
-    if "x" not in names:
-        raise DataError(f"data {spec}: no array 'x', it has {sorted(parts)}.")
-    kind = _kind_of(parts["x"], from_file=suffix in (".npz", ".npy"), asked=None)
-    found_samples = []
-    for name in names:
-        source = parts[name]
-        _check_shape(spec, name, source)
-        _check_values(spec, name, survey(source, np.ones(source.shape[0], bool)))
-        chosen = preparation or Preparation(
-            channels_last=_is_channels_last(source) and kind == "images",
-            add_channel=kind == "images" and len(source.shape) == 3,
-            scale=255.0 if source.dtype == np.uint8 else 1.0,
-        )
-        chosen.check(spec, source.shape)
-        found_samples.append(_prepared(source, np.arange(source.shape[0]), chosen))
-    return _joined(found_samples), None
+    found = [_alone(spec, name, parts, preparation, from_file=from_file, by_range=own_range)[0] for name in names]
+    return _joined(found)
+
+
+def _alone(
+    spec: str,
+    name: str,
+    parts: Mapping[str, Source],
+    preparation: Preparation | None,
+    *,
+    from_file: bool,
+    asked: str | None = None,
+    by_range: bool = True,
+) -> tuple[Tensor | Samples, tuple[str, ...]]:
+    """All samples of a part, and what was done to them; without `by_range` only bytes are divided."""
+    source = parts[name]
+    _check_shape(spec, name, source)
+    found = survey(source, np.ones(source.shape[0], bool))
+    _check_values(spec, name, found)
+    kind = _kind_of(source, from_file=from_file, asked=asked)
+    chosen, told = preparation, OF_RUN
+    if chosen is None:
+        chosen, _, told = _preparation(source, found, kind, from_file=from_file, shifted=False)
+        if not by_range:
+            is_bytes = source.dtype == np.uint8
+            chosen = replace(chosen, scale=255.0 if is_bytes else 1.0, keep=chosen.keep and not is_bytes)
+    chosen.check(spec, source.shape)
+    return _prepared(source, np.arange(source.shape[0]), chosen), told
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
@@ -288,13 +378,8 @@ def _held(arrays: Mapping[str, Array]) -> dict[str, Source]:
     return {name: InMemory(array) for name, array in arrays.items()}
 
 
-def _read_npz(path: Path) -> dict[str, Source]:
-    found = _open_npz(path, check=True)
-    return {name: found[name] for name in ("x", "y", "x_test", "y_test") if name in found}
-
-
-def _open_npz(path: Path, *, check: bool = False) -> dict[str, Source]:
-    """The arrays of a .npz file that have a name of ours; `check`: whether labels have to be there."""
+def _open_npz(path: Path, *, labelled: bool = True) -> dict[str, Source]:
+    """The arrays of a .npz file that have a name of ours."""
     _check_file(path, _ZIP_MAGIC, "a .npz file (numpy.savez)")
     arrays: dict[str, Source] = {}
     with _reading(path, "the archive"):
@@ -302,24 +387,30 @@ def _open_npz(path: Path, *, check: bool = False) -> dict[str, Source]:
     with archive:
         keys = {name.removesuffix(".npy") for name in archive.namelist()}
         missing = {"x", "y"} - keys or ({"x_test", "y_test"} & keys and {"x_test", "y_test"} - keys)
-        if missing and check:
+        if missing and labelled:
             raise DataError(
                 f"data {path}: no array {min(missing)!r}, it has {sorted(keys)}. "
                 "Expected x and y and, for a split of your own, x_test and y_test too."
             )
+        if "x" not in keys:
+            raise DataError(f"data {path}: no array 'x', it has {sorted(keys)}.")
         for key in ("x", "y", "x_test", "y_test"):
-            if key in keys and (check or key.startswith("x")):
+            if key in keys and (labelled or key.startswith("x")):
                 with _reading(path, f"array {key!r}"):
                     arrays[key] = open_member(archive, f"{key}.npy", str(path))
+        if not labelled and not missing:
+            with suppress(DataError), _reading(path, "labels"):
+                arrays |= {key: open_member(archive, f"{key}.npy", str(path)) for key in ("y", "y_test") if key in keys}
     return arrays
 
 
-def _read_npy(path: Path, labels: str | None) -> dict[str, Source]:
-    if labels is None:
+def _open_npy(path: Path, labels: str | None, *, labelled: bool = True) -> dict[str, Source]:
+    if labels is None and labelled:
         raise DataError(
             f"data {path}: a .npy file holds the samples alone. Give the file of the labels too, with --labels y.npy."
         )
-    return {"x": _open_array(path), "y": _open_array(Path(labels), "labels")}
+    alone = {"x": _open_array(path)}
+    return alone if labels is None else {**alone, "y": _open_array(Path(labels), "labels")}
 
 
 def _open_array(path: Path, role: str = "data") -> Source:
@@ -375,9 +466,9 @@ def _reading(path: Path, part: str, role: str = "data") -> Iterator[None]:
         ) from error
 
 
-def _call_loader(spec: str, seed: int) -> dict[str, Source]:
+def _call_loader(spec: str, seed: int, *, labelled: bool = True) -> dict[str, Source]:
     loader = load_callable(spec, "data", CHOICES)
-    return _parts(call_with_offered(loader, {"seed": seed}, f"data {spec}"), spec)
+    return _parts(call_with_offered(loader, {"seed": seed}, f"data {spec}"), spec, labelled=labelled)
 
 
 def _parts(found: Any, spec: str, *, labelled: bool = True) -> dict[str, Source]:
@@ -391,9 +482,18 @@ def _parts(found: Any, spec: str, *, labelled: bool = True) -> dict[str, Source]
         parts = {name: found[name] for name in names if name in found}
     elif isinstance(found, tuple | list) and len(found) in (2, 4):
         parts = dict(zip(names, found, strict=False))
+    elif not labelled and hasattr(found, "__array__"):
+        parts = {"x": found}
     else:
         parts = {}
-    if len(parts) not in (2, 4) or not {"x", "y"} <= set(parts):
+    complete = len(parts) in (2, 4) and {"x", "y"} <= set(parts)
+    if not labelled and "x" in parts:
+        arrays: dict[str, Source] = {n: InMemory(_as_array(spec, n, parts[n])) for n in ("x", "x_test") if n in parts}
+        if complete:
+            with suppress(DataError):
+                arrays |= {n: InMemory(_as_array(spec, n, parts[n])) for n in ("y", "y_test") if n in parts}
+        return arrays
+    if not complete:
         raise DataError(
             f"data {spec}: the loader returned {_outline(found)}, expected a mapping with x, y "
             "(and x_test, y_test), or a tuple (x, y) or (x, y, x_test, y_test), or a Dataset or DataLoader of torch, "
@@ -428,7 +528,7 @@ def _of_stream(found: Any, spec: str, labelled: bool) -> dict[str, Source]:
         first = pair(found[0], spec, labelled=labelled)
         items = ItemsOfDataset(found, as_array("x", first[0]), spec, as_array, labelled=labelled)
         parts: dict[str, Source] = {"x": items}
-        if first[1] is not None:
+        if labelled or is_label(first[1], as_array):
             parts["y"] = InMemory(np.stack([as_array("y", pair(found[k], spec)[1]) for k in range(len(found))]))
         if fits_in_memory(items.shape) and len(found) <= 1_000:
             parts["x"] = InMemory(items.read(np.arange(len(found))))
@@ -484,8 +584,9 @@ def _prepare(
     task: str | None,
     samples: str | None,
     of_run: tuple[Preparation | None, tuple[str, ...]] = (None, ()),
+    shifted: bool = True,
 ) -> Dataset:
-    """Check everything, then split, scale and convert."""
+    """Check everything, then split, scale and convert; `shifted`: whether the features of a table may be shifted."""
     for part in [part for part in parts if part.startswith("x")]:
         _check_shape(name, part, parts[part])
     labels = {part: _labels(name, part, parts) for part in parts if part.startswith("y")}
@@ -514,9 +615,9 @@ def _prepare(
     if x_test is not x:
         _check_values(name, "x_test", survey(x_test, np.zeros(x_test.shape[0], bool)))
     kind = _kind_of(x, from_file=from_file, asked=samples)
-    preparation, standardize, told = _preparation(x, found, kind, from_file=from_file)
+    preparation, standardize, told = _preparation(x, found, kind, from_file=from_file, shifted=shifted)
     if of_run[0] is not None:
-        preparation, told = of_run[0], ("Samples are prepared as those of the run.",)
+        preparation, told = of_run[0], OF_RUN
         preparation.check(name, x.shape)
     x_train_t, x_test_t = _prepared(x, train, preparation), _prepared(x_test, test, preparation)
     if isinstance(x_train_t, Samples):
@@ -592,8 +693,12 @@ def _is_channels_last(x: Source) -> bool:
     return len(x.shape) == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4) and x.shape[2] > 4
 
 
-def _preparation(x: Source, found: Survey, kind: str, *, from_file: bool) -> tuple[Preparation, bool, tuple[str, ...]]:
+def _preparation(
+    x: Source, found: Survey, kind: str, *, from_file: bool, shifted: bool = True
+) -> tuple[Preparation, bool, tuple[str, ...]]:
     """What is done to the samples, whether the network is to standardize them, and notes on both."""
+    if kind == "table" and not shifted:
+        return Preparation(), False, ("The table is taken as it is.",)
     if kind == "table":
         return _table(found)
     if kind == "sequences":

@@ -15,13 +15,14 @@ from batchnorm import Standardize
 from batchnorm.errors import BatchNormError, DataError, InputError
 from batchnorm.population.state_dicts import load_state, read_state
 from batchnorm.training.config import ResolvedConfig
-from batchnorm.training.datasets import Dataset, load_data
+from batchnorm.training.datasets import Dataset, Inputs, load_data, load_inputs
 from batchnorm.training.export import UNFOLDED
 from batchnorm.training.files import CHECKPOINT, CONFIG
 from batchnorm.training.networks import Rescale, build_network
 from batchnorm.training.procedure2 import normalize_network
 from batchnorm.training.samples import Preparation
 from batchnorm.training.shards import load_parameters
+from batchnorm.training.sources import ARROW_FILES, column_names_of
 
 EXAMPLE_SAMPLES = 8
 
@@ -63,17 +64,47 @@ class Run:
             labels: the file or the column of its labels.
             seed: of its split; None: that of the run.
         """
+        return load_data(self.config.data if spec is None else spec, **self._reading(spec, labels, seed))
+
+    def load_inputs(
+        self,
+        spec: str | None = None,
+        *,
+        labels: str | None = None,
+        seed: int | None = None,
+        any_labels: bool = False,
+    ) -> Inputs:
+        """As `load_data`, but the training part alone, and other data needs no labels: see `Inputs`.
+
+        Args:
+            spec, labels, seed: as of `load_data`.
+            any_labels: whether labels that cannot be used are left out.
+        """
+        options = self._reading(spec, labels, seed)
+        return load_inputs(self.config.data if spec is None else spec, any_labels=any_labels, **options)
+
+    def label_column(self, spec: str) -> str | None:
+        """The column of labels in the table of the run, if `spec` is a table that has it, too."""
+        column = self.config.labels
+        if column is None or not {Path(name).suffix.lower() for name in (self.config.data, spec)} <= set(ARROW_FILES):
+            return None
+        return column if column in column_names_of(Path(spec)) else None
+
+    def _reading(self, spec: str | None, labels: str | None, seed: int | None) -> dict[str, Any]:
+        """The options with which data is read as that of the run."""
         c = self.config
-        task = "classification" if self.classes else "regression"
-        return load_data(
-            c.data if spec is None else spec,
-            seed=c.seed if seed is None else seed,
-            labels=c.labels if spec is None else labels,
-            task=task,
-            samples=c.samples if spec is None else None,
-            preparation=self.preparation,
-            classes=self.classes,
-        )
+        if spec is None:
+            labels = c.labels
+        elif labels is None:
+            labels = self.label_column(spec)
+        return {
+            "seed": c.seed if seed is None else seed,
+            "labels": labels,
+            "task": "classification" if self.classes else "regression",
+            "samples": c.samples if spec is None else None,
+            "preparation": self.preparation,
+            "classes": self.classes,
+        }
 
 
 def load_run(folder: str | Path) -> Run:

@@ -251,12 +251,13 @@ class Spool:
             ) from error
 
 
-def open_table(path: Path, target: str | None) -> dict[str, Source]:
+def open_table(path: Path, target: str | None, *, labelled: bool = True) -> dict[str, Source]:
     """x and y of a Parquet or Arrow file: the columns of numbers, and the column of labels or targets.
 
     Args:
         path: the file.
         target: the column of labels; None: the one that is called y, label, target or class.
+        labelled: whether there has to be such a column; without it labels that cannot be used are left out.
 
     Raises:
         DataError: no such column, or a column of features that holds no numbers.
@@ -264,31 +265,47 @@ def open_table(path: Path, target: str | None) -> dict[str, Source]:
     """
     x, y = Spool(str(path)), Spool(str(path))
     blocks = File(path).blocks(numbers=False)
+    usable = True
     try:
         for block in blocks:
-            label, features = _label_and_features(path, block.schema, target)
-            _refuse_missing(path, block, (label, *features))
+            label, features = _label_and_features(path, block.schema, target, labelled)
+            _refuse_missing(path, block, features)
             x.add(_rows_of_columns(path, columns_of(block, features, str(path))))
-            y.add(_labels(path, block, label))
+            if label is not None:
+                try:
+                    _refuse_missing(path, block, [label])
+                    y.add(_labels(path, block, label))
+                except DataError:
+                    if labelled:
+                        raise
+                    usable = False
     except MissingDependencyError:
         raise
     except DataError as error:
         text = str(error)
         raise error if text.startswith("data ") else DataError(f"data {text}") from error
-    return {"x": x.finish(), "y": y.finish()}
+    return {"x": x.finish()} if not labelled and (y.is_empty or not usable) else {"x": x.finish(), "y": y.finish()}
 
 
-def _label_and_features(path: Path, schema: Any, target: str | None) -> tuple[str, list[str]]:
+def column_names_of(path: Path) -> list[str]:
+    """The names of the columns of a Parquet or Arrow file; none of one that cannot be read."""
+    try:
+        return list(next(iter(File(path).blocks(numbers=False))).schema.names)
+    except (DataError, OSError, StopIteration):
+        return []
+
+
+def _label_and_features(path: Path, schema: Any, target: str | None, labelled: bool) -> tuple[str | None, list[str]]:
     """The names of the column of labels, and of the others, which all hold numbers."""
     names = list(schema.names)
     label = target if target is not None else next((n for n in ("y", "label", "target", "class") if n in names), None)
-    if label is None or label not in names:
+    if (label is None and labelled) or (label is not None and label not in names):
         raise DataError(
             f"data {path}: no column {label or 'y, label, target or class'}, it has {', '.join(names[:20])}. Name "
             "the column of the labels with --labels."
         )
     features = [name for name in names if name != label]
-    if not features or len(names) - len(features) > 1:
+    if not features or (label is not None and len(names) - len(features) > 1):
         what = "no column but" if not features else "several columns"
         raise DataError(f"data {path}: {what} {label!r}; expected columns of numbers beside one of labels.")
     for name in features:
@@ -353,13 +370,22 @@ def of_items(
     for item in items:
         parts = pair(item, name, labelled=labelled)
         rows = as_array("x", parts[0])
-        labels = as_array("y", parts[1]) if parts[1] is not None else None
+        usable = labelled or is_label(parts[1], as_array, batched=batched)
+        labels = as_array("y", parts[1]) if usable else None
         if are_batches is None:
             are_batches = _is_batch(rows, labels, name, batched)
         x.add(rows if are_batches else rows[None])
         if labels is not None:
             y.add(labels if are_batches else labels[None])
     return {"x": x.finish()} if not labelled and y.is_empty else {"x": x.finish(), "y": y.finish()}
+
+
+def is_label(y: Any, as_array: Callable[[str, Any], Array], *, batched: bool = False) -> bool:
+    """Whether what stands beside a sample is a class or targets, and not nothing, a mask or boxes."""
+    try:
+        return y is not None and as_array("y", y).ndim <= 1 + batched
+    except DataError:
+        return False
 
 
 def _is_batch(x: Array, y: Array | None, name: str, batched: bool) -> bool:
