@@ -148,6 +148,44 @@ def test_drawings_take_their_colours_from_the_page(whole):
     assert "var(" not in (folder / "plots" / "loss.svg").read_text()
 
 
+def saturating(rate, top, steps=30):
+    return [0.1 + (top - 0.1) * (1 - 2.718 ** (-rate * step)) for step in range(steps)]
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize(
+    ("ours", "baseline"),
+    [
+        (saturating(0.5, 0.97), saturating(0.12, 0.93)),
+        (saturating(0.3, 0.45), saturating(0.15, 0.4)),
+        (saturating(1.5, 0.99, 60), saturating(0.2, 0.98, 60)),
+        (saturating(0.5, 0.25), saturating(0.2, 0.12)),
+        ([0.1, 0.8, 0.9, 0.95, 0.96], [0.1, 0.3, 0.5, 0.7, 0.8]),
+    ],
+)
+def test_named_steps_cover_no_line(ours, baseline, narrow):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    curves = {"batch norm": curve(ours, every=100), "baseline": curve(baseline, every=100)}
+    with plots.drawing.styled("test"):
+        figure = plots._accuracy(result(curves=curves), narrow)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (axes,) = figure.axes
+        boxes = [t.get_window_extent(canvas.get_renderer()) for t in axes.texts if t.get_text().startswith("step ")]
+        assert len(boxes) == 2
+        assert not boxes[0].overlaps(boxes[1])
+        inside = axes.get_window_extent()
+        for box in boxes:
+            assert inside.x0 - 2 <= box.x0
+            assert box.x1 <= inside.x1 + 2
+            assert inside.y0 <= box.y0
+            assert box.y1 <= inside.y1
+            for line in axes.lines[:2]:
+                path = line.get_transform().transform_path(line.get_path())
+                assert not path.intersects_bbox(box, filled=False)
+
+
 def test_the_page_is_the_same_again(whole, tmp_path):
     write_report(result(), tmp_path)
     for name in ("report.html", "plots/accuracy.svg", "plots/accuracy.png"):

@@ -78,16 +78,17 @@ VARIABLES = {
 }
 
 WIDE = 8.8  # inches, of every figure on a wide screen: its text is then a little smaller than the page's
+FONT_SIZE = 11
 NARROW = 4.0  # of the same figure on a phone, its panels below each other
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 11,
+    "font.size": FONT_SIZE,
     "axes.edgecolor": COLORS["grid"],
     "axes.labelcolor": COLORS["text"],
     "axes.titlecolor": COLORS["text"],
-    "axes.titlesize": 11,
+    "axes.titlesize": FONT_SIZE,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from batchnorm.report import drawing
 from batchnorm.report.drawing import COLORS as COLORS
@@ -128,6 +131,65 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float
         )
 
 
+def label_points(axes: Axes, points: list[tuple[float, float, str, str]]) -> None:
+    """Label points inside the axes, each at the nearest place where its words cover no line, axis or other words.
+
+    Args:
+        axes: with its limits and its labels set.
+        points: x, y, text and colour of each.
+    """
+    if not points:
+        return
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # lays it out
+    point = figure.dpi / 72
+    size = drawing.FONT_SIZE * point
+    left, bottom, right, top = axes.get_window_extent().extents
+    taken = np.concatenate([_drawn(axes, line) for line in axes.lines])
+    for x, y, text, color in points:
+        at_x, at_y = axes.transData.transform((x, y))
+        width, height = 0.56 * size * len(text), 1.3 * size
+
+        shifts = [(dx * point, dy * point) for dx in range(-90, 91, 6) for dy in range(-120, 61, 6)]
+        places = [
+            (at_x + dx - (width if dx < 0 else 0), at_y + dy - height / 2)
+            for dx, dy in sorted(shifts, key=lambda d: (math.hypot(*d), d[1], -d[0]))
+        ]
+        covered = functools.partial(_covered, taken, (width, height), (left, bottom + 3, right, top))
+        x0, y0 = min(places, key=covered)  # the first of the best, which is the nearest
+        axes.annotate(
+            text,
+            ((x0 - left) / (right - left), (y0 + height / 2 - bottom) / (top - bottom)),
+            xycoords="axes fraction",
+            va="center",
+            color=drawing.for_words(color),
+        )
+        box = np.stack(np.meshgrid(np.linspace(x0, x0 + width, 20), np.linspace(y0, y0 + height, 5)), -1)
+        taken = np.concatenate([taken, box.reshape(-1, 2)])
+
+
+def _covered(
+    taken: Any, size: tuple[float, float], bounds: tuple[float, float, float, float], corner: tuple[float, float]
+) -> int:
+    """How many of the points that are taken lie in a box, or three pixels beside it; many more outside the bounds."""
+    (x0, y0), (width, height) = corner, size
+    inside = (np.abs(taken - (x0 + width / 2, y0 + height / 2)) <= (width / 2 + 3, height / 2 + 3)).all(1).sum()
+    outside = x0 < bounds[0] or y0 < bounds[1] or x0 + width > bounds[2] or y0 + height > bounds[3]
+    return int(inside) + 10_000 * outside
+
+
+def _drawn(axes: Axes, line: Any) -> Any:
+    """Points of a line, a pixel or two apart, in pixels."""
+    corners = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
+    corners = corners[np.isfinite(corners).all(1)]
+    pieces = [corners]
+    for start, end in itertools.pairwise(corners):
+        share = np.linspace(0, 1, int(min(2_000, np.abs(end - start).max() / 2)) + 2)[:, None]
+        pieces.append(start + share * (end - start))
+    return np.concatenate(pieces)
+
+
 def _log_if_wide(axes: Axes, values: list[float]) -> None:
     """A logarithmic axis where the values span a decade and more: on less it has hardly a number."""
     positive = [value for value in values if 0 < value < float("inf")]
@@ -159,6 +221,7 @@ def _accuracy(result: TrainResult, narrow: bool) -> Figure:
     share = 1 if _is_regression(result) else 100
     top = 1.01 if _is_regression(result) else 101
     baseline = result.curves.get("baseline")
+    reached: list[tuple[float, float, str, str]] = []
     for name, curve in result.curves.items():
         values = [share * value for value in curve.scores]
         axes.plot(curve.steps, values, color=COLORS[name], ls=DASHES[name])
@@ -170,16 +233,7 @@ def _accuracy(result: TrainResult, narrow: bool) -> Figure:
             step = curve.first_step_at(best)
             if step:
                 axes.plot(step, share * best, "o", ms=7, color=COLORS[name], clip_on=False, zorder=5)
-                side = "left" if step < 0.8 * max(curve.steps) else "right"
-                below = share * best > 0.4 * top  # else the words would lie on the axis' numbers
-                axes.annotate(
-                    f"step {step:,}",
-                    (step, share * best),
-                    xytext=(6 if side == "left" else -6, (-30 if name == "batch norm" else -46) if below else 12),
-                    textcoords="offset points",
-                    ha=side,
-                    color=drawing.for_words(COLORS[name]),
-                )
+                reached.append((step, share * best, f"step {step:,}", COLORS[name]))
     axes.set(xlabel="training step", ylim=(None, top))
     axes.set_title(_score(result), loc="left")
     if _is_regression(result):
@@ -187,6 +241,7 @@ def _accuracy(result: TrainResult, narrow: bool) -> Figure:
     label_ends(
         axes, [(c.steps[-1], share * c.scores[-1], _label(n, narrow), COLORS[n]) for n, c in result.curves.items()]
     )
+    label_points(axes, reached)
     return figure
 
 
