@@ -52,6 +52,22 @@ _FOLLOWED = "_is_followed_by_norm"
 _METADATA = SHAPE_READERS | SHAPE_ATTRIBUTES | {"is_floating_point", "is_contiguous", "layout", "stride", "get_device"}
 
 
+class NotCapturedError(SurgeryError):
+    """A network, or a part of one, whose data flow no graph follows.
+
+    Attributes:
+        short: why, as the end of a sentence about it.
+    """
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__(
+            "the data flow of this network cannot be captured (" + "; ".join(failures) + "). "
+            "Move what depends on the data's values out of forward, or edit the parts that can be "
+            "captured one by one."
+        )
+        self.short = f"cannot be captured ({failures[0]})"
+
+
 class Traced(NamedTuple):
     """A graph, the output that it gave on the example, and whether random numbers that are not in it shaped it."""
 
@@ -71,7 +87,7 @@ def capture(net: nn.Module, example: Any, *, evaluation: bool = False) -> DataFl
 
     Raises:
         InputError: when the network fails on the example.
-        SurgeryError: when neither torch.fx nor torch.export can capture the network.
+        NotCapturedError: when neither torch.fx nor torch.export can capture the network.
     """
     given = Example.of(example)
     shown = copy_of(net).eval() if evaluation else net
@@ -89,11 +105,7 @@ def capture(net: nn.Module, example: Any, *, evaluation: bool = False) -> DataFl
         except Exception as error:
             first = str(error).strip().splitlines() or [""]
             failures.append(f"{method}: {type(error).__name__}: {first[0]}")
-    raise SurgeryError(
-        "the data flow of this network cannot be captured (" + "; ".join(failures) + "). "
-        "Move what depends on the data's values out of forward, or edit the parts that can be "
-        "captured one by one."
-    )
+    raise NotCapturedError(failures)
 
 
 def capture_settled(net: nn.Module, example: Any) -> DataFlow:

@@ -74,10 +74,12 @@ class Certificate:
         kept: each that stayed, why, and the scale and shift that it became where it could.
         differences: every comparison that was made; all have passed.
         captured_by: ``"torch.fx"``; or ``"torch.fx on the example's shapes"`` or ``"torch.export"``: then the data flow
-            is known for the shapes of the example alone.
+            is known for the shapes of the example alone. Of several parts it may be several of them.
         tolerance: the largest relative difference that was accepted in the network's dtype.
         dtype: the network's dtype.
         merged: sums of branches that became one convolution.
+        parts: the modules that were captured by themselves, where the whole network could not be; each was compared by
+            itself, too, under its name.
     """
 
     folded: tuple[Folded, ...]
@@ -87,6 +89,7 @@ class Certificate:
     tolerance: float
     dtype: str = "float32"
     merged: tuple[Merged, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def absolute(self) -> float:
@@ -143,7 +146,8 @@ class Certificate:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        lines = [self.verdict, f"{len(self.folded)} folded, {len(self.kept)} kept ({self.captured_by})"]
+        where = f" in {', '.join(map(repr, self.parts))}" if self.parts else ""
+        lines = [self.verdict, f"{len(self.folded)} folded, {len(self.kept)} kept ({self.captured_by}{where})"]
         lines += [f"  {item.layer} -> {item.into}" for item in self.folded]
         lines += [f"  {' + '.join(item.branches)} -> {item.into}" for item in self.merged]
         for item in self.kept:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from batchnorm.surgery import activations, branches, recurrent, subclasses
 from batchnorm.surgery.absorption import Absorption, Line, State, Weights
 from batchnorm.surgery.affine import ChannelMap, affine_of, is_norm, wide
 from batchnorm.surgery.called import Owner, called_layers
-from batchnorm.surgery.capture import capture
+from batchnorm.surgery.capture import NotCapturedError, capture
 from batchnorm.surgery.certificate import Certificate as Certificate
 from batchnorm.surgery.certificate import Difference as Difference
 from batchnorm.surgery.certificate import Folded as Folded
@@ -31,6 +32,7 @@ from batchnorm.surgery.flow import EXPORTED, DataFlow, data_inputs, operation
 from batchnorm.surgery.frozen import eps_of, looks_frozen
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
 from batchnorm.surgery.modules import is_plain, obstacle, unwrap
+from batchnorm.surgery.parts import Part, parts_of
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.rounding import TOLERANCE, coarsest_dtype, dtype_text
 from batchnorm.surgery.verification import verify
@@ -73,6 +75,10 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     - Inside recurrent layers, the normalization of W_ih x over whole sequences goes into W_ih, with a new bias;
       statistics by time step stay.
 
+    Of a network that cannot be captured as a whole, because it looks into its data, those modules are folded that can
+    be captured by themselves, if nothing outside one calls or reads what is in it, or shares it. ``certificate.parts``
+    names them, and each is verified by itself, too.
+
     Layers are found by data flow, and only taken where nothing else sees their values. Any other layer is kept
     and listed with the reason; if its statistics are known, it becomes one ``ScaleShift`` that has its activation
     fused. Weights are computed in float64 and rounded once.
@@ -107,29 +113,87 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     reference = copy_of(network).eval()
     folded = subclasses.with_opened(network, inner)
     unfolded = copy_of(folded).eval()
-    folding = _planned(folded, unfolded, inputs)
+    parts, outside = _parts(folded, unfolded, inputs)
     dtype = coarsest_dtype(folded)
     limit = TOLERANCE[dtype] if tolerance is None else tolerance
     differences: list[Difference] = []
 
-    def exact_steps(copy: nn.Module) -> list[Step]:
-        return folding.steps(copy, torch.float64)
+    def steps(copy: nn.Module, kind: torch.dtype | None = None) -> list[Step]:
+        return [step for part in parts for step in part.plan.steps(part.within(copy), kind)]
 
     def compare() -> None:
-        differences.extend(verify(reference, unfolded, folded, exact_steps, folding.folded, inputs, limit))
+        differences.extend(verify(reference, unfolded, folded, partial(steps, kind=torch.float64), done, inputs, limit))
+        for part in (each for each in parts if each.name):
+            differences.extend(_verified(part, reference, unfolded, folded, limit))
 
-    Plan(folded, folding.steps(folded), compare, skipped={item.layer: item.reason for item in folding.kept}).apply()
     names = {f"{name}.{subclasses.NORM}": name for name in inner}
+
+    def named(part: Part[Folding], layer: str) -> str:
+        return names.get(part.full(layer), part.full(layer))
+
+    def stays(part: Part[Folding], item: Kept) -> Kept:
+        reason = item.reason
+        for end in ("input", "output") if part.name else ():
+            reason = reason.replace(f"the network's {end}", f"the {end} of '{part.name}'")
+        return dataclasses.replace(item, layer=named(part, item.layer), reason=reason)
+
+    done = [Folded(named(part, item.layer), part.full_each(item.into)) for part in parts for item in part.plan.folded]
+    kept = [stays(part, item) for part in parts for item in part.plan.kept]
+    kept += [Kept(names.get(name, name), reason) for name, reason in outside.items()]
+    Plan(folded, steps(folded), compare, skipped={item.layer: item.reason for item in kept}).apply()
+    methods = sorted({part.plan.flow.method for part in parts})
     certificate = Certificate(
-        tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.folded),
-        tuple(dataclasses.replace(item, layer=names.get(item.layer, item.layer)) for item in folding.kept),
+        tuple(done),
+        tuple(kept),
         tuple(differences),
-        folding.flow.method,
+        ", ".join(methods),
         limit,
         dtype_text(dtype),
-        tuple(folding.merged),
+        tuple(
+            Merged(part.full(item.into), tuple(b if b == "identity" else part.full(b) for b in item.branches))
+            for part in parts
+            for item in part.plan.merged
+        ),
+        tuple(part.name for part in parts if part.name),
     )
     return FoldResult(folded, certificate)
+
+
+def _parts(net: nn.Module, evaluated: nn.Module, inputs: Example) -> tuple[list[Part[Folding]], dict[str, str]]:
+    """The folds of the whole network; of its parts, where it cannot be captured, with why layers lie in none of them.
+
+    Raises:
+        NotCapturedError: where nothing of a network that cannot be captured folds.
+    """
+    try:
+        return [Part("", inputs, _planned(net, evaluated, inputs))], {}
+    except NotCapturedError as error:
+        whole = error
+
+    def plan(name: str, given: Example) -> Folding:
+        return _planned(net.get_submodule(name), evaluated.get_submodule(name), given)
+
+    found = parts_of(evaluated, inputs, is_norm, plan, whole)
+    parts = [part for part in found.parts if part.plan.folded]
+    if not parts:
+        told = found.told()
+        raise SurgeryError(f"{whole} Of its parts with batch normalization none folds{f': {told}' if told else ''}.")
+    inside = tuple(f"{part.name}." for part in found.parts)
+    layers = [name for name, module in evaluated.named_modules() if is_norm(module)]
+    outside = {name: found.reason(name) for name in layers if not name.startswith(inside)}
+    return found.parts, outside
+
+
+def _verified(
+    part: Part[Folding], reference: nn.Module, unfolded: nn.Module, folded: nn.Module, limit: float
+) -> list[Difference]:
+    """The proof for one part, on values of its own."""
+    if not part.plan.folded:
+        return []
+    given, opened, done = (part.within(net) for net in (reference, unfolded, folded))
+    exact = partial(part.plan.steps, dtype=torch.float64)
+    found = verify(given, opened, done, exact, part.plan.folded, part.example, limit)
+    return [dataclasses.replace(d, output=f"{part.name}: {d.output}") for d in found]
 
 
 def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example) -> Folding:

@@ -18,17 +18,19 @@ from torch.optim import Optimizer
 from batchnorm.errors import BatchNormError, InputError, SurgeryError
 from batchnorm.nn.batch_norm import BY_RANK
 from batchnorm.nn.outside import NORM, followed_by_norm
-from batchnorm.surgery.capture import capture_settled
+from batchnorm.surgery.capture import NotCapturedError, capture_settled
 from batchnorm.surgery.comparison import Example, copy_of, distances, run_example
 from batchnorm.surgery.flow import DataFlow, data_inputs, operation, rank
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.layers import LastAxisBatchNorm
 from batchnorm.surgery.modules import obstacle, unwrap
+from batchnorm.surgery.parts import Part, parts_of
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.roles import (
     is_activation,
     is_attention,
     is_layer,
+    is_normalization,
     is_normalized,
     is_output_layer,
     is_weighted,
@@ -76,6 +78,10 @@ def insert(
     the activation that is so wrapped. A module whose attributes the network reads when it runs (``self.conv.stride``)
     stays where it is: the new layer is its child ``norm``, called by a hook behind it, and ``conv.weight`` keeps its
     key.
+
+    In a network that cannot be captured as a whole, because it looks into its data, layers are found in those modules
+    that can be captured by themselves, if nothing outside one calls or reads what is in it. A layer whose value leaves
+    such a module before the next layer with weights is left alone; ``only`` names it.
 
     Args:
         net: the network; it is changed and returned.
@@ -150,16 +156,17 @@ def plan_insertion(
     layers = [name for name, module in net.named_modules() if is_layer(module)]
     chosen = None if only is None else _matching(only, layers, "only")
     left_out = _matching(skip, layers, "skip")
-    flow = capture_settled(net, given)
+    parts, outside = _parts(net, given)
     insertions: list[Insertion] = []
     skipped: dict[str, str] = {}
     impossible: dict[str, str] = {}
     for name in layers:
-        reason = _unwanted(flow, name, chosen, left_out)
+        part = next((each for each in parts if each.holds(name)), None)
+        reason = _outside(name, chosen, left_out, outside) if part is None else _unwanted(part, name, chosen, left_out)
         if reason is not None:
             skipped[name] = reason
             continue
-        outcome = _insertion(flow, name, placement, layer_options)
+        outcome = outside[name] if part is None else _insertion(part, name, placement, layer_options)
         if isinstance(outcome, str):
             impossible[name] = outcome
         else:
@@ -178,13 +185,13 @@ def plan_insertion(
     original = copy_of(net).eval()
     steps = [step for item in insertions for step in item.steps(net, optimizer)]
     if zero_gamma:
-        steps += [Step(f"{item.after}: gamma 0", _zeroing(item)) for item in _ends_of_branches(flow, insertions)]
+        steps += [Step(f"{item.after}: gamma 0", _zeroing(item)) for item in insertions if _ends_branch(item)]
     if initialize == "preserve":
         measured = _measured(original, insertions, given)
         steps += [Step(f"{i.after}: gamma and beta undo it", _undoing(i, *measured[i.after])) for i in insertions]
 
     def verify() -> None:
-        _verify(original, net, insertions, given)
+        _verify(original, net, insertions, parts, given)
         if initialize == "preserve":
             _verify_preserved(original, net, given)
 
@@ -193,13 +200,15 @@ def plan_insertion(
 
 @dataclass(frozen=True)
 class Insertion:
-    """One new layer: after the module ``after``, for the values of the layer ``name``."""
+    """One new layer: after the module ``after``, for the values of the layer ``name``, which ``node`` gives."""
 
     name: str
     layer: nn.Module
     after: str
     module: nn.Module
     norm: _BatchNorm
+    flow: DataFlow
+    node: fx.Node
     in_place: bool = False
 
     @property
@@ -234,15 +243,46 @@ class Insertion:
         return steps
 
 
-def _unwanted(flow: DataFlow, name: str, chosen: set[str] | None, left_out: set[str]) -> str | None:
+def _parts(net: nn.Module, example: Example) -> tuple[list[Part[DataFlow]], dict[str, str]]:
+    """The flow of the network; those of its parts, where the whole cannot be captured, and why layers are in none.
+
+    Raises:
+        NotCapturedError: where no part of a network that cannot be captured has a layer.
+    """
+    try:
+        return [Part("", example, capture_settled(net, example))], {}
+    except NotCapturedError as error:
+        whole = error
+    found = parts_of(net, example, is_layer, lambda name, given: capture_settled(net.get_submodule(name), given), whole)
+    if not found.parts:
+        told = found.told()
+        raise SurgeryError(f"insert: {whole} Its parts do not help{f': {told}' if told else ''}.")
+    layers = [name for name, module in net.named_modules() if is_layer(module)]
+    outside = {name: found.reason(name) for name in layers if not any(part.holds(name) for part in found.parts)}
+    return found.parts, outside
+
+
+def _outside(name: str, chosen: set[str] | None, left_out: set[str], reasons: dict[str, str]) -> str | None:
+    """Why a layer in no part that can be captured needs no batch normalization, or None where it is asked for."""
+    if name in left_out:
+        return "it is in skip"
+    if chosen is not None:
+        return None if name in chosen else "it is not in only"
+    return reasons[name]
+
+
+def _unwanted(part: Part[DataFlow], name: str, chosen: set[str] | None, left_out: set[str]) -> str | None:
     """Why a layer needs no batch normalization, or None."""
     if name in left_out:
         return "it is in skip"
     if chosen is not None:
         return None if name in chosen else "it is not in only"
+    flow, name = part.plan, part.inner(name)
     calls = flow.calls(name)
     if not calls:
         return obstacle(flow, name)
+    if part.name and any(_leaves(flow, call) for call in calls):
+        return f"what its value goes to behind '{part.name}' is not known, since the network cannot be captured"
     roles = {
         "it is an output layer": is_output_layer,
         "it is normalized already": is_normalized,
@@ -254,8 +294,18 @@ def _unwanted(flow: DataFlow, name: str, chosen: set[str] | None, left_out: set[
     return None
 
 
-def _insertion(flow: DataFlow, name: str, placement: str, options: dict[str, Any]) -> Insertion | str:
+def _leaves(flow: DataFlow, node: fx.Node) -> bool:
+    """Whether a value reaches the output of a part by a way without a normalization and without weights."""
+
+    def ends(n: fx.Node) -> bool:
+        return is_normalization(flow, n) or is_weighted(flow, n)
+
+    return any(n.op == "output" for n in reach(node, lambda n: list(n.users), ends))
+
+
+def _insertion(part: Part[DataFlow], name: str, placement: str, options: dict[str, Any]) -> Insertion | str:
     """The new layer for one layer, or why there cannot be one."""
+    flow, name = part.plan, part.inner(name)
     layer = flow.modules[name]
     reason = obstacle(flow, name)
     if reason is not None:
@@ -274,7 +324,7 @@ def _insertion(flow: DataFlow, name: str, placement: str, options: dict[str, Any
         return norm
     module = flow.module(after)
     assert module is not None
-    return Insertion(name, layer, flow.name(after), module, norm)
+    return Insertion(part.full(name), layer, part.full(flow.name(after)), module, norm, flow, after)
 
 
 def _activation_of(flow: DataFlow, call: fx.Node) -> fx.Node | str | None:
@@ -318,12 +368,9 @@ def _norm_class(layer: nn.Linear | _ConvNd, axes: int) -> type[_BatchNorm]:
     return BY_RANK[len(layer.kernel_size)]
 
 
-def _ends_of_branches(flow: DataFlow, insertions: list[Insertion]) -> list[Insertion]:
-    """Those whose value goes, through nothing but identities and dropout, to an addition as its longer branch."""
-    return [item for item in insertions if _ends_branch(flow, flow.calls(item.after)[0])]
-
-
-def _ends_branch(flow: DataFlow, node: fx.Node) -> bool:
+def _ends_branch(item: Insertion) -> bool:
+    """Whether its value goes, through nothing but identities and dropout, to an addition as its longer branch."""
+    flow, node = item.flow, item.node
     while len(node.users) == 1:
         (user,) = node.users
         if user.op.startswith("call") and flow.module(user) is None and operation(user) == "add":
@@ -502,10 +549,19 @@ def _joining(
     return do
 
 
-def _verify(original: nn.Module, net: nn.Module, insertions: list[Insertion], example: Example) -> None:
+def _verify(
+    original: nn.Module,
+    net: nn.Module,
+    insertions: list[Insertion],
+    parts: list[Part[DataFlow]],
+    example: Example,
+) -> None:
     """The new layers sit where they were planned, and made neutral give the original's output."""
     try:
-        _check_places(capture_settled(net, example), insertions)
+        for part in parts:
+            inside = [item for item in insertions if item.flow is part.plan]
+            if inside:
+                _check_places(capture_settled(part.within(net), part.example), inside)
         names = {id(module): name for name, module in net.named_modules()}
         neutral = copy_of(net).eval()
         for item in insertions:
