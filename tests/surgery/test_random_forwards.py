@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 
 import numpy as np
@@ -32,6 +33,7 @@ def skips(self):
     return self.training and bool(torch.rand(()) < P)
 
 
+@functools.cache
 def seeds():
     """Some in which the first draw skips, and some in which it does not."""
     drawn = {}
