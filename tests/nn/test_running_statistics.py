@@ -23,6 +23,8 @@ from batchnorm.nn import configured
 COMBINATIONS = list(
     product(("ema", "debiased", "cumulative"), ("unbiased", "biased"), ("propagate", "skip", "skip_channel"))
 )
+# Compilation takes seconds: half of them, in which each option meets each of the others.
+EACH_PAIR = [found for k, found in enumerate(COMBINATIONS) if (k // 3 + k % 3 + k // 6) % 2 == 0]
 
 
 def batches(count: int = 5, seed: int = 0) -> list[Tensor]:
@@ -113,7 +115,7 @@ def test_the_counter_is_state_only_where_it_is_asked_for():
     assert list(again.state_dict()) == list(plain.state_dict())
 
 
-@pytest.mark.parametrize(("running", "kind", "nonfinite"), COMBINATIONS)
+@pytest.mark.parametrize(("running", "kind", "nonfinite"), EACH_PAIR)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 def test_compiled_and_exported(running: str, kind: str, nonfinite: str):
     layers = [bn.BatchNorm1d(3, running=running, running_var=kind, nonfinite=nonfinite) for _ in range(3)]
