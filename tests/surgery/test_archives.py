@@ -45,6 +45,19 @@ def test_folding_keeps_names_and_open_shapes(tmp_path):
     assert {name for name in again.state_dict if name.endswith("weight")} <= names
 
 
+def test_layers_whose_gamma_and_beta_do_not_train_fold_too(tmp_path):
+    """Their exported programs detach both; so does the unfolded archive of a run."""
+    net = bn.convert(randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))).eval()
+    bn.freeze(net)
+    path = exported(net, (IMAGES,), tmp_path / "net.pt2")
+    assert "detach" in operators(torch.export.load(path))
+    assert [layer.name for layer in bn.summary(open_archive(path).net, IMAGES).layers] == ["1"]
+    program, certificate = fold_archive(path)
+    assert [(i.layer, i.into) for i in certificate.folded] == [("1", "0")]
+    assert "batch_norm" not in operators(program)
+    torch.testing.assert_close(program.module()(IMAGES), net(IMAGES), rtol=1e-5, atol=1e-5)
+
+
 def test_what_an_archive_keeps(tmp_path):
     layers = {"conv": nn.ConvTranspose2d(4, 6, 3, groups=2), "a": nn.BatchNorm2d(6), "b": nn.BatchNorm2d(6)}
     net = randomize(Calls(lambda self, x: self.b(F.relu(self.a(self.conv(x)))), **layers)).eval()

@@ -87,6 +87,11 @@ def open_archive(path: str | Path) -> Archive:
 
 def _network(lifted: fx.GraphModule) -> fx.GraphModule:
     graph = lifted.graph
+    for node in [n for n in graph.nodes if n.op == "call_function" and operation(n) == "detach"]:
+        source = node.args[0]  # gamma and beta that do not train; nothing does here
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
     made: dict[str, list[Any]] = {}
     for node in [n for n in graph.nodes if n.op == "call_function" and operation(n) in _TENSORS]:
         found = _module_of(lifted, node)
