@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import __doc__ as description
 from .machine import ROOT, processor
-from .page import write_gpu_page, write_networks, write_page
+from .page import APART, write_apart, write_gpu_page, write_page
 from .rows import read, settled
 from .run import run
 from .suites import SUITES
@@ -60,8 +60,9 @@ def _page(paths: list[Path] | None) -> int:
         return 2
     for written in write_page(settled(read(found)), ROOT / "docs"):
         print(written)
-    if of_networks := sorted((RESULTS / "networks").glob("*.jsonl")):
-        print(write_networks(read(of_networks[-1:]), ROOT / "docs"))
+    for kind in APART:
+        if of_kind := sorted((RESULTS / kind).glob("*.jsonl")):
+            print(write_apart(kind, read(of_kind[-1:]), ROOT / "docs"))
     if on_gpu := sorted((RESULTS / "gpu").glob("*.jsonl")):
         print(write_gpu_page(read(on_gpu), ROOT / "docs"))
     return 0

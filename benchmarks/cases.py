@@ -31,7 +31,8 @@ class Case:
 
     @property
     def activation(self) -> str | None:
-        return "relu" if "relu" in self.fusion else None
+        last = self.fusion.split("+")[-1]
+        return None if last in ("bn", "add") else last
 
     @property
     def adds(self) -> bool:

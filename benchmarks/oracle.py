@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from batchnorm import reference
 
 from .cases import EPS, Case, Data, draw
 from .targets import OURS
+
+KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
+"""Where the derivatives of activations jump."""
 
 LIMIT = 16.0
 """Units in the last place that our result may be off; eager bf16 rounds three times."""
@@ -74,6 +79,11 @@ def _walk(case: Case) -> float:
     return 4 * math.sqrt(case.pool) * torch.finfo(torch.float32).eps / torch.finfo(case.torch_dtype).eps
 
 
+def _to_kink(z: Any, activation: str) -> Any:
+    """How far each z lies from the nearest place where the derivative jumps."""
+    return np.min([abs(z - kink) for kink in KINKS.get(activation, (np.inf,))], axis=0)
+
+
 def _width(x: Tensor) -> int:
     """Channels a block."""
     return max(1, min(x.shape[1], BLOCK * x.shape[1] // x.numel()))
@@ -113,7 +123,7 @@ def _truth_of(case: Case, data: Data, channels: slice, population: bool) -> tupl
     pool, unit = reference.pool_axes(x.ndim), torch.finfo(case.torch_dtype).eps
     xhat = x if population else reference.batch_norm(x, eps=EPS).xhat
     scale = reference.along(abs(weight) / (1 if population else x.std(axis=pool)), x.ndim)
-    distance = abs(z) / (unit * (1 + abs(z) + (abs(residual) if case.adds else 0)))
+    distance = _to_kink(z, case.activation) / (unit * (1 + abs(z) + (abs(residual) if case.adds else 0)))
     slack = {}
     for width, whose in ((4, ""), (4 + _walk(case), " of others")):
         doubt = abs(dy) * (distance < width)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .rows import Row
-from .tables import BLOCKS, GPU_BLOCKS, LIMITS, NETWORK_BLOCKS
+from .tables import ACTIVATION_BLOCKS, BLOCKS, GPU_BLOCKS, LIMITS, NETWORK_BLOCKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,8 @@ COLORS = {
 }  # fmt: skip
 MARKERS = {"torch": "o", "ours": "s", "ours fused": "D", "compile": "^", "jax": "v"}
 NEUTRAL = "#808080"  # for text and rules: readable on white and on black
+APART = {"networks": NETWORK_BLOCKS, "activations": ACTIVATION_BLOCKS}
+"""Whose rows lie in folders of their own, by the folders' names."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -38,10 +40,10 @@ def write_page(rows: Sequence[Row], docs: Path) -> list[Path]:
     return [page, *draw(rows, docs / "performance")]
 
 
-def write_networks(rows: Sequence[Row], docs: Path) -> Path:
-    """Puts the tables of whole networks' training steps between their markers."""
+def write_apart(kind: str, rows: Sequence[Row], docs: Path) -> Path:
+    """Puts the tables of one kind of rows, one of `APART`, between their markers."""
     page = docs / "performance.md"
-    page.write_text(fill(page.read_text(), rows, NETWORK_BLOCKS))
+    page.write_text(fill(page.read_text(), rows, APART[kind]))
     return page
 
 

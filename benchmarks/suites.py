@@ -35,6 +35,11 @@ def _wall(quick: bool) -> list[Job]:
     return [partial(wall.measure, c, names, seconds, inference=i) for c, names, i in wall.cases(quick)]
 
 
+def _activations(quick: bool) -> list[Job]:
+    contestants, seconds = ("torch", "ours fused"), 0.3 if quick else 0.6
+    return [partial(wall.measure, case, contestants, seconds, "activations") for case in wall.activation_cases(quick)]
+
+
 def _growth(quick: bool) -> list[Job]:
     return [partial(growth.measure, axis, case, 0.2 if quick else 0.7) for axis, case in growth.cases(quick)]
 
@@ -97,6 +102,7 @@ def _allocator(allocator: str, quick: bool) -> list[Job]:
 SUITES: dict[str, Suite] = {
     "kernel": Suite(_kernel, kernels.REUSING),
     "wall": Suite(_wall),
+    "activations": Suite(_activations),
     "step": Suite(_step),
     "memory": Suite(_memory),
     "networks": Suite(_networks),

@@ -89,6 +89,18 @@ def wall(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def activations(rows: Sequence[Row]) -> str:
+    """Every activation fused into training: times as fast as torch."""
+    header = ("activation", "shape", "dtype", "order", "forward, x torch", "backward, x torch", "both, x torch")
+    lines = []
+    for row in _of(rows, suite="activations", contestant="ours fused", direction="forward+backward"):
+        key = {k: row[k] for k in ("suite", "shape", "dtype", "order", "fusion", "contestant")}
+        by = {r["direction"]: r.get("x_torch") for r in _of(rows, **key)}
+        figures = map(_number, (by.get("forward"), by.get("backward"), by.get("forward+backward")))
+        lines.append((row["fusion"].removeprefix("bn+"), *_case(row), *figures))
+    return table(header, lines)
+
+
 def steps(rows: Sequence[Row]) -> str:
     """Training steps: times as fast as torch's layers, and peak memory over theirs."""
     header = ("network", "input", "dtype", "contestant", "step, ms", "x torch", "peak memory, MB", "of torch's")
@@ -221,6 +233,9 @@ def _case(row: Row) -> tuple[Any, ...]:
 
 NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environment": environment}
 """Those of whole networks' training steps, in docs/performance.md, whose rows are kept by themselves."""
+
+ACTIVATION_BLOCKS = {"activations": activations, "activations environment": environment}
+"""Those of all activations, in docs/performance.md, whose rows are kept by themselves."""
 
 GPU_BLOCKS = {"gpu targets": gpu_targets, "gpu": gpu}
 """Those of docs/gpu.md."""

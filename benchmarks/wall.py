@@ -21,6 +21,7 @@ OURS = {
     2: batchnorm.BatchNorm1d, 3: batchnorm.BatchNorm1d, 4: batchnorm.BatchNorm2d, 5: batchnorm.BatchNorm3d,
 }  # fmt: skip
 BOTH = "forward+backward"
+NEVER_IN_PLACE = ("gelu", "sigmoid", "tanh")
 
 
 class Apart(nn.Module):
@@ -34,7 +35,10 @@ class Apart(nn.Module):
         y = self.norm(x)
         if residual is not None:
             y += residual
-        return y if self.activation is None else getattr(F, self.activation)(y, inplace=True)
+        if self.activation is None:
+            return y
+        in_place = {} if self.activation in NEVER_IN_PLACE else {"inplace": True}
+        return getattr(F, self.activation)(y, **in_place)  # type: ignore[no-any-return]
 
 
 def module(name: str, case: Case, data: Data) -> nn.Module:
@@ -131,6 +135,17 @@ COMPILED = (
     Case(SMALL[0], "float32", "dense", "bn+relu"),
 )
 """The cases that torch.compile takes part in: compiling one takes about as long as all other figures of five."""
+
+
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh")
+OF_NETWORKS = ((16, 96, 48, 48), (8, 240, 12, 12), (8, 1152, 3, 3))
+"""Inputs as layers of MobileNet and EfficientNet have them: not in the cache; in it; of short planes."""
+
+
+def activation_cases(quick: bool) -> list[Case]:
+    """Every activation, fused into training."""
+    activations, shapes = (("relu6", "silu"), OF_NETWORKS[1:2]) if quick else (ACTIVATIONS, OF_NETWORKS)
+    return grid(shapes, ("float32", "bfloat16"), [f"bn+{each}" for each in activations])
 
 
 def cases(quick: bool) -> list[tuple[Case, tuple[str, ...], bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ RESIDENT = ("mobilenet_v2", "densenet121")
 SMALLER = (4, 3, 64, 64)
 """The input that gradients are compared on, in float64 too."""
 
+SEEDS = 5
 CLASSES = 1000
 NO_TORCHVISION = "torchvision is not installed: pip install --no-deps torchvision"
 _operators: list[Any] = []
@@ -68,15 +70,20 @@ class Step:
     """Forward, cross-entropy and backward of one network."""
 
     def __init__(
-        self, network: str, contestant: str, shape: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        network: str,
+        contestant: str,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
     ) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.net: nn.Module = torchvision().models.get_model(network, weights=None).train()
         shape = shape or NETWORKS[network]
         self.saving = contestant == "saving"
         if contestant != "torch":
             batchnorm.accelerate(self.net, torch.randn(2, *shape[1:]))
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed + 1)
         self.net.to(dtype)
         self.x = torch.randn(shape, generator=generator).to(dtype)
         self.target = torch.randint(CLASSES, shape[:1], generator=generator)
@@ -100,10 +107,17 @@ class Step:
 
 
 def error(network: str, contestant: str) -> float:
-    """Distance of all gradients from the float64 network's (torch's own layers), over their length."""
-    given = Step(network, contestant, SMALLER).gradients()
-    true = Step(network, "torch", SMALLER, torch.float64).gradients()
-    return float((given - true).norm() / true.norm())
+    """Distance of all gradients from the float64 network's (torch's own layers), over their length: the median network.
+
+    Behind many relus one network says little: where an input lies near a kink, either side is right.
+    """
+
+    def of(seed: int) -> float:
+        given = Step(network, contestant, SMALLER, seed=seed).gradients()
+        true = Step(network, "torch", SMALLER, torch.float64, seed).gradients()
+        return float((given - true).norm() / true.norm())
+
+    return statistics.median(of(seed) for seed in range(SEEDS))
 
 
 def live_bytes(run: Callable[[], None], net: nn.Module) -> int:

@@ -8,10 +8,12 @@ import xml.etree.ElementTree as ET
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from batchnorm import reference
 from batchnorm.kernels import cpu
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from benchmarks import __main__ as command
@@ -481,3 +483,17 @@ def test_networks_are_measured_in_live_bytes_and_shown():
     ]
     assert "| some_net | (2, 3) | saving | 1.2 | 40% | 1.5 | 1.25 |" in tables.networks(found)
     assert "| some_net | (2, 3) | glibc | saving | 2 | 50% |" in tables.resident(found)
+
+
+def test_activations_are_measured_and_shown():
+    case = Case((4, 8, 6, 6), "float32", "planar", "bn+hardswish")
+    assert (case.activation, case.adds) == ("hardswish", False)
+    assert Case((4, 8), fusion="bn+add").activation is None
+    rows = list(wall.measure(case, ("torch", "ours fused"), 0.01, "activations"))
+    assert {row["contestant"] for row in rows} == {"torch", "ours fused"}
+    shown = tables.activations(rows)
+    assert "| hardswish | (4, 8, 6, 6) | float32 | planar |" in shown
+    for activation in wall.ACTIVATIONS:
+        found = wall.Apart(nn.Identity(), activation)(torch.linspace(-4, 7, 30))
+        true = reference.activation(np.linspace(-4, 7, 30), activation)
+        np.testing.assert_allclose(found.numpy(), true, atol=1e-6)

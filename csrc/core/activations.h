@@ -53,9 +53,14 @@ INLINE f32 tanh_of(f32 z) {
   return keep_nan(z, select(a < 0.625f, small, large));
 }
 
-// The normal distribution function, 0.5 * erfc(-z / sqrt 2).
-INLINE f32 normal_cdf(f32 z) {
-  f32 a = abs_of(z) * 0x1.6a09e6p-1f;
+// The normal distribution: its function, 0.5 * erfc(-z / sqrt 2), and its density. They share an exponential.
+struct Normal32 {
+  f32 cdf, pdf;
+};
+
+INLINE Normal32 normal_of(f32 z) {
+  f32 c = vmin(abs_of(z), f32{} + 13.15f), a = c * 0x1.6a09e6p-1f;
+  f32 bell = exp_of(-0.5f * c * c);
   f32 u = vmin(a * a, f32{} + 1.f);
   f32 e = -0.0005625396152026951f * u + 0.004916023463010788f;
   e = e * u - 0.02670994959771633f;
@@ -63,8 +68,7 @@ INLINE f32 normal_cdf(f32 z) {
   e = e * u - 0.37612318992614746f;
   e = e * u + 1.1283791065216064f;
   f32 near = 0.5f + 0.5f * (f32)((u32)(a * e) | ((u32)z & 0x80000000u));
-  f32 b = vmin(a, f32{} + 9.3f);
-  f32 t = 1.f / (b + 2.f);
+  f32 t = 1.f / (a + 2.f);
   f32 p = 24.438236236572266f * t - 29.699134826660156f;
   p = p * t + 5.7264227867126465f;
   p = p * t + 1.8049530982971191f;
@@ -72,14 +76,9 @@ INLINE f32 normal_cdf(f32 z) {
   p = p * t + 1.972633719444275f;
   p = p * t + 1.128339171409607f;
   p = p * t + 0.5641924142837524f;
-  f32 tail = 0.5f * t * p * exp_of(-b * b);
+  f32 tail = 0.5f * t * p * bell;
   f32 far = select(z < 0.f, tail, 1.f - tail);
-  return keep_nan(z, select(a < 1.f, near, far));
-}
-
-INLINE f32 normal_pdf(f32 z) {
-  f32 b = vmin(abs_of(z), f32{} + 13.f);
-  return 0.3989422804014327f * exp_of(-0.5f * b * b);
+  return {keep_nan(z, select(a < 1.f, near, far)), 0.3989422804014327f * bell};
 }
 
 template <class F>
@@ -94,11 +93,12 @@ INLINE f64 sigmoid_of(f64 z) {
 INLINE f64 tanh_of(f64 z) {
   return each_lane(z, [](double v) { return ::tanh(v); });
 }
-INLINE f64 normal_cdf(f64 z) {
-  return each_lane(z, [](double v) { return 0.5 * ::erfc(-v * 0.70710678118654752440); });
-}
-INLINE f64 normal_pdf(f64 z) {
-  return each_lane(z, [](double v) { return 0.39894228040143267794 * ::exp(-0.5 * v * v); });
+struct Normal64 {
+  f64 cdf, pdf;
+};
+INLINE Normal64 normal_of(f64 z) {
+  return {each_lane(z, [](double v) { return 0.5 * ::erfc(-v * 0.70710678118654752440); }),
+          each_lane(z, [](double v) { return 0.39894228040143267794 * ::exp(-0.5 * v * v); })};
 }
 
 template <class V>
@@ -111,7 +111,7 @@ INLINE V activate(Activation a, V z, double slope) {
     case Activation::relu6: return vmin(vmax(z, zero), six);
     case Activation::leaky_relu: return select(z < zero, z * S(slope), z);
     case Activation::silu: return z * sigmoid_of(z);
-    case Activation::gelu: return z * normal_cdf(z);
+    case Activation::gelu: return z * normal_of(z).cdf;
     case Activation::hardswish: return z * (vmin(vmax(z + S(3), zero), six) / S(6));
     case Activation::sigmoid: return sigmoid_of(z);
     case Activation::tanh: return tanh_of(z);
@@ -133,7 +133,10 @@ INLINE V derivative(Activation a, V z, double slope) {
       V s = sigmoid_of(z);
       return s * (one + z * (one - s));
     }
-    case Activation::gelu: return normal_cdf(z) + z * normal_pdf(z);
+    case Activation::gelu: {
+      const auto normal = normal_of(z);
+      return normal.cdf + z * normal.pdf;
+    }
     case Activation::hardswish: return select(z <= zero - S(3), zero, select(z < zero + S(3), z / S(3) + S(0.5), one));
     case Activation::sigmoid: {
       V s = sigmoid_of(z);

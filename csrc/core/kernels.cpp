@@ -6,6 +6,7 @@
 // float32 over kChain vectors at a time, where differences from one of the values are exact or nearly so.
 #include "kernels.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "activations.h"
@@ -85,6 +86,15 @@ INLINE void store_some(T* p, typename Lane<T>::V v, i64 count) {
   Lane<T>::store(values, v);
   for (i64 i = 0; i < count; ++i) p[i] = values[i];
 #endif
+}
+
+// All but the first `skip` lanes.
+template <class T>
+INLINE void store_from(T* p, typename Lane<T>::V v, int skip) {
+  if (!skip) return Lane<T>::store(p, v);
+  T values[Lane<T>::width];
+  Lane<T>::store(values, v);
+  for (int i = skip; i < Lane<T>::width; ++i) p[i] = values[i];
 }
 
 // A vector of elements in the type that is computed in; of float32 each half from memory, which needs no shuffle.
@@ -275,8 +285,8 @@ INLINE void sum_plane(i64 inner, f64* first, f64* second, Add add, Rest rest) {
 constexpr int kAbreast = VB == 64 ? 4 : 2;
 
 // Walks rows in tiles, one row in each of `streams` far places: prefetchers follow about eight rows upward, but not
-// several in one page. For each vector of columns `prepare(c)` once and `add(n, c, prepared, sums)` down the tile's
-// rows; the last vector overlaps the one before it, and its first lanes do not count. Fewer columns than a vector:
+// several in one page. For each vector of columns `prepare(c)` once and `add(n, c, skip, prepared, sums)` down the
+// tile's rows; the last vector overlaps the one before it, and its first `skip` lanes do not count. Fewer columns:
 // `rest(n, sums)`.
 template <class P, i64 streams, class Prepare, class Add, class Rest>
 INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
@@ -295,15 +305,16 @@ INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add
       for (int g = 0; g < G; ++g) prepared[g] = prepare(c + g * W);
       Sums<P> sums[G];
       for (i64 n = first; n < rows; n += apart)
-        for (int g = 0; g < G; ++g) add(n, c + g * W, prepared[g], sums[g]);
+        for (int g = 0; g < G; ++g) add(n, c + g * W, 0, prepared[g], sums[g]);
       for (int g = 0; g < G; ++g) sums[g].add_columns(totals + c + g * W, columns, 0, int(W));
     }
     while (c < columns) {
       const i64 from = c + W <= columns ? c : columns - W;
       const auto prepared = prepare(from);
       Sums<P> sums;
-      for (i64 n = first; n < rows; n += apart) add(n, from, prepared, sums);
-      sums.add_columns(totals + c, columns, int(c - from), int(W));
+      const int skip = int(c - from);
+      for (i64 n = first; n < rows; n += apart) add(n, from, skip, prepared, sums);
+      sums.add_columns(totals + c, columns, skip, int(W));
       c = from + W;
     }
   }
@@ -416,7 +427,7 @@ void interleaved_moments_in(const Slab& slab, const Operand& x, const double* sh
   const P few = columns_of<P>(shift, C < P::width ? C : P::width);
   sum_rows<P, 8>(
       slab.samples, C, sums, [&](i64 c) { return columns_of<P>(shift + c, P::width); },
-      [&](i64 n, i64 c, const P& s, Sums<P>& a) {
+      [&](i64 n, i64 c, int, const P& s, Sums<P>& a) {
         const P d = minus(load<P>(xs(n, c)), s);
         a.add(d, d);
       },
@@ -440,7 +451,59 @@ void interleaved_moments(const Slab& slab, const Operand& x, const double* shift
 
 // ------------------------------------------------------------------------------------------------ normalize
 // Which activations are compiled into the loops; all others are chosen inside, vector by vector.
-enum class Form { identity, relu, any };
+enum class Form { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, any };
+
+template <Form form>
+INLINE Activation activation_of(const KernelFusion& f) {
+  switch (form) {
+    case Form::identity: return Activation::identity;
+    case Form::relu: return Activation::relu;
+    case Form::relu6: return Activation::relu6;
+    case Form::leaky_relu: return Activation::leaky_relu;
+    case Form::silu: return Activation::silu;
+    case Form::gelu: return Activation::gelu;
+    case Form::hardswish: return Activation::hardswish;
+    case Form::sigmoid: return Activation::sigmoid;
+    case Form::tanh: return Activation::tanh;
+    case Form::any: break;
+  }
+  return f.activation;
+}
+
+// How many activations have loops of their own, which take room in the library and time to compile: relu alone; those
+// of two slopes; those of convolutional networks; all.
+enum class Forms : int { relu, piecewise, common, all };
+#if defined(__SSE2__) && !defined(__AVX2__)
+template <class T>
+constexpr Forms forms_of = Forms::relu;  // few such processors are left
+#else
+template <class T>
+constexpr Forms forms_of = std::is_same_v<T, float>  ? Forms::all
+                           : std::is_same_v<T, bf16> ? Forms::common
+                                                     : Forms::relu;
+#endif
+
+// Calls kernel(form) for an activation other than identity.
+template <Forms forms, class Kernel>
+void choose_form(Activation a, Kernel kernel) {
+  const auto call = [&](auto form) { kernel(form); };
+#define FORM(name) \
+  if (a == Activation::name) return call(std::integral_constant<Form, Form::name>{})
+  FORM(relu);
+  if constexpr (forms >= Forms::piecewise) FORM(relu6);
+  if constexpr (forms == Forms::piecewise || forms == Forms::all) FORM(leaky_relu);
+  if constexpr (forms >= Forms::common) {
+    FORM(silu);
+    FORM(gelu);
+    FORM(hardswish);
+  }
+  if constexpr (forms == Forms::all) {
+    FORM(sigmoid);
+    FORM(tanh);
+  }
+#undef FORM
+  call(std::integral_constant<Form, Form::any>{});
+}
 
 template <class T, class P>
 struct Normal {
@@ -525,7 +588,7 @@ INLINE typename Lane<T>::V finish(P z, typename Lane<T>::V r, uint8_t* bits, i64
   const auto v = z.rounded();
   if constexpr (form == Form::identity) return v;
   if constexpr (form == Form::relu) return vmax(v, typename Lane<T>::V{});
-  return activate(f.activation, v, f.slope);
+  return activate(activation_of<form>(f), v, f.slope);
 }
 
 template <class T, class P, Form form, bool residual, bool signs>
@@ -613,11 +676,11 @@ INLINE P gated(typename Lane<T>::V dy, typename Lane<T>::V x, const Normal<T, P>
     const P added = P::of(r);
     for (int k = 0; k < P::parts; ++k) z.part[k] += added.part[k];
   }
-  return P::of(dy * derivative(f.activation, z.rounded(), f.slope));
+  return P::of(dy * derivative(activation_of<form>(f), z.rounded(), f.slope));
 }
 
 template <class T, class P, class S, Form form, Gate gate>
-void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
+void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
                    const NormalizeCoefficients k, const KernelFusion& f, double* sums) {
   using L = Lane<T>;
   using V = typename L::V;
@@ -633,21 +696,25 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
       const T *p = at<const T>(x, n, c) + span.first, *g = at<const T>(dy, n, c) + span.first;
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
+      T* const keep = kept ? at<T>(kept, n, c) + span.first : nullptr;
       sum_plane<S>(
           span.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
             const auto d = minus(load<S>(p + i), m);
-            if constexpr (gate == Gate::none)
+            if constexpr (gate == Gate::none) {
               a.add(load<S>(g + i), d);
-            else
-              a.add(S::of(gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded()), d);
+            } else {
+              const V dz = gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded();
+              if (keep) L::store(keep + i, dz);
+              a.add(S::of(dz), d);
+            }
           },
           [&](i64 i, i64 count, Sums<S>& a) {
             const V v = load_some(p + i, count), rv = gate == Gate::residual ? load_some(r + i, count) : V{};
-            const auto dz =
-                S::of(gated<T, P, form, gate>(load_some(g + i, count), v, normal, rv, bits, i, count, f).rounded());
-            a.add(only(dz, 0, count), only(minus(S::of(v), m), 0, count));
+            const V dz = gated<T, P, form, gate>(load_some(g + i, count), v, normal, rv, bits, i, count, f).rounded();
+            if (keep) store_some(keep + i, dz, count);
+            a.add(only(S::of(dz), 0, count), only(minus(S::of(v), m), 0, count));
           });
     }
   }
@@ -655,8 +722,9 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
 }
 
 template <class T, class P, class S, Form form, Gate gate>
-void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
+void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
                         const NormalizeCoefficients k, const KernelFusion& f, double* sums) {
+  const RowAccess<T> keeps(kept);
   const RowAccess<const T> xs(x);
   const RowAccess<const T> dys(dy);
   const RowAccess<const T> rs(f.residual);
@@ -674,22 +742,27 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
   sum_rows<S, sizeof(T) == 2 ? 6 : 4>(
       slab.samples, C, sums,
       [&](i64 c) { return Prepared{Normal<T, P>::of_columns(k, c), columns_of<S>(mean + c, L::width)}; },
-      [&](i64 n, i64 c, const Prepared& q, Sums<S>& a) {
+      [&](i64 n, i64 c, int skip, const Prepared& q, Sums<S>& a) {
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
         const auto d = minus(load<S>(xs(n, c)), q.mean);
-        if constexpr (gate == Gate::none)
+        if constexpr (gate == Gate::none) {
           a.add(load<S>(dys(n, c)), d);
-        else
-          a.add(S::of(gated<T, P, form, gate>(L::load(dys(n, c)), v, q.normal, rv, bits, c, L::width, f).rounded()), d);
+        } else {
+          const V dz = gated<T, P, form, gate>(L::load(dys(n, c)), v, q.normal, rv, bits, c, L::width, f).rounded();
+          if (keeps.data) store_from(keeps(n, c), dz, skip);
+          a.add(S::of(dz), d);
+        }
       },
       [&](i64 n, Sums<S>& a) {
         const V v = load_some(xs(n, 0), C);
         const V rv = gate == Gate::residual ? load_some(rs(n, 0), C) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
         const V g = load_some(dys(n, 0), C);
-        a.add(S::of(gated<T, P, form, gate>(g, v, few.normal, rv, bits, 0, C, f).rounded()), minus(S::of(v), few.mean));
+        const V dz = gated<T, P, form, gate>(g, v, few.normal, rv, bits, 0, C, f).rounded();
+        if (keeps.data) store_some(keeps(n, 0), dz, C);
+        a.add(S::of(dz), minus(S::of(v), few.mean));
       });
 }
 
@@ -815,7 +888,7 @@ void normalize_case(const Slab& slab, const Operand& x, const Operand& y, const 
 template <class T, class P, Order order, Form form>
 void normalize_form(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
                     const KernelFusion& f) {
-  if (!f.residual) return normalize_case<T, P, order, form, false, false>(slab, x, y, k, f);
+  if (form == Form::identity && !f.residual) return normalize_case<T, P, order, form, false, false>(slab, x, y, k, f);
   if (!f.signs) return normalize_case<T, P, order, form, true, false>(slab, x, y, k, f);
   return normalize_case<T, P, order, form, true, true>(slab, x, y, k, f);
 }
@@ -825,37 +898,39 @@ void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const 
                     const KernelFusion& f) {
   using P = typename In<T, true>::E;
   if (f.activation == Activation::identity) return normalize_form<T, P, order, Form::identity>(slab, x, y, k, f);
-  if (f.activation == Activation::relu) return normalize_form<T, P, order, Form::relu>(slab, x, y, k, f);
-  return normalize_form<T, P, order, Form::any>(slab, x, y, k, f);
+  if (f.residual)
+    return f.activation == Activation::relu ? normalize_form<T, P, order, Form::relu>(slab, x, y, k, f)
+                                            : normalize_form<T, P, order, Form::any>(slab, x, y, k, f);
+  choose_form<forms_of<T>>(f.activation,
+                           [&](auto form) { normalize_case<T, P, order, form.value, false, false>(slab, x, y, k, f); });
 }
 
 // Calls kernel(form, gate) for the case at hand.
-template <class Kernel>
+template <Forms forms, class Kernel>
 void choose_gate(const KernelFusion& f, Gate gate, Kernel kernel) {
   using std::integral_constant;
-  constexpr integral_constant<Form, Form::relu> relu{};
   constexpr integral_constant<Form, Form::any> any{};
   switch (gate) {
     case Gate::none: return kernel(any, integral_constant<Gate, Gate::none>{});
     case Gate::signs: return kernel(any, integral_constant<Gate, Gate::signs>{});
     case Gate::residual: return kernel(any, integral_constant<Gate, Gate::residual>{});
     case Gate::recompute:
-      return f.activation == Activation::relu ? kernel(relu, integral_constant<Gate, Gate::recompute>{})
-                                              : kernel(any, integral_constant<Gate, Gate::recompute>{});
+      return choose_form<forms>(f.activation,
+                                [&](auto form) { kernel(form, integral_constant<Gate, Gate::recompute>{}); });
   }
 }
 
 template <class T, Order order>
-void reduce_slab(const Slab& slab, const Operand& dy, const Operand& x, const double* mean,
+void reduce_slab(const Slab& slab, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
                  const NormalizeCoefficients& k, const KernelFusion& f, Gate gate, double* sums) {
   choose_few(slab, [&](auto few) {
-    choose_gate(f, gate, [&](auto form, auto how) {
+    choose_gate<sizeof(T) == 4 && few.value ? Forms::relu : forms_of<T>>(f, gate, [&](auto form, auto how) {
       using P = typename In<T, few.value>::E;
       using S = typename In<T, few.value>::S;
       if constexpr (order == Order::planar)
-        planar_reduce<T, P, S, form.value, how.value>(slab, dy, x, mean, k, f, sums);
+        planar_reduce<T, P, S, form.value, how.value>(slab, dy, x, kept, mean, k, f, sums);
       else
-        interleaved_reduce<T, P, S, form.value, how.value>(slab, dy, x, mean, k, f, sums);
+        interleaved_reduce<T, P, S, form.value, how.value>(slab, dy, x, kept, mean, k, f, sums);
     });
   });
 }
@@ -864,13 +939,14 @@ template <class T, Order order>
 void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients& k, const ApplyCoefficients& a, const KernelFusion& f, Gate gate) {
   choose_few(slab, [&](auto few) {
-    choose_gate(f, gate, [&](auto form, auto how) {
-      using P = typename In<T, few.value>::E;
-      if constexpr (order == Order::planar)
-        planar_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
-      else
-        interleaved_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
-    });
+    choose_gate<sizeof(T) == 4 ? std::min(Forms::piecewise, forms_of<T>) : forms_of<T>>(
+        f, gate, [&](auto form, auto how) {  // else float32's dz is kept
+          using P = typename In<T, few.value>::E;
+          if constexpr (order == Order::planar)
+            planar_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+          else
+            interleaved_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+        });
   });
 }
 

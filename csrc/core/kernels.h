@@ -49,9 +49,9 @@ struct Kernels {
   void (*moments)(const Slab&, const Operand& x, const double* shift, double* sums);
   void (*normalize)(const Slab&, const Operand& x, const Operand& y, const NormalizeCoefficients&, const KernelFusion&);
   // sums[c], sums[channels + c] += sum of dz and of dz * (x - mean[c]); where 16-bit elements are not few, the mean is
-  // rounded to float32
-  void (*reduce)(const Slab&, const Operand& dy, const Operand& x, const double* mean, const NormalizeCoefficients&,
-                 const KernelFusion&, Gate, double* sums);
+  // rounded to float32. dz is kept where there is a place for it, which may be that of dy.
+  void (*reduce)(const Slab&, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
+                 const NormalizeCoefficients&, const KernelFusion&, Gate, double* sums);
   void (*apply)(const Slab&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients&, const ApplyCoefficients&, const KernelFusion&, Gate);
 };

@@ -11,6 +11,11 @@ Gate gate_of(const Fusion& f) {
   return f.residual ? Gate::residual : Gate::recompute;
 }
 
+// Whether the derivative takes longer than to write an element and to read it again.
+bool is_costly(Activation a) {
+  return a != Activation::identity && a != Activation::relu && a != Activation::relu6 && a != Activation::leaky_relu;
+}
+
 enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
 
 // ---------------------------------------------------------------------------------------------- steps
@@ -137,22 +142,24 @@ struct Steps {
     });
   }
 
-  void add_reductions(const Work& w, const Operand& dy, const Operand& x, const double* mean) const {
+  void add_reductions(const Work& w, const Operand& dy, const Operand& x, const double* mean,
+                      const Operand& kept = {}) const {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     mean += w.statistic;
     const NormalizeCoefficients k = w.k().normalize(w.slot);
     for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
       in_long_rows(
-          plan, v, slab, {dy, x, fusion.residual}, fusion.signs,
+          plan, v, slab, {dy, x, kept, fusion.residual}, fusion.signs,
           [&](const LongRows& r) {
             Columns columns(coefficients, w.k(), r);
             fold_columns(coefficients, r, w, [&](double* sums) {
-              row_kernels.reduce(r.slab, r.operand(plan, dy), r.operand(plan, x), columns.of(mean),
-                                 columns.gated(k, gate(), fusion.activation), fused(r), gate(), sums);
+              row_kernels.reduce(r.slab, r.operand(plan, dy), r.operand(plan, x), r.operand(plan, kept),
+                                 columns.of(mean), columns.gated(k, gate(), fusion.activation), fused(r), gate(), sums);
             });
           },
           [&](const Piece& p, const Slab& s) {
-            kernels.reduce(s, plan.operand(dy, p), plan.operand(x, p), mean, k, fused(p), gate(), w.first);
+            kernels.reduce(s, plan.operand(dy, p), plan.operand(x, p), plan.operand(kept, p), mean, k, fused(p), gate(),
+                           w.first);
           });
     });
     if (!plan.few(w.piece.pool) && element_size(plan.shape.dtype) == 2)
@@ -247,14 +254,27 @@ struct Steps {
         [&](const Piece& gap) { clear(plan, gap, y, large); });
   }
 
-  void apply(const Work& w, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual) const {
+  // Where the second phase finds dz: in the place of a result, into which the first has written it, since to compute it
+  // once more costs more. 16-bit results would round it.
+  Operand keep(const Operand& dx, const Operand& d_residual) const {
+    const bool is_worth_it = gate() == Gate::recompute ? is_costly(fusion.activation) : gate() == Gate::residual;
+    if (!dx || is_padded() || !is_worth_it || element_size(plan.shape.dtype) == 2) return {};
+    return d_residual ? d_residual : dx;
+  }
+
+  // From dz where it is kept, else from dy.
+  void apply(const Work& w, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
+             const Operand& kept = {}) const {
+    const Operand none, &from = kept ? kept : dy, &of_residual = kept ? none : d_residual;
+    const Operand& residual = kept ? none : fusion.residual;
+    const Gate gate = kept ? Gate::none : this->gate();
     if (is_padded())
       return for_padded_planes(
-          plan, w.piece, dx, d_residual, large,
+          plan, w.piece, dx, of_residual, large,
           [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand& also) {
             const int64_t slot = w.slot + channel;
-            kernels.apply(slab, plan.operand(dy, v), plan.operand(x, v), to, also, w.k().normalize(slot),
-                          w.k().apply(slot), fused(v), gate());
+            kernels.apply(slab, plan.operand(from, v), plan.operand(x, v), to, also, w.k().normalize(slot),
+                          w.k().apply(slot), fused(v), gate);
           });
     const NormalizeCoefficients k = w.k().normalize(w.slot);
     const ApplyCoefficients a = w.k().apply(w.slot);
@@ -262,16 +282,16 @@ struct Steps {
         plan, w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_long_rows(
-              plan, v, slab, {dy, x, dx, d_residual, fusion.residual}, fusion.signs,
+              plan, v, slab, {from, x, dx, of_residual, residual}, fusion.signs,
               [&](const LongRows& r) {
                 Columns columns(coefficients, w.k(), r);
-                row_kernels.apply(r.slab, r.operand(plan, dy), r.operand(plan, x), r.operand(plan, dx),
-                                  r.operand(plan, d_residual), columns.gated(k, gate(), fusion.activation),
-                                  columns.apply(a), fused(r), gate());
+                row_kernels.apply(r.slab, r.operand(plan, from), r.operand(plan, x), r.operand(plan, dx),
+                                  r.operand(plan, of_residual), columns.gated(k, gate, fusion.activation),
+                                  columns.apply(a), fused(r), gate);
               },
               [&](const Piece& p, const Slab& s) {
-                kernels.apply(s, plan.operand(dy, p), plan.operand(x, p), plan.operand(dx, p),
-                              plan.operand(d_residual, p), k, a, fused(p), gate());
+                kernels.apply(s, plan.operand(from, p), plan.operand(x, p), plan.operand(dx, p),
+                              plan.operand(of_residual, p), k, a, fused(p), gate);
               });
         },
         [&](const Piece& gap) {
@@ -461,15 +481,16 @@ void backward(const Shape& shape, const Operand& dy, const Operand& x, const Ope
               bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
               double* workspace, Parallel parallel) {
   const Steps steps(Verb::backward, shape, gamma, beta, eps, fusion, workspace);
+  const Operand kept = steps.keep(dx, d_residual);
   Phases(steps, parallel)
       .two([&](const Work& w) { steps.set_gated(w, mean, var, population); },
-           [&](const Work& w) { steps.add_reductions(w, dy, x, mean); },
+           [&](const Work& w) { steps.add_reductions(w, dy, x, mean, kept); },
            [&](const Work& w) {
              steps.finish_reductions(w, sum_dz, sum_dz_centered);
              dx ? steps.set_gradient(w, mean, var, population) : steps.add_parameters(w, var);
            },
            [&](const Work& w) {
-             if (dx) steps.apply(w, dy, x, dx, d_residual);
+             if (dx) steps.apply(w, dy, x, dx, d_residual, kept);
            });
   if (d_gamma) steps.finish_parameters(d_gamma, d_beta);
 }
