@@ -44,7 +44,7 @@ RESIDENT = ("mobilenet_v2", "densenet121")
 SMALLER = (4, 3, 64, 64)
 """The input that gradients are compared on, in float64 too."""
 
-SEEDS = 5
+SEEDS = 3
 CLASSES = 1000
 NO_TORCHVISION = "torchvision is not installed: pip install --no-deps torchvision"
 _operators: list[Any] = []

@@ -471,16 +471,14 @@ INLINE Activation activation_of(const KernelFusion& f) {
 }
 
 // How many activations have loops of their own, which take room in the library and time to compile: relu alone; those
-// of two slopes; those of convolutional networks; all.
-enum class Forms : int { relu, piecewise, common, all };
+// of two slopes; all.
+enum class Forms : int { relu, piecewise, all };
 #if defined(__SSE2__) && !defined(__AVX2__)
 template <class T>
 constexpr Forms forms_of = Forms::relu;  // few such processors are left
 #else
 template <class T>
-constexpr Forms forms_of = std::is_same_v<T, float>  ? Forms::all
-                           : std::is_same_v<T, bf16> ? Forms::common
-                                                     : Forms::relu;
+constexpr Forms forms_of = std::is_same_v<T, float> || std::is_same_v<T, bf16> ? Forms::all : Forms::relu;
 #endif
 
 // Calls kernel(form) for an activation other than identity.
@@ -490,14 +488,14 @@ void choose_form(Activation a, Kernel kernel) {
 #define FORM(name) \
   if (a == Activation::name) return call(std::integral_constant<Form, Form::name>{})
   FORM(relu);
-  if constexpr (forms >= Forms::piecewise) FORM(relu6);
-  if constexpr (forms == Forms::piecewise || forms == Forms::all) FORM(leaky_relu);
-  if constexpr (forms >= Forms::common) {
+  if constexpr (forms >= Forms::piecewise) {
+    FORM(relu6);
+    FORM(leaky_relu);
+  }
+  if constexpr (forms == Forms::all) {
     FORM(silu);
     FORM(gelu);
     FORM(hardswish);
-  }
-  if constexpr (forms == Forms::all) {
     FORM(sigmoid);
     FORM(tanh);
   }
@@ -924,7 +922,7 @@ template <class T, Order order>
 void reduce_slab(const Slab& slab, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
                  const NormalizeCoefficients& k, const KernelFusion& f, Gate gate, double* sums) {
   choose_few(slab, [&](auto few) {
-    choose_gate<sizeof(T) == 4 && few.value ? Forms::relu : forms_of<T>>(f, gate, [&](auto form, auto how) {
+    choose_gate<forms_of<T>>(f, gate, [&](auto form, auto how) {
       using P = typename In<T, few.value>::E;
       using S = typename In<T, few.value>::S;
       if constexpr (order == Order::planar)

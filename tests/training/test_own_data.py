@@ -718,6 +718,39 @@ def test_a_run_takes_data_without_labels(unlabelled, no_exports, capsys):
     assert len(held.load_inputs("x.npy").x) == 60
 
 
+def test_a_run_reads_the_columns_of_other_tables_by_name(unlabelled, no_exports, capsys):
+    """Features in another order were taken in silence for those of the run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: X[:, k] for k, name in enumerate("abcd")}
+    pq.write_table(pa.table({**columns, "y": CLASSES}), "run.parquet")
+    train(TrainConfig(network="people:hidden", data="run.parquet", steps=2, batch_size=20, out="run"))
+    run = bn.load_run("run")
+    assert run.preparation.columns == ("a", "b", "c", "d")
+    turned = {"note": ["x"] * len(X), "d": X[:, 3], "y": CLASSES, "b": X[:, 1], "a": X[:, 0], "c": X[:, 2]}
+    pq.write_table(pa.table(turned), "turned.parquet")
+    del turned["y"]
+    pq.write_table(pa.table(turned), "alone.parquet")
+    expected = run.load_inputs("run.parquet")
+    for found in (run.load_inputs("turned.parquet"), run.load_data("turned.parquet")):
+        torch.testing.assert_close(found.x_train if hasattr(found, "x_train") else found.x, expected.x)
+    torch.testing.assert_close(run.load_inputs("alone.parquet").x, run.prepare(X))
+    for command in ("calibrate", "adapt"):
+        for data in ("run", "turned"):
+            words = [command, "--run", "run", "--data", f"{data}.parquet", "--batch-size", "60"]
+            assert main([*words, "--out", f"{command}-{data}.safetensors"]) == 0
+        one, other = (
+            bn.population.state_dicts.read_state(f"{command}-{data}.safetensors") for data in ("run", "turned")
+        )
+        torch.testing.assert_close(one, other)
+    del turned["b"], turned["c"]
+    pq.write_table(pa.table(turned), "less.parquet")
+    capsys.readouterr()
+    assert main(["adapt", "--run", "run", "--data", "less.parquet", "--out", "l.safetensors"]) == 2
+    assert "it lacks 2 of the run's features, 'b' and 'c'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("labels", "why"),
     [

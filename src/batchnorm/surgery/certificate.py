@@ -80,6 +80,8 @@ class Certificate:
         merged: sums of branches that became one convolution.
         parts: the modules that were captured by themselves, where the whole network could not be; each was compared by
             itself, too, under its name.
+        unseen: the folded layers on which no output of the example depends (zeros behind them, as in a network that
+            starts from zero): no comparison says anything of them.
     """
 
     folded: tuple[Folded, ...]
@@ -90,6 +92,7 @@ class Certificate:
     dtype: str = "float32"
     merged: tuple[Merged, ...] = ()
     parts: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def absolute(self) -> float:
@@ -121,7 +124,8 @@ class Certificate:
     def proven(self) -> bool:
         """Whether every comparison passed, and there is one that says something."""
         found = [d for d in self.differences if d.tolerance <= 1]
-        return bool(found) and all(d.passed for d in self.differences)
+        sees = not self.folded or len(self.unseen) < len({item.layer for item in self.folded})
+        return bool(found) and sees and all(d.passed for d in self.differences)
 
     @property
     def verdict(self) -> str:
@@ -132,6 +136,13 @@ class Certificate:
             text = (
                 f"Proven: in {worst.dtype} the outputs moved by {worst.relative:.1e} of the largest one, accepted are "
                 f"{worst.tolerance:.0e}; all {len(self.differences)} comparisons passed."
+            )
+            if self.unseen:
+                text += f" They say nothing of {_few(self.unseen)}, on which no output depends."
+        elif self.unseen:
+            text = (
+                f"Not proven: no output depends on what was folded ({_few(self.unseen)}), as where the weights behind "
+                "are zeros, so no comparison says anything. Fold the network once it is trained."
             )
         else:
             text = "Not proven: " + ("see the differences below." if self.differences else "nothing was compared.")
@@ -159,6 +170,10 @@ class Certificate:
             for d in self.differences
         ]
         return "\n".join(lines)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _against_float64(d: Difference) -> str:

@@ -35,7 +35,7 @@ from batchnorm.surgery.modules import is_plain, obstacle, unwrap
 from batchnorm.surgery.parts import Part, parts_of
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.rounding import TOLERANCE, coarsest_dtype, dtype_text
-from batchnorm.surgery.verification import verify
+from batchnorm.surgery.verification import unseen, verify
 
 _UNDERSTOOD = {  # arguments of our layers that are read here, or that change nothing in evaluation
     *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype", "bias", "decay"),
@@ -155,6 +155,7 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
             for item in part.plan.merged
         ),
         tuple(part.name for part in parts if part.name),
+        unseen(reference, inputs, sorted({item.layer for item in done})),
     )
     return FoldResult(folded, certificate)
 

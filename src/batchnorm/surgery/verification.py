@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.errors import SurgeryError
 from batchnorm.surgery.certificate import Difference, Folded
-from batchnorm.surgery.comparison import Example, copy_of, distances
+from batchnorm.surgery.comparison import Example, copy_of, distances, random_state_kept, tensors_of
 from batchnorm.surgery.plan import Step
 from batchnorm.surgery.rounding import TOLERANCE as TOLERANCE
 from batchnorm.surgery.rounding import Rounding, attempt, coarsest_dtype, dtype_text, errors_against, shaken
@@ -75,6 +75,51 @@ def verify(
             differences += _in_bfloat16(reference, candidate, given, truth)
     _raise_if_failed(differences, folds, roundings, candidate, tolerance)
     return differences
+
+
+def unseen(net: nn.Module, example: Example, layers: Sequence[str]) -> tuple[str, ...]:
+    """The layers that no output depends on, so that a comparison of outputs says nothing of them.
+
+    So it is with weights of zeros behind them, as in networks that start from zero. What has no gradient is seen.
+
+    Args:
+        net: the network, in evaluation mode; it is run, not changed.
+        example: the input.
+        layers: the names of its layers.
+    """
+    copy = copy_of(net).double()
+    scales: dict[str, list[Tensor]] = {}
+
+    def scaled(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return output
+            pair = [
+                torch.ones((), dtype=output.dtype, requires_grad=True),
+                torch.zeros_like(output, requires_grad=True),
+            ]
+            scales.setdefault(name, []).extend(pair)
+            return output * pair[0] + pair[1]
+
+        return hook
+
+    modules = dict(copy.named_modules())
+    for name in {*layers} & {*modules}:
+        modules[name].register_forward_hook(scaled(name))
+    given = example.to(torch.float64).map(lambda x: x.detach().clone())
+    try:
+        with random_state_kept(copy), torch.enable_grad():
+            found = [x for _, x in tensors_of(copy(*given.args, **given.kwargs)) if x.requires_grad]
+            asked = [scale for each in scales.values() for scale in each]
+            if not found or not asked:
+                return ()
+            total = torch.stack([(x * torch.randn_like(x)).sum().real for x in found]).sum()
+            gradients = iter(torch.autograd.grad(total, asked, allow_unused=True))
+    except Exception:  # a network that does not run in float64, or has no gradients
+        return ()
+    touched = {name: [next(gradients) for _ in each] for name, each in scales.items()}
+    silent = {name for name, each in touched.items() if not any(g is not None and g.any() for g in each)}
+    return tuple(name for name in layers if name in silent)
 
 
 def _unrounded(name: str, own: Rounding, actual: Any, limits: dict[str, float]) -> list[Difference]:

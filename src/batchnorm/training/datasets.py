@@ -179,15 +179,18 @@ def load_data(
         DataError: the message names the file and what is wrong with it, sizes included.
         MissingDependencyError: the set or the file needs a package that is not installed.
     """
-    parts, from_file = _open(spec, seed, labels)
+    parts, from_file = _open(spec, seed, labels, of_run=preparation)
     chosen = (preparation, classes)
     return _prepare(spec, parts, seed, from_file=from_file, task=task, samples=samples, of_run=chosen)
 
 
-def _open(spec: str, seed: int, labels: str | None, *, labelled: bool = True) -> tuple[dict[str, Source], bool]:
+def _open(
+    spec: str, seed: int, labels: str | None, *, labelled: bool = True, of_run: Preparation | None = None
+) -> tuple[dict[str, Source], bool]:
     """x, y, and x_test, y_test where they are given, and whether they come from a file of images or tables.
 
-    Without `labelled` there need to be no labels, and those that cannot be read are left out.
+    Without `labelled` there need to be no labels, and those that cannot be read are left out. The columns of a table
+    come in the order of the run's.
     """
     path = Path(spec)
     suffix = path.suffix.lower()
@@ -212,7 +215,8 @@ def _open(spec: str, seed: int, labels: str | None, *, labelled: bool = True) ->
         return _open_npy(path, labels, labelled=labelled), True
     if suffix in ARROW_FILES:
         _check_file(path, b"", "a file")
-        return open_table(path, labels, labelled=labelled), True
+        columns = () if of_run is None else of_run.columns
+        return open_table(path, labels, labelled=labelled, columns=columns), True
     return _call_loader(spec, seed, labelled=labelled), False
 
 
@@ -273,7 +277,7 @@ def load_inputs(
     Raises:
         DataError, MissingDependencyError: as of `load_data`.
     """
-    parts, from_file = _open(spec, seed, labels, labelled=False)
+    parts, from_file = _open(spec, seed, labels, labelled=False, of_run=preparation)
     why = "it has no labels"
     if "y" in parts:
         checked = False
@@ -314,7 +318,7 @@ def load_samples(spec: str, preparation: Preparation | None = None, labels: str 
     Raises:
         DataError, MissingDependencyError: as of `load_data`.
     """
-    parts, from_file = _open(spec, 0, labels, labelled=False)
+    parts, from_file = _open(spec, 0, labels, labelled=False, of_run=preparation)
     own_range = spec in ("mnist5k", "digits", "japanese-vowels")
     names = [name for name in ("x", "x_test") if name in parts]
     found = [_alone(spec, name, parts, preparation, from_file=from_file, by_range=own_range)[0] for name in names]
@@ -616,6 +620,7 @@ def _prepare(
         _check_values(name, "x_test", survey(x_test, np.zeros(x_test.shape[0], bool)))
     kind = _kind_of(x, from_file=from_file, asked=samples)
     preparation, standardize, told = _preparation(x, found, kind, from_file=from_file, shifted=shifted)
+    preparation = replace(preparation, columns=getattr(x, "columns", ()))
     if of_run[0] is not None:
         preparation, told = of_run[0], OF_RUN
         preparation.check(name, x.shape)

@@ -133,7 +133,8 @@ def load_run(folder: str | Path) -> Run:
         dtype = getattr(torch, data["input_dtype"])
         standardize, task, classes = bool(data["standardize"]), data["task"], tuple(map(str, data["classes"]))
         held = data["preparation"]
-        preparation = Preparation(**held | {"shift": tuple(map(float, held["shift"]))})
+        lists = {"shift": tuple(map(float, held["shift"])), "columns": tuple(map(str, held.get("columns", ())))}
+        preparation = Preparation(**held | lists)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"load_run {folder}: {CONFIG} is damaged or of another version ({error}).") from error
     size = (EXAMPLE_SAMPLES, *shape)

@@ -25,6 +25,7 @@ class Preparation:
         scale: all values are divided by it.
         shift: is subtracted from the features of a table, in float64; () where nothing is.
         keep: integers stay integers.
+        columns: the names of a table's features, in their order; () where they have none. Other tables are read in it.
     """
 
     channels_last: bool = False
@@ -32,6 +33,7 @@ class Preparation:
     scale: float = 1.0
     shift: tuple[float, ...] = ()
     keep: bool = False
+    columns: tuple[str, ...] = ()
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise DataError for raw samples of a shape (N, ...) to which this cannot be done."""

@@ -45,6 +45,8 @@ class Source(Protocol):
 class InMemory:
     """An array, or a memory map that somebody else has opened."""
 
+    columns: tuple[str, ...] = ()  # the names of the features of a table
+
     def __init__(self, array: Array) -> None:
         self.array = array
 
@@ -78,6 +80,7 @@ class RowsOfFile:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    columns: tuple[str, ...] = ()
 
     def read(self, places: Array) -> Array:
         found = np.empty((len(places), *self.shape[1:]), self.dtype)
@@ -222,7 +225,7 @@ class Spool:
         else:
             self._write(rows)
 
-    def finish(self) -> Source:
+    def finish(self) -> InMemory | RowsOfFile:
         """All rows."""
         if self._like is None:
             raise DataError(f"data {self._name}: it has no samples.")
@@ -251,13 +254,16 @@ class Spool:
             ) from error
 
 
-def open_table(path: Path, target: str | None, *, labelled: bool = True) -> dict[str, Source]:
+def open_table(
+    path: Path, target: str | None, *, labelled: bool = True, columns: Sequence[str] = ()
+) -> dict[str, Source]:
     """x and y of a Parquet or Arrow file: the columns of numbers, and the column of labels or targets.
 
     Args:
         path: the file.
         target: the column of labels; None: the one that is called y, label, target or class.
         labelled: whether there has to be such a column; without it labels that cannot be used are left out.
+        columns: those of the features, in the order in which they are wanted; (): all others, as they stand.
 
     Raises:
         DataError: no such column, or a column of features that holds no numbers.
@@ -268,7 +274,7 @@ def open_table(path: Path, target: str | None, *, labelled: bool = True) -> dict
     usable = True
     try:
         for block in blocks:
-            label, features = _label_and_features(path, block.schema, target, labelled)
+            label, features = _label_and_features(path, block.schema, target, labelled, columns)
             _refuse_missing(path, block, features)
             x.add(_rows_of_columns(path, columns_of(block, features, str(path))))
             if label is not None:
@@ -284,7 +290,10 @@ def open_table(path: Path, target: str | None, *, labelled: bool = True) -> dict
     except DataError as error:
         text = str(error)
         raise error if text.startswith("data ") else DataError(f"data {text}") from error
-    return {"x": x.finish()} if not labelled and (y.is_empty or not usable) else {"x": x.finish(), "y": y.finish()}
+    samples = x.finish()
+    if len(samples.shape) == 2 and samples.shape[1] == len(features):
+        samples.columns = tuple(features)
+    return {"x": samples} if not labelled and (y.is_empty or not usable) else {"x": samples, "y": y.finish()}
 
 
 def column_names_of(path: Path) -> list[str]:
@@ -295,21 +304,33 @@ def column_names_of(path: Path) -> list[str]:
         return []
 
 
-def _label_and_features(path: Path, schema: Any, target: str | None, labelled: bool) -> tuple[str | None, list[str]]:
-    """The names of the column of labels, and of the others, which all hold numbers."""
+def _label_and_features(
+    path: Path, schema: Any, target: str | None, labelled: bool, columns: Sequence[str]
+) -> tuple[str | None, list[str]]:
+    """The names of the column of labels, and of the others (or of `columns`), which all hold numbers."""
     names = list(schema.names)
-    label = target if target is not None else next((n for n in ("y", "label", "target", "class") if n in names), None)
+    likely = [n for n in ("y", "label", "target", "class") if n in names and n not in columns]
+    label = target if target is not None else next(iter(likely), None)
     if (label is None and labelled) or (label is not None and label not in names):
         raise DataError(
             f"data {path}: no column {label or 'y, label, target or class'}, it has {', '.join(names[:20])}. Name "
             "the column of the labels with --labels."
         )
-    features = [name for name in names if name != label]
+    if absent := [name for name in columns if name not in names]:
+        few = " and ".join(", ".join(map(repr, absent[:5])).rsplit(", ", 1)) + (
+            " and others" if len(absent) > 5 else ""
+        )
+        raise DataError(
+            f"data {path}: it lacks {len(absent)} of the run's features, {few}; it has {', '.join(names[:20])}."
+        )
+    features = list(columns) or [name for name in names if name != label]
+    if columns:
+        names = [*features, label] if label is not None else features
     if not features or (label is not None and len(names) - len(features) > 1):
         what = "no column but" if not features else "several columns"
         raise DataError(f"data {path}: {what} {label!r}; expected columns of numbers beside one of labels.")
     for name in features:
-        kind = schema.field(names.index(name)).type
+        kind = schema.field(schema.names.index(name)).type
         if not holds_numbers(kind):
             raise DataError(
                 f"data {path}: column {name!r} holds {kind}; expected numbers, or lists of one length. Leave it out, "
