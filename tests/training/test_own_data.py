@@ -751,6 +751,16 @@ def test_a_run_reads_the_columns_of_other_tables_by_name(unlabelled, no_exports,
     assert "it lacks 2 of the run's features, 'b' and 'c'" in capsys.readouterr().err
 
 
+def test_weights_of_a_run_point_to_the_run(unlabelled, no_exports, capsys):
+    np.savez("labelled.npz", x=X, y=CLASSES)
+    train(TrainConfig(network="people:hidden", data="labelled.npz", steps=2, batch_size=20, out="run"))
+    capsys.readouterr()
+    words = ["summary", "--network", "people:hidden", "--shape", "2,4", "--set", "num_features=4"]
+    code = main([*words, "--weights", "run/batchnorm.safetensors"])
+    told = capsys.readouterr().err
+    assert (code, "--run run in place of --network and --weights" in told) == (2, True), told
+
+
 @pytest.mark.parametrize(
     ("labels", "why"),
     [

@@ -42,7 +42,7 @@ def summary(
     """
     from batchnorm import summary as summarize
 
-    if file is not None and file.suffix not in (".pt2", ".onnx") and network is None and run is None:
+    if file is not None and file.suffix != ".pt2" and network is None and run is None:
         _foreign(file, html, as_json)
         return
     if options.is_file("summary", file, (".pt2",), network, shape, weights, run=run):

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import InputError
+from batchnorm.errors import DataError, InputError
 from batchnorm.nn import recurrent
 from batchnorm.population.state_dicts import as_tensor, load_state, read_state, renamed_state, state_dicts
+from batchnorm.training.files import CONFIG
 from batchnorm.undo import evaluating
 
 ALIAS = "num_outputs"  # another name of num_classes: offered where it is asked for by name alone
@@ -255,7 +256,15 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         DataError: the file cannot be read, or its tensors are not those of the network.
     """
-    load_state(network, path)
+    try:
+        load_state(network, path)
+    except DataError as error:
+        if not (path.parent / CONFIG).is_file():
+            raise
+        raise DataError(
+            f"{error} The file belongs to a run: give --run {path.parent} in place of --network and --weights, which "
+            "builds the network as it was trained."
+        ) from error
 
 
 def load_callable(spec: str, role: str, choices: str) -> Callable[..., Any]:
