@@ -1,4 +1,4 @@
-// The four verbs on one slab, for one instruction set: this file is compiled once for each.
+// The four verbs on one slab, for one instruction set and memory order: this file is compiled once for each.
 //
 // Float64 and float32 elements are normalized in float64, and 16-bit elements in float32: a result is rounded once,
 // when it is stored. Gradients are computed in the same, but those of float32 in float32 where a pool has many values;
@@ -13,8 +13,6 @@
 #include "simd.h"
 
 namespace batchnorm::BATCHNORM_ISA {
-
-extern const CoefficientKernels coefficients[2];  // coefficients.cpp
 
 namespace {
 
@@ -948,27 +946,20 @@ void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Ope
   });
 }
 
-template <class T>
-constexpr Kernels planar_kernels() {
-  return {planar_moments<T>, normalize_slab<T, Order::planar>, reduce_slab<T, Order::planar>,
-          apply_slab<T, Order::planar>};
-}
-template <class T>
-constexpr Kernels interleaved_kernels() {
-  return {interleaved_moments<T>, normalize_slab<T, Order::interleaved>, reduce_slab<T, Order::interleaved>,
-          apply_slab<T, Order::interleaved>};
+template <class T, Order order>
+constexpr Kernels kernels_of() {
+  return {order == Order::planar ? planar_moments<T> : interleaved_moments<T>, normalize_slab<T, order>,
+          reduce_slab<T, order>, apply_slab<T, order>};
 }
 
-const KernelTable table = {
-    {{planar_kernels<float>(), planar_kernels<double>(), planar_kernels<bf16>(), planar_kernels<f16>()},
-     {interleaved_kernels<float>(), interleaved_kernels<double>(), interleaved_kernels<bf16>(),
-      interleaved_kernels<f16>()}},
-    coefficients,
-    kLanes32};
+constexpr Order kOrder = Order::BATCHNORM_ORDER;
 
 }  // namespace
-}  // namespace batchnorm::BATCHNORM_ISA
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-const batchnorm::KernelTable* batchnorm::JOIN(kernels_, BATCHNORM_ISA)() { return &BATCHNORM_ISA::table; }
+extern const Kernels JOIN(BATCHNORM_ORDER, _kernels)[4];
+const Kernels JOIN(BATCHNORM_ORDER, _kernels)[4] = {kernels_of<float, kOrder>(), kernels_of<double, kOrder>(),
+                                                    kernels_of<bf16, kOrder>(), kernels_of<f16, kOrder>()};
+
+}  // namespace batchnorm::BATCHNORM_ISA

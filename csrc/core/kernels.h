@@ -88,7 +88,7 @@ struct CoefficientKernels {
 
 // [order][dtype]
 struct KernelTable {
-  Kernels of[2][4];
+  const Kernels* of[2];
   const CoefficientKernels* coefficients;  // in float32, in float64
   int64_t lanes;                           // float32 values in a vector
 };

@@ -1,0 +1,19 @@
+// The table of one instruction set: its kernels by memory order and dtype. Like kernels.cpp, compiled once for each
+// set.
+#include "kernels.h"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+extern const Kernels planar_kernels[4], interleaved_kernels[4];
+extern const CoefficientKernels coefficients[2];
+
+namespace {
+
+const KernelTable table = {{planar_kernels, interleaved_kernels}, coefficients, BATCHNORM_VECTOR_BYTES / 4};
+
+}  // namespace
+}  // namespace batchnorm::BATCHNORM_ISA
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+const batchnorm::KernelTable* batchnorm::JOIN(kernels_, BATCHNORM_ISA)() { return &BATCHNORM_ISA::table; }
