@@ -55,3 +55,21 @@ def test_outputs_without_gradients_are_no_reason_for_doubt(change):
     certificate = bn.fold(chain().append(Last()), X).certificate
     assert certificate.unseen == ()
     assert certificate.proven
+
+
+def test_an_output_without_a_gradient_shows_a_layer_too():
+    class Two(nn.Module):
+        """Where a class comes from one layer, and a score from another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.b, self.m = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.n(self.a(x))
+            return y.argmax(1), self.m(self.b(x)) + 0 * y
+
+    certificate = bn.fold(Two().eval(), X).certificate
+    assert {item.layer for item in certificate.folded} == {"n", "m"}
+    assert certificate.unseen == ()

@@ -748,7 +748,7 @@ def test_a_run_reads_the_columns_of_other_tables_by_name(unlabelled, no_exports,
     pq.write_table(pa.table(turned), "less.parquet")
     capsys.readouterr()
     assert main(["adapt", "--run", "run", "--data", "less.parquet", "--out", "l.safetensors"]) == 2
-    assert "it lacks 2 of the run's features, 'b' and 'c'" in capsys.readouterr().err
+    assert "it lacks 2 of the run's features: 'b', 'c'; its columns are 'note', 'd', 'a'." in capsys.readouterr().err
 
 
 def test_weights_of_a_run_point_to_the_run(unlabelled, no_exports, capsys):

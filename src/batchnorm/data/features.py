@@ -94,7 +94,7 @@ def _wanted(there: list[str], columns: Sequence[str] | None, part: str) -> list[
     wanted = there if columns is None else list(columns)
     missing = [name for name in wanted if name not in there]
     if missing:
-        raise DataError(f"{part}: there is no column {missing[0]!r}; its columns are {_few(there)}")
+        raise DataError(f"{part}: there is no column {missing[0]!r}; its columns are {few(there)}")
     if not wanted:
         raise DataError(f"{part}: the table has no columns")
     return wanted
@@ -125,7 +125,8 @@ def _tensor(values: _Array, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _few(names: Sequence[str], most: int = 8) -> str:
+def few(names: Sequence[str], most: int = 8) -> str:
+    """The first names, for an error."""
     shown = ", ".join(repr(name) for name in names[:most])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown or "none"
 

@@ -73,8 +73,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     are computed as before: neither is lost.
 
     A forward that draws random numbers itself, or that changes numbers or generators of its own, by which it may skip
-    layers in training, stays as it is. A network that cannot
-    be captured as a whole is accelerated in the parts that can.
+    layers in training, stays as it is. A network that cannot be captured as a whole is accelerated in the parts that
+    can.
 
     The result is verified on the example: outputs in evaluation mode; outputs, running statistics and all gradients
     for a random upstream gradient in training mode, in float64 to 1e-7 of the largest value; for three seeds where the

@@ -141,8 +141,8 @@ class Certificate:
                 text += f" They say nothing of {_few(self.unseen)}, on which no output depends."
         elif self.unseen:
             text = (
-                f"Not proven: no output depends on what was folded ({_few(self.unseen)}), as where the weights behind "
-                "are zeros, so no comparison says anything. Fold the network once it is trained."
+                f"Not proven: no output depends on what was folded ({_few(self.unseen)}), so no comparison says "
+                "anything. Weights of zeros behind it do that. Fold the network once it is trained."
             )
         else:
             text = "Not proven: " + ("see the differences below." if self.differences else "nothing was compared.")

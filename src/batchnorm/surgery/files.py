@@ -75,8 +75,12 @@ def fold_onnx(
     flow = folding.flow
     if not flow.labels and not inside and not folding.folded:
         raise SurgeryError(
-            f"{path}: the model has no BatchNormalization: it has been folded, or never had one"
-            + (f", and {', '.join(c.label for c in spelled)}, which compute one, fold into no layer" if spelled else "")
+            f"{path}: the model has no BatchNormalization"
+            + (
+                f", and {', '.join(c.label for c in spelled)}, which compute one, fold into no layer"
+                if spelled
+                else ": it has been folded, or never had one"
+            )
         )
     kept = [*folding.kept, *(Kept(label, reason) for label, reason in flow.reasons.items())]
     kept += [Kept(name, "it is inside a branch or a loop") for name in inside]

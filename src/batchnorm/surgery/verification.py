@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def verify(
 def unseen(net: nn.Module, example: Example, layers: Sequence[str]) -> tuple[str, ...]:
     """The layers that no output depends on, so that a comparison of outputs says nothing of them.
 
-    So it is with weights of zeros behind them, as in networks that start from zero. What has no gradient is seen.
+    So it is with weights of zeros behind them, as in networks that start from zero. A layer whose output has a gradient
+    of zero, or none, is unseen if noise on its output changes no output of the network. Of a network without gradients
+    nothing is known, and no layer is named.
 
     Args:
         net: the network, in evaluation mode; it is run, not changed.
@@ -88,38 +91,43 @@ def unseen(net: nn.Module, example: Example, layers: Sequence[str]) -> tuple[str
         layers: the names of its layers.
     """
     copy = copy_of(net).double()
-    scales: dict[str, list[Tensor]] = {}
+    shifts: dict[str, list[Tensor]] = {}
+    noisy: str | None = None
 
-    def scaled(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return output
-            pair = [
-                torch.ones((), dtype=output.dtype, requires_grad=True),
-                torch.zeros_like(output, requires_grad=True),
-            ]
-            scales.setdefault(name, []).extend(pair)
-            return output * pair[0] + pair[1]
-
-        return hook
+    def shifted(name: str, module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        if not torch.is_grad_enabled():
+            return output + torch.randn_like(output) if name == noisy else output
+        shift = torch.zeros_like(output, requires_grad=True)
+        shifts.setdefault(name, []).append(shift)
+        return output + shift
 
     modules = dict(copy.named_modules())
-    for name in {*layers} & {*modules}:
-        modules[name].register_forward_hook(scaled(name))
-    given = example.to(torch.float64).map(lambda x: x.detach().clone())
+    for name in layers:
+        if name in modules:
+            modules[name].register_forward_hook(partial(shifted, name))
+    exact = example.to(torch.float64)
+    given = exact.map(lambda x: x.detach().clone())
     try:
         with random_state_kept(copy), torch.enable_grad():
             found = [x for _, x in tensors_of(copy(*given.args, **given.kwargs)) if x.requires_grad]
-            asked = [scale for each in scales.values() for scale in each]
+            asked = [shift for each in shifts.values() for shift in each]
             if not found or not asked:
                 return ()
             total = torch.stack([(x * torch.randn_like(x)).sum().real for x in found]).sum()
             gradients = iter(torch.autograd.grad(total, asked, allow_unused=True))
+        truth = exact.run(copy)
     except Exception:  # a network that does not run in float64, or has no gradients
         return ()
-    touched = {name: [next(gradients) for _ in each] for name, each in scales.items()}
-    silent = {name for name, each in touched.items() if not any(g is not None and g.any() for g in each)}
-    return tuple(name for name in layers if name in silent)
+    touched = {name: [next(gradients) for _ in each] for name, each in shifts.items()}
+    hidden = []
+    for name in layers:
+        if name in touched and not any(g is not None and g.any() for g in touched[name]):
+            noisy = name
+            if all(d.absolute == 0 for d in distances(truth, exact.run(copy))):
+                hidden.append(name)
+    return tuple(hidden)
 
 
 def _unrounded(name: str, own: Rounding, actual: Any, limits: dict[str, float]) -> list[Difference]:

@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.data.features import Column, columns_of, holds_numbers
+from batchnorm.data.features import Column, columns_of, few, holds_numbers
 from batchnorm.data.files import ARROW, PARQUET, File
 from batchnorm.errors import DataError, MissingDependencyError
 from batchnorm.memory import free_memory
@@ -317,11 +317,8 @@ def _label_and_features(
             "the column of the labels with --labels."
         )
     if absent := [name for name in columns if name not in names]:
-        few = " and ".join(", ".join(map(repr, absent[:5])).rsplit(", ", 1)) + (
-            " and others" if len(absent) > 5 else ""
-        )
         raise DataError(
-            f"data {path}: it lacks {len(absent)} of the run's features, {few}; it has {', '.join(names[:20])}."
+            f"data {path}: it lacks {len(absent)} of the run's features: {few(absent)}; its columns are {few(names)}."
         )
     features = list(columns) or [name for name in names if name != label]
     if columns:
