@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from batchnorm.training.results import Calibration, ClassAccuracy, Curve, Insert
 
 LONG = "encoder.layers.11.a_very_long_name_of_a_projection_in_a_block.and_its_normalization"
 NAN = float("nan")
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Block(nn.Module):
@@ -172,6 +175,43 @@ def test_both_networks_have_one_axis():
         assert right.get_ylim()[1] >= 20
         ends = [text.get_text() for text in right.texts]
     assert ends == ["15th", "50th", "85th"]
+
+
+def drawn_again(name, narrow):
+    """A figure of the lab's page, out of what the page keeps."""
+    kept = json.loads((DOCS / "lab-figures.json").read_text(encoding="utf-8"))
+    assert list(kept) == list(EXPERIMENTS)
+    trials = tuple(Trial(**trial) for trial in kept[name])
+    with drawing.styled(name):
+        return lab_figures.draw(EXPERIMENTS[name], Result(name, {}, {}, trials, (), {}), narrow=narrow)
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow", "ends"),
+    [("padding", False, 2), ("padding", True, 2), ("standardization", False, 4), ("standardization", True, 0)],
+)
+def test_long_names_leave_room_for_lines(name, narrow, ends):
+    figure = drawn_again(name, narrow)
+    assert [len(axes.texts) for axes in figure.get_axes()] == [ends]
+    figure.draw_without_rendering()
+    assert figure.get_axes()[0].get_position().width > 0.5
+    in_legends = sum(len(legend.get_texts()) for legend in figure.legends)
+    assert in_legends == (0 if ends else 4)
+
+
+@pytest.mark.parametrize("width", [1200, 375])
+def test_the_gallery_of_the_documentation(browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(f"file://{DOCS}/lab-gallery.html")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert overlapping(page) == []
+    cut = page.evaluate(
+        "() => [...document.querySelectorAll('figure svg text')].filter((e) => e.getClientRects().length)"
+        ".filter((e) => { const r = e.getBoundingClientRect(), s = e.ownerSVGElement.getBoundingClientRect();"
+        " return r.left < s.left - 2 || r.right > s.right + 2; }).map((e) => e.textContent)"
+    )
+    assert cut == []
+    page.close()
 
 
 @pytest.mark.parametrize(("high", "scale"), [(5.0, "linear"), (50.0, "log")])

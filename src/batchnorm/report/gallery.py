@@ -126,6 +126,7 @@ def _cell(values: Sequence[float], measure: Measure) -> str:
     text = f"{statistics.fmean(finite):{measure.format}}"
     if len(finite) > 1:
         text += f" ± {statistics.stdev(finite):{measure.format}}"
+    text = text.replace("-", "\N{MINUS SIGN}")  # a line may end behind a hyphen
     return text + (f" (never in {never})" if never else "")
 
 

@@ -15,6 +15,7 @@ from batchnorm.report.drawing import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SOLID, DASHED, DOTTED, MIXED = "-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (5, 1.5, 1.2, 1.5))
@@ -72,8 +73,10 @@ STYLES: dict[str, tuple[str, Any]] = {
 OTHERS = (("purple", MIXED), ("green", DOTTED), ("sky", SOLID), ("orange", DASHED), ("gray", DOTTED))
 MAX_ROW = 3
 LEGEND_LETTERS = 95  # that fit beside each other, a handle counted as 8
+LEGEND_ROW = 0.22  # inches
 BAND = ("15th", "50th", "85th")  # the lines of a band of percentiles
 MOST_ENDS = 9  # lines that are named at their ends; more get a legend
+LONGEST_END = 16  # letters of a name beside one of several panels, or on a phone; a longer one leaves no room for lines
 DECADE = 10  # a logarithmic axis over less has hardly a number
 CELL_TEXTS = 64  # maps of no more cells get their values written into them
 
@@ -96,14 +99,15 @@ def draw(experiment: Experiment, result: Result, *, narrow: bool = False) -> Fig
     named = _Styles(result)
     for (panel, arm), place in zip(places, axes, strict=False):
         if panel.kind == "map":
-            _map(figure, place, panel, arm, result)
+            _map(figure, place, panel, arm, result, most_ticks=5 if narrow else 9)
         elif panel.kind == "dots":
             _dots(place, panel, result, named)
         else:
             _lines(place, panel, result, named)
+            place.tick_params(axis="x", labelrotation=40 if narrow and panel.categories else 0)
     lines = [(panel, place) for (panel, _), place in zip(places, axes, strict=False) if panel.kind == "lines"]
     _same_axes(lines)
-    _name_ends(lines, result, named)
+    _name_ends(lines, result, named, crowded=narrow or columns > 1)
     for place in axes[len(places) :]:
         place.set_visible(False)
     _legend(figure, axes, LEGEND_LETTERS // 2 if narrow else LEGEND_LETTERS)
@@ -122,16 +126,18 @@ def _same_axes(lines: Sequence[tuple[Panel, Axes]]) -> None:
             place.set_yscale("log" if log else "linear")
             place.set_ylim(min(low), max(high))
             if log:
-                _plain_numbers(place)
+                _plain_numbers(place.yaxis)
 
 
-def _name_ends(lines: Sequence[tuple[Panel, Axes]], result: Result, named: _Styles) -> None:
-    """Name each arm at the end of its line, in the last panel that has it; the lines of a band by their percentiles."""
+def _name_ends(lines: Sequence[tuple[Panel, Axes]], result: Result, named: _Styles, *, crowded: bool) -> None:
+    """Name each arm at the end of its line, in the last panel that has it; the lines of a band by their percentiles.
+    Many arms, and long names where there is little room, are left to the legend."""
     last: dict[str, int] = {}
     for number, (panel, _) in enumerate(lines):
         if not panel.categories:
             arms = [arm for arm in _arms_of(panel, result) if len(_curves(panel, arm, result)[0]) == 2]
             last.update(dict.fromkeys(arms, number))
+    at_ends = len(last) <= MOST_ENDS and not (crowded and any(len(arm) > LONGEST_END for arm in last))
     for number, (panel, place) in enumerate(lines):
         ends = []
         for arm in _arms_of(panel, result):
@@ -142,7 +148,7 @@ def _name_ends(lines: Sequence[tuple[Panel, Axes]], result: Result, named: _Styl
                 ends += [
                     (curve[0][-1], panel.scale * y[-1], name, color) for y, name in zip(curve[1:], names, strict=True)
                 ]
-            elif not panel.categories and len(last) <= MOST_ENDS:
+            elif not panel.categories and at_ends:
                 line = next(line for line in place.get_lines() if line.get_gid() == arm)
                 line.set_label("")
                 points: Any = line.get_xydata()
@@ -262,7 +268,7 @@ def _dots(axes: Axes, panel: Panel, result: Result, named: _Styles) -> None:
         axes.set_xscale("log")
 
 
-def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> None:
+def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result, *, most_ticks: int) -> None:
     maps = [trial.maps[panel.name] for trial in result.trials if panel.name in trial.maps]
     x, y, _ = maps[0][arm]
     means = {name: _mean_map([m[name][2] for m in maps], panel.scale) for name in maps[0]}
@@ -287,8 +293,8 @@ def _map(figure: Figure, axes: Axes, panel: Panel, arm: str, result: Result) -> 
                 axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
     axes.set_title(f"{panel.title}:\n{arm}", loc="left")
     axes.set(xlabel=panel.x, ylabel=panel.y)
-    for ticks, places in ((axes.set_xticks, x), (axes.set_yticks, y)):
-        shown_at = range(0, len(places), (len(places) - 1) // 2 if len(places) > 9 else 1)
+    for ticks, places, most in ((axes.set_xticks, x, most_ticks), (axes.set_yticks, y, 9)):
+        shown_at = range(0, len(places), (len(places) - 1) // 2 if len(places) > 9 else 1 + (len(places) > most))
         ticks([i + 0.5 for i in shown_at], [f"{round(places[i], 9):.3g}" for i in shown_at])
     axes.grid(visible=False)
     if arm == list(means)[-1]:
@@ -319,9 +325,10 @@ def _name_axes(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left")
     if panel.xscale == "log" and _is_wide(axes, "x"):
         axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
     if panel.yscale == "log" and _is_wide(axes, "y"):
         axes.set_yscale("log")
-        _plain_numbers(axes)
+        _plain_numbers(axes.yaxis)
     axes.set_ylim(*panel.limits)
 
 
@@ -334,11 +341,11 @@ def _is_wide(axes: Axes, which: str) -> bool:
     return bool(values) and max(values) >= DECADE * min(values)
 
 
-def _plain_numbers(axes: Axes) -> None:
+def _plain_numbers(axis: Axis) -> None:
     from matplotlib.ticker import NullFormatter
 
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _ticks(axes: Axes, values: list[float]) -> None:
@@ -356,5 +363,14 @@ def _legend(figure: Figure, axes: Any, letters: int) -> None:
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        columns = max(1, min(len(handles), letters // (8 + max(map(len, handles)))))
+        columns = next((n for n in range(len(handles), 1, -1) if _width(list(handles), n) <= letters), 1)
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (math.ceil(len(handles) / columns) - 1))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def _width(labels: Sequence[str], columns: int) -> int:
+    """Letters beside each other in a legend, which fills column after column."""
+    rows, longer = divmod(len(labels), columns)
+    sizes = [rows + (number < longer) for number in range(columns)]
+    rest = iter(labels)
+    return sum(8 + max(map(len, itertools.islice(rest, size))) for size in sizes)
