@@ -54,7 +54,7 @@ TIMM = """
     resnet10t resnet18 resnet18d resnetv2_50 resnext26ts rexnet_100 rexnetr_100 sebotnet33ts_256 selecsls42
     semnasnet_050 seresnext26ts shvit_s1 skresnet18 spnasnet_100 starnet_s1 swiftformer_xs tf_efficientnet_b0
     tf_efficientnet_lite0 tf_mixnet_s tf_mobilenetv3_small_minimal_100 tiny_vit_5m_224 tinynet_e tresnet_m vgg11_bn
-    visformer_tiny vovnet39a xception41 lcnet_050 mobilenetv3_small_075 resnet14t
+    visformer_tiny vovnet39a xception41 lcnet_050 mobilenetv3_small_075 resnet14t gcresnet33ts
 """.split()  # noqa: SIM905
 
 
@@ -137,6 +137,50 @@ def transformers_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, A
     )
     yield "RT-DETR", vision("RTDetrForObjectDetection", "RTDetrConfig", 64, num_queries=8)
     yield "Swiftformer", vision("SwiftFormerForImageClassification", "SwiftFormerConfig", 64)
+    hybrid = {"encoder_hidden_dim": 16, "encoder_ffn_dim": 16, "encoder_attention_heads": 2, "d_model": 16,
+              "decoder_ffn_dim": 16, "decoder_attention_heads": 2, "decoder_layers": 2, "num_queries": 6,
+              "decoder_in_channels": [16, 16, 16]}  # fmt: skip
+    narrow = {"encoder_in_channels": [16, 16, 32]}
+    yield "RT-DETRv2", vision("RTDetrV2ForObjectDetection", "RTDetrV2Config", 64, **hybrid, **narrow,
+                              backbone_config=t.RTDetrResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16, 32],
+                              depths=[1, 1, 1, 1], out_features=["stage2", "stage3", "stage4"]))  # fmt: skip
+    yield "D-FINE", vision("DFineForObjectDetection", "DFineConfig", 64, **hybrid, **narrow,
+                           backbone_config=t.HGNetV2Config(stem_channels=[3, 8, 8], stage_in_channels=[8, 8, 16, 16],
+                           stage_mid_channels=[8, 8, 8, 8], stage_out_channels=[8, 16, 16, 32],
+                           stage_num_blocks=[1, 1, 1, 1], stage_numb_of_layers=[2, 2, 2, 2],
+                           use_learnable_affine_block=True, hidden_sizes=[8, 16, 16, 32],
+                           out_features=["stage2", "stage3", "stage4"]))  # fmt: skip
+    yield "LW-DETR", vision("LwDetrForObjectDetection", "LwDetrConfig", 64, d_model=16, decoder_ffn_dim=16,
+                            decoder_self_attention_heads=2, decoder_cross_attention_heads=2, decoder_layers=2,
+                            num_queries=6, group_detr=2, projector_scale_factors=[1.0, 2.0], c2f_num_blocks=1,
+                            backbone_config=t.LwDetrViTConfig(hidden_size=16, num_hidden_layers=2,
+                            num_attention_heads=2, image_size=64, pretrain_image_size=64, patch_size=16,
+                            num_windows=4, window_block_indices=[0], out_indices=[1, 2]))  # fmt: skip
+    vit = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    yield "BEiT", vision("BeitForSemanticSegmentation", "BeitConfig", 64, image_size=64, use_auxiliary_head=True,
+                         out_indices=[1, 2, 3, 4], pool_scales=[1, 2], **vit)  # fmt: skip
+    yield "CvT", vision("CvtForImageClassification", "CvtConfig", 64, embed_dim=[8, 16, 16], num_heads=[1, 1, 2],
+                        depth=[1, 2, 3])  # fmt: skip
+    small_superpoint = t.SuperPointConfig(encoder_hidden_sizes=[8, 8, 8, 8], decoder_hidden_size=8,
+                                          descriptor_decoder_dim=16, border_removal_distance=0)  # fmt: skip
+
+    def pairs(model: str, config: str, size: int, **settings: Any) -> Callable[[], tuple[nn.Module, Any]]:
+        def make() -> tuple[nn.Module, Any]:
+            net = getattr(t, model)(getattr(t, config)(**settings))
+            return net, {"pixel_values": torch.rand(1, 2, settings.pop("channels", 3), size, size)}
+
+        return make
+
+    yield "EfficientLoFTR", pairs("EfficientLoFTRForKeypointMatching", "EfficientLoFTRConfig", 96,
+                                  stage_num_blocks=[1, 2, 2, 2], out_features=[8, 8, 16, 32], hidden_size=32,
+                                  num_attention_heads=1, num_attention_layers=1, fine_matching_slice_dim=4,
+                                  rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                                   "partial_rotary_factor": 0.5})  # fmt: skip
+    yield "SuperGlue", pairs("SuperGlueForKeypointMatching", "SuperGlueConfig", 64, keypoint_detector_config=
+                             small_superpoint, hidden_size=16, keypoint_encoder_sizes=[8, 8],
+                             gnn_layers_types=["self", "cross"], num_attention_heads=2)  # fmt: skip
+    yield "SuperPoint", vision("SuperPointForKeypointDetection", "SuperPointConfig", 64,
+                               **small_superpoint.to_diff_dict())  # fmt: skip
 
 
 def ultralytics_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
@@ -171,13 +215,13 @@ def smp_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
     pairs = [("Unet", "resnet18"), ("Unet", "efficientnet-b0"), ("UnetPlusPlus", "mobilenet_v2"), ("MAnet", "resnet18"),
              ("Linknet", "resnet18"), ("FPN", "densenet121"), ("PSPNet", "resnet18"), ("DeepLabV3", "resnet18"),
              ("DeepLabV3Plus", "resnet18"), ("PAN", "resnet34"), ("UPerNet", "mobileone_s0"),
-             ("Segformer", "mit_b0")]  # fmt: skip
+             ("Segformer", "mit_b0"), ("Unet", "dpn68"), ("DPT", "tu-vit_tiny_patch16_224")]  # fmt: skip
     for kind, encoder in pairs:
         yield (
             f"{kind} on {encoder}",
             lambda kind=kind, encoder=encoder: (  # type: ignore[misc]
                 getattr(smp, kind)(encoder, encoder_weights=None),
-                torch.randn(2, 3, 128, 128),
+                torch.randn(2, 3, *(2 * [224 if kind == "DPT" else 128])),
             ),
         )
 
@@ -202,6 +246,7 @@ def monai_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
         "SENet 2-D",
         lambda: (nets.SEResNet50(spatial_dims=2, in_channels=1, num_classes=2), torch.randn(2, 1, 64, 64)),
     )
+    yield "HoVerNet", lambda: (nets.HoVerNet("fast", out_classes=3), torch.randn(1, 3, 256, 256))
 
 
 def speechbrain_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:

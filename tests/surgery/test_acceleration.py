@@ -125,6 +125,88 @@ def test_activations(name, called):
     assert_same(original, net, IMAGES)
 
 
+class Silu(nn.Module):
+    """An activation as other packages wrap them."""
+
+    def forward(self, input):
+        return F.silu(input)
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
+class Leaky(nn.Module):
+    def __init__(self, slope=0.2):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return F.leaky_relu(x, self.slope)
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Counting(Silu):
+    calls = 0
+
+    def forward(self, input):
+        self.calls += 1
+        return super().forward(input)
+
+
+class ReluInTraining(nn.Module):
+    def forward(self, x):
+        return F.relu(x) if self.training else F.relu6(x)
+
+
+class Keeping(nn.Module):
+    def forward(self, x):
+        self.last = x.detach()
+        return F.relu(x)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (Silu(), "silu"),
+        (Swish(), "silu"),
+        (Leaky(), "leaky_relu"),
+        (QuickGelu(), None),
+        (Counting(), None),
+        (ReluInTraining(), None),
+        (Keeping(), None),
+    ],
+)
+def test_activations_of_other_classes(act, name, in_order):
+    if in_order:
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act)
+        norm = net[1]
+    else:
+        norm = nn.BatchNorm2d(4)
+        net = Called(lambda self, x: self.act(self.norm(self.conv(x))), conv=nn.Conv2d(3, 4, 3), norm=norm, act=act)
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert norm.activation == name
+    assert norm.negative_slope == (0.2 if name == "leaky_relu" else 0.01)
+    assert_same(original, net, IMAGES)
+
+
+def test_an_order_of_memory_that_is_another_one_is_no_difference():
+    """One value a channel lies in both orders; our layers and torch's call it another one, and an enlargement shows."""
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.ReLU())
+    net = nn.Sequential(pooled, nn.Upsample(scale_factor=4), nn.Conv2d(3, 4, 1))
+    x = IMAGES.contiguous(memory_format=torch.channels_last)
+    bn.accelerate(net, x)
+    assert pooled[1].activation == "relu"
+
+
 LEFT_ALONE = {
     "approximate gelu": lambda self, x: F.gelu(self.norm(x), approximate="tanh"),
     "used twice": lambda self, x: (lambda y: F.relu(y) + y.mean())(self.norm(x)),

@@ -112,6 +112,32 @@ def test_the_folded_network_is_copied_pickled_and_trained():
     torch.testing.assert_close(torch.export.export(folded.eval(), (x,)).module()(x), folded(x))
 
 
+class Exported(nn.Module):
+    """Blocks with identities in their branches, in a forward that torch.export alone can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        for block in self.blocks:
+            block.wide.append(nn.Identity())
+            block.point.append(nn.Identity())
+
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError("no tensor")
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_identities_in_the_branches_are_passed_over(whole):
+    net = Exported() if whole else nn.Sequential(*Exported().blocks)
+    result = check(net, torch.randn(2, 4, 6, 6), 2)
+    assert len(convolutions(result.model)) == 2
+    assert not result.certificate.kept
+
+
 class Leaking(Block):
     def forward(self, x):
         y = self.point(x)

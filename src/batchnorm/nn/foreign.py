@@ -303,7 +303,10 @@ def _run(layer: Any, x: Tensor, training: bool) -> dict[str, Tensor]:
         y = layer(x)
         tensors = [t for t in pytree.tree_leaves(y) if isinstance(t, Tensor)]
         torch.manual_seed(1)
-        loss = sum(((t * torch.randn_like(t)).sum() for t in tensors if t.requires_grad), x.new_zeros(()))
+        plain = torch.contiguous_format  # the same numbers, whatever the order of memory of t
+        loss = sum(
+            ((t * torch.randn_like(t, memory_format=plain)).sum() for t in tensors if t.requires_grad), x.new_zeros(())
+        )
         if loss.requires_grad:
             loss.backward()
     found = {"the output": torch.cat([t.detach().double().flatten() for t in tensors] or [x.new_zeros(0)])}

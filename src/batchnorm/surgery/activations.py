@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from torch import fx, nn
 
 from batchnorm.nn import batch_norm as ours
 from batchnorm.surgery.affine import argument, data_users
+from batchnorm.surgery.capture import traced_without_draws
 from batchnorm.surgery.flow import DataFlow, operation
 from batchnorm.surgery.modules import obstacle
+from batchnorm.surgery.own_state import own_state
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,54 @@ KNOWN = frozenset(_MODULES)
 
 def of_module(module: nn.Module | None) -> Activation | None:
     """What a layer of ours can fuse in the module's place, or None."""
-    name = None if module is None else _NAMES.get(type(module))
-    if name is None or getattr(module, "approximate", "none") != "none":
+    if module is None:
+        return None
+    name = _NAMES.get(type(module))
+    if name is None:
+        return _of_forward(module) if _has_forward_alone(module) else None
+    if getattr(module, "approximate", "none") != "none":
         return None
     return Activation(name, float(getattr(module, "negative_slope", 0.01)))
+
+
+def _has_forward_alone(module: nn.Module) -> bool:
+    """Whether a module has nothing but a forward that is not torch's: no tensors, no modules, nothing in its place."""
+    kind = type(module)
+    things = (module._parameters, module._buffers, module._modules)
+    return (
+        not any(map(bool, things))
+        and not str(kind.forward.__module__).startswith("torch.")
+        and kind.__call__ is nn.Module.__call__
+        and not any(name in module.__dict__ for name in ("forward", "__call__"))
+    )
+
+
+def _of_forward(module: nn.Module) -> Activation | None:
+    """The activation that a class of anybody's computes, and does nothing else, in both modes."""
+    found = set()
+    for training in (False, True):
+        twin = copy.deepcopy(module).train(training)
+        before = own_state(twin)
+        try:
+            graph = traced_without_draws(fx.Tracer(), twin)
+        except Exception:  # whatever tracing a forward of any class raises
+            return None
+        found.add(_computed(list(graph.nodes)) if own_state(twin) == before else None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _computed(nodes: list[fx.Node]) -> Activation | None:
+    """The activation of its first input that a graph computes: one call, or x sigmoid(x)."""
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    calls = nodes[len(inputs) : -1]
+    if not inputs or not calls or nodes[-1].args != (calls[-1],) or any(node.users for node in inputs[1:]):
+        return None
+    first = of_call(calls[0])
+    if len(calls) == 1:
+        return first
+    gated = len(calls) == 2 and operation(calls[1]) == "mul" and not calls[1].kwargs
+    is_silu = first == Activation("sigmoid") and gated and set(calls[1].args) == {inputs[0], calls[0]}
+    return Activation("silu") if is_silu else None
 
 
 def of_call(node: fx.Node) -> Activation | None:

@@ -339,7 +339,7 @@ def rewritten(flow: DataFlow, home: str, found: Iterable[Merge]) -> fx.Graph | s
 def _rewrite(flow: DataFlow, graph: fx.Graph, prefix: str, merge: Merge) -> str | None:
     host = next((n for n in graph.nodes if n.op == "call_module" and prefix + str(n.target) == merge.host), None)
     for node in graph.nodes:
-        pairs: dict[fx.Node, fx.Node] = {}
+        pairs: dict[fx.Node, fx.Node | None] = {}
         if host is not None and _alike(flow, prefix, merge, node, merge.value, pairs):
             node.replace_all_uses_with(host, delete_user_cb=lambda user, inside=frozenset(pairs): user not in inside)
             for old in reversed([n for n in graph.nodes if n in pairs and n is not host]):
@@ -349,10 +349,20 @@ def _rewrite(flow: DataFlow, graph: fx.Graph, prefix: str, merge: Merge) -> str 
     return f"the sum of its branches is not computed in the forward of '{prefix.rstrip('.')}' alone"
 
 
-def _alike(flow: DataFlow, prefix: str, merge: Merge, own: Any, node: Any, pairs: dict[fx.Node, fx.Node]) -> bool:
-    """Whether a node of the module's own graph computes what ``node`` does from the same x; notes the pairs."""
+def _alike(
+    flow: DataFlow, prefix: str, merge: Merge, own: Any, node: Any, pairs: dict[fx.Node, fx.Node | None]
+) -> bool:
+    """Whether a node of the module's own graph computes what ``node`` does from the same x; notes the pairs.
+
+    Calls of ``nn.Identity``, which exported graphs do not have, are passed over: they stand for no node.
+    """
     if not isinstance(own, fx.Node) or not isinstance(node, fx.Node):
         return type(own) is type(node) and own == node
+    while node is not merge.x and isinstance(flow.module(node), nn.Identity):
+        node = data_inputs(node)[0]
+    while own.op == "call_module" and isinstance(flow.net.get_submodule(prefix + str(own.target)), nn.Identity):
+        pairs[own] = None
+        own = own.all_input_nodes[0]
     if own in pairs or node in pairs.values():
         return pairs.get(own) is node
     if node is not merge.x:
