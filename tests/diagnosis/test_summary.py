@@ -193,3 +193,38 @@ def test_pages_and_tables_say_the_same():
         assert text in page
         assert text in table
         assert text in str(found)
+
+
+class Deciding(nn.Module):
+    """A forward that looks at its data: blocks can be captured, the whole cannot."""
+
+    def __init__(self):
+        super().__init__()
+        conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.first = nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.alone = nn.BatchNorm2d(4)
+        self.last = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x):
+        x = self.first(x)
+        if float(x.detach().abs().max()) > 1e9:
+            return x
+        return self.last(self.alone(x).relu())
+
+
+def test_a_network_that_cannot_be_captured_is_shown_by_its_parts():
+    table = bn.summary(Deciding(), torch.randn(2, 3, 6, 6))
+    assert table.parts == ("first", "last")
+    rows = {row.name: row for row in table.layers}
+    assert list(rows) == ["first.1", "first.4", "alone", "last.0"]
+    assert rows["first.1"].fed_by == ("first.0",)
+    assert rows["first.1"].followed_by == ("first.2",)
+    assert [row.placement for row in table.layers] == ["before activation", None, None, None]
+    assert [row.redundant_bias for row in table.layers] == [True, False, None, None]
+    assert [row.values_per_channel for row in table.layers] == [32, 32, None, 32]
+    assert rows["first.4"].followed_by == ("the output of 'first'",)
+    assert rows["last.0"].fed_by == ("the input of 'last'",)
+    assert rows["alone"].fed_by is None
+    assert "cannot be captured" in table.note
+    assert "its parts 'first', 'last'. 1 of 4 layers lie in none: 'alone': the network" in table.note
+    assert table.total == bn.summary(Deciding()).total

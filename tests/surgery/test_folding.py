@@ -619,3 +619,57 @@ def test_a_network_that_cannot_be_captured_prints_nothing(capfd):
     with pytest.raises(SurgeryError, match="cannot be captured"):
         fold(Deciding().eval(), torch.randn(4, 3))
     assert capfd.readouterr() == ("", "")
+
+
+class Sliced(nn.Module):
+    """A forward that makes modules as it goes: slices of a Sequential, an activation, a pool."""
+
+    def __init__(self, by_shape):
+        super().__init__()
+        conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.features = nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.last = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.by_shape = by_shape
+
+    def forward(self, x):
+        if self.by_shape and x.shape[1] != 3:  # so that the trace needs the example
+            return x
+        for start, end in ((0, 2), (2, None)):
+            x = self.features[start:end](x)
+        return nn.AvgPool2d(2)(nn.ReLU()(self.last(nn.ReLU()(x))))
+
+
+@pytest.mark.parametrize("by_shape", [True, False])
+def test_modules_that_a_forward_makes_are_followed(by_shape):
+    torch.manual_seed(0)
+    net, x = randomize(Sliced(by_shape)).eval(), torch.randn(2, 3, 9, 9)
+    result = fold(net, x)
+    assert [item.into for item in result.certificate.folded] == ["features.0", "features.3", "last.0"]
+    torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)
+    assert bn.summary(net, x).layers[1].followed_by == ("a call of relu",)
+    fast = bn.accelerate(copy.deepcopy(net), x)
+    assert list(fast.report.fused) == (["features.1"] if by_shape else ["features.1", "features.4", "last.1"])
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+class Centered(OwnLinear):
+    """Scaling its weights scales its output, but it does not compute W x + b."""
+
+    def forward(self, input):
+        return super().forward(input - input.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(("kind", "bias", "folds"), [(OwnLinear, True, 1), (OwnLinear, False, 1), (Centered, True, 0)])
+def test_a_norm_before_a_linear_class_of_its_own(kind, bias, folds):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    net = nn.Sequential(nn.ReLU(), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), kind(4, 3, bias=bias))
+    net, x = randomize(net).eval(), torch.randn(2, 4, 6, 6)
+    result = fold(net, x)
+    assert [item.into for item in result.certificate.folded] == ["4"] * folds
+    assert type(result.model[4]) is kind
+    torch.testing.assert_close(result.model(x), net(x), rtol=1e-4, atol=1e-5)

@@ -12,12 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.diagnosis.tables import text_table
 from batchnorm.errors import SurgeryError
-from batchnorm.surgery.capture import capture_settled
-from batchnorm.surgery.flow import DataFlow, data_inputs, rank, value_of
+from batchnorm.surgery.capture import NotCapturedError, capture_settled
+from batchnorm.surgery.comparison import Example
+from batchnorm.surgery.flow import DataFlow, data_inputs, is_input, rank, value_of
 from batchnorm.surgery.folding import uses_batch_statistics
 from batchnorm.surgery.freezing import is_frozen
 from batchnorm.surgery.frozen import TENSORS, eps_of, is_frozen_layer
 from batchnorm.surgery.modules import unwrap
+from batchnorm.surgery.parts import Part, parts_of
 from batchnorm.surgery.roles import (
     is_activation,
     is_layer,
@@ -32,6 +34,7 @@ _STYLE = (
     "th,td{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc;white-space:nowrap}"
     "tr:not(.good) td:last-child{color:#b00;font-weight:bold}"
 )
+_SHOWN = 3
 DEAD = 1e-2  # a running variance below this share of eps
 
 
@@ -79,13 +82,15 @@ class Summary:
         trainable: parameters that take a gradient; shared ones count once.
         non_trainable: all other parameters, and the layers' running means and variances, as Keras
             counts (``num_batches_tracked`` is no parameter).
-        note: why the data flow is unknown, or None.
+        note: why the data flow is unknown, or known within parts alone; or None.
+        parts: the modules whose own data flow stands for that of a network that cannot be captured as a whole.
     """
 
     layers: tuple[LayerSummary, ...]
     trainable: int
     non_trainable: int
     note: str | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -146,7 +151,8 @@ def summary(net: nn.Module, example: Any = None) -> Summary:
     """The batch normalization layers of ``net``: what feeds them, what follows, state and counts.
 
     A layer holds four vectors of C values, two trained (gamma, beta) and two not (running mean and
-    running variance, in torch the *unbiased* one). ``net`` is not changed.
+    running variance, in torch the *unbiased* one). ``net`` is not changed. Of a network that cannot be captured as a
+    whole, the data flow is that of the modules that can be captured by themselves, each as far as it goes.
 
     Args:
         net: the network.
@@ -166,19 +172,53 @@ def summary(net: nn.Module, example: Any = None) -> Summary:
         [('0', 3)]
     """
     root = unwrap(net, "summary")
-    flow, note = None, None
-    if example is not None:
-        try:
-            flow = capture_settled(root, example)
-        except SurgeryError as error:
-            note = str(error)
     layers = {n: m for n, m in root.named_modules() if _is_listed(m)}
-    if flow is not None:
-        order = {flow.name(n): i for i, n in enumerate(flow.nodes) if n.op == "call_module"}
-        layers = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    parts, note = ([], None) if example is None else _parts(root, Example.of(example), list(layers))
+    places = {name: next((part for part in parts if part.holds(name)), None) for name in layers}
     trainable, non_trainable = _totals(root)
-    rows = tuple(_summarize(flow, name, layer) for name, layer in layers.items())
-    return Summary(rows, trainable, non_trainable, note)
+    rows = tuple(_summarize(places[name], name, layers[name]) for name in _in_order(places))
+    return Summary(rows, trainable, non_trainable, note, tuple(part.name for part in parts if part.name))
+
+
+def _parts(net: nn.Module, example: Example, layers: list[str]) -> tuple[list[Part[DataFlow]], str | None]:
+    """The data flow of the whole network, or of the parts that can be captured, and what remains unknown and why."""
+    try:
+        return [Part("", example, capture_settled(net, example))], None
+    except NotCapturedError as error:
+        whole = error
+    except SurgeryError as error:
+        return [], str(error)
+
+    def plan(name: str, given: Example) -> DataFlow:
+        return capture_settled(net.get_submodule(name), given)
+
+    found = parts_of(net, example, _is_listed, plan, whole)
+    if not found.parts:
+        return [], str(whole)
+    shown = ", ".join(f"'{part.name}'" for part in found.parts[:_SHOWN])
+    more = len(found.parts) - _SHOWN
+    note = f"the network {whole.short}; its data flow is that of its parts {shown}{f' and {more} more' * (more > 0)}"
+    outside = [name for name in layers if not any(part.holds(name) for part in found.parts)]
+    if outside:
+        note += f". {len(outside)} of {len(layers)} layers lie in none: '{outside[0]}': {found.reason(outside[0])}"
+    return found.parts, note
+
+
+def _in_order(places: dict[str, Part[DataFlow] | None]) -> list[str]:
+    """The layers' names in the order of the data within a part, and of registration beside that."""
+    first: dict[str, int] = {}
+    for index, (name, part) in enumerate(places.items()):
+        first.setdefault(name if part is None else part.name, index)
+    calls: dict[str, int] = {}
+    for part in {id(part): part for part in places.values() if part is not None}.values():
+        nodes = enumerate(part.plan.nodes)
+        calls |= {part.full(part.plan.name(node)): i for i, node in nodes if node.op == "call_module"}
+
+    def key(name: str) -> tuple[int, int]:
+        part = places[name]
+        return first[name if part is None else part.name], calls.get(name, len(calls))
+
+    return sorted(places, key=key)
 
 
 def _totals(net: nn.Module) -> tuple[int, int]:
@@ -202,8 +242,8 @@ def _statistics(layer: Any) -> list[Tensor]:
     return [own[name] for name in names if own.get(name) is not None]
 
 
-def _summarize(flow: DataFlow | None, name: str, layer: Any) -> LayerSummary:
-    calls = [] if flow is None else flow.calls(name)
+def _summarize(part: Part[DataFlow] | None, name: str, layer: Any) -> LayerSummary:
+    calls = [] if part is None else part.plan.calls(part.inner(name))
     pool = min((size for call in calls if (size := _pool(call, layer))), default=None)
     trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
     fixed = sum(p.numel() for p in layer.parameters() if not p.requires_grad)
@@ -211,12 +251,10 @@ def _summarize(flow: DataFlow | None, name: str, layer: Any) -> LayerSummary:
         name=name,
         type=type(layer).__name__,
         features=_features(layer),
-        fed_by=_described(flow, [n for call in calls for n in data_inputs(call)[:1]]),
-        followed_by=_described(flow, [n for call in calls for n in call.users]),
-        placement=_placement(flow, calls[0], layer) if flow is not None and calls else None,
-        redundant_bias=(
-            any(_has_redundant_bias(flow, call, layer) for call in calls) if flow is not None and calls else None
-        ),
+        fed_by=_described(part, [n for call in calls for n in data_inputs(call)[:1]]),
+        followed_by=_described(part, [n for call in calls for n in call.users]),
+        placement=_placement(part, calls[0], layer) if part is not None and calls else None,
+        redundant_bias=_redundant_bias(part, calls, layer) if part is not None and calls else None,
         trained=trained,
         not_trained=fixed + sum(t.numel() for t in _statistics(layer)),
         values_per_channel=pool,
@@ -234,10 +272,21 @@ def _uses_batch(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and uses_batch_statistics(layer)
 
 
-def _described(flow: DataFlow | None, nodes: list[fx.Node]) -> tuple[str, ...] | None:
-    if flow is None:
+def _described(part: Part[DataFlow] | None, nodes: list[fx.Node]) -> tuple[str, ...] | None:
+    if part is None:
         return None
-    return tuple(dict.fromkeys(flow.describe(node) for node in nodes))
+    described = []
+    for node in nodes:
+        text = part.plan.describe(node)
+        if part.name and _is_end(node):
+            text = f"the {'output' if node.op == 'output' else 'input'} of '{part.name}'"
+        described.append(part.full(text) if node.op == "call_module" else text)
+    return tuple(dict.fromkeys(described))
+
+
+def _is_end(node: fx.Node) -> bool:
+    """Whether a value comes into the graph there, or leaves it."""
+    return node.op in ("placeholder", "output") or is_input(node)
 
 
 def _pool(call: fx.Node, layer: nn.Module) -> int | None:
@@ -245,19 +294,29 @@ def _pool(call: fx.Node, layer: nn.Module) -> int | None:
     return value.numel() // _features(layer) if isinstance(value, Tensor) else None
 
 
-def _placement(flow: DataFlow, call: fx.Node, layer: nn.Module) -> str:
-    """Where the activation is that comes next, or came last, without weights between."""
+def _placement(part: Part[DataFlow], call: fx.Node, layer: nn.Module) -> str | None:
+    """Where the activation is that comes next, or came last, without weights between; None if a part ends before."""
+    flow = part.plan
 
     def ends(node: fx.Node) -> bool:
         return is_activation(flow, node) or is_weighted(flow, node) or is_normalization(flow, node)
 
     if getattr(layer, "activation", None):
         return "before activation"
-    if any(is_activation(flow, node) for node in reach(call, users, ends)):
-        return "before activation"
-    if any(is_activation(flow, node) for node in reach(call, data_inputs, ends)):
-        return "after activation"
+    for following, found in ((users, "before activation"), (data_inputs, "after activation")):
+        reached = list(reach(call, following, ends))
+        if any(is_activation(flow, node) for node in reached):
+            return found
+        if part.name and any(map(_is_end, reached)):
+            return None
     return "no activation"
+
+
+def _redundant_bias(part: Part[DataFlow], calls: list[fx.Node], layer: nn.Module) -> bool | None:
+    if any(_has_redundant_bias(part.plan, call, layer) for call in calls):
+        return True
+    fed = (source for call in calls for source in data_inputs(call)[:1])
+    return None if part.name and any(map(_is_end, fed)) else False
 
 
 def _has_redundant_bias(flow: DataFlow, call: fx.Node, layer: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from batchnorm.surgery.affine import (
 from batchnorm.surgery.flow import DataFlow, attribute, data_inputs, operation, rank, value_of
 from batchnorm.surgery.layers import CHANNEL_PADDED
 from batchnorm.surgery.modules import is_plain, obstacle
-from batchnorm.surgery.weights import per_input, scale_outputs
+from batchnorm.surgery.weights import per_input, reads_inputs_once, scale_outputs
 
 _WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding)
 _SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split"}
@@ -389,7 +389,7 @@ class Absorption:
         reason = obstacle(flow, name)
         if reason is not None:
             return f"{way} '{name}', but {reason}"
-        if side == "input" and not (is_plain(layer) or is_norm(layer)):
+        if side == "input" and not (is_plain(layer) or is_norm(layer) or reads_inputs_once(layer)):
             return f"{way} '{name}', whose class {type(layer).__qualname__} has a forward of its own"
         if name in self.into:
             return f"it meets '{name}' twice"

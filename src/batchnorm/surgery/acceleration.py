@@ -21,7 +21,7 @@ from batchnorm.nn import foreign
 from batchnorm.nn.outside import GUARDED, has_hooks
 from batchnorm.surgery import activations, concatenations
 from batchnorm.surgery.activations import Activation
-from batchnorm.surgery.capture import capture, traced_without_draws
+from batchnorm.surgery.capture import Follower, capture, traced_without_draws
 from batchnorm.surgery.comparison import (
     Distance,
     Example,
@@ -505,7 +505,7 @@ def _activation(module: nn.Module, node: fx.Node) -> Activation | None:
     return activations.of_call(node)
 
 
-class _OwnTracer(fx.Tracer):
+class _OwnTracer(Follower):
     """Follows a module's own forward, and plain containers in it; every other module is one call."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

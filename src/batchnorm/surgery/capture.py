@@ -205,7 +205,26 @@ def _note(node: fx.Node, value: Any) -> None:
     )
 
 
-class _Tracer(fx.Tracer):
+class Follower(fx.Tracer):
+    """Follows modules that a forward makes as it goes, such as a slice of a ``Sequential``, into what they call."""
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.is_made(m):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def is_made(self, m: nn.Module) -> bool:
+        """Whether a module is none of the root's."""
+        return m not in (self.submodule_paths or {})
+
+
+class _Tracer(Follower):
     proxy_buffer_attributes = True
 
     def __init__(self, net: nn.Module, hooked: set[int]) -> None:
@@ -226,6 +245,8 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if is_compiled(m):
             return original(m)(*args, **kwargs)
+        if self.is_made(m):
+            return forward(*args, **kwargs)
         if _FOLLOWED in m.__dict__ and id(m) in self.leaves and not self.behind:
             self.behind = True
             output = self.call_module(m, forward, args, kwargs)

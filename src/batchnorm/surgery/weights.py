@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,30 +46,64 @@ def applies_weights_once(layer: nn.Module) -> bool:
     So it is where the forward, or a submodule, pads, and not where the forward standardizes its weights. Known by the
     outputs for random numbers, before and after: ``W' = s W, b' = s b + t`` has to give ``s y + t``.
     """
-    if not isinstance(layer, (nn.Linear, _ConvNd)) or _has_inner_state(layer):
+    if not isinstance(layer, (nn.Linear, _ConvNd)):
         return False
+    axes = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+
+    def scaled(once: nn.Linear | _ConvNd, x: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        size = once.out_features if isinstance(once, nn.Linear) else once.out_channels
+        scale, shift = draw(size), draw(size)
+        expected = once(x) * scale.reshape(-1, *[1] * axes) + shift.reshape(-1, *[1] * axes)
+        return scale_outputs(once, once.weight, scale), _bias(once, scale) * scale + shift, x, expected
+
+    return _computes(layer, scaled)
+
+
+def reads_inputs_once(layer: nn.Module) -> bool:
+    """Whether a linear layer with a forward of its own gives ``W (s x + t) + b`` as ``W' = W s, b' = b + W t``."""
+    if not isinstance(layer, nn.Linear):
+        return False
+
+    def moved(once: nn.Linear | _ConvNd, x: Tensor, draw: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        scale, shift = draw(x.shape[-1]), draw(x.shape[-1])
+        bias = _bias(once, once.weight[:, 0]) + once.weight @ shift
+        return once.weight * scale, bias, x, once(x * scale + shift)
+
+    return _computes(layer, moved)
+
+
+def _computes(layer: nn.Linear | _ConvNd, change: Callable[..., tuple[Tensor, ...]]) -> bool:
+    """Whether a layer gives what is expected of other weights, for random numbers.
+
+    Args:
+        layer: the layer.
+        change: gives weight, bias, input and expected output, of a copy, an input and a source of random numbers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     try:
-        once, scaled = (copy.deepcopy(layer).to("cpu", torch.float64).eval() for _ in range(2))
+        if _has_inner_state(layer):
+            return False
+        once, other = (copy.deepcopy(layer).to("cpu", torch.float64).eval() for _ in range(2))
         if isinstance(layer, nn.Linear):
-            x, size, axes = draw(3, layer.in_features), layer.out_features, 0
+            x = draw(3, layer.in_features)
         else:
             space = [d * (k - 1) + 3 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-            x, size, axes = draw(2, layer.in_channels, *space), layer.out_channels, len(space)
-        scale, shift = draw(size), draw(size)
+            x = draw(2, layer.in_channels, *space)
         with torch.no_grad():
-            old = torch.zeros_like(scale) if once.bias is None else once.bias
-            scaled.weight = nn.Parameter(scale_outputs(layer, once.weight, scale))
-            scaled.bias = nn.Parameter(old * scale + shift)
-            y, expected = scaled(x), once(x)
-            expected = expected * scale.reshape(-1, *[1] * axes) + shift.reshape(-1, *[1] * axes)
-            return bool(torch.allclose(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())))
+            weight, bias, given, expected = change(once, x, draw)
+            other.weight, other.bias = nn.Parameter(weight), nn.Parameter(bias)
+            limit = 1e-4 * float(expected.abs().max())
+            return bool(torch.allclose(other(given), expected, rtol=1e-4, atol=limit))
     except Exception:  # whatever a forward of any kind raises
         return False
+
+
+def _bias(layer: nn.Linear | _ConvNd, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if layer.bias is None else layer.bias
 
 
 def _has_inner_state(layer: nn.Module) -> bool:
