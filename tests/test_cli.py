@@ -344,7 +344,7 @@ def test_files_and_networks_are_not_mixed(tmp_path, capsys):
         (["fold", "net.pt2", "--shape", "2,3", "--out", "x.pt2"], "go with --network"),
         (["fold", "net.pt2", "--inputs", "x.npz", "--out", "x.pt2"], "goes with an .onnx file"),
         (["summary", "--network", "a:b"], "needs --shape"),
-        (["summary", "net.onnx"], "expected .pt2"),
+        (["summary", "gone.onnx"], "gone.onnx cannot be read (No such file or directory)"),
         (["convert", "gone.pt2", "--out", "x.pt2"], "gone.pt2"),
     ):
         assert main(arguments) == 2

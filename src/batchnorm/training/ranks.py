@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +22,10 @@ from batchnorm.errors import BatchNormError, DataError, InputError, Synchronizat
 from batchnorm.exchanges import first_line, is_of_an_exchange
 
 T = TypeVar("T")
+
+SETTLING = 0.1
+"""Seconds for the threads of gloo to let go of the tensors of their last exchange. One that still holds some when the
+interpreter ends aborts the process, whose work is done (torch 2.13; its pull request 179291, which was closed)."""
 
 
 @dataclass
@@ -237,8 +243,10 @@ def joined(device: str, synchronized: bool, timeout: float, sharded: bool = Fals
         yield Ranks(dist.get_rank(), dist.get_world_size(), synchronized, sharded=sharded)
     finally:
         if own:
+            gc.collect()  # networks in cycles hold the group, and with it its threads
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+            time.sleep(SETTLING)
 
 
 def check_parts(ranks: Ranks, batch_size: int, samples: int) -> None:

@@ -71,7 +71,7 @@ def _file(path: Path, asked: str | None, decay: float | None) -> Checkpoint:
             file.seek(-min(8, path.stat().st_size), os.SEEK_END)
             end = file.read(8)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
     if start.startswith(b"\x89HDF") and (arrays := containers.chainer_hdf5(path)):
         return _known(states.read(arrays, "HDF5", "chainer", ordered=True), arrays, str(path))
     if start.startswith(b"\x93NUMPY") or (start.startswith(b"{") and containers.npy_header(path)):
