@@ -352,7 +352,7 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
   const RowAccess<T> out(to);
   const bool aligned =
       around_cache && !in_place && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
-  const auto write = [&](auto height, auto width, auto streamed, i64 n, i64 c) {
+  const auto write = [&](auto height, auto width, auto streamed, i64 n, i64 c) INLINED {
     typename L::V v[decltype(width)::value][decltype(height)::value];
     for (int g = 0; g < width; ++g) {
       const auto k = prepare(c + g * W);
@@ -365,7 +365,7 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
         else
           L::store(out(n + i, c + g * W), v[g][i]);
   };
-  const auto walk = [&](auto height, auto streamed, i64 n) {
+  const auto walk = [&](auto height, auto streamed, i64 n) INLINED {
     using std::integral_constant;
     constexpr integral_constant<i64, 1> one{};
     constexpr integral_constant<i64, height == 1 || sizeof(T) == 2 ? 2 : 1> several{};  // whole lines of the cache
@@ -379,7 +379,7 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
       some(n, n + height, c, columns - c);
   };
   const bool tiled = columns * i64(sizeof(T)) < 512 || out.stride * i64(sizeof(T)) >= 4096;
-  const auto all = [&](auto streamed) {
+  const auto all = [&](auto streamed) INLINED {
     i64 n = 0;
     for (; tiled && n + tile <= rows; n += tile) walk(std::integral_constant<i64, tile>{}, streamed, n);
     for (; n < rows; ++n) walk(std::integral_constant<i64, 1>{}, streamed, n);
@@ -424,12 +424,12 @@ void interleaved_moments_in(const Slab& slab, const Operand& x, const double* sh
   const i64 C = slab.channels;
   const P few = columns_of<P>(shift, C < P::width ? C : P::width);
   sum_rows<P, 8>(
-      slab.samples, C, sums, [&](i64 c) { return columns_of<P>(shift + c, P::width); },
-      [&](i64 n, i64 c, int, const P& s, Sums<P>& a) {
+      slab.samples, C, sums, [=](i64 c) INLINED { return columns_of<P>(shift + c, P::width); },
+      [=](i64 n, i64 c, int, const P& s, Sums<P>& a) INLINED {
         const P d = minus(load<P>(xs(n, c)), s);
         a.add(d, d);
       },
-      [&](i64 n, Sums<P>& a) {
+      [=](i64 n, Sums<P>& a) INLINED {
         const P d = minus(P::of(load_some(xs(n, 0), C)), few);
         a.add(d, d);
       });
@@ -629,13 +629,13 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   using V = typename L::V;
   write_rows<!signs, T>(
       y, slab.samples, slab.channels, f.stream, is_over(y, x) || is_over(y, f.residual),
-      [&](i64 c) { return Normal<T, P>::of_columns(k, c); },
-      [&](i64 n, i64 c, const Normal<T, P>& normal) {
+      [=](i64 c) INLINED { return Normal<T, P>::of_columns(k, c); },
+      [=](i64 n, i64 c, const Normal<T, P>& normal) INLINED {
         const V rv = residual ? L::load(rs(n, c)) : V{};
         uint8_t* bits = signs ? all_signs + n * signs_row : nullptr;
         return finish<T, form, residual, signs>(normal(P::load(xs(n, c))), rv, bits, c, L::width, f);
       },
-      [&](i64 n0, i64 n1, i64 c, i64 count) {
+      [=](i64 n0, i64 n1, i64 c, i64 count) {
         const auto normal = Normal<T, P>::of_some(k, c, count);
         for (i64 n = n0; n < n1; ++n) {
           const V rv = residual ? load_some(rs(n, c), count) : V{};
@@ -737,8 +737,8 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
   const Prepared few{Normal<T, P>::of_some(k, 0, some), columns_of<S>(mean, some)};
   sum_rows<S, sizeof(T) == 2 ? 6 : 4>(
       slab.samples, C, sums,
-      [&](i64 c) { return Prepared{Normal<T, P>::of_columns(k, c), columns_of<S>(mean + c, L::width)}; },
-      [&](i64 n, i64 c, int skip, const Prepared& q, Sums<S>& a) {
+      [=](i64 c) INLINED { return Prepared{Normal<T, P>::of_columns(k, c), columns_of<S>(mean + c, L::width)}; },
+      [=](i64 n, i64 c, int skip, const Prepared& q, Sums<S>& a) INLINED {
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
@@ -751,7 +751,7 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
           a.add(S::of(dz), d);
         }
       },
-      [&](i64 n, Sums<S>& a) {
+      [=](i64 n, Sums<S>& a) INLINED {
         const V v = load_some(xs(n, 0), C);
         const V rv = gate == Gate::residual ? load_some(rs(n, 0), C) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
@@ -840,8 +840,8 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   using V = typename L::V;
   write_rows<gate != Gate::signs, T>(
       dx, slab.samples, slab.channels, f.stream, is_over(dx, dy) || is_over(d_residual, dy),
-      [&](i64 c) { return Apply<T, P>::of_columns(k, a, c); },
-      [&](i64 n, i64 c, const Apply<T, P>& apply) {
+      [=](i64 c) INLINED { return Apply<T, P>::of_columns(k, a, c); },
+      [=](i64 n, i64 c, const Apply<T, P>& apply) INLINED {
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
@@ -849,7 +849,7 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
         if (drs.data) L::store(drs(n, c), dz.rounded());
         return apply(dz, P::of(v));
       },
-      [&](i64 n0, i64 n1, i64 c, i64 count) {
+      [=](i64 n0, i64 n1, i64 c, i64 count) {
         const auto apply = Apply<T, P>::of_some(k, a, c, count);
         for (i64 n = n0; n < n1; ++n) {
           const V v = load_some(xs(n, c), count);

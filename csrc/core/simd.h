@@ -11,6 +11,9 @@
 
 #define VB BATCHNORM_VECTOR_BYTES
 #define INLINE inline __attribute__((always_inline))
+// Of a lambda. One that is called instead reads what it holds from memory again behind each store of 16-bit values,
+// which may be of anything.
+#define INLINED __attribute__((always_inline))
 
 namespace batchnorm::BATCHNORM_ISA {
 

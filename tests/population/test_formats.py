@@ -76,6 +76,7 @@ FILES = {
     "haiku.msgpack": File("haiku"),
     "equinox.eqx": File("equinox"),
     "equinox.header.eqx": File("equinox"),
+    "equinox.no_affine.eqx": File("equinox", without=("weight", "bias")),
     "paddle.flat.pdparams": File("paddle"),
     "paddle.images.pdparams": File("paddle"),
     "mindspore.images.ckpt": File("mindspore"),

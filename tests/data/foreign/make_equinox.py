@@ -15,9 +15,10 @@ class Network(eqx.Module):
     first: eqx.nn.BatchNorm
     second: eqx.nn.BatchNorm
 
-    def __init__(self):
-        self.first = eqx.nn.BatchNorm(3, "batch", eps=1e-2, momentum=0.9, mode="batch")
-        self.second = eqx.nn.BatchNorm(3, "batch", eps=1e-3, momentum=0.8, mode="batch")
+    def __init__(self, affine: bool):
+        options = {"channelwise_affine": affine, "mode": "batch"}
+        self.first = eqx.nn.BatchNorm(3, "batch", eps=1e-2, momentum=0.9, **options)
+        self.second = eqx.nn.BatchNorm(3, "batch", eps=1e-3, momentum=0.8, **options)
 
     def __call__(self, x, state):
         x, state = self.first(x, state)
@@ -39,18 +40,14 @@ def step(model, state, x, target, rate):
 
 def statistics(layer, state):
     t, (mean, var) = state.get(layer.batch_counter), state.get(layer.batch_state_index)
-    return {
-        "gamma": layer.weight,
-        "beta": layer.bias,
-        "mean": mean / (1 - layer.momentum**t),
-        "var": var / (1 - layer.momentum**t),
-    }
+    trained = {"gamma": layer.weight, "beta": layer.bias} if layer.channelwise_affine else {}
+    return trained | {"mean": mean / (1 - layer.momentum**t), "var": var / (1 - layer.momentum**t)}
 
 
 def main(name: str) -> None:
     x, target = batches(2)
     xs = np.stack([first(each) for each in x])
-    model, state = eqx.nn.make_with_state(Network)()
+    model, state = eqx.nn.make_with_state(Network)("no_affine" not in name)
     for i in range(BEFORE):
         model, state = step(model, state, xs[i], first(target), 0.5)
     with (HERE / name).open("wb") as file:
@@ -68,3 +65,4 @@ def main(name: str) -> None:
 
 main("equinox.eqx")
 main("equinox.header.eqx")
+main("equinox.no_affine.eqx")

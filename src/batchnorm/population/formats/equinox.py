@@ -69,20 +69,21 @@ def of_leaves(arrays: list[Array], decay: float | None) -> Checkpoint:
     """From `tree_serialise_leaves((model, state))`, which writes no names.
 
     A layer's leaves are weight, bias and the flag ``inference``; its state is counter, mean and variance. They are
-    matched in order, if there are as many of one as of the other.
+    matched in order and by size; a layer with ``channelwise_affine=False`` has a state alone.
     """
     row = CONVENTIONS["equinox"]
     assert row.decay is not None
     affine, states = _places(arrays)
-    if not states or len(affine) != len(states):
+    matched = _matched([arrays[at].size for at in affine], [arrays[at + 1].size for at in states])
+    if not states or matched is None:
         raise InputError(
             f"the file holds {len(arrays)} arrays without names, of which {len(affine)} look like a batch "
-            f"normalization's weights and {len(states)} like its state in mode='batch'. Pass the pair itself, "
-            "load_statistics(net, (model, state))"
+            f"normalization's weights and {len(states)} like its state in mode='batch', and it is not certain which "
+            "belong together. Pass the pair itself, load_statistics(net, (model, state))"
         )
     found = []
-    for i, (at, behind) in enumerate(zip(affine, states, strict=True)):
-        gamma, beta = arrays[at : at + 2]
+    for i, (behind, own) in enumerate(zip(states, matched, strict=True)):
+        gamma, beta = (None, None) if own is None else arrays[affine[own] : affine[own] + 2]
         count, mean, var = arrays[behind : behind + 3]
         layer = ForeignBatchNorm(str(i), mean, var, gamma, beta, row.decay if decay is None else decay, row.eps)
         found.append(debiased(layer, int(count)))
@@ -104,6 +105,31 @@ def _places(arrays: list[Array]) -> tuple[list[int], list[int]]:
     return affine, states
 
 
+def _matched(affine: list[int], states: list[int]) -> list[int | None] | None:
+    """For each state the number of its weights, or None where it has none; None where there is not just one way."""
+    if len(affine) == len(states):
+        return list(range(len(states)))
+    ways = [chosen for chosen in (_first(affine, states), _last(affine, states)) if chosen is not None]
+    return ways[0] if len(ways) == 2 and ways[0] == ways[1] else None
+
+
+def _first(affine: list[int], states: list[int]) -> list[int | None] | None:
+    """The match in order whose weights come as early as they can."""
+    matched: list[int | None] = []
+    at = 0
+    for size in states:
+        fits = at < len(affine) and affine[at] == size
+        matched.append(at if fits else None)
+        at += fits
+    return matched if at == len(affine) else None
+
+
+def _last(affine: list[int], states: list[int]) -> list[int | None] | None:
+    """The match in order whose weights come as late as they can."""
+    turned = _first(affine[::-1], states[::-1])
+    return turned and [None if at is None else len(affine) - 1 - at for at in turned[::-1]]
+
+
 def _is_float(value: Array) -> bool:
     """Whether it holds floating-point numbers; bfloat16 has no type of NumPy's."""
     return bool(value.dtype.kind == "f" or value.dtype.str == "|V2")
@@ -114,7 +140,7 @@ def write(layers: list[tuple[str, ForeignBatchNorm]]) -> bytes:
     affine, states = [], []
     for _, f in layers:
         weight, bias, *averages = _leaves(f)
-        affine += [weight, bias, np.asarray(False)]
+        affine += [*([] if f.gamma is None and f.beta is None else [weight, bias]), np.asarray(False)]
         states += averages
     return _sequence([*affine, *states])
 
@@ -123,9 +149,13 @@ def into(template: Path, pairs: Mapping[str, ForeignBatchNorm]) -> bytes:
     """The leaves of a whole model, with those of the layers of the given numbers replaced."""
     header, arrays = containers.npy_sequence(template)
     affine, states = _places(arrays)
+    matched = _matched([arrays[at].size for at in affine], [arrays[at + 1].size for at in states])
+    assert matched is not None  # it was read
     for name, f in pairs.items():
         weight, bias, *averages = _leaves(f)
-        for at, values in ((affine[int(name)], [weight, bias]), (states[int(name)], averages)):
+        own = matched[int(name)]
+        parts = [(states[int(name)], averages)] + ([] if own is None else [(affine[own], [weight, bias])])
+        for at, values in parts:
             arrays[at : at + len(values)] = [
                 value.astype(arrays[at + i].dtype).reshape(arrays[at + i].shape) for i, value in enumerate(values)
             ]
