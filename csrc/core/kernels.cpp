@@ -881,10 +881,10 @@ void normalize_case(const Slab& slab, const Operand& x, const Operand& y, const 
     interleaved_normalize<T, P, form, residual, signs>(slab, x, y, k, f);
 }
 
+// With a residual.
 template <class T, class P, Order order, Form form>
-void normalize_form(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
-                    const KernelFusion& f) {
-  if (form == Form::identity && !f.residual) return normalize_case<T, P, order, form, false, false>(slab, x, y, k, f);
+void normalize_sum(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
+                   const KernelFusion& f) {
   if (!f.signs) return normalize_case<T, P, order, form, true, false>(slab, x, y, k, f);
   return normalize_case<T, P, order, form, true, true>(slab, x, y, k, f);
 }
@@ -893,10 +893,11 @@ template <class T, Order order>
 void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
                     const KernelFusion& f) {
   using P = typename In<T, true>::E;
-  if (f.activation == Activation::identity) return normalize_form<T, P, order, Form::identity>(slab, x, y, k, f);
-  if (f.residual)
-    return f.activation == Activation::relu ? normalize_form<T, P, order, Form::relu>(slab, x, y, k, f)
-                                            : normalize_form<T, P, order, Form::any>(slab, x, y, k, f);
+  const bool is_identity = f.activation == Activation::identity;
+  if (f.residual && is_identity) return normalize_sum<T, P, order, Form::identity>(slab, x, y, k, f);
+  if (f.residual && f.activation == Activation::relu) return normalize_sum<T, P, order, Form::relu>(slab, x, y, k, f);
+  if (f.residual) return normalize_sum<T, P, order, Form::any>(slab, x, y, k, f);
+  if (is_identity) return normalize_case<T, P, order, Form::identity, false, false>(slab, x, y, k, f);
   choose_form<forms_of<T>>(f.activation,
                            [&](auto form) { normalize_case<T, P, order, form.value, false, false>(slab, x, y, k, f); });
 }

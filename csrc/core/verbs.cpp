@@ -255,10 +255,10 @@ struct Steps {
   }
 
   // Where the second phase finds dz: in the place of a result, into which the first has written it, since to compute it
-  // once more costs more. 16-bit results would round it.
+  // once more costs more. A result of 16 bits rounds it, as the first phase's sums do.
   Operand keep(const Operand& dx, const Operand& d_residual) const {
     const bool is_worth_it = gate() == Gate::recompute ? is_costly(fusion.activation) : gate() == Gate::residual;
-    if (!dx || is_padded() || !is_worth_it || element_size(plan.shape.dtype) == 2) return {};
+    if (!dx || is_padded() || !is_worth_it) return {};
     return d_residual ? d_residual : dx;
   }
 

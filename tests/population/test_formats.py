@@ -120,10 +120,20 @@ def network(ndim: int, without: tuple[str, ...] = (), kind: Any = None) -> nn.Se
     return net
 
 
+def network_of(name: str) -> nn.Sequential:
+    """A network with the layers of a file."""
+    return network(expected(name)["target"].ndim, FILES[name].without if name in FILES else ())
+
+
 def train(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
-    """Five steps of SGD on the mean squared error."""
+    """Five steps of SGD on the mean squared error; where there is nothing to train, the statistics of five batches."""
     net.train()
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    if not trained:
+        for batch in x:
+            net(batch)
+        return
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     for batch in x:
         optimizer.zero_grad()
         (net(batch) - target).square().mean().backward()
@@ -782,6 +792,7 @@ WRITTEN = {
     "chainer.npz": "chainer",
     "haiku.npz": "haiku",
     "equinox.eqx": "equinox",
+    "equinox.no_affine.eqx": "equinox",
     "caffe.caffemodel": "caffe",
 }
 
@@ -791,7 +802,7 @@ def test_what_is_written_is_what_the_framework_wrote(name: str, tmp_path: Path):
     """The same layers under the same names, with the same vectors: in each file of ours and of theirs."""
     real, framework = unpacked(name, tmp_path), WRITTEN[name]
     first, second = (f.name for f in bn.read_statistics(real, framework).layers)
-    net = network(expected(name)["target"].ndim)
+    net = network_of(name)
     layers = {"0": first, "2": second}
     bn.load_statistics(net, real, framework, layers)
     ours = tmp_path / f"ours.{name.partition('.')[2]}"
@@ -801,12 +812,35 @@ def test_what_is_written_is_what_the_framework_wrote(name: str, tmp_path: Path):
     rounded = 2e-7 if framework in ("equinox", "caffe") else 0  # which keep averages before they are divided
     for a, b in zip(written.layers, theirs.layers, strict=True):
         for key in ("gamma", "beta", "mean", "var"):
+            if getattr(b, key) is None:
+                assert getattr(a, key) is None
+                continue
             np.testing.assert_allclose(getattr(a, key), getattr(b, key), rtol=rounded)
     assert bn.read_statistics(ours).framework in (framework, "keras3" if framework == "keras2" else "torch")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, ours.name])
 
 
-TEMPLATES = ("haiku.npz", "equinox.eqx", "equinox.header.eqx", "caffe.caffemodel", "darknet.folder")
+def test_equinox_layers_without_weights_are_told_by_size_or_refused():
+    from batchnorm.population.formats.equinox import of_leaves
+
+    def leaves(affine: list[int], states: list[int]) -> list[np.ndarray]:
+        flag = np.asarray(False)
+        weights = [a for n in affine for a in (np.full(n, 2.0, "f4"), np.ones(n, "f4"), flag)]
+        return weights + [a for n in states for a in (np.asarray(1, "i4"), np.ones(n, "f4"), np.ones(n, "f4"))]
+
+    def gammas(affine: list[int], states: list[int]) -> list[int | None]:
+        return [f.gamma if f.gamma is None else f.gamma.size for f in of_leaves(leaves(affine, states), None).layers]
+
+    assert gammas([], [3, 4]) == [None, None]
+    assert gammas([4], [3, 4, 5]) == [None, 4, None]
+    assert gammas([3, 5], [3, 4, 5]) == [3, None, 5]
+    assert gammas([3, 3], [3, 3]) == [3, 3]
+    for affine, states in (([3], [3, 3]), ([4, 3], [3, 4, 5]), ([3, 4], [3]), ([6], [3, 4]), ([], [])):
+        with pytest.raises(InputError, match="not certain which belong together"):
+            of_leaves(leaves(affine, states), None)
+
+
+TEMPLATES = ("haiku.npz", "equinox.eqx", "equinox.header.eqx", "equinox.no_affine.eqx", "caffe.caffemodel", "darknet.folder")
 
 
 def numbers_of(path: Path) -> list[np.ndarray]:
@@ -828,7 +862,7 @@ def numbers_of(path: Path) -> list[np.ndarray]:
 def test_layers_are_written_into_a_file_of_the_whole_model(name: str, tmp_path: Path):
     """What was read and is written again changes nothing else; new vectors are read where the old ones were."""
     real = unpacked(name, tmp_path)
-    net = network(expected(name)["target"].ndim)
+    net = network_of(name)
     named = weights_of(real)
     bn.load_statistics(net, real, layers=named, frozen=True)
     ours = tmp_path / f"ours{real.suffix}"
@@ -839,13 +873,14 @@ def test_layers_are_written_into_a_file_of_the_whole_model(name: str, tmp_path: 
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-30)
     with torch.no_grad():
         for i in (0, 2):
-            net[i].weight.add_(i + 1)
+            if net[i].weight is not None:
+                net[i].weight.add_(i + 1)
             net[i].running_mean.mul_(2)
             net[i].running_var.add_(0.5)
     bn.save_statistics(net, ours, like=real, **options)
     if name == "darknet.folder":
         ours.with_suffix(".cfg").write_text(real.with_suffix(".cfg").read_text())
-    again = network(expected(name)["target"].ndim)
+    again = network_of(name)
     bn.load_statistics(again, ours, layers=named, frozen=True)
     for key, value in net.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=3e-7, atol=0)
