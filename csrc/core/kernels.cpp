@@ -936,14 +936,14 @@ template <class T, Order order>
 void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients& k, const ApplyCoefficients& a, const KernelFusion& f, Gate gate) {
   choose_few(slab, [&](auto few) {
-    choose_gate<sizeof(T) == 4 ? std::min(Forms::piecewise, forms_of<T>) : forms_of<T>>(
-        f, gate, [&](auto form, auto how) {  // else float32's dz is kept
-          using P = typename In<T, few.value>::E;
-          if constexpr (order == Order::planar)
-            planar_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
-          else
-            interleaved_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
-        });
+    // Of the others dz is kept, but where there is padding.
+    choose_gate<std::min(Forms::piecewise, forms_of<T>)>(f, gate, [&](auto form, auto how) {
+      using P = typename In<T, few.value>::E;
+      if constexpr (order == Order::planar)
+        planar_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+      else
+        interleaved_apply<T, P, form.value, how.value>(slab, dy, x, dx, d_residual, k, a, f);
+    });
   });
 }
 

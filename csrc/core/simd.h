@@ -13,7 +13,11 @@
 #define INLINE inline __attribute__((always_inline))
 // Of a lambda. One that is called instead reads what it holds from memory again behind each store of 16-bit values,
 // which may be of anything.
+#if defined(__SSE2__) && !defined(__AVX2__)
+#define INLINED  // few such processors are left, and it makes the library a tenth larger
+#else
 #define INLINED __attribute__((always_inline))
+#endif
 
 namespace batchnorm::BATCHNORM_ISA {
 
