@@ -13,10 +13,10 @@
 #define INLINE inline __attribute__((always_inline))
 // Of a lambda. One that is called instead reads what it holds from memory again behind each store of 16-bit values,
 // which may be of anything.
-#if defined(__SSE2__) && !defined(__AVX2__)
-#define INLINED  // few such processors are left, and it makes the library a tenth larger
-#else
+#if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__) || defined(__aarch64__)
 #define INLINED __attribute__((always_inline))
+#else
+#define INLINED  // few such processors are left, and sanitized code would take twice as long to compile
 #endif
 
 namespace batchnorm::BATCHNORM_ISA {
