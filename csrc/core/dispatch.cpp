@@ -17,10 +17,12 @@ struct InstructionSet {
 const InstructionSet* instruction_sets(int* count) {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
+#ifndef BATCHNORM_WITHOUT_AVX512
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
                      ? kernels_avx512()
                      : nullptr},
+#endif
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
                    ? kernels_avx2()
                    : nullptr},

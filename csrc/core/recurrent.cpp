@@ -9,7 +9,9 @@ namespace {
 const RecurrentKernels& recurrent_kernels() {
   const char* name = instruction_set();
 #if defined(__x86_64__)
+#ifndef BATCHNORM_WITHOUT_AVX512
   if (std::strcmp(name, "avx512") == 0) return *recurrent_avx512();
+#endif
   if (std::strcmp(name, "avx2") == 0) return *recurrent_avx2();
 #elif defined(__aarch64__)
   if (std::strcmp(name, "neon") == 0) return *recurrent_neon();
