@@ -840,7 +840,8 @@ def test_equinox_layers_without_weights_are_told_by_size_or_refused():
             of_leaves(leaves(affine, states), None)
 
 
-TEMPLATES = ("haiku.npz", "equinox.eqx", "equinox.header.eqx", "equinox.no_affine.eqx", "caffe.caffemodel", "darknet.folder")
+NO_NAMES = ("equinox.eqx", "equinox.header.eqx", "equinox.no_affine.eqx")
+TEMPLATES = ("haiku.npz", *NO_NAMES, "caffe.caffemodel", "darknet.folder")
 
 
 def numbers_of(path: Path) -> list[np.ndarray]:
