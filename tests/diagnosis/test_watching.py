@@ -191,7 +191,11 @@ def test_files_and_the_page(tmp_path):
     text = page.read_text()
     assert "The watch has ended" in text
     assert "http-equiv" not in text
-    assert "<svg" in text
+    losses = [record["values"]["loss"] for record in records[:3]]
+    said = (
+        f"From {losses[0]:.3g} to {losses[-1]:.3g}, between {min(losses):.3g} and {max(losses):.3g}, in steps 1 to 3."
+    )
+    assert f"<figcaption>{said}</figcaption>" in text
     assert "script" not in text
     assert all(name in watch.report() for name in ("distance, nats", "3 readings in 3 steps"))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import sys
 from decimal import Decimal
 
 import numpy as np
@@ -592,6 +594,26 @@ def test_arguments_of_a_factory_are_given_or_read_off_the_weights(folder, capsys
     ):
         assert main(["summary", "--network", "people:hidden", "--shape", "2,4", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def made():\n    raise RuntimeError('first\\n  second\\n')", "it raised RuntimeError: first second, at "),
+        ("def made():\n    raise KeyError()", "it raised KeyError: no message, at "),
+        ("def made():\n    raise SystemExit(3)", "it raised SystemExit: 3, at "),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--mine'])", "cannot be imported (SystemExit: 2, at "),
+        ("raise SystemExit", "cannot be imported (SystemExit: no message, at "),
+    ],
+)
+def test_what_a_module_of_networks_raises_is_one_line(folder, capsys, monkeypatch, source, message):
+    (folder / "raises.py").write_text(source)
+    monkeypatch.delitem(sys.modules, "raises", raising=False)
+    importlib.invalidate_caches()
+    assert main(["summary", "--network", "raises:made", "--shape", "2,4"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("batchnorm: error: network raises:made: ")
+    assert message in last
 
 
 def test_foreign_values_are_one_error_each():

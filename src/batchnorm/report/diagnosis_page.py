@@ -102,11 +102,12 @@ def _draw(layers: tuple[LayerGap, ...], narrow: bool) -> Figure:
         axes.grid(visible=False, axis="x")
     every = math.ceil(len(layers) / most)
     names = short_names([layer.name or "the network" for layer in layers])[::every]
+    letters = len(names) * (max(map(len, names)) + 1)
     slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     effects.set_xticks(
         places[::every],
         names,
-        **(slanted if sum(map(len, names)) > (MOST_LETTERS // 3 if narrow else MOST_LETTERS) else {}),
+        **(slanted if letters > (MOST_LETTERS // 3 if narrow else MOST_LETTERS) else {}),
     )
     handles, labels = means.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=1 if narrow else 3, columnspacing=1.4)

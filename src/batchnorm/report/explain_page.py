@@ -108,6 +108,7 @@ def _lines(found: Explanation, labels: Sequence[str], steps: Sequence[Sequence[f
                    label="mean ± standard deviation" if row == 0 else None)  # fmt: skip
         place.plot(mean, -0.62, "D", ms=5, color=COLORS["purple"])
         place.set(ylim=(-1, 0.75), yticks=[])
+        place.locator_params(axis="x", nbins=4 if narrow else 8)  # small numbers are long
         place.set_title(label, loc="left", pad=2)
         place.spines["left"].set_visible(False)
         place.grid(visible=False, axis="y")

@@ -169,8 +169,8 @@ class LivePage:
                 ]
                 for row, name in zip(table, names, strict=True)
             ],
-            losses=_line([reading.values.get("loss") for reading in watch.readings], 600, 90),
-            gaps=_line([each.values.get("gap") for each in watch.evaluations], 600, 90),
+            losses=_course("loss", watch.readings),
+            gaps=_course("gap", watch.evaluations),
             written=time.strftime("%H:%M:%S"),
         )
         write_page("watch", self.path, values)
@@ -178,6 +178,22 @@ class LivePage:
 
 def _distance(reading: Reading, name: str) -> float | None:
     return next((layer.distance for layer in reading.layers if layer.name == name), None)
+
+
+def _course(name: str, of: Sequence[Reading | Evaluation]) -> dict[str, str] | None:
+    """A line of one number, and between what it lies."""
+    values = [each.values.get(name) for each in of]
+    drawn = _line(values, 600, 90)
+    if not drawn:
+        return None
+    words = (
+        f"{_words([v for v in values if v is not None and math.isfinite(v)])}, in steps {of[0].step} to {of[-1].step}."
+    )
+    return {"drawing": drawn, "words": words[0].upper() + words[1:]}
+
+
+def _words(values: Sequence[float]) -> str:
+    return f"from {values[0]:.3g} to {values[-1]:.3g}, between {min(values):.3g} and {max(values):.3g}"
 
 
 def _line(values: Sequence[float | None], width: int = 140, height: int = 28) -> str:
@@ -193,7 +209,7 @@ def _line(values: Sequence[float | None], width: int = 140, height: int = 28) ->
         f"{height - 2 - (height - 4) * ((v - low) / (high - low) if high > low else 0.5):.1f}"
         for i, v in finite
     )
-    label = f"from {finite[0][1]:.3g} to {finite[-1][1]:.3g}, between {low:.3g} and {high:.3g}"
+    label = _words([v for _, v in finite])
     line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return f'<svg {size} role="img" aria-label="{label}"><title>{label}</title>{line}</svg>'

@@ -540,8 +540,9 @@ def _of_stream(found: Any, spec: str, labelled: bool) -> dict[str, Source]:
     except BatchNormError:
         raise
     except Exception as error:  # the user's own code raises anything
+        said = " ".join(str(error).split()) or "no message"
         raise DataError(
-            f"data {spec}: reading the {type(found).__name__} raised {type(error).__name__}: {error}"
+            f"data {spec}: reading the {type(found).__name__} raised {type(error).__name__}: {said}"
         ) from error
 
 

@@ -279,7 +279,7 @@ def load_callable(spec: str, role: str, choices: str) -> Callable[..., Any]:
         raise InputError(f"{role} {spec!r}: unknown, expected {choices}.")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is no module parses its arguments, and ends
         raise InputError(
             f"{role} {spec}: module {module_name} cannot be imported ({_describe(error)}). "
             "Run from the folder that holds it, or put that folder on PYTHONPATH."
@@ -322,15 +322,15 @@ def call_with_offered(
         )
     try:
         return function(**taken)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{what}: it raised {_describe(error)}.") from error
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message and place of an exception out of the user's code."""
+    """Type, message and place of an exception out of the user's code, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{place}"
 
 
 def _gaussian_linear(in_features: int, out_features: int) -> nn.Linear:
