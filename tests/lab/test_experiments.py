@@ -96,6 +96,43 @@ def test_the_users_network_and_data():
         lab.figure1(seeds=1, steps=6, batch_size=500, network=normalized, data=data)
 
 
+class Returns(nn.Module):
+    """A network whose forward makes something else of logits and inputs."""
+
+    def __init__(self, net, what):
+        super().__init__()
+        self.net, self.what = net, what
+
+    def forward(self, x):
+        return self.what(self.net(x))
+
+
+class TakesTwo(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y):
+        return self.net(x + y)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: Returns(net, lambda y: {"logits": y}), r"it returns dict, expected logits of shape \(8, "),
+        (lambda net: Returns(net, lambda y: (y, y)), r"it returns tuple, expected logits"),
+        (lambda net: Returns(net, lambda y: y[:, :1]), r"it returns \(8, 1\), expected logits"),
+        (TakesTwo, r"it does not take the data's batches of shape \(8, .*missing 1 required"),
+    ],
+)
+def test_networks_that_the_lab_cannot_judge(make, message):
+    def network(num_features, num_classes):
+        return make(normalized(num_features, num_classes))
+
+    with pytest.raises(InputError, match=message):
+        run_small(network=network, data=data)
+
+
 @pytest.mark.parametrize("network", [normalized, "figure1"])
 def test_both_networks_start_from_the_same_weights(network):
     task = Task("x", Config(network=network, data=data, batch_size=20), 3)

@@ -18,6 +18,7 @@ from batchnorm.surgery.layers import ScaleShift
 from batchnorm.surgery.plan import replace_module
 from batchnorm.training.datasets import Dataset, load_data, make_data
 from batchnorm.training.networks import BUILT_IN, build_network, call_with_offered
+from batchnorm.training.procedure2 import check_output
 
 
 class Task:
@@ -99,6 +100,10 @@ class Task:
         if self.data.standardize:
             first = Standardize(shape[0]).fit(self.data.x_train)
             net = nn.Sequential(OrderedDict(standardize=first, network=net))
+        if (given := self.config.network) not in BUILT_IN:
+            with torch.random.fork_rng(devices=[]):
+                name = given if isinstance(given, str) else getattr(given, "__qualname__", type(given).__name__)
+                check_output(name, net, self.example, self.data)
         return net, has_own
 
     def _seeded(self, net: nn.Module) -> nn.Module:

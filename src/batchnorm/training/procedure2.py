@@ -160,7 +160,7 @@ class _Run:
             first.fit(data.x_train.split(config.batch_size))
         example = data.x_train[: max(2, min(config.batch_size, EXAMPLE_BATCH))]
         last = _rescale(data.y_train) if data.task == "regression" else None
-        _check_output(config, plain if first is None else nn.Sequential(first, plain), example, data)
+        check_output(config.network, plain if first is None else nn.Sequential(first, plain), example, data)
         _stage(progress, "inserting batch norm")
         made = normalize_network(plain, first, last, example, config)
         warnings = _warnings(made, data, example)
@@ -418,9 +418,13 @@ def _judged(network: nn.Module, data: Dataset) -> tuple[list[ClassAccuracy], Ten
     ], None
 
 
-def _check_output(config: ResolvedConfig, network: nn.Module, example: Tensor, data: Dataset) -> None:
-    """One forward pass: (N, *input_shape) must give logits (N, classes), or targets (N, K)."""
-    spec, num_classes = config.network, data.num_classes
+def check_output(spec: str, network: nn.Module, example: Tensor, data: Dataset) -> None:
+    """One forward pass in evaluation mode: (N, *input_shape) must give logits (N, classes), or targets (N, K).
+
+    Raises:
+        InputError: it does not, or the network `spec` does not take the example.
+    """
+    num_classes = data.num_classes
     try:
         with evaluating(network), torch.no_grad():
             output = network(example)
