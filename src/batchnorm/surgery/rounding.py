@@ -180,7 +180,7 @@ class Rounding:
 
     def first_difference(self, edited: nn.Module, tolerance: float) -> str | None:
         """The first module, in the order of calls, whose output differs by more than it may there."""
-        names = [name for name, _ in self.net.named_modules() if name and _has(edited, name)]
+        names = [name for name, module in self.net.named_modules() if name and _computes_alike(module, edited, name)]
         before, after = (_outputs(net, self.example, names) for net in (self.net, edited))
         exact = _outputs(self.exact, self.example.to(torch.float64), names) if self.truth is not None else {}
         for key in before:
@@ -193,12 +193,14 @@ class Rounding:
         return None
 
 
-def _has(net: nn.Module, name: str) -> bool:
+def _computes_alike(module: nn.Module, edited: nn.Module, name: str) -> bool:
+    """Whether an edited network has a module of this name that is to give the same: no activation was fused into it."""
     try:
-        net.get_submodule(name)
+        other = edited.get_submodule(name)
     except AttributeError:
         return False
-    return True
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return not is_norm or bool(getattr(module, "activation", None) == getattr(other, "activation", None))
 
 
 def _outputs(net: nn.Module, example: Example, names: list[str]) -> dict[tuple[str, int], Tensor]:
