@@ -275,7 +275,7 @@ def test_a_wrong_fusion_is_noticed_and_undone(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh())
     before = structure(net)
     # The layer gives another value than before by design: the difference begins behind it.
-    with pytest.raises(SurgeryError, match="nothing was changed. The difference begins at the output of '2'"):
+    with pytest.raises(SurgeryError, match=r"nothing was changed\. The difference begins at the output of '2'"):
         bn.accelerate(net, IMAGES)
     assert structure(net) == before
 
