@@ -96,6 +96,18 @@ def test_the_users_network_and_data():
         lab.figure1(seeds=1, steps=6, batch_size=500, network=normalized, data=data)
 
 
+@pytest.mark.parametrize("folder", ["mine", "mine/deep/lab"])
+def test_a_file_in_place_of_the_folder_is_told_before_anything_is_computed(tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("kept")
+    monkeypatch.setattr("batchnorm.lab.runner._work", lambda job: pytest.fail("it computes"))
+    assert main(["lab", "equalities", "--quick", "--seeds", "1", "--out", folder]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"batchnorm: error: lab: output folder {folder}: ")
+    assert last.endswith("mine is a file. Give another folder (--out).")
+    assert Path("mine").read_text() == "kept"
+
+
 class Returns(nn.Module):
     """A network whose forward makes something else of logits and inputs."""
 

@@ -110,7 +110,8 @@ def run(
             loader of your own.
 
     Raises:
-        InputError: an unknown setting, or a network without batch norm where it is needed.
+        InputError: an unknown setting, a network without batch norm where it is needed, or a folder that cannot be
+            written.
     """
     config = experiment.configure(quick=quick, **changes)
     return run_all([(experiment, config)], seeds=seeds, folder=folder, workers=workers, progress=progress)[0]
@@ -132,6 +133,8 @@ def run_all(
         raise InputError(f"lab: workers={workers}, expected 1 or more")
     chosen = list(experiments)
     place = None if folder is None else Path(folder)
+    if place is not None:
+        _check_place(place)
     folders = [_folder(experiment, config, place) for experiment, config in chosen]
     jobs = [Job(*which, seed, where) for seed in numbers for which, where in zip(chosen, folders, strict=True)]
     kept = {(job.experiment.name, job.seed): trial for job in jobs if (trial := _read(job)) is not None}
@@ -147,6 +150,14 @@ def run_all(
         where = f"{place} keeps them; the same command goes on from there" if place else "nothing was kept"
         raise Interrupted(f"lab: stopped with {len(kept)} of {len(jobs)} seeds done; {where}.") from None
     return [_result(e, config, [kept[e.name, seed] for seed in numbers]) for e, config in chosen]
+
+
+def _check_place(place: Path) -> None:
+    """Before anything is computed: the folder, or the nearest that there is above it, can be written."""
+    nearest = next((p for p in (place, *place.absolute().parents) if p.exists()), place)
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        why = "cannot be written" if nearest.is_dir() else "is a file"
+        raise InputError(f"lab: output folder {place}: {nearest} {why}. Give another folder (--out).")
 
 
 def _tell(progress: Progress | None, done: int, total: int, text: str) -> None:
