@@ -41,7 +41,7 @@ $(VENV)/.demo-data: constraints.txt $(VENV)/.installed-demo
 	touch $@
 
 test: $(VENV)/.installed-test $(VENV)/.test-networks $(VENV)/.browser
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal --durations=30 --durations-min=5 $(ARGS)
 
 test-cpp: $(VENV)/.tools
 	cmake -S . -B build/tests -G Ninja -DBATCHNORM_BUILD_TESTS=ON -DBATCHNORM_SANITIZE=ON
