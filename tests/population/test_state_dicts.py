@@ -58,6 +58,20 @@ FORMS = {
 }
 
 
+def test_an_archive_of_numpy_is_a_state_dict(tmp_path):
+    net, other = network(), network(1)
+    np.savez(tmp_path / "net.npz", **{key: value.numpy() for key, value in net.state_dict().items()})
+    load_state(other, tmp_path / "net.npz")
+    assert equal(net, other)
+    np.savez(tmp_path / "bad.npz", x=np.asarray([{}], dtype=object))
+    with pytest.raises(DataError, match=r"bad.npz holds Python objects alone \(x\), which are pickles, not read"):
+        load_state(other, tmp_path / "bad.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "net.npz").read_bytes()[:-300])
+    with pytest.raises(DataError, match=r"cut.npz"):
+        load_state(other, tmp_path / "cut.npz")
+    assert equal(net, other)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_checkpoints(form, tmp_path):
     source, target = network(), network(1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import DataError
+from batchnorm.population.formats.containers import npz
 from batchnorm.population.formats.plain_pickles import LostValuesError, NotPlainError, load_plain
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -28,7 +29,7 @@ _DEEPEST = 3
 
 
 def read_state(path: str | os.PathLike[str]) -> Any:
-    """What a .safetensors file or a file of torch.save holds; no pickled code is run.
+    """What a .safetensors file, an .npz or a file of torch.save holds; no pickled code is run.
 
     Raises:
         DataError: it cannot be read, is damaged, or holds more than tensors and plain containers.
@@ -38,6 +39,8 @@ def read_state(path: str | os.PathLike[str]) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path):
+            if _holds_arrays(path):
+                return npz(path)
             try:
                 return load_plain(path.read_bytes())
             except LostValuesError:
@@ -47,6 +50,8 @@ def read_state(path: str | os.PathLike[str]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, on pickles that it is about to refuse
             return torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
     except LostValuesError as error:
         raise DataError(
             f"weights {path}: {error}. The values are not in the file: it was cut, or written by one rank of a sharded "
@@ -59,6 +64,13 @@ def read_state(path: str | os.PathLike[str]) -> Any:
         ) from error
     except Exception as error:  # damaged archives make the readers raise anything
         raise _unreadable(path, error) from error
+
+
+def _holds_arrays(path: Path) -> bool:
+    """Whether a zip archive is one of NumPy."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def load_state(net: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -240,5 +252,5 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or ["no message"])[:3]
     return DataError(
         f"weights {path}: {type(error).__name__}: {' '.join(map(str.strip, reason))}. Expected "
-        "a .safetensors file, or a state dict saved by torch.save, of this network."
+        "a .safetensors file, or a state dict saved by torch.save or numpy.savez, of this network."
     )

@@ -146,7 +146,9 @@ def values_of(name: str, y: Array, y_test: Array) -> Targets:
     for part, values in (("y", y), ("y_test", y_test)):
         bad = ~(np.abs(values.astype(np.float64)) <= np.finfo(np.float32).max)
         if bad.any():
-            raise DataError(f"data {name}: {int(bad.sum())} targets of {part} are NaN, infinite or beyond float32.")
+            count = int(bad.sum())
+            what = f"{count} targets of {part} are" if count > 1 else f"a target of {part} is"
+            raise DataError(f"data {name}: {what} NaN, infinite or beyond float32.")
         parts.append(torch.from_numpy(np.ascontiguousarray(values.reshape(len(values), -1), dtype=np.float32)))
     constant = np.flatnonzero(np.ptp(parts[0].numpy(), axis=0) == 0)
     if len(constant):
