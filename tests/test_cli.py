@@ -144,6 +144,8 @@ def users(tmp_path, monkeypatch):
         (["train", "--network", "users:nothing", "--data", "digits"], "nothing to normalize"),
         (["train", "--network", "convnet", "--data", "good.npz", "--batch-size", "8"], "takes images"),
         ([*SMALL, "--out", "."], "it is not empty"),
+        (["train", "--data", "missing.npz", "--out", "."], "it is not empty"),  # before the data are read
+        (["train", "--data", "missing.npz", "--out", "file"], "it is a file"),
         ([*SMALL, "--out", "file/run"], "cannot be written"),
         ([*SMALL, "--lr", "nan"], "lr=nan"),
         (["train", "--resume", "nowhere"], "expected the folder of a run"),

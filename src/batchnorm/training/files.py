@@ -40,13 +40,13 @@ def next_run_folder(parent: Path, stem: str) -> Path:
     return parent / f"{stem}-{number}"
 
 
-def make_run_folder(folder: Path, *, overwrite: bool) -> None:
-    """Create `folder`, or take an empty one; a folder with files in it needs `overwrite`.
+def check_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Whether `folder` can be a run's: there is none, or it is empty, or `overwrite` says so. Nothing is written.
 
     Raises:
-        InputError: the folder holds files, is a file, or cannot be written.
+        InputError: the folder holds files, is a file, or cannot be read.
     """
-    try:
+    with _unwritable(folder):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"output folder {folder}: it is a file. Give another --out.")
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -54,9 +54,25 @@ def make_run_folder(folder: Path, *, overwrite: bool) -> None:
                 f"output folder {folder}: it is not empty, and nothing of it was touched. "
                 "Give another --out, go on from it with --resume, or replace it with --overwrite."
             )
+
+
+def make_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Create `folder`, or take an empty one; a folder with files in it needs `overwrite`.
+
+    Raises:
+        InputError: the folder holds files, is a file, or cannot be written.
+    """
+    check_run_folder(folder, overwrite=overwrite)
+    with _unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "probe", lambda temporary: temporary.touch())
         (folder / "probe").unlink()
+
+
+@contextmanager
+def _unwritable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except WriteError as error:
         raise InputError(f"output folder {folder}: it cannot be written ({error}) Give another --out.") from error
     except OSError as error:

@@ -83,6 +83,8 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0") and config.out is None:
         raise InputError("train: got out=None under --max-restarts; give --out, so that a restart finds the run again.")
     with _settings(resolved), _joined(resolved) as ranks:
+        if (out := config.out) is not None:  # before data are read and a network is built
+            ranks.from_first(lambda: files.check_run_folder(Path(out), overwrite=config.overwrite))
         run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
         run.folder = Path(ranks.from_first(lambda: str(_make_folder(config))))
         if ranks.is_first:
