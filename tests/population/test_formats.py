@@ -85,6 +85,7 @@ FILES = {
     "mlx.npz": File("mlx"),
     "tinygrad.safetensors": File("tinygrad", {"framework": "tinygrad"}),
     "tinygrad.float16.safetensors": File("tinygrad", {"framework": "tinygrad"}),
+    "pyg.pt": File("torch"),
     "chainer.npz": File("chainer"),
     "jittor.pkl": File("jittor"),
 }
