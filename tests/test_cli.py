@@ -146,6 +146,7 @@ def users(tmp_path, monkeypatch):
         ([*SMALL, "--out", "."], "it is not empty"),
         (["train", "--data", "missing.npz", "--out", "."], "it is not empty"),  # before the data are read
         (["train", "--data", "missing.npz", "--out", "file"], "it is a file"),
+        (["train", "--data", "missing.npz", "--out", "file/run"], "/file is a file)"),
         ([*SMALL, "--out", "file/run"], "cannot be written"),
         ([*SMALL, "--lr", "nan"], "lr=nan"),
         (["train", "--resume", "nowhere"], "expected the folder of a run"),

@@ -936,7 +936,7 @@ template <class T, Order order>
 void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients& k, const ApplyCoefficients& a, const KernelFusion& f, Gate gate) {
   choose_few(slab, [&](auto few) {
-    // Of the others dz is kept, but where there is padding.
+    // `backward` keeps dz of the others. `backward_apply` and planes with padding choose vector by vector.
     choose_gate<std::min(Forms::piecewise, forms_of<T>)>(f, gate, [&](auto form, auto how) {
       using P = typename In<T, few.value>::E;
       if constexpr (order == Order::planar)

@@ -1,6 +1,11 @@
 """One base error. A message tells what was called, what was given, what was expected, and how to mend it."""
 
 
+def message_of(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or "no message"
+
+
 class BatchNormError(Exception):
     """Base of every error that this package raises on purpose."""
 

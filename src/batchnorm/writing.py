@@ -82,6 +82,14 @@ def refused(path: Path, error: OSError, size: int | None = None) -> WriteError:
     return WriteError(f"{path}: it cannot be written ({reason}{needed}). Nothing is left of it.")
 
 
+def obstacle(folder: Path) -> str | None:
+    """What keeps files from being written into a folder, which there need not be yet; None if nothing does."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK) else f"{nearest} cannot be written"
+
+
 def in_bytes(size: float) -> str:
     """A size in words, as in 3.2 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):

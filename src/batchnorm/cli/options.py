@@ -14,7 +14,7 @@ from batchnorm.errors import InputError
 
 Weights = Annotated[
     Path | None,
-    typer.Option(help="Weights of the network: .safetensors, or a .pt state dict (weights_only)."),
+    typer.Option(help="Weights of the network: .safetensors, .npz, or a .pt state dict (weights_only)."),
 ]
 OFFERED = (
     "It is called with those of num_features, in_channels, input_shape, num_classes and num_outputs that it names; the "

@@ -32,7 +32,7 @@ from batchnorm.training.datasets import Dataset
 from batchnorm.training.files import write_json
 from batchnorm.training.loop import Interrupted
 from batchnorm.training.procedure2 import environment
-from batchnorm.writing import remove_unfinished
+from batchnorm.writing import obstacle, remove_unfinished
 
 if TYPE_CHECKING:
     from batchnorm.lab.experiment import Experiment
@@ -133,8 +133,8 @@ def run_all(
         raise InputError(f"lab: workers={workers}, expected 1 or more")
     chosen = list(experiments)
     place = None if folder is None else Path(folder)
-    if place is not None:
-        _check_place(place)
+    if place is not None and (reason := obstacle(place)) is not None:  # before anything is computed
+        raise InputError(f"lab: output folder {place}: {reason}. Give another folder (--out).")
     folders = [_folder(experiment, config, place) for experiment, config in chosen]
     jobs = [Job(*which, seed, where) for seed in numbers for which, where in zip(chosen, folders, strict=True)]
     kept = {(job.experiment.name, job.seed): trial for job in jobs if (trial := _read(job)) is not None}
@@ -150,14 +150,6 @@ def run_all(
         where = f"{place} keeps them; the same command goes on from there" if place else "nothing was kept"
         raise Interrupted(f"lab: stopped with {len(kept)} of {len(jobs)} seeds done; {where}.") from None
     return [_result(e, config, [kept[e.name, seed] for seed in numbers]) for e, config in chosen]
-
-
-def _check_place(place: Path) -> None:
-    """Before anything is computed: the folder, or the nearest that there is above it, can be written."""
-    nearest = next((p for p in (place, *place.absolute().parents) if p.exists()), place)
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        why = "cannot be written" if nearest.is_dir() else "is a file"
-        raise InputError(f"lab: output folder {place}: {nearest} {why}. Give another folder (--out).")
 
 
 def _tell(progress: Progress | None, done: int, total: int, text: str) -> None:

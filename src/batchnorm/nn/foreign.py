@@ -294,6 +294,11 @@ def obstacle(layer: ours.BatchNorm) -> str | None:
         return _failure(error)
 
 
+def random_like(x: Tensor) -> Tensor:
+    """Normal numbers, drawn in the order of the axes: a network may give the same values in another order of memory."""
+    return torch.randn_like(x, memory_format=torch.contiguous_format)
+
+
 def _run(layer: Any, x: Tensor, training: bool) -> dict[str, Tensor]:
     """Output, gradients and buffers of one call, under the same random numbers each time."""
     layer.training = training
@@ -303,10 +308,7 @@ def _run(layer: Any, x: Tensor, training: bool) -> dict[str, Tensor]:
         y = layer(x)
         tensors = [t for t in pytree.tree_leaves(y) if isinstance(t, Tensor)]
         torch.manual_seed(1)
-        plain = torch.contiguous_format  # the same numbers, whatever the order of memory of t
-        loss = sum(
-            ((t * torch.randn_like(t, memory_format=plain)).sum() for t in tensors if t.requires_grad), x.new_zeros(())
-        )
+        loss = sum(((t * random_like(t)).sum() for t in tensors if t.requires_grad), x.new_zeros(()))
         if loss.requires_grad:
             loss.backward()
     found = {"the output": torch.cat([t.detach().double().flatten() for t in tensors] or [x.new_zeros(0)])}

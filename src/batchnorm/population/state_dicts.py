@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.errors import DataError
-from batchnorm.population.formats.containers import npz
+from batchnorm.population.formats.containers import are_arrays, npz
 from batchnorm.population.formats.plain_pickles import LostValuesError, NotPlainError, load_plain
 
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -39,7 +39,9 @@ def read_state(path: str | os.PathLike[str]) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path):
-            if _holds_arrays(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if are_arrays(names):
                 return npz(path)
             try:
                 return load_plain(path.read_bytes())
@@ -64,13 +66,6 @@ def read_state(path: str | os.PathLike[str]) -> Any:
         ) from error
     except Exception as error:  # damaged archives make the readers raise anything
         raise _unreadable(path, error) from error
-
-
-def _holds_arrays(path: Path) -> bool:
-    """Whether a zip archive is one of NumPy."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def load_state(net: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -27,7 +27,6 @@ from batchnorm.surgery.comparison import (
     Example,
     copy_of,
     distances,
-    random_like,
     random_state_kept,
     run_example,
     seed_all,
@@ -656,7 +655,7 @@ def _trained(net: nn.Module, example: Example, seed: int = 0) -> tuple[Any, dict
             # Now, as recomputation in the backward may change them again.
             buffers = {key: buffer.clone() for key, buffer in net.named_buffers()}
             torch.manual_seed(seed + 1)
-            losses = [(x * random_like(x)).sum() for x in _differentiable(output)]
+            losses = [(x * foreign.random_like(x)).sum() for x in _differentiable(output)]
             if losses:
                 torch.stack(losses).sum().backward()
         except Exception as error:

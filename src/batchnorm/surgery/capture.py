@@ -215,13 +215,8 @@ class Follower(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self.is_made(m):
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def is_made(self, m: nn.Module) -> bool:
-        """Whether a module is none of the root's."""
-        return m not in (self.submodule_paths or {})
+        is_made = m not in (self.submodule_paths or {})
+        return forward(*args, **kwargs) if is_made else super().call_module(m, forward, args, kwargs)
 
 
 class _Tracer(Follower):
@@ -245,8 +240,6 @@ class _Tracer(Follower):
     ) -> Any:
         if is_compiled(m):
             return original(m)(*args, **kwargs)
-        if self.is_made(m):
-            return forward(*args, **kwargs)
         if _FOLLOWED in m.__dict__ and id(m) in self.leaves and not self.behind:
             self.behind = True
             output = self.call_module(m, forward, args, kwargs)

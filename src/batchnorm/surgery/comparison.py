@@ -135,11 +135,6 @@ def seed_all(number: int) -> None:
         numpy.random.seed(number)
 
 
-def random_like(x: Tensor) -> Tensor:
-    """Normal numbers, drawn in the order of the axes: a network may give the same values in another order of memory."""
-    return torch.randn_like(x, memory_format=torch.contiguous_format)
-
-
 def copy_of(net: nn.Module) -> nn.Module:
     """A deep copy, or a ``SurgeryError`` that names what cannot be copied."""
     groups = (getattr(module, "process_group", None) for module in net.modules())  # handles, which have no copies

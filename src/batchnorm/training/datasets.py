@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from batchnorm.errors import BatchNormError, DataError
+from batchnorm.errors import BatchNormError, DataError, message_of
 from batchnorm.training import demo_data
 from batchnorm.training.networks import call_with_offered, load_callable
 from batchnorm.training.samples import Preparation, Samples, Survey, survey
@@ -540,9 +540,8 @@ def _of_stream(found: Any, spec: str, labelled: bool) -> dict[str, Source]:
     except BatchNormError:
         raise
     except Exception as error:  # the user's own code raises anything
-        said = " ".join(str(error).split()) or "no message"
         raise DataError(
-            f"data {spec}: reading the {type(found).__name__} raised {type(error).__name__}: {said}"
+            f"data {spec}: reading the {type(found).__name__} raised {type(error).__name__}: {message_of(error)}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from batchnorm.errors import InputError, OutOfMemoryError, WriteError
 from batchnorm.memory import is_exhausted, out_of_memory
-from batchnorm.writing import write_atomically, write_text
+from batchnorm.writing import obstacle, write_atomically, write_text
 
 CHECKPOINT, CONFIG, METRICS, CERTIFICATE = ("checkpoint.pt", "config.json", "metrics.json", "certificate.json")
 
@@ -41,10 +41,10 @@ def next_run_folder(parent: Path, stem: str) -> Path:
 
 
 def check_run_folder(folder: Path, *, overwrite: bool) -> None:
-    """Whether `folder` can be a run's: there is none, or it is empty, or `overwrite` says so. Nothing is written.
+    """Refuse a folder that cannot be a run's, before work is done for it. Nothing is written.
 
     Raises:
-        InputError: the folder holds files, is a file, or cannot be read.
+        InputError: the folder holds files and `overwrite` is false; it is a file; or it cannot be written.
     """
     with _unwritable(folder):
         if folder.exists() and not folder.is_dir():
@@ -54,6 +54,8 @@ def check_run_folder(folder: Path, *, overwrite: bool) -> None:
                 f"output folder {folder}: it is not empty, and nothing of it was touched. "
                 "Give another --out, go on from it with --resume, or replace it with --overwrite."
             )
+        if (reason := obstacle(folder)) is not None:
+            raise InputError(f"output folder {folder}: it cannot be written ({reason}). Give another --out.")
 
 
 def make_run_folder(folder: Path, *, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import DataError, InputError
+from batchnorm.errors import DataError, InputError, message_of
 from batchnorm.nn import recurrent
 from batchnorm.population.state_dicts import as_tensor, load_state, read_state, renamed_state, state_dicts
 from batchnorm.training.files import CONFIG
@@ -330,7 +330,7 @@ def _describe(error: BaseException) -> str:
     """Type, message and place of an exception out of the user's code, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{place}"
+    return f"{type(error).__name__}: {message_of(error)}{place}"
 
 
 def _gaussian_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ def _with_bfloat16(path: Path) -> dict[str, Array]:
 
     tensors = load_file(path).items()
     return {key: (value.float() if value.is_floating_point() else value).numpy() for key, value in tensors}
+
+
+def are_arrays(names: Sequence[str]) -> bool:
+    """Whether a zip archive of these names is an ``.npz``."""
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def npz(path: Path) -> dict[str, Array]:

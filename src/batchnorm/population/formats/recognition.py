@@ -123,7 +123,7 @@ def _zip(path: Path, asked: str | None) -> Checkpoint:
         return _known(keras.read(path), {}, str(path))
     if any(name.endswith("data.pkl") for name in names):
         return _of_torch(containers.torch_file(path), path, asked)
-    if names and all(name.endswith(".npy") for name in names):
+    if containers.are_arrays(names):
         arrays = containers.npz(path)
         found = states.read(arrays, ".npz", _alike(asked))
         if found is not None and found.framework == "torch" and asked is None:  # torch writes none
