@@ -293,7 +293,7 @@ variable_list kernel_gradients(const at::Tensor& dy, const Saved& s, const Setti
                                                                        .want_x = wanted[0],
                                                                        .want_residual = wanted[3],
                                                                        .mask = lend_if(s.mask)},
-                                                                      over_dy);
+                                                                      over_dy, wanted[1] || wanted[2]);
   if (wanted[0]) results[0] = take(dx);
   if (wanted[1]) results[1] = take(d_weight);
   if (wanted[2]) results[2] = take(d_bias);

@@ -37,7 +37,7 @@ void in_long_rows(const Plan& plan, const Piece& p, const Slab& slab, std::initi
   };
   if (signs || slab.spans) return direct(p, slab);
   if (plan.shape.order == Order::planar) {
-    if (!plan.flat || p.samples < kFlatSamples || !all(&Operand::channel_stride, inner)) return direct(p, slab);
+    if (!plan.flat || p.samples < flat_samples(inner) || !all(&Operand::channel_stride, inner)) return direct(p, slab);
     const int64_t most = flat_channels(inner);
     for (int64_t channel = 0; channel < p.channels; channel += most) {
       Piece part = p;

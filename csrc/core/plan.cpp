@@ -9,6 +9,7 @@ constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
 constexpr int64_t kMaxSegments = 128;
+constexpr int64_t kNear = 8;      // times the second cache: tensors that are not far away
 constexpr int64_t kColumns = 64;  // whole lines of the cache in any type
 
 }  // namespace
@@ -31,16 +32,20 @@ void Plan::cut_planar(int64_t pool) {
   const Shape& s = shape;
   const Caches& cache = caches();
   const int64_t bytes = element_size(s.dtype), pools = s.pools();
-  flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= kFlatSamples;
+  flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= flat_samples(s.inner);
   const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
   // Of a plane, what is read.
   const int64_t plane = std::max<int64_t>(1, int64_t(double(s.inner * bytes) * valid_share(s)));
   group = std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
   while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
+  // Whole pieces for all threads, whose two phases in one walk are worth more than long strips; not of short planes,
+  // unless they lie in the caches.
+  const bool is_near = s.samples * s.channels * plane <= kNear * cache.l2;
+  if (!is_small(s) && (!flat || is_near) && pools == 1) group = std::min(group, ceil_div(s.channels, 8));
   groups = ceil_div(s.channels, group);
   whole = plane * pool <= budget && (pools * groups >= 8 || is_small(s));
   // Not in strips too short for prefetchers.
-  if (flat && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
+  if (flat && !is_near && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
   // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
   const bool sparse = s.valid && !is_small(s) && s.samples * s.channels * plane <= cache.l3 / 2;
   if (whole && !one_phase && !sparse) return;

@@ -28,6 +28,9 @@ constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // time.
 constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
 
+// From how many samples on planes are worth coefficients of columns: earlier where they hardly fill a vector.
+inline int64_t flat_samples(int64_t inner) { return inner <= 8 ? 2 : inner <= 16 ? 4 : kFlatSamples; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether a tensor is not worth a second thread.
@@ -92,9 +95,8 @@ struct Plan {
     p.inner = std::min(inner_block, shape.inner - p.first);
     return p;
   }
-  // Where piece i keeps its sums: [2][channels].
-  int64_t sums_offset(int64_t i) const {
-    const Piece p = piece(i);
+  // Where p, which is piece i, keeps its sums: [2][channels].
+  int64_t sums_offset(int64_t i, const Piece& p) const {
     const int64_t in_pool = i % pieces_a_pool() % parts();
     return 2 * (p.pool * shape.channels * parts() + p.channel * parts() + in_pool * p.channels);
   }

@@ -197,8 +197,15 @@ struct Steps {
                                    row + plan.shape.channels);
     }
     add_parameters(w, var);
-    std::copy_n(k.at(1, w.slot), n * k.size(), k.at(3, w.slot));
-    for (int array = 4; array < 6; ++array) std::fill_n(k.at(array, w.slot), n * k.size(), char(0));
+    set_scaled(w);
+  }
+
+  // The coefficients of dx where the statistics are constants: it is dz times the scale.
+  void set_scaled(const Work& w) const {
+    const Coefficients& k = w.k();
+    const int64_t bytes = w.piece.channels * k.size();
+    std::copy_n(k.at(1, w.slot), bytes, k.at(3, w.slot));
+    for (int array = 4; array < 6; ++array) std::fill_n(k.at(array, w.slot), bytes, char(0));
   }
 
   // The gradients of gamma and beta alone.
@@ -332,9 +339,10 @@ struct Phases {
   // step on piece i of a plan of parts, whose coefficients stand ready.
   template <class Step>
   void on_part(int64_t i, const Step& step) const {
-    const Piece p = plan.piece(plan.in_turn(i));
+    const int64_t turn = plan.in_turn(i);
+    const Piece p = plan.piece(turn);
     const int64_t at = plan.statistic(p);
-    double* const sums = all.sums + plan.sums_offset(plan.in_turn(i));
+    double* const sums = all.sums + plan.sums_offset(turn, p);
     step(Work{p, at, at, all, sums, sums + p.channels});
   }
 
@@ -364,7 +372,7 @@ struct Phases {
         const int64_t first = plan.first_piece(pool, group);
         Piece p = plan.piece(first);
         const int64_t stride = p.channels;
-        double* const sums = all.sums + plan.sums_offset(first) + (channel - p.channel);
+        double* const sums = all.sums + plan.sums_offset(first, p) + (channel - p.channel);
         p.channels = std::min(end - i, p.channel + p.channels - channel);
         p.channel = channel;
         step(Work{p, i, i, all, sums, sums + stride});
@@ -476,10 +484,42 @@ void backward_apply(const Shape& shape, const Operand& dy, const Operand& x, con
           [&](const Work& w) { steps.apply(w, dy, x, dx, d_residual); });
 }
 
+namespace {
+
+// Where the statistics are constants and nobody wants the gradients of gamma and beta there are no sums to take: one
+// walk, which without an activation does not even read x.
+void backward_of_constants(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx,
+                           const Operand& d_residual, const double* mean, const double* var, Vector gamma, Vector beta,
+                           double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
+  if (gate_of(fusion) == Gate::none && !d_residual) {
+    const Steps steps(Verb::normalize, shape, gamma, beta, eps, {}, workspace);
+    return Phases(steps, parallel)
+        .one(
+            [&](const Work& w) {
+              steps.set_normalize(w, mean, var);
+              for (int array : {0, 2}) std::fill_n(w.k().at(array, w.slot), w.piece.channels * w.k().size(), char(0));
+            },
+            [&](const Work& w) { steps.normalize(w, dy, dx); });
+  }
+  const Steps steps(Verb::backward_apply, shape, gamma, beta, eps, fusion, workspace);
+  Phases(steps, parallel)
+      .one(
+          [&](const Work& w) {
+            steps.set_gated(w, mean, var, true);
+            steps.set_scaled(w);
+          },
+          [&](const Work& w) { steps.apply(w, dy, x, dx, d_residual); });
+}
+
+}  // namespace
+
 void backward(const Shape& shape, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
               const double* mean, const double* var, Vector gamma, Vector beta, double eps, const Fusion& fusion,
               bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
               double* workspace, Parallel parallel) {
+  if (population && dx && !d_gamma && !sum_dz)
+    return backward_of_constants(shape, dy, x, dx, d_residual, mean, var, gamma, beta, eps, fusion, workspace,
+                                 parallel);
   const Steps steps(Verb::backward, shape, gamma, beta, eps, fusion, workspace);
   const Operand kept = steps.keep(dx, d_residual);
   Phases(steps, parallel)

@@ -253,6 +253,22 @@ inline void backward_by(Run& r, const Doubles& mean, const Doubles& var, bool po
   });
 }
 
+// Where nobody wants the gradients of gamma and beta; over dy, dx takes its place.
+inline void backward_of_constants_into(Run& r, const Tensor& dy, const Tensor& dx) {
+  const Problem& p = r.p;
+  const Doubles work = r.workspace();
+  const Tensor* d_residual = r.residual_gradient();
+  batchnorm::backward(r.shape(), dy.operand(), p.x.operand(), dx.operand(),
+                      d_residual ? d_residual->operand() : Operand{}, p.population_mean.data(), p.population_var.data(),
+                      p.gamma.vector(), p.beta.vector(), p.c.eps, r.backward_fusion(), true, nullptr, nullptr, nullptr,
+                      nullptr, work.data(), r.parallel);
+  if (r.judge)
+    judge_gradient(r, dx, d_residual, p.population_mean, p.dz_by_population, false, [&](int64_t, int64_t n, int64_t c) {
+      return Gradient{p.coefficients(p.population_mean, p.population_var, n, c).scale(), 0, 0};
+    });
+}
+inline void backward_of_constants(Run& r) { backward_of_constants_into(r, r.p.dy, r.tensor()); }
+
 inline void backward(Run& r) { backward_by(r, r.p.mean, r.p.var, false); }
 inline void backward_frozen(Run& r) { backward_by(r, r.p.population_mean, r.p.population_var, true); }
 
@@ -294,6 +310,11 @@ inline void backward_over(Run& r, bool over_residual) {
                       r.backward_fusion(), false, sum, centered, d_gamma, d_beta, work.data(), r.parallel);
 }
 
+inline void backward_of_constants_over_dy(Run& r) {
+  const Tensor& dx = in_place_of(r, r.p.dy);
+  backward_of_constants_into(r, dx, dx);
+}
+
 inline void forward_over_x(Run& r) { forward_over(r, false); }
 inline void forward_over_residual(Run& r) { forward_over(r, true); }
 inline void backward_over_dy(Run& r) { backward_over(r, false); }
@@ -333,6 +354,7 @@ constexpr Verb kVerbs[] = {{"moments", moments},
                            {"backward_apply", backward_apply},
                            {"backward", backward},
                            {"backward of population statistics", backward_frozen},
+                           {"backward of constants", backward_of_constants},
                            {"backward, sums only", backward_sums_only}};
 
 // A verb, and one that gives the same bits where a result takes the place of an operand.
@@ -345,6 +367,8 @@ constexpr InPlace kInPlace[] = {
     {{"forward", forward}, {"forward over the residual", forward_over_residual}, true},
     {{"normalize", normalize}, {"normalize over x", normalize_over_x}},
     {{"backward", backward_with_residual}, {"backward over dy", backward_over_dy}},
-    {{"backward", backward_with_residual}, {"backward, d_residual over dy", backward_residual_over_dy}}};
+    {{"backward", backward_with_residual}, {"backward, d_residual over dy", backward_residual_over_dy}},
+    {{"backward of constants", backward_of_constants},
+     {"backward of constants over dy", backward_of_constants_over_dy}}};
 
 }  // namespace test

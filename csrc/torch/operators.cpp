@@ -454,7 +454,8 @@ Tensor parameter_gradient(const OptionalTensor& parameter, const double* gradien
 
 // The gradients with respect to x, residual, weight and bias; those not wanted, and those of absent parameters, are
 // empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardArguments& a, bool over_dy) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardArguments& a, bool over_dy,
+                                                     bool want_parameters) {
   Call call(a.x, a.pool_size, a.mask);
   const auto nothing = [&] { return empty_of({0}, a.x.scalar_type()); };
   const bool over = over_dy && !a.mask && call.is_as_result(a.dy);
@@ -468,13 +469,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardAr
   batchnorm::backward(call.shape, call.read(a.dy), call.input(), dx ? call.write(*dx) : batchnorm::Operand{},
                       d_residual ? call.write(*d_residual) : batchnorm::Operand{}, mean.data(), var.data(),
                       affine.gamma(), affine.beta(), a.eps, affine.fusion, a.population, nullptr, nullptr,
-                      a.weight || a.bias ? d_gamma : nullptr, d_beta, call.workspace(), Threads::parallel());
-  return {a.want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), parameter_gradient(a.weight, d_gamma, a.x),
-          parameter_gradient(a.bias, d_beta, a.x)};
+                      want_parameters ? d_gamma : nullptr, d_beta, call.workspace(), Threads::parallel());
+  const auto parameter = [&](const OptionalTensor& of, const double* gradient) {
+    return want_parameters ? parameter_gradient(of, gradient, a.x) : nothing();
+  };
+  return {a.want_x ? *dx : nothing(), d_residual ? *d_residual : nothing(), parameter(a.weight, d_gamma),
+          parameter(a.bias, d_beta)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArguments& a) {
-  return gradients(a, false);
+  return gradients(a, false, a.weight || a.bias);
 }
 
 // ---------------------------------------------------------------------------------------------- merged over ranks
