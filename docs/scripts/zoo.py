@@ -216,11 +216,12 @@ def smp_models() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, Any]]]]:
              ("Linknet", "resnet18"), ("FPN", "densenet121"), ("PSPNet", "resnet18"), ("DeepLabV3", "resnet18"),
              ("DeepLabV3Plus", "resnet18"), ("PAN", "resnet34"), ("UPerNet", "mobileone_s0"),
              ("Segformer", "mit_b0"), ("Unet", "dpn68"), ("DPT", "tu-vit_tiny_patch16_224")]  # fmt: skip
+    narrow = {"DPT": {"decoder_intermediate_channels": (16, 16, 16, 16), "decoder_fusion_channels": 16}}
     for kind, encoder in pairs:
         yield (
             f"{kind} on {encoder}",
             lambda kind=kind, encoder=encoder: (  # type: ignore[misc]
-                getattr(smp, kind)(encoder, encoder_weights=None),
+                getattr(smp, kind)(encoder, encoder_weights=None, **narrow.get(kind, {})),
                 torch.randn(2, 3, *(2 * [224 if kind == "DPT" else 128])),
             ),
         )

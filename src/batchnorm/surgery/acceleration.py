@@ -92,7 +92,9 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
         ``net``, or the copy.
 
     Warns:
-        UserWarning: no layer was changed; the warning tells why.
+        UserWarning: no layer was changed; the warning tells why. Or outputs on the example differ since rounding alone
+            decides a choice of the network (``topk`` between scores that are equal up to rounding); with the same
+            choices they agree.
 
     Raises:
         InputError: when ``net`` is no module, or fails on the example in either mode.

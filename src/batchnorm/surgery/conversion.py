@@ -143,6 +143,9 @@ def convert(
     Returns:
         The network.
 
+    Warns:
+        UserWarning: with an example, where rounding alone decides a choice of the network otherwise, as of `accelerate`.
+
     Raises:
         InputError: an unknown option, value or target.
         SurgeryError: a layer that cannot be converted; nothing is then changed.

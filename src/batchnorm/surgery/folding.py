@@ -93,6 +93,10 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     Returns:
         ``.model``, the folded copy, and ``.certificate``.
 
+    Warns:
+        UserWarning: outputs on the example differ since rounding alone decides a choice of the network
+            (``topk`` between scores that are equal up to rounding); with the same choices they agree.
+
     Raises:
         InputError: when ``net`` is no module or fails on the example.
         SurgeryError: when there is nothing to fold, a batch normalization is in training mode, the network cannot be

@@ -3,11 +3,16 @@
 A network that multiplies rounding by 10^4 cannot agree with any other implementation of itself to 10^-5. So a verb
 accepts four times the original's own rounding where that is more than its tolerance. The rounding is the error against
 float64, or the change of the outputs when the last bits of the weights change, whichever is larger.
+
+A choice between values that are equal up to rounding is no rounding: where one falls otherwise, outputs are compared with
+the original's choices.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import BatchNormError, SurgeryError
+from batchnorm.surgery.choices import Choice, choices, with_choices
 from batchnorm.surgery.comparison import Distance, Example, copy_of, distances, narrows, run_example
 
 TOLERANCE = {
@@ -93,6 +99,32 @@ def trembling(net: nn.Module, seed: int) -> nn.Module:
     return twin
 
 
+@dataclass(frozen=True)
+class Tie:
+    """Why outputs of two networks that compute the same are far apart: rounding alone makes a choice.
+
+    Attributes:
+        differences: what is left of them with the same choices.
+        operators: what chooses, by the name in torch.
+        apart: how far what it looks at is apart in both networks, relative to its largest value.
+    """
+
+    differences: list[Distance]
+    operators: tuple[str, ...]
+    apart: float
+
+    def told(self, failed: Distance | SurgeryError, where: str) -> str:
+        """A sentence for a warning; ``failed``: the first output that differs, or how the outputs do."""
+        left = max((d.relative for d in self.differences), default=0.0)
+        what = str(failed)
+        if isinstance(failed, Distance):
+            what = f"{failed.output}{where} differs by {failed.relative:.1e} of its largest value"
+        return (
+            f"{what}, since rounding alone decides a choice there ({', '.join(self.operators)}, whose values differ by "
+            f"{self.apart:.1e}). With the same choices the outputs differ by {left:.1e}"
+        )
+
+
 class Rounding:
     """The rounding of a network's own outputs on an example, in evaluation or whatever mode it is in.
 
@@ -126,15 +158,35 @@ class Rounding:
         return self.truth is None or narrows(self.exact, self.example.to(torch.float64))
 
     @cached_property
+    def choices(self) -> list[Choice]:
+        """What the network chooses."""
+        return choices(copy_of(self.net), self.example)
+
+    @cached_property
     def errors(self) -> dict[str, float]:
-        """The relative error of each output against float64; empty where it is unknown."""
-        return errors_against(self.truth, self.expected)
+        """The relative error of each output against float64; empty where it is unknown.
+
+        Against float64 with the network's own choices, where float64 chooses otherwise.
+        """
+        found = errors_against(self.truth, self.expected)
+        if max(found.values(), default=0.0) <= TOLERANCE[self.dtype]:
+            return found
+        held = with_choices(copy_of(self.exact), self.example.to(torch.float64), self.choices)
+        return found if held is None or not held.changed else errors_against(held.output, self.expected)
 
     @cached_property
     def changes(self) -> dict[str, float]:
-        """The largest relative change of each output when the last bits of the weights change, in two trials."""
-        outputs = [attempt(shaken(self.net, seed), self.example) for seed in (0, 1)]
-        found = [errors_against(self.expected, output) for output in outputs if output is not None]
+        """The largest relative change of each output when the last bits of the weights change, in two trials.
+
+        What it chooses stays.
+        """
+        found = []
+        for seed in (0, 1):
+            twin = shaken(self.net, seed)
+            held = with_choices(twin, self.example, self.choices)
+            output = attempt(twin, self.example) if held is None else held.output
+            if output is not None:
+                found.append(errors_against(self.expected, output))
         return {key: max(each.get(key, 0.0) for each in found) for key in (found[0] if found else ())}
 
     def limit(self, difference: Distance, tolerance: float) -> float:
@@ -155,12 +207,12 @@ class Rounding:
         )
 
     def compare(self, edited: nn.Module, tolerance: float, verb: str, where: str = "") -> list[Distance]:
-        """The differences of an edited network.
+        """The `differences` of an edited network.
 
         Raises:
             SurgeryError: one of them is larger than the tolerance and the original's own rounding allow.
         """
-        found = distances(self.expected, run_example(edited, self.example))
+        found = self.differences(edited, run_example(edited, self.example), tolerance, verb, where)
         for d in found:
             limit = self.limit(d, tolerance)
             if not d.relative <= limit:
@@ -169,6 +221,51 @@ class Rounding:
                     f"{limit:.0e}); nothing was changed. {self.blame(edited, tolerance)}{self.told(d.output)}"
                 )
         return found
+
+    def differences(
+        self, edited: nn.Module, actual: Any, tolerance: float, verb: str, where: str = ""
+    ) -> list[Distance]:
+        """How far the outputs ``actual`` of an edited network are from the original's.
+
+        Where they are further apart than they may be, and rounding alone decides a choice, what is left of it with
+        the original's choices.
+
+        Warns:
+            UserWarning: it is so.
+        """
+        failed: SurgeryError | Distance | None = None
+        found: list[Distance] = []
+        try:
+            found = distances(self.expected, actual)
+            failed = next((d for d in found if not d.relative <= self.limit(d, tolerance)), None)
+        except SurgeryError as error:  # other shapes, as of what passes a threshold
+            failed = error
+        if failed is None:
+            return found
+        tie = self.with_own_choices(edited, tolerance)
+        if tie is not None:
+            warnings.warn(f"{verb}: {tie.told(failed, where)}", stacklevel=2)
+            return tie.differences
+        if isinstance(failed, SurgeryError):
+            raise failed
+        return found
+
+    def with_own_choices(self, edited: nn.Module, tolerance: float) -> Tie | None:
+        """An edited network that makes the original's choices: its differences, if rounding alone explains them.
+
+        None unless it would choose otherwise, what the choices look at is equal within the tolerance, and so are the
+        outputs then.
+        """
+        run = with_choices(copy_of(edited), self.example, self.choices)
+        if run is None or not run.changed or not run.apart <= tolerance:
+            return None
+        try:
+            found = distances(self.expected, run.output)
+        except SurgeryError:
+            return None
+        if not all(d.relative <= self.limit(d, tolerance) for d in found):
+            return None
+        return Tie(found, run.changed, run.apart)
 
     def blame(self, edited: nn.Module, tolerance: float) -> str:
         """A sentence that names the layer where the difference begins; empty where none can be named."""
