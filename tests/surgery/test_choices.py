@@ -130,7 +130,9 @@ def test_choices_are_noted_in_order_and_none_is_changed_in_the_same_network():
     noted = choices(net, x)
     assert [each.operator for each in noted] == ["aten::topk"]
     held = with_choices(net, x, noted)
-    assert held is not None and held.changed == () and held.apart == 0.0
+    assert held is not None
+    assert held.changed == ()
+    assert held.apart == 0.0
     assert with_choices(net, x, noted[:0]) is None
 
 

@@ -1,7 +1,7 @@
-"""Choices of a network between values: which are the largest, which pass a threshold, which step a number falls on.
+"""Choices of a network between values: which are the largest, which pass a threshold, which step one falls on.
 
-Where two values are equal up to rounding, rounding alone chooses, and what follows may be far apart in two networks that
-compute the same. Such a network is compared with the choices of the original held fast.
+Where two values are equal up to rounding, rounding alone chooses, and what follows may be far apart in two networks
+that compute the same. Such a network is compared with the choices of the original held fast.
 """
 
 from __future__ import annotations

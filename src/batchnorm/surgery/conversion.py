@@ -144,7 +144,7 @@ def convert(
         The network.
 
     Warns:
-        UserWarning: with an example, where rounding alone decides a choice of the network otherwise, as of `accelerate`.
+        UserWarning: with an example, where rounding alone decides a choice of the network, as of `accelerate`.
 
     Raises:
         InputError: an unknown option, value or target.

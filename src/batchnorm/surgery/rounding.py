@@ -4,8 +4,8 @@ A network that multiplies rounding by 10^4 cannot agree with any other implement
 accepts four times the original's own rounding where that is more than its tolerance. The rounding is the error against
 float64, or the change of the outputs when the last bits of the weights change, whichever is larger.
 
-A choice between values that are equal up to rounding is no rounding: where one falls otherwise, outputs are compared with
-the original's choices.
+A choice between values that are equal up to rounding is no rounding: where one falls otherwise, outputs are compared
+with the original's choices.
 """
 
 from __future__ import annotations
