@@ -388,6 +388,37 @@ def test_networks_that_only_export_captures():
     assert set(norms(net)) == {"conv1.norm", "conv2.norm", "hidden.norm"}
 
 
+class Tied(nn.Module):
+    """Two layers with one weight and one bias, in a network that `torch.export` alone follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and bool(x.sum() > 1e9):
+            raise ValueError("too large")
+        return self.head(torch.relu(self.second(torch.relu(self.norm(self.first(x))))))
+
+
+def test_layers_with_one_weight_are_two_layers_where_only_export_captures():
+    """The exported program has one name for the weight; the other layer seemed to read it from outside."""
+    torch.manual_seed(0)
+    net, x = Tied().eval(), torch.randn(8, 4)
+    nn.init.normal_(net.norm.running_mean)
+    nn.init.uniform_(net.norm.running_var, 0.5, 1.5)
+    folded = bn.fold(net, x)
+    assert [(each.layer, each.into) for each in folded.certificate.folded] == [("norm", "first")]
+    torch.testing.assert_close(folded.model(x), net(x))
+    assert torch.equal(folded.model.second.weight, net.second.weight)  # which has no normalization behind it
+    bn.insert(net, x)
+    assert net.second.linear.bias is None
+    assert net.first.bias is not None  # the norm behind it was there before
+    assert net.second.linear.weight is net.first.weight
+
+
 def test_projections_after_attention_are_left_alone():
     net, x = Transformer(), torch.randn(4, 5, 8)
     net.norm1 = net.norm2 = net.final = nn.Identity()

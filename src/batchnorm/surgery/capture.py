@@ -517,11 +517,13 @@ class _Gathering:
 
     def add_call(self, name: str, group: list[fx.Node]) -> None:
         inside = set(group)
+        own = self.traced.get_submodule(name.removeprefix(ROOT).removeprefix("."))
+        tensors = {id(tensor) for tensor in (*own.parameters(), *own.buffers())}
         arguments = [
             source
             for node in group
             for source in node.all_input_nodes
-            if source not in inside and not self.tensors.get(source.name, "").startswith(f"{name}.")
+            if source not in inside and not self.is_among(source, name, tensors)
         ]
         inputs = tuple(self.get(source) for source in dict.fromkeys(arguments))
         call = self.graph.call_module(name, inputs)
@@ -534,6 +536,14 @@ class _Gathering:
             item = self.graph.call_function(operator.getitem, (call, index))
             item.meta["val"] = node.meta.get("val")
             self.new[node] = item
+
+    def is_among(self, source: fx.Node, name: str, tensors: set[int]) -> bool:
+        """Whether a node is a tensor of the module ``name``, whose ``tensors`` may have another module's name, too."""
+        path = self.tensors.get(source.name)
+        if path is None:
+            return False
+        found = attribute(self.traced, path.removeprefix(f"{ROOT}."))
+        return path.startswith(f"{name}.") or id(found) in tensors
 
     def get(self, node: fx.Node) -> fx.Node:
         if node not in self.new:
