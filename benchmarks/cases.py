@@ -83,7 +83,8 @@ def draw(case: Case) -> Data:
     """The same numbers for every order and fusion."""
     x, residual, dy, weight, bias = _draw(case.shape, case.torch_dtype)
     if case.order == "channels_last":
-        x, residual, dy = (t.to(memory_format=torch.channels_last) for t in (x, residual, dy))
+        last = torch.channels_last if len(case.shape) == 4 else torch.channels_last_3d
+        x, residual, dy = (t.to(memory_format=last) for t in (x, residual, dy))
     return Data(x, residual, dy, weight, bias)
 
 

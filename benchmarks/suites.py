@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import calibration, growth, kernels, peers, pools, ranks, recurrent, steps, streams, wall, whole
+from . import calibration, growth, kernels, layers, peers, pools, ranks, recurrent, steps, streams, wall, whole
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -32,12 +32,17 @@ def _kernel(quick: bool) -> list[Job]:
 
 def _wall(quick: bool) -> list[Job]:
     seconds = 0.6 if quick else 2.0
-    return [partial(wall.measure, c, names, seconds, inference=i) for c, names, i in wall.cases(quick)]
+    return [partial(wall.measure, c, names, seconds, mode=mode) for c, names, mode in wall.cases(quick)]
 
 
 def _activations(quick: bool) -> list[Job]:
     contestants, seconds = ("torch", "ours fused"), 0.3 if quick else 0.6
     return [partial(wall.measure, case, contestants, seconds, "activations") for case in wall.activation_cases(quick)]
+
+
+def _layers(quick: bool) -> list[Job]:
+    drawn = layers.cases(0, 5) if quick else layers.cases(0, 300)
+    return [partial(wall.measure, case, ("torch", "ours fused"), 0.2, "layers", mode) for case, mode in drawn]
 
 
 def _growth(quick: bool) -> list[Job]:
@@ -103,6 +108,7 @@ SUITES: dict[str, Suite] = {
     "kernel": Suite(_kernel, kernels.REUSING),
     "wall": Suite(_wall),
     "activations": Suite(_activations),
+    "layers": Suite(_layers, kernels.REUSING),
     "step": Suite(_step),
     "memory": Suite(_memory),
     "networks": Suite(_networks),

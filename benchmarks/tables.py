@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -99,6 +101,39 @@ def activations(rows: Sequence[Row]) -> str:
         figures = map(_number, (by.get("forward"), by.get("backward"), by.get("forward+backward")))
         lines.append((row["fusion"].removeprefix("bn+"), *_case(row), *figures))
     return table(header, lines)
+
+
+def _whole(row: Row) -> bool:
+    return row["suite"] == "layers" and row["direction"] in ("forward+backward", "inference") and "x_torch" in row
+
+
+def _mode(row: Row) -> str:
+    return "inference" if row["direction"] == "inference" else row.get("mode", "training")
+
+
+def layers(rows: Sequence[Row]) -> str:
+    """Layers drawn at random, by what is asked and by dtype: times as fast as torch."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in filter(_whole, rows):
+        for key in ((_mode(row), row["dtype"]), (_mode(row), "all"), ("all", "all")):
+            found.setdefault(key, []).append(row["x_torch"])
+    lines = []
+    for (mode, dtype), ratios in sorted(found.items()):
+        ratios = sorted(ratios)
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        below = (sum(r < 1 for r in ratios), sum(r < 1 / 1.05 for r in ratios))
+        lines.append((mode, dtype, len(ratios), *map(_number, (mean, statistics.median(ratios), ratios[0])), *below))
+    header = ("asked", "dtype", "layers", "mean, x torch", "median", "worst", "slower", "by more than 5 %")
+    return table(header, lines)
+
+
+def slow_layers(rows: Sequence[Row]) -> str:
+    """Those that are slower than torch by more than 5 %."""
+    slow = [(row["x_torch"], row) for row in filter(_whole, rows) if row["x_torch"] < 1 / 1.05]
+    slow.sort(key=lambda each: each[0])
+    lines = [(_mode(row), *_case(row), row["fusion"], _number(row["ms"]), _number(ratio)) for ratio, row in slow]
+    header = ("asked", "shape", "dtype", "order", "fusion", "ours, ms", "x torch")
+    return table(header, lines) if lines else "None."
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -236,6 +271,9 @@ NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environm
 
 ACTIVATION_BLOCKS = {"activations": activations, "activations environment": environment}
 """Those of all activations, in docs/performance.md, whose rows are kept by themselves."""
+
+LAYER_BLOCKS = {"layers": layers, "slow layers": slow_layers, "layers environment": environment}
+"""Those of layers drawn at random, in docs/performance.md, whose rows are kept by themselves."""
 
 GPU_BLOCKS = {"gpu targets": gpu_targets, "gpu": gpu}
 """Those of docs/gpu.md."""

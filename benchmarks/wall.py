@@ -52,6 +52,8 @@ def module(name: str, case: Case, data: Data) -> nn.Module:
     with torch.no_grad():
         norm.weight.copy_(data.weight)
         norm.bias.copy_(data.bias)
+    if case.dtype == "float64":
+        norm.double()  # torch's layers take no float64 beside float32
     if name == "compile":
         torch._dynamo.reset()
         built.compile(fullgraph=True, dynamic=False)
@@ -89,6 +91,22 @@ class Step:
         return {"y": y, **dict(zip(names, grads, strict=True))}
 
 
+class Frozen(Step):
+    """The same through constant statistics, where gamma and beta want no gradient."""
+
+    def __init__(self, name: str, case: Case, data: Data) -> None:
+        super().__init__(name, case, data)
+        self.module.eval().requires_grad_(False)
+        self.leaves = [*self.inputs]
+
+    def result(self) -> dict[str, Tensor]:
+        y = self.module(*self.inputs)
+        y.backward(self.dy)
+        result = {"y": y.detach(), "dx": self.x.grad}
+        self.x.grad = None
+        return result
+
+
 class Inference:
     """One module in evaluation mode, without gradients."""
 
@@ -109,17 +127,20 @@ class Inference:
 
 
 def measure(
-    case: Case, contestants: tuple[str, ...], seconds: float, suite: str = "wall", inference: bool = False
+    case: Case, contestants: tuple[str, ...], seconds: float, suite: str = "wall", mode: str = "training"
 ) -> Iterator[Row]:
-    """The rows of a case: of the contestants whose result is right."""
+    """The rows of a case: of the contestants whose result is right. `mode` is training, inference or frozen."""
     data, columns = draw(case), {"suite": suite, **case.columns()}
-    make = Inference if inference else Step
+    inference = mode == "inference"
+    if mode == "frozen":
+        columns["mode"] = mode
+    make = {"training": Step, "inference": Inference, "frozen": Frozen}[mode]
     runs: dict[str, Callable[[], Phases]] = {}
     errors = {}
     for name in contestants:
         contestant = make(name, case, data)
         try:
-            errors[name] = oracle.check(case, name, contestant.result(), population=inference)
+            errors[name] = oracle.check(case, name, contestant.result(), population=mode != "training")
         except oracle.WrongResultError as wrong:
             yield {**columns, "direction": "inference" if inference else BOTH, "contestant": name, "absent": str(wrong)}
         else:
@@ -148,16 +169,16 @@ def activation_cases(quick: bool) -> list[Case]:
     return grid(shapes, ("float32", "bfloat16"), [f"bn+{each}" for each in activations])
 
 
-def cases(quick: bool) -> list[tuple[Case, tuple[str, ...], bool]]:
-    """Case, contestants, and whether it is inference."""
+def cases(quick: bool) -> list[tuple[Case, tuple[str, ...], str]]:
+    """Case, contestants, and whether it is training or inference."""
     shapes = (CONVOLUTIONS[2], *SMALL) if quick else (*CONVOLUTIONS, DENSE, *SMALL)
     fusions = ("bn", "bn+relu") if quick else FUSIONS
     found = []
     for case in grid(shapes, ("float32", "bfloat16"), fusions):
         fused = ("ours fused",) if case.fusion != "bn" else ()
         compiled = ("compile",) if case in COMPILED and (not quick or case.shape in SMALL) else ()
-        found.append((case, ("torch", *compiled, "ours", *fused), False))
+        found.append((case, ("torch", *compiled, "ours", *fused), "training"))
     convolutions = CONVOLUTIONS[2:3] if quick else (*CONVOLUTIONS, DENSE)
     for case in grid(convolutions, ("float32", "bfloat16"), ("bn+relu",)):
-        found.append((case, ("torch", "ours", "ours fused"), True))
+        found.append((case, ("torch", "ours", "ours fused"), "inference"))
     return found

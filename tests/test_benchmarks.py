@@ -21,6 +21,7 @@ from benchmarks import (
     calibration,
     growth,
     kernels,
+    layers,
     machine,
     oracle,
     page,
@@ -102,8 +103,8 @@ def test_the_unbiased_variance_is_not_batch_normalization():
         oracle.check(case, "torch", {"y": y})
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_wrong_module_gets_no_figure(monkeypatch: pytest.MonkeyPatch, inference: bool):
+@pytest.mark.parametrize("mode", ["training", "inference", "frozen"])
+def test_a_wrong_module_gets_no_figure(monkeypatch: pytest.MonkeyPatch, mode: str):
     right = wall.module
 
     def forgets_beta(name, case, data):
@@ -114,7 +115,7 @@ def test_a_wrong_module_gets_no_figure(monkeypatch: pytest.MonkeyPatch, inferenc
 
     monkeypatch.setattr(wall, "module", forgets_beta)
     case = Case(SMALL, fusion="bn+relu")
-    found = list(wall.measure(case, ("torch", "ours", "ours fused"), 0, inference=inference))
+    found = list(wall.measure(case, ("torch", "ours", "ours fused"), 0, mode=mode))
     assert {r["contestant"] for r in found if "ms" in r} == {"torch", "ours fused"}
     (absent,) = (r for r in found if "absent" in r)
     assert absent["contestant"] == "ours"
@@ -233,8 +234,8 @@ def plan() -> list[rows.Row]:
     for case, directions in kernels.cases(quick=False):
         for direction in directions:
             planned.append({"suite": "kernel", **case.columns(), "direction": direction, "contestant": "ours"})
-    for case, names, inference in wall.cases(quick=False):
-        for direction in ("inference",) if inference else ("forward", "backward", wall.BOTH):
+    for case, names, mode in wall.cases(quick=False):
+        for direction in (mode,) if mode == "inference" else ("forward", "backward", wall.BOTH):
             for name in names:
                 row = {"suite": "wall", **case.columns(), "direction": direction, "contestant": name}
                 planned.append({**row, "x_compile": 1.0} if "compile" in names else row)
@@ -497,3 +498,38 @@ def test_activations_are_measured_and_shown():
         found = wall.Apart(nn.Identity(), activation)(torch.linspace(-4, 7, 30))
         true = reference.activation(np.linspace(-4, 7, 30), activation)
         np.testing.assert_allclose(found.numpy(), true, atol=1e-6)
+
+
+def test_layers_are_drawn_again_by_their_seed_and_shown():
+    drawn = layers.cases(3, 40)
+    assert drawn == layers.cases(3, 40)
+    assert drawn != layers.cases(4, 40)
+    assert {mode for _, mode in drawn} == set(layers.MODES)
+    assert {len(case.shape) for case, _ in drawn} == {2, 3, 4, 5}
+    of_each_mode = {mode: case for case, mode in layers.cases(0, 300) if case.bytes < 1 << 16}
+    rows = [
+        row
+        for mode, case in of_each_mode.items()
+        for row in wall.measure(case, ("torch", "ours fused"), 0.01, "layers", mode)
+    ]
+    assert not any("absent" in row for row in rows)
+    shown = tables.layers(rows)
+    assert "| all | all | 3 |" in shown
+    for mode, case in of_each_mode.items():
+        assert f"| {mode} | {case.dtype} | 1 |" in shown
+    for row in rows:
+        row |= {"x_torch": 0.5} if "x_torch" in row else {}
+    assert tables.slow_layers(rows).count("0.5 |") == 3
+    assert tables.slow_layers([]) == "None."
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 5, 6), (2, 4, 3, 5, 6)])
+def test_every_drawn_kind_of_layer_is_right(shape: tuple[int, ...]):
+    for dtype, order, mode in product(("float32", "float64", "float16"), ("planar", "channels_last"), layers.MODES[2:]):
+        if order == "channels_last" and len(shape) < 4:
+            continue
+        for fusion in set(layers.FUSIONS) - {"bn+add+relu"}:
+            case = Case(shape, dtype, order if len(shape) > 2 else "dense", fusion)
+            assert not [
+                r["absent"] for r in wall.measure(case, ("torch", "ours fused"), 0, "layers", mode) if "absent" in r
+            ]
