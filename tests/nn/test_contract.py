@@ -338,6 +338,35 @@ def test_gradient_of_eval_outlives_an_update_of_the_statistics():
 
 
 @pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu"])
+def test_frozen_parameters_change_no_gradient_of_the_input(activation: str | None, dtype: torch.dtype):
+    """Without gradients of gamma and beta there are no sums to take: one walk, and with no activation not even of x."""
+    for shape, last in (((6, 5, 3, 4), False), ((6, 72, 2, 2), True), ((3, 600, 2, 2), False), ((40, 9), False)):
+        layer = (BatchNorm1d if len(shape) == 2 else BatchNorm2d)(shape[1], activation=activation)
+        for tensor in (layer.weight, layer.bias, layer.running_mean):
+            nn.init.normal_(tensor)
+        layer.to(torch.float64 if dtype == torch.float64 else torch.float32).eval()
+        x, residual, dy = (torch.randn(shape, dtype=dtype) for _ in range(3))
+        if last:
+            x, residual, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual, dy))
+        mask = torch.rand(shape[0], *shape[2:]) > 0.3
+        for options in ({}, {"residual": residual}, {"mask": mask}):
+            found = []
+            for wanted in (True, False):
+                layer.requires_grad_(wanted)
+                layer.zero_grad()
+                leaf, kept = x.clone(memory_format=torch.preserve_format).requires_grad_(), dy.clone()
+                layer(leaf, **options).backward(kept)
+                assert torch.equal(kept, dy)
+                assert (layer.weight.grad is not None) == wanted
+                found.append(leaf.grad)
+            close = {"rtol": 2.0**-7, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
+            torch.testing.assert_close(found[1], found[0], **close)
+            if dtype == torch.float64:
+                torch.testing.assert_close(found[1], found[0], rtol=1e-14, atol=1e-15)
+
+
 def test_backward_twice_gives_the_same_bits():
     ours, _, x = layer_pair({})
     leaf = x.clone().requires_grad_()
