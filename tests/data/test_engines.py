@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-EVERY = ("moments", "standardize", "many_partitions", "refusals", "strings", "calibrate", "page", "limit")
+FIRST = ("moments", "refusals", "calibrate")
+REST = ("standardize", "many_partitions", "strings", "page", "limit")
 
 
 def run(engine, *checks):
@@ -41,15 +42,29 @@ def run(engine, *checks):
 
 @pytest.mark.slow
 def test_ray():
-    run("ray", *EVERY, "retries", "aggregation", "blocks_that_differ")
+    run("ray", *FIRST, "retries", "aggregation", "blocks_that_differ")
+
+
+@pytest.mark.thorough
+def test_the_rest_of_ray():
+    run("ray", *REST)
+
+
+def spark(*checks):
+    if shutil.which("java") is None and not os.environ.get("JAVA_HOME"):
+        pytest.skip("Spark needs a Java runtime, and there is none (Debian: default-jre-headless)")
+    run("pyspark", *checks)
 
 
 @pytest.mark.slow
 def test_spark():
-    if shutil.which("java") is None and not os.environ.get("JAVA_HOME"):
-        pytest.skip("Spark needs a Java runtime, and there is none (Debian: default-jre-headless)")
-    run("pyspark", *EVERY, "retries")
+    spark(*FIRST, "retries")
+
+
+@pytest.mark.thorough
+def test_the_rest_of_spark():
+    spark(*REST)
 
 
 def test_dask():
-    run("dask", *EVERY)
+    run("dask", *FIRST, *REST)
