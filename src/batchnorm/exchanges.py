@@ -26,10 +26,11 @@ class waiting:  # noqa: N801 - a context manager, named as one
     Args:
         group: of torch.distributed; None for all ranks.
         layer: its name.
+        exchange: which of the layer's it is; a rank that has left out a layer may meet the others in another one.
     """
 
-    def __init__(self, group: Any, layer: str) -> None:
-        self.group, self.layer = group, layer
+    def __init__(self, group: Any, layer: str, exchange: str = "comparison") -> None:
+        self.group, self.layer, self.exchange = group, layer, exchange
 
     def __enter__(self) -> None:
         global _last
@@ -37,10 +38,11 @@ class waiting:  # noqa: N801 - a context manager, named as one
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, BatchNormError):
+            place = f"{self.layer}, {self.exchange}"
             raise SynchronizationError(
                 f"{self.layer}: the ranks of its process group did not all exchange their statistics "
                 f"({first_line(error)})"
-                f"{_absent(self.group, self.layer)}; each must run the same layers forward and backward, an empty "
+                f"{_absent(self.group, place)}; each must run the same layers forward and backward, an empty "
                 "batch included"
             ) from error
 
@@ -125,12 +127,12 @@ def agree(group: Any, layer: str, options: str, device: torch.device) -> None:
     )
 
 
-def _absent(group: Any, layer: str) -> str:
+def _absent(group: Any, place: str) -> str:
     """Which ranks have not told within PATIENCE that an exchange of theirs failed, too, and where the others are."""
     try:
         store: Any = dist.distributed_c10d._get_default_store()
         mine, ranks = dist.get_rank(), dist.get_process_group_ranks(group or dist.group.WORLD)
-        store.set(f"{_KEY}/{mine}", layer)
+        store.set(f"{_KEY}/{mine}", place)
         deadline = time.monotonic() + PATIENCE
         others = [rank for rank in ranks if rank != mine]
         silent = others
@@ -141,7 +143,7 @@ def _absent(group: Any, layer: str) -> str:
         elsewhere = {rank: store.get(f"{_KEY}/{rank}").decode() for rank in others if rank not in silent}
     except (RuntimeError, ValueError):
         return "; the rank that keeps the store of the group, mostly rank 0, cannot be reached"
-    told = [f"rank {rank} is at {place}" for rank, place in elsewhere.items() if place != layer]
+    told = [f"rank {rank} is at {other} and this one at {place}" for rank, other in elsewhere.items() if other != place]
     if silent:
         names = ", ".join(f"rank {rank}" for rank in silent)
         told.append(f"{names} did not come to it: it is dead, stuck, or has no batch left")

@@ -158,7 +158,7 @@ class _AllReduce(torch.autograd.Function):
         ctx.pool = pool
         total = values.detach().contiguous().clone()
         group = process_group(pool.process_group)
-        with waiting(group, pool.layer):
+        with waiting(group, pool.layer, "all-reduce"):
             dist.all_reduce(total, group=group)
         return total
 
@@ -181,7 +181,7 @@ def sum_over_ranks(values: Tensor, pool: Pool) -> Tensor:
         return all_reduce(values, pool)
     group = process_group(pool.process_group)
     values = values.contiguous()
-    with waiting(group, pool.layer):
+    with waiting(group, pool.layer, "all-reduce"):
         dist.all_reduce(values, group=group)
     return values
 
@@ -190,7 +190,7 @@ def all_gather(values: Tensor, pool: Pool) -> Tensor:
     """Every rank's tensor of one shape, stacked in rank order."""
     group = process_group(pool.process_group)
     gathered = values.new_empty((dist.get_world_size(group), *values.shape))
-    with waiting(group, pool.layer):
+    with waiting(group, pool.layer, "all-gather"):
         dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
     return gathered
 
@@ -199,7 +199,7 @@ def all_reduce_max(number: int, pool: Pool, device: torch.device) -> int:
     """The largest of the ranks' numbers."""
     most = torch.tensor(number, device=device)
     group = process_group(pool.process_group)
-    with waiting(group, pool.layer):
+    with waiting(group, pool.layer, "all-reduce"):
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     return int(most)
 

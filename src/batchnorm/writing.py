@@ -15,8 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from batchnorm.errors import WriteError
+from batchnorm.errors import InputError, WriteError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".batchnorm-lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARK = ".batchnorm-tmp"  # in every temporary name, before the suffix
 _DAY = 86_400.0  # seconds after which nobody still writes a file
@@ -82,12 +88,85 @@ def refused(path: Path, error: OSError, size: int | None = None) -> WriteError:
     return WriteError(f"{path}: it cannot be written ({reason}{needed}). Nothing is left of it.")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what processes have there while they write."""
+    return all(path.name.startswith(".") and (path.name == LOCK or _MARK in path.name) for path in folder.iterdir())
+
+
 def obstacle(folder: Path) -> str | None:
     """What keeps files from being written into a folder, which there need not be yet; None if nothing does."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     if not nearest.is_dir():
         return f"{nearest} is a file"
     return None if os.access(nearest, os.W_OK) else f"{nearest} cannot be written"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into a folder, which is there.
+
+    The system frees the lock of a process that ends, however it ends; so a file that is left locks nothing. Where the
+    system has no locks, nothing is kept out.
+
+    Raises:
+        InputError: another process writes into it; nothing was touched.
+    """
+    held = _locked(folder / LOCK)
+    try:
+        yield
+    finally:
+        if held is not None:
+            with suppress(OSError):
+                (folder / LOCK).unlink()  # before it is freed: it is still this process's own
+            os.close(held)
+
+
+def check_alone(folder: Path) -> None:
+    """Refuse a folder that another process writes into; nothing is written.
+
+    Raises:
+        InputError: see `alone_in`.
+    """
+    if (folder / LOCK).exists():
+        with alone_in(folder):
+            pass
+
+
+def _locked(path: Path) -> int | None:
+    """An open and locked file; None where the system has no locks."""
+    if fcntl is None:
+        return None
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise refused(path, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_named(path, file):
+                with suppress(OSError):  # a full disk: the name of the process is told to others alone
+                    os.ftruncate(file, 0)
+                    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+                return file
+        except BlockingIOError:
+            holder = os.pread(file, 200, 0).decode(errors="replace")
+            os.close(file)
+            raise InputError(
+                f"folder {path.parent}: {holder if holder.isprintable() and holder else 'another process'} writes into "
+                "it, and nothing of it was touched. Wait until it has ended, or take another folder."
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(file)
+            return None
+        os.close(file)  # its holder has removed it meanwhile: a new one is to be locked
+
+
+def _is_named(path: Path, file: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def in_bytes(size: float) -> str:

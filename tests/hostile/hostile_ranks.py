@@ -132,7 +132,48 @@ def dead(rank):
     step(network)
 
 
-KINDS = [channels, dtype, options, layer, batches, stuck, recipe, calibration, calibration_of_others, dead]
+def two():
+    """A network of two normalizations that both ranks have run once, so that their options have been compared."""
+    network = nn.Sequential()
+    network.add_module("norm", nn.BatchNorm1d(4))
+    network.add_module("norm2", nn.BatchNorm1d(4))
+    bn.convert(network, process_group="world")
+    step(network)
+    limited()
+    return network
+
+
+def more_layers(rank):
+    network = two()
+    if rank:
+        network.add_module("norm3", bn.BatchNorm1d(4, process_group="world"))
+        network[2].label = "norm3"
+    step(network)
+
+
+def skipped(rank):
+    network = two()
+    step(network[1] if rank else network)
+
+
+def mode(rank):
+    """In evaluation nothing is exchanged."""
+    network = two()
+    step(network.eval() if rank else network)
+    if rank:
+        elsewhere("mode")
+
+
+def sizes_and_later_dtypes(rank):
+    """No trouble: the statistics are those of all samples."""
+    norm, x = net().norm, torch.arange(40.0).view(10, 4) ** 2
+    for kind in (torch.float32, torch.float64 if rank else torch.float32):
+        norm.to(kind)((x[:3] if rank else x[3:]).to(kind))
+    torch.testing.assert_close(norm.running_var.double(), 0.81 + 0.19 * x.double().var(0), rtol=1e-5, atol=0)
+
+
+KINDS = [channels, dtype, options, layer, batches, stuck, recipe, calibration, calibration_of_others]
+KINDS += [more_layers, skipped, mode, sizes_and_later_dtypes, dead]
 
 
 def meet(path, rank):

@@ -61,6 +61,14 @@ def test_each_trouble_of_ranks_is_one_error_within_the_limit(tmp_path):
         assert "layer 'norm'" in text
         assert "rank 1 did not come to it" in text or "rank(s) [1] did not come" in text
         assert seconds < PATIENT / 2, kind
+    for kind, place in (("more_layers", "layer 'norm3'"), ("skipped", "layer 'norm2', all-reduce")):
+        seconds, text = told[kind, 0]
+        assert text.startswith("layer 'norm2'")
+        assert f"rank 1 is at {place}" in text
+        assert seconds < PATIENT / 2, kind
+    assert "rank 1 did not come to it" in told["mode", 0][1]
+    assert told["mode", 0][1].startswith("layer 'norm'")
+    assert {told["sizes_and_later_dtypes", rank][1] for rank in (0, 1)} == {"no error"}
     for rank in (0, 1):
         text = told["calibration_of_others", rank][1]
         assert "layer 'norm'" in text

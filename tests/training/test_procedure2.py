@@ -347,11 +347,16 @@ def test_a_run_folder_is_never_overwritten_unasked(run, tmp_path):
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(no_exports, tmp_path):
-    (tmp_path / "model.onnx").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
+    """Nor does it remove what is no file of a run."""
+    (tmp_path / "config.json").write_text('{"config": {}, "data": {}}')
+    ours = ["model.onnx", "report.html", "checkpoint-3/shard-00000.safetensors"]
+    others = ["notes.txt", "checkpoint-500/model.safetensors", "checkpoint-best/shard-1"]
+    for name in ours + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
     train(dataclasses.replace(SMALL, out=str(tmp_path), steps=1, overwrite=True))
-    assert not (tmp_path / "model.onnx").exists()
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not [name for name in ours if (tmp_path / name).exists()]
+    assert [(tmp_path / name).read_text() for name in others] == others
 
 
 def test_the_default_folder_is_numbered(no_exports, tmp_path, monkeypatch):

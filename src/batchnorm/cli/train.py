@@ -56,6 +56,7 @@ def train(
         _refuse_beside_resume(context)
     from batchnorm.report import write_report
     from batchnorm.training.files import CHECKPOINT, going_on_from
+    from batchnorm.writing import alone_in
 
     with contextlib.nullcontext() if _is_other_rank() else training_bar() as progress:
         if resume is not None:
@@ -70,7 +71,7 @@ def train(
         if progress is None:  # the first rank reports
             return
         progress.stage("writing the report")
-        with going_on_from(result.folder, result.folder / CHECKPOINT):
+        with alone_in(result.folder), going_on_from(result.folder, result.folder / CHECKPOINT):
             report = write_report(result, result.folder)
     _print_result(result, report)
     if not result.ok:

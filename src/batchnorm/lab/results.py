@@ -42,7 +42,7 @@ class Trial:
         curves: by panel and arm, (x, y), or a band (x, low, high) or (x, low, middle, high).
         maps: by panel and arm, (x, y, z) with ``z[i][j]`` at ``(x[j], y[i])``.
         diverged: by arm, the first step whose loss was not finite.
-        seconds: that the trial took.
+        seconds: of the processor that the trial took.
     """
 
     seed: int
@@ -130,7 +130,7 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Time of all trials together, as if one after the other."""
+        """Of the processor, of all trials together."""
         return sum(trial.seconds for trial in self.trials)
 
 

@@ -13,10 +13,9 @@ from batchnorm.report.pages import render
 from batchnorm.report.tables import lines, tables
 from batchnorm.report.verdict import percent, score_name, scored, verdict
 from batchnorm.training.config import LEARNING_RATE
+from batchnorm.training.files import REPORT
 from batchnorm.training.results import TrainResult
 from batchnorm.writing import write_text
-
-REPORT = "report.html"
 
 _METHODS = {
     "pooled": "the moments of all batches merged, which counts the variance between batches too.",

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
 from batchnorm.training.datasets import Dataset, load_data
 from batchnorm.training.export import EXPORTED_FILES, export_network
-from batchnorm.training.files import CERTIFICATE, CHECKPOINT, CONFIG, METRICS
+from batchnorm.training.files import CERTIFICATE, CHECKPOINT, CONFIG, METRICS, REPORT
 from batchnorm.training.loop import (
     Contender,
     Interrupted,
@@ -51,6 +51,7 @@ from batchnorm.training.results import (
 from batchnorm.training.samples import Parts, Samples
 from batchnorm.training.shards import gathered, remove_shards, shard
 from batchnorm.undo import evaluating
+from batchnorm.writing import alone_in
 
 EXAMPLE_BATCH = 256
 TIMING_ROUNDS = 31
@@ -86,10 +87,11 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
         if (out := config.out) is not None:  # before data are read and a network is built
             ranks.from_first(lambda: files.check_run_folder(Path(out), overwrite=config.overwrite))
         run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
-        run.folder = Path(ranks.from_first(lambda: str(_make_folder(config))))
-        if ranks.is_first:
-            files.write_json(run.folder / CONFIG, {"config": run.config.to_dict(), "data": run.data.to_dict()})
-        return run.complete(start=0)
+        with ExitStack() as taken:
+            run.folder = Path(ranks.from_first(lambda: str(_take_folder(config, taken))))
+            if ranks.is_first:
+                files.write_json(run.folder / CONFIG, {"config": run.config.to_dict(), "data": run.data.to_dict()})
+            return run.complete(start=0)
 
 
 def resume(folder: str | Path, *, steps: int | None = None, progress: Progress | None = None) -> TrainResult:
@@ -103,14 +105,15 @@ def resume(folder: str | Path, *, steps: int | None = None, progress: Progress |
     Raises:
         DataError: config.json or the checkpoint is missing, damaged, or does not fit the data or
             the network.
-        InputError: `steps` is below what was done already.
+        InputError: `steps` is below what was done already, or another process writes into the folder.
     """
     folder = Path(folder)
     resolved = _read_config(folder / CONFIG)
     if steps is not None:
         resolved = dataclasses.replace(resolved, steps=steps)
         resolved.check()
-    with _settings(resolved), _joined(resolved) as ranks:
+    with _settings(resolved), _joined(resolved) as ranks, ExitStack() as taken:
+        ranks.from_first(lambda: taken.enter_context(alone_in(folder)))
         run = _Run.build(resolved, progress if ranks.is_first else None, ranks)
         run.folder = folder
         if not ranks.from_first((folder / CHECKPOINT).exists):  # stopped before the first checkpoint
@@ -693,15 +696,16 @@ def _check_device(device: str) -> None:
         raise InputError(f"train: device={device!r} cannot be used ({reason}).") from error
 
 
-def _make_folder(config: TrainConfig) -> Path:
+def _take_folder(config: TrainConfig, taken: ExitStack) -> Path:
+    """The folder of a new run, from which other processes are kept until `taken` is closed."""
     if config.out is not None:
         folder = Path(config.out)
     else:
         stem = f"{_short(config.network)}-{_short(config.data)}"
         folder = files.next_run_folder(Path("runs"), stem)
-    files.make_run_folder(folder, overwrite=config.overwrite)
+    taken.enter_context(files.run_folder(folder, overwrite=config.overwrite))
     if config.overwrite:  # what is left of an older run must not pass for this one's
-        for name in (CHECKPOINT, METRICS, CERTIFICATE, *EXPORTED_FILES):
+        for name in (REPORT, CHECKPOINT, METRICS, CERTIFICATE, *EXPORTED_FILES):
             (folder / name).unlink(missing_ok=True)
         remove_shards(folder)
     return folder

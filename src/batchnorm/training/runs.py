@@ -154,7 +154,10 @@ def _load(network: nn.Module, folder: Path) -> None:
         load_state(network, folder / UNFOLDED)
         return
     if not (folder / CHECKPOINT).exists():
-        raise DataError(f"load_run {folder}: it has neither {UNFOLDED} nor {CHECKPOINT}; expected the folder of a run.")
+        raise DataError(
+            f"load_run {folder}: it has neither {UNFOLDED} nor {CHECKPOINT}: its training has kept nothing "
+            f"yet. Wait for its first checkpoint, or go on with: batchnorm train --resume {folder}"
+        )
     state = read_state(folder / CHECKPOINT)
     try:
         cut = state.get("shards")

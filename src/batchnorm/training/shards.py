@@ -141,9 +141,10 @@ def save_shards(target: Path, networks: Named) -> None:
 
 
 def remove_shards(folder: Path, but: str | None = None) -> None:
-    """Of all checkpoints but one."""
-    for other in folder.glob(f"{PREFIX}*"):
-        if other.name != but and other.is_dir() and not other.is_symlink():
+    """Of all checkpoints but one. Folders of such a name that hold anything else are somebody else's."""
+    others = (path for path in folder.glob(f"{PREFIX}[0-9]*") if path.name != but)
+    for other in others:
+        if other.is_dir() and not other.is_symlink() and all(p.name.startswith("shard-") for p in other.iterdir()):
             shutil.rmtree(other, ignore_errors=True)
 
 

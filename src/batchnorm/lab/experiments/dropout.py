@@ -99,6 +99,6 @@ EXPERIMENT = Experiment(
         "accuracy": Measure("accuracy, most dropout (%)", 100),
         "shift": Measure("running / inference variance", 1, ".2f"),
     },
-    caption="Left: under the moving averages, and under statistics measured again without dropout (calibrated). "
-    "Right: median over the channels; 1 is no shift.",
+    caption="First panel: under the moving averages, and under statistics measured again without dropout (calibrated). "
+    "Second: median over the channels; 1 is no shift.",
 )

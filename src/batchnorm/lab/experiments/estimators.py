@@ -120,7 +120,7 @@ EXPERIMENT = Experiment(
         "small": Measure("accuracy, smallest batch (%)", 100),
         "large": Measure("accuracy, largest batch (%)", 100),
     },
-    caption="Left: root mean square over all channels of the relative error of the variance (unbiased). Right: test "
-    "accuracy under the estimate. The sequential estimate does not depend on the batch size, and its error lies "
-    "below the left axis.",
+    caption="First panel: root mean square over all channels of the relative error of the variance (unbiased). Second: "
+    "test accuracy under the estimate. The sequential estimate does not depend on the batch size, and its error lies "
+    "below the first panel, except for 64: the incomplete last batch is left out, and 64 does not divide the samples.",
 )

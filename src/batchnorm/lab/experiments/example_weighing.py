@@ -97,6 +97,6 @@ EXPERIMENT = Experiment(
         "last": Measure("loss, largest batch", 1, ".4f"),
         "last_accuracy": Measure("accuracy, largest batch (%)", 100),
     },
-    caption="Left: loss on the half of the test part that alpha was not chosen on. Right: the alpha chosen on the "
-    "other half. Median and range over the seeds.",
+    caption="First panel: loss on the half of the test part that alpha was not chosen on. Second: the alpha chosen on "
+    "the other half. Median and range over the seeds.",
 )

@@ -87,6 +87,6 @@ EXPERIMENT = Experiment(
         "steps": Measure("steps to best of ‘without’", 1, ",.0f"),
         "drift": Measure("drift of the median (spreads)", 1, ".2f"),
     },
-    caption="Left: test accuracy under the moving averages. Middle and right: percentiles over the test samples of "
-    "what one unit of the last hidden layer receives, in the first seed.",
+    caption="First panel: test accuracy under the moving averages. Second and third: percentiles over the test samples "
+    "of what one unit of the last hidden layer receives, in the first seed.",
 )
