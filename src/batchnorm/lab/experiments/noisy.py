@@ -95,6 +95,6 @@ EXPERIMENT = Experiment(
     verdict=verdict,
     panels=(accuracy_panel(), Panel("mean", "Mean of a unit's input over the batch", y="mean, in training mode")),
     measures={"best": ACCURACY, "final": FINAL},
-    caption="First panel: test accuracy. Second: what one unit of the last hidden layer receives, its mean over a training "
-    "batch; median and range over the seeds.",
+    caption="First panel: test accuracy. Second: what one unit of the last hidden layer receives, its mean over a "
+    "training batch; median and range over the seeds.",
 )
