@@ -143,8 +143,8 @@ def users(tmp_path, monkeypatch):
         (["train", "--network", "users:broken", "--data", "digits"], "RuntimeError: no luck"),
         (["train", "--network", "users:nothing", "--data", "digits"], "nothing to normalize"),
         (["train", "--network", "convnet", "--data", "good.npz", "--batch-size", "8"], "takes images"),
-        ([*SMALL, "--out", "."], "it is not empty"),
-        (["train", "--data", "missing.npz", "--out", "."], "it is not empty"),  # before the data are read
+        ([*SMALL, "--out", "."], "it holds files and no run"),
+        (["train", "--data", "missing.npz", "--out", "."], "it holds files and no run"),  # before the data are read
         (["train", "--data", "missing.npz", "--out", "file"], "it is a file"),
         (["train", "--data", "missing.npz", "--out", "file/run"], "/file is a file)"),
         ([*SMALL, "--out", "file/run"], "cannot be written"),
