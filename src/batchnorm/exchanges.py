@@ -18,6 +18,7 @@ _WORDS = re.compile(  # of errors of gloo, nccl and their stores
 PATIENCE = 2.0  # seconds in which ranks whose exchange failed, too, tell the others so
 _KEY = "batchnorm/failed"
 _last = ""  # the layer whose ranks have exchanged last
+_compared: dict[str, list[str]] = {}  # of each group the layers that its ranks have compared, in that order
 
 
 class waiting:  # noqa: N801 - a context manager, named as one
@@ -97,7 +98,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def agree(group: Any, layer: str, options: str, device: torch.device) -> None:
+def agree(group: Any, layer: str, options: str, device: torch.device) -> int:
     """Compare what the ranks say of a layer: sums of other shapes, once they are exchanged, can end a process.
 
     Args:
@@ -105,6 +106,9 @@ def agree(group: Any, layer: str, options: str, device: torch.device) -> None:
         layer: its name.
         options: of the layer and its input, in words.
         device: of the exchange.
+
+    Returns:
+        Which layer it is of those that the ranks of the group have compared, from 1: the same on all ranks.
 
     Raises:
         SynchronizationError: a rank is at another layer, or has other options; or a rank is missing.
@@ -116,7 +120,9 @@ def agree(group: Any, layer: str, options: str, device: torch.device) -> None:
     with waiting(group, layer):
         dist.all_gather(everyone, mine, group=group)
         if all(bool(one == mine) for one in everyone):
-            return
+            layers = _layers(group)
+            layers.append(layer)
+            return len(layers)
         texts: list[Any] = [None] * len(everyone)
         dist.all_gather_object(texts, text, group=group)
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
@@ -125,6 +131,24 @@ def agree(group: Any, layer: str, options: str, device: torch.device) -> None:
         f"{layer}: the ranks that share its statistics differ ({listed}); expected the same network, options and "
         "dtypes on all"
     )
+
+
+def refuse_mixture(group: Any, layer: str, places: list[int]) -> None:
+    """Raise for ranks that have exchanged statistics of different layers, by what `agree` gave each for its own."""
+    names, ranks = _layers(group), dist.get_process_group_ranks(group or dist.group.WORLD)
+    told = [names[place - 1] if 0 < place <= len(names) else f"layer {place}" for place in places]
+    listed = "; ".join(
+        f"rank {rank} is at {name} (number {place})" for rank, name, place in zip(ranks, told, places, strict=True)
+    )
+    raise SynchronizationError(
+        f"{layer}: the ranks exchanged statistics of different layers ({listed}; counted in the order of their first "
+        "exchanges); each rank must run the same layers in the same order"
+    )
+
+
+def _layers(group: Any) -> list[str]:
+    every: Any = dist.group.WORLD
+    return _compared.setdefault((group or every).group_name, [])
 
 
 def _absent(group: Any, place: str) -> str:

@@ -123,7 +123,7 @@ def batch_norm(
     carry = _fresh_carry(running_mean) if use_batch else None
     population = Population(running_mean, running_var, Estimator(momentum), max_steps=steps, carry=carry)
     source: Source = OfBatch() if use_batch else Given(*population.read(batch.steps))
-    options = (ghost_size, channel_groups, process_group, "batch_norm")
+    options = (ghost_size, channel_groups, process_group, "batch_norm", 0)
     batch, pools = pools_of(batch, options, use_batch)
     if use_batch:
         check_pools(batch, eps, pools)
@@ -294,7 +294,7 @@ def _fresh_carry(running_mean: Tensor | None) -> Tensor | None:
     return running_mean.new_zeros((2, *running_mean.shape))
 
 
-Options = tuple[int, int, Any, str]
+Options = tuple[int, int, Any, str, int]
 """ghost_size, channel_groups, process_group, and the layer's name in errors."""
 
 
@@ -311,7 +311,7 @@ def pools_of(batch: Batch, options: Options, exchanges: bool) -> tuple[Batch, Po
     return batch, _pool_of(batch, *options)
 
 
-def _pool_of(batch: Batch, ghost_size: int, channel_groups: int, process_group: Any, layer: str) -> Pool:
+def _pool_of(batch: Batch, ghost_size: int, channel_groups: int, process_group: Any, layer: str, place: int) -> Pool:
     if ghost_size < 0:
         raise InputError(f"ghost_size must not be negative, got {ghost_size}")
     channels = batch.x.shape[1]
@@ -322,7 +322,7 @@ def _pool_of(batch: Batch, ghost_size: int, channel_groups: int, process_group: 
     shared = None if is_alone(process_group) else process_group
     size = len(batch.x) // batch.steps if batch.steps else ghost_size * batch.scale
     group, ranks = (None, shared) if ghost_size else (shared, None)
-    return Pool(size, channel_groups, group, layer, ranks)
+    return Pool(size, channel_groups, group, layer, ranks, place)
 
 
 def check_pools(batch: Batch, eps: float, pool: Pool, advice: Callable[[], str] = evaluate) -> None:

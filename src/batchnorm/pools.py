@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from batchnorm.errors import InputError, SynchronizationError
-from batchnorm.exchanges import waiting
+from batchnorm.exchanges import refuse_mixture, waiting
 from batchnorm.moments import merge_axis
 
 
@@ -24,6 +25,7 @@ class Pool:
         groups: number of groups of adjacent channels; 0 where each channel is alone.
         process_group: of torch.distributed, or None for this process alone.
         layer: the layer's name in errors.
+        place: which layer of its process group it is, as `exchanges.agree` counts; 0: unknown.
         ranks: the process group whose ranks' pools are one batch of the population, where each rank normalizes by its
             own pools (ghost batches); None for this process alone.
     """
@@ -33,6 +35,7 @@ class Pool:
     process_group: Any = None
     layer: str = "batch_norm"
     ranks: Any = None
+    place: int = 0
 
     @property
     def is_merged(self) -> bool:
@@ -187,12 +190,31 @@ def sum_over_ranks(values: Tensor, pool: Pool) -> Tensor:
 
 
 def all_gather(values: Tensor, pool: Pool) -> Tensor:
-    """Every rank's tensor of one shape, stacked in rank order."""
+    """Every rank's tensor of one shape, stacked in rank order.
+
+    Raises:
+        SynchronizationError: ranks are at different layers (on CPUs; elsewhere the comparison would wait for a device).
+    """
     group = process_group(pool.process_group)
+    if pool.place and values.is_cpu and not torch.compiler.is_compiling():
+        return _gather_of_one_layer(values, pool, group)
     gathered = values.new_empty((dist.get_world_size(group), *values.shape))
     with waiting(group, pool.layer, "all-gather"):
         dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
     return gathered
+
+
+def _gather_of_one_layer(values: Tensor, pool: Pool, group: Any) -> Tensor:
+    """`all_gather` of values with the layer's place behind them, in one exchange."""
+    mine = F.pad(values.reshape(-1), (0, 1), value=float(pool.place))
+    gathered = mine.new_empty((dist.get_world_size(group), len(mine)))
+    with waiting(group, pool.layer, "all-gather"):
+        dist.all_gather(list(gathered.unbind()), mine, group=group)
+    places = gathered[:, -1].tolist()
+    if places.count(pool.place) != len(places):
+        refuse_mixture(group, pool.layer, [int(place) for place in places])
+    given: Tensor = gathered[:, :-1].unflatten(1, values.shape)
+    return given
 
 
 def all_reduce_max(number: int, pool: Pool, device: torch.device) -> int:

@@ -297,7 +297,7 @@ def _merged(measured: Measured, pool: Pool) -> tuple[Tensor, Tensor, Tensor, Ten
         return count, mean, var, values
     number = values.sum(0, keepdim=True)
     count, mean, m2 = (each[None] for each in merge_axis(count, mean, var * count, 0))
-    ranks = Pool(process_group=pool.ranks, layer=pool.layer)
+    ranks = Pool(process_group=pool.ranks, layer=pool.layer, place=pool.place)
     if pool.ranks is not None and measured.batch.weights is not None:
         number = merge(number, ranks)
     count, mean, m2 = merge_moments(count, mean, m2, ranks)

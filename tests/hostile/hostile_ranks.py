@@ -156,6 +156,17 @@ def skipped(rank):
     step(network[1] if rank else network)
 
 
+def order(rank):
+    """Layers of one size, which no size tells apart."""
+    network = two()
+    step(nn.Sequential(network[1], network[0]) if rank else network)
+
+
+def twice(rank):
+    network = two()
+    step(nn.Sequential(network[0], network[0]) if rank else network)
+
+
 def mode(rank):
     """In evaluation nothing is exchanged."""
     network = two()
@@ -173,7 +184,7 @@ def sizes_and_later_dtypes(rank):
 
 
 KINDS = [channels, dtype, options, layer, batches, stuck, recipe, calibration, calibration_of_others]
-KINDS += [more_layers, skipped, mode, sizes_and_later_dtypes, dead]
+KINDS += [more_layers, skipped, order, twice, mode, sizes_and_later_dtypes, dead]
 
 
 def meet(path, rank):

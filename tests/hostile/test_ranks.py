@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -61,11 +62,17 @@ def test_each_trouble_of_ranks_is_one_error_within_the_limit(tmp_path):
         assert "layer 'norm'" in text
         assert "rank 1 did not come to it" in text or "rank(s) [1] did not come" in text
         assert seconds < PATIENT / 2, kind
-    for kind, place in (("more_layers", "layer 'norm3'"), ("skipped", "layer 'norm2', all-reduce")):
-        seconds, text = told[kind, 0]
-        assert text.startswith("layer 'norm2'")
-        assert f"rank 1 is at {place}" in text
-        assert seconds < PATIENT / 2, kind
+    seconds, text = told["more_layers", 0]
+    assert text.startswith("layer 'norm2'")
+    assert "rank 1 is at layer 'norm3'" in text
+    assert seconds < PATIENT / 2
+    names = ("layer 'norm'", "layer 'norm2'")
+    for kind, (first, second) in (("skipped", names), ("order", names), ("twice", names[::-1])):
+        for rank in (0, 1):
+            seconds, text = told[kind, rank]
+            assert "the ranks exchanged statistics of different layers" in text, kind
+            assert re.search(rf"rank 0 is at {first} \(number \d+\); rank 1 is at {second} \(number \d+\)", text), kind
+            assert seconds < PATIENT / 2, kind
     assert "rank 1 did not come to it" in told["mode", 0][1]
     assert told["mode", 0][1].startswith("layer 'norm'")
     assert {told["sizes_and_later_dtypes", rank][1] for rank in (0, 1)} == {"no error"}

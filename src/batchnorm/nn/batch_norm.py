@@ -94,9 +94,9 @@ class BatchNorm(ConfiguredLayer):
                 "your tracer keep the layer as a leaf (is_leaf_module), or use torch.export"
             )
         group = self.process_group if given is None else None
-        shared = (self.ghost_size, self.channel_groups, group, self._name())
         if group is not None and (use_batch or updates):
             self._agree(batch.x)
+        shared = (self.ghost_size, self.channel_groups, group, self._name(), self._place)
         batch, pool = functional.pools_of(batch, shared, use_batch or updates)
         if use_batch:
             functional.check_pools(batch, self.eps, pool, self._advice)
@@ -119,13 +119,13 @@ class BatchNorm(ConfiguredLayer):
         Raises:
             SynchronizationError: they differ.
         """
-        if self._has_agreed or is_compiled() or is_alone(self.process_group):
+        if self._place or is_compiled() or is_alone(self.process_group):
             return
         changed = (o for o in options.changed(self) if o.name != "process_group")
         told = [f"{self.num_features} channels of {x.dtype}", f"eps={self.eps}", f"momentum={self.momentum}"]
         told += [f"{o.spelled}={getattr(self, o.name)!r}" for o in changed]
-        agree(process_group(self.process_group), self._name(), ", ".join(told), x.device)
-        self.__dict__["_has_agreed"] = True
+        group = process_group(self.process_group)
+        self.__dict__["_place"] = agree(group, self._name(), ", ".join(told), x.device)
 
     def _own_source(self, batch: Batch, population: Population, use_batch: bool) -> Source:
         """The statistics that normalize by the layer's options and mode."""

@@ -57,7 +57,7 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
     renorm_r: Tensor
     renorm_d: Tensor
     running_carry: Tensor | None = None  # what rounding left of the running statistics; see `buffers.carry`
-    _has_agreed: bool = False  # whether the ranks have compared the layer, as they do before its first exchange
+    _place: int = 0  # which layer of its ranks it is, from 1, once they have compared it before its first exchange
     _source: Source | None = None  # normalizes in place of the layer's own, which then takes in nothing
     _accumulator: Accumulator | None = None  # takes in statistics in place of the buffers
     _padding: Any = None  # tells the valid frames of an input that comes without them; see `padding.mask_padding`
@@ -118,12 +118,18 @@ class ConfiguredLayer(Swappable, nn.modules.batchnorm._BatchNorm):
             options.check(name, value)
         super().__setattr__(name, value)
         if name == "process_group":
-            self.__dict__.pop("_has_agreed", None)
+            self.__dict__.pop("_place", None)
         if name in DEFAULTS or name in layer_buffers.HANDED_IN:
             layer_buffers.prepare(self, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        old = ("_special", "_pooled", "_ghosts", "_has_agreed")  # flags of pickles made before, and of other ranks
+        old = (
+            "_special",
+            "_pooled",
+            "_ghosts",
+            "_has_agreed",
+            "_place",
+        )  # flags of pickles made before, and of other ranks
         super().__setstate__({**DEFAULTS, **{name: value for name, value in state.items() if name not in old}})
         layer_buffers.set_flags(self)
 
