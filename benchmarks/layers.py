@@ -35,7 +35,7 @@ def _shape(draw: random.Random, dimensions: int) -> tuple[int, ...]:
             2: (batch, channels, side, side),
             3: (batch, channels, draw.choice(DEPTHS), side, side),
         }[dimensions]
-        if SMALLEST <= math.prod(shape) <= LARGEST:
+        if SMALLEST <= math.prod(shape) <= LARGEST and math.prod(shape) >= 8 * shape[1]:
             return shape
 
 

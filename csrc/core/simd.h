@@ -254,13 +254,30 @@ INLINE V select(M condition, V yes, V no) {
   return condition ? yes : no;
 }
 
+// NaN in a stays, and so does its zero beside one of the other sign. By name, because GCC makes two instructions of it.
 template <class V>
-INLINE V vmax(V a, V b) {  // NaN in a stays
+INLINE V vmax(V a, V b) {
+#if VB == 64
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)b, (__m512)a);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm512_max_pd((__m512d)b, (__m512d)a);
+#elif VB == 32
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)b, (__m256)a);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm256_max_pd((__m256d)b, (__m256d)a);
+#else
   return select(a < b, b, a);
+#endif
 }
 template <class V>
 INLINE V vmin(V a, V b) {
+#if VB == 64
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_min_ps((__m512)b, (__m512)a);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm512_min_pd((__m512d)b, (__m512d)a);
+#elif VB == 32
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)b, (__m256)a);
+  if constexpr (sizeof(a[0]) == 8) return (V)_mm256_min_pd((__m256d)b, (__m256d)a);
+#else
   return select(a > b, b, a);
+#endif
 }
 
 // ---- a vector of elements in the type that is computed in
