@@ -1,7 +1,5 @@
 // The activations and their derivatives on vectors. float32 by polynomials fitted here (relative error a few 1e-7 at
 // most, least squares on Chebyshev nodes), float64 by series and a polynomial (a few 1e-16).
-//
-// NaN needs no care: vmin, vmax and all arithmetic keep it.
 #pragma once
 
 #include <cstdint>
@@ -47,10 +45,12 @@ INLINE f32 exp_of(f32 v) {
 
 INLINE f32 abs_of(f32 v) { return (f32)((u32)v & 0x7fffffffu); }
 
+INLINE f32 keep_nan(f32 z, f32 v) { return select(z != z, z, v); }
+
 INLINE f32 sigmoid_of(f32 z) {
   f32 e = exp_of(-abs_of(z));
   f32 upper = 1.f / (1.f + e);
-  return select(z < 0.f, e * upper, upper);
+  return keep_nan(z, select(z < 0.f, e * upper, upper));
 }
 
 INLINE f32 tanh_of(f32 z) {
@@ -63,7 +63,7 @@ INLINE f32 tanh_of(f32 z) {
   f32 e = exp_of(-2.f * a);
   f32 large = (1.f - e) / (1.f + e);
   large = (f32)((u32)large | ((u32)z & 0x80000000u));
-  return select(a < 0.625f, small, large);
+  return keep_nan(z, select(a < 0.625f, small, large));
 }
 
 // The normal distribution: its function, 0.5 * erfc(-z / sqrt 2), and its density. They share an exponential.
@@ -75,15 +75,13 @@ struct Normal32 {
 // polynomials 1.4e-8 and 2e-16).
 INLINE Normal32 normal_of(f32 z) {
   const f32 c = vmin(abs_of(z), f32{} + 13.15f), a = c * 0x1.6a09e6p-1f;
-  // One division for both quotients.
-  const f32 bell = exp_of(-0.5f * c * c), near = a + 2.f, far = 1.f + 2.f * a, inverse = 1.f / (near * far);
-  const f32 s = 1.4301075268817205f - 4.860215053763441f * far * inverse;
+  const f32 bell = exp_of(-0.5f * c * c), s = 1.4301075268817205f - 4.860215053763441f / (a + 2.f);
   const f32 p =
       polynomial<float>(s, {-7.20780416380551e-05f, -0.00012449668438802472f, 0.0006715525422085063f,
                             0.0018991875345390839f, -0.006056786724951702f, -0.01988690521596533f, 0.11093784511418414f,
                             -0.1779790229249642f, -0.014337177266269659f, 1.2872345970481738f});
-  const f32 tail = 0.5f * p * (near * inverse) * bell;
-  return {select(z < 0.f, tail, 1.f - tail), 0.3989422804014327f * bell};
+  const f32 tail = 0.5f * p / (1.f + 2.f * a) * bell;
+  return {keep_nan(z, select(z < 0.f, tail, 1.f - tail)), 0.3989422804014327f * bell};
 }
 
 // ---- float64
@@ -110,16 +108,18 @@ INLINE f64 exp_of(f64 v) {
 
 INLINE f64 abs_of(f64 v) { return (f64)((s64)v & INT64_MAX); }
 
+INLINE f64 keep_nan(f64 z, f64 v) { return select(z != z, z, v); }
+
 INLINE f64 sigmoid_of(f64 z) {
   const f64 e = exp_of(-abs_of(z)), upper = 1. / (1. + e);
-  return select(z < 0., e * upper, upper);
+  return keep_nan(z, select(z < 0., e * upper, upper));
 }
 
 INLINE f64 tanh_of(f64 z) {
   const Powers p = powers_of(vmax(-2. * abs_of(z), f64{} - 40.));
   const f64 below = (p.two - 1.) + p.two * p.rest;  // exp(-2 |z|) - 1
   const f64 t = -below / (2. + below);
-  return (f64)((s64)t | ((s64)z & INT64_MIN));
+  return keep_nan(z, (f64)((s64)t | ((s64)z & INT64_MIN)));
 }
 
 struct Normal64 {
@@ -128,8 +128,7 @@ struct Normal64 {
 
 INLINE Normal64 normal_of(f64 z) {
   const f64 c = vmin(abs_of(z), f64{} + 37.6), a = c * 0.70710678118654752440;
-  const f64 bell = exp_of(-0.5 * c * c), near = a + 3., far = 1. + 2. * a, inverse = 1. / (near * far);
-  const f64 s = 1.2255639097744362 - 6.676691729323308 * far * inverse;
+  const f64 bell = exp_of(-0.5 * c * c), s = 1.2255639097744362 - 6.676691729323308 / (a + 3.);
   const f64 p = polynomial<double>(
       s, {9.750819947234462e-11,   2.633691878325225e-09, 1.7616626860101974e-09, -2.913124007279513e-08,
           -4.02274619445808e-08,   1.939537497023119e-07, 4.420009573815869e-07,  -1.1561960992098138e-06,
@@ -137,8 +136,8 @@ INLINE Normal64 normal_of(f64 z) {
           -0.000231313955657629,   0.0010762618705158864, 0.0003441108698033559,  -0.013143887768281234,
           0.04875433484776166,     -0.10280064564228518,  0.13463513285326478,    -0.07678519416450127,
           -0.10914145197791969,    1.2661165619901906});
-  const f64 tail = 0.5 * p * (near * inverse) * bell;
-  return {select(z < 0., tail, 1. - tail), 0.39894228040143267794 * bell};
+  const f64 tail = 0.5 * p / (1. + 2. * a) * bell;
+  return {keep_nan(z, select(z < 0., tail, 1. - tail)), 0.39894228040143267794 * bell};
 }
 
 template <class V>
