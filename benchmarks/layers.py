@@ -39,7 +39,7 @@ def _shape(draw: random.Random, dimensions: int) -> tuple[int, ...]:
             return shape
 
 
-def cases(seed: int, count: int, threads: int = 0) -> list[tuple[Case, str]]:
+def cases(seed: int, count: int) -> list[tuple[Case, str]]:
     """`count` layers, each with what is asked of it, one of `MODES`; the same for the same seed."""
     draw, found = random.Random(seed), []
     for _ in range(count):
@@ -51,5 +51,5 @@ def cases(seed: int, count: int, threads: int = 0) -> list[tuple[Case, str]]:
         order = "dense" if dimensions == 0 else "channels_last" if last else "planar"
         if mode != "training":
             fusion = fusion.replace("+add", "")
-        found.append((Case(shape, dtype, order, fusion, threads), mode))
+        found.append((Case(shape, dtype, order, fusion), mode))
     return found

@@ -74,8 +74,7 @@ INLINE typename Lane<T>::V load_some(const T* p, i64 count) {
   if constexpr (sizeof(T) == 2) return Lane<T>::widened(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
   if constexpr (sizeof(T) == 4) return (f32)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
   if constexpr (sizeof(T) == 8) return (f64)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
-#else
-#if VB == 32
+#elif VB == 32
   if constexpr (sizeof(T) == 4) return (f32)_mm256_maskload_ps(reinterpret_cast<const float*>(p), first_lanes(count));
   if constexpr (sizeof(T) == 8)
     return (f64)_mm256_maskload_pd(reinterpret_cast<const double*>(p), first_lanes(2 * count));
@@ -90,7 +89,7 @@ INLINE typename Lane<T>::V load_some(const T* p, i64 count) {
     store_bytes(values, all);
     return Lane<T>::load(values);
   }
-#endif
+#else
   T values[Lane<T>::width] = {};
   for (i64 i = 0; i < count; ++i) values[i] = p[i];
   return Lane<T>::load(values);

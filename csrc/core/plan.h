@@ -28,7 +28,7 @@ constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // time.
 constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
 
-// From how many samples on planes are worth coefficients of columns: earlier where they hardly fill a vector.
+// From how many samples on short planes are walked as rows: from fewer if a plane hardly fills a vector.
 inline int64_t flat_samples(int64_t inner) { return inner <= 8 ? 2 : inner <= 16 ? 4 : kFlatSamples; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

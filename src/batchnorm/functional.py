@@ -295,7 +295,7 @@ def _fresh_carry(running_mean: Tensor | None) -> Tensor | None:
 
 
 Options = tuple[int, int, Any, str, int]
-"""ghost_size, channel_groups, process_group, and the layer's name in errors."""
+"""ghost_size, channel_groups, process_group, the layer's name in errors, and its `Pool.place`."""
 
 
 def pools_of(batch: Batch, options: Options, exchanges: bool) -> tuple[Batch, Pool]:

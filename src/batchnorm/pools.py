@@ -193,10 +193,10 @@ def all_gather(values: Tensor, pool: Pool) -> Tensor:
     """Every rank's tensor of one shape, stacked in rank order.
 
     Raises:
-        SynchronizationError: ranks are at different layers (on CPUs; elsewhere the comparison would wait for a device).
+        SynchronizationError: ranks are at different layers. Only eager calls on CPUs look: elsewhere it would wait.
     """
     group = process_group(pool.process_group)
-    if pool.place and values.is_cpu and not torch.compiler.is_compiling():
+    if pool.place and values.is_cpu:
         return _gather_of_one_layer(values, pool, group)
     gathered = values.new_empty((dist.get_world_size(group), *values.shape))
     with waiting(group, pool.layer, "all-gather"):
@@ -210,9 +210,10 @@ def _gather_of_one_layer(values: Tensor, pool: Pool, group: Any) -> Tensor:
     gathered = mine.new_empty((dist.get_world_size(group), len(mine)))
     with waiting(group, pool.layer, "all-gather"):
         dist.all_gather(list(gathered.unbind()), mine, group=group)
-    places = gathered[:, -1].tolist()
-    if places.count(pool.place) != len(places):
-        refuse_mixture(group, pool.layer, [int(place) for place in places])
+    if not torch.compiler.is_compiling():  # a graph sends its place, too: other ranks may have none
+        places = gathered[:, -1].tolist()
+        if places.count(pool.place) != len(places):
+            refuse_mixture(group, pool.layer, [int(place) for place in places])
     given: Tensor = gathered[:, :-1].unflatten(1, values.shape)
     return given
 

@@ -481,6 +481,11 @@ def precisions():
         close(own[0], part(first[0]), "dx, compiled")
         close(summed(own[1]), first[1], "dgamma, compiled")
     same_buffers(layer, whole, "compiled")
+    layer, whole = (perturbed(bn.BatchNorm2d(2, process_group=g), torch.float64) for g in ("world", None))
+    layer(part(x)), whole(x)
+    mixed = layer if dist.get_rank() else torch.compile(layer, backend="aot_eager")  # after a first exchange without it
+    close(mixed(part(x)), part(whole(x)), "y, compiled on one rank alone")
+    same_buffers(layer, whole, "compiled on one rank alone")
 
 
 class Recurrent(nn.Module):
