@@ -126,6 +126,95 @@ def test_a_part_whose_weight_is_tied_to_another_module_stays():
     assert "shares 'first.0.weight' with other modules" in result.certificate.kept[0].reason
 
 
+def called_activation(self, x):
+    activation = self.first[1] if len(self.first) == 3 else self.first[2]
+    return activation(decide(self.first(x))) + self.second(x)
+
+
+SHARED = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "identity": nn.Identity,
+    "dropout": nn.Dropout,
+    "several": lambda: nn.Sequential(nn.Dropout(), nn.GELU()),
+}
+
+
+def sharing(activation, forward=plain):
+    """Two blocks with one activation, as YOLO-like networks have, whose whole cannot be captured."""
+    net = network(forward)
+    net.first[2] = net.second[2] = activation
+    return net.double().eval()
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_shared_module_without_state_is_no_obstacle(kind):
+    net = sharing(SHARED[kind]())
+    result = bn.fold(net, IMAGES)
+    assert [item.layer for item in result.certificate.folded] == ["first.1", "second.1"]
+    assert result.certificate.parts == ("first", "second")
+    assert result.model.first[2] is result.model.second[2]
+    torch.testing.assert_close(result.model(IMAGES), net(IMAGES), rtol=1e-9, atol=1e-10)
+    assert bn.summary(net, IMAGES).parts == ("first", "second")
+
+
+def test_a_shared_activation_that_is_called_from_outside_is_no_obstacle():
+    net = sharing(nn.ReLU(), called_activation)
+    result = bn.fold(net, IMAGES)
+    assert [item.layer for item in result.certificate.folded] == ["first.1", "second.1"]
+    torch.testing.assert_close(result.model(IMAGES), net(IMAGES), rtol=1e-9, atol=1e-10)
+
+
+class Counting(nn.Module):
+    """Decides by how often it was called."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x.relu() if self.calls % 2 else x
+
+
+class Scaling(nn.Module):
+    """Has a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.tensor(2.0).double()
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def hooked():
+    activation = nn.ReLU()
+    activation.register_forward_hook(lambda module, args, y: y * 2)
+    return activation
+
+
+@pytest.mark.parametrize("make", [Counting, Scaling, hooked, nn.PReLU, lambda: nn.BatchNorm2d(3)])
+def test_a_shared_module_with_a_state_or_hooks_is_one(make):
+    net = sharing(make())
+    with pytest.raises(SurgeryError, match=r"'second' shares 'second\.2' with other modules"):
+        bn.fold(net, IMAGES)
+
+
+@pytest.mark.parametrize("forward", [plain, called_activation])
+def test_insert_leaves_an_activation_that_others_use(forward):
+    net = network(forward, norm=False)
+    if forward is plain:
+        net.first[1] = net.second[1]
+    original = copy.deepcopy(net)
+    with pytest.raises(SurgeryError, match=r"its activation 'first\.1' is also used outside 'first'; give each"):
+        bn.insert(net, IMAGES, placement="after_activation")
+    assert net.state_dict().keys() == original.state_dict().keys()
+    bn.insert(net, IMAGES)
+    assert [name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)] == [
+        "first.0.norm",
+        "second.0.norm",
+    ]
+
+
 def test_where_no_part_folds_the_parts_are_named():
     def forward(self, x):
         return self.inner(x)

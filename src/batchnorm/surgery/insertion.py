@@ -319,6 +319,11 @@ def _insertion(part: Part[DataFlow], name: str, placement: str, options: dict[st
         if isinstance(outcome, str):
             return outcome
         after = outcome or call
+    if part.full(flow.name(after)) in part.lent:
+        return (
+            f"its activation '{part.full(flow.name(after))}' is also used outside '{part.name}'; give each layer one "
+            "of its own or use placement='before_activation'"
+        )
     norm = _norm_for(layer, after, options)
     if isinstance(norm, str):
         return norm

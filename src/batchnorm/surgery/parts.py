@@ -1,7 +1,8 @@
 """The parts of a network that can be captured where the whole cannot: modules, each with its own calls on the example.
 
 A part is edited by its own data flow. That holds in the network if nothing else reaches into the part: no code outside
-it calls its layers, reads their tensors, or registers them a second time.
+it calls its layers, reads their tensors, or registers them a second time. Modules without state, such as activations,
+may be used by others, too, since no edit of a part changes them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm.errors import BatchNormError
+from batchnorm.nn.outside import has_hooks
 from batchnorm.surgery.capture import NotCapturedError
 from batchnorm.surgery.comparison import Example, copy_of, leaves_of, run_example
 from batchnorm.surgery.modules import is_compiled, is_leaf
+from batchnorm.surgery.own_state import own_state
 
 T = TypeVar("T")
 _SHOWN = 3
@@ -27,11 +30,15 @@ _PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.layout
 
 @dataclass(frozen=True)
 class Part(Generic[T]):
-    """A module that can be captured, what it is called with on the example, and what is planned in it."""
+    """A module that can be captured, what it is called with on the example, and what is planned in it.
+
+    ``lent`` names the modules without state in it that are used outside it, too: they must stay as they are.
+    """
 
     name: str
     example: Example
     plan: T
+    lent: frozenset[str] = frozenset()
 
     def holds(self, name: str) -> bool:
         """Whether a module of the network lies in the part."""
@@ -103,7 +110,7 @@ def parts_of(
         reason = seen.obstacle(name)
         if reason is None:
             try:
-                found.parts.append(Part(name, seen.given[name], plan(name, seen.given[name])))
+                found.parts.append(Part(name, seen.given[name], plan(name, seen.given[name]), seen.lent(name)))
                 return
             except NotCapturedError as failed:
                 reason = failed.short
@@ -129,6 +136,7 @@ class Seen:
         shapes: the shapes of all its calls.
         returns: the types that no graph follows among what it gives back.
         reads: the modules that ran while a tensor of a module was read, or the module itself was called, by its name.
+        stateless: the modules that have nothing that an edit could change, and no hooks, by identity.
     """
 
     net: nn.Module
@@ -137,16 +145,22 @@ class Seen:
     returns: dict[str, str] = field(default_factory=dict)
     reads: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
+    stateless: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, net: nn.Module, example: Example) -> Seen:
         seen = cls(copy_of(net).eval())
+        without = {id(module): module for module in seen.net.modules() if _is_stateless(module)}
+        before = {key: own_state(module) for key, module in without.items()}
         for name, module in seen.net.named_modules():
             module.register_forward_pre_hook(partial(seen._enters, name, is_leaf(module)), with_kwargs=True)
             module.register_forward_hook(partial(seen._leaves, name), always_call=True)
             if not is_compiled(module):
                 module.__class__ = _watched(type(module), partial(seen._reads, name))
         run_example(seen.net, example)
+        changed = {key for key, module in without.items() if own_state(module) != before[key]}
+        whole = (module for key, module in without.items() if not changed & set(map(id, module.modules())))
+        seen.stateless = set(map(id, whole))
         return seen
 
     def obstacle(self, name: str) -> str | None:
@@ -161,19 +175,30 @@ class Seen:
             return f"gives a {self.returns[name]}, into which no graph looks"
         if any(shapes != self.shapes[name][0] for shapes in self.shapes[name]):
             return "is called with values of several shapes"
-        for key in inside:
-            if any(name not in running for running in self.reads.get(key, ())):
+        for key, module in inside.items():
+            if id(module) not in self.stateless and self._is_reached(key, name):
                 return f"is not alone with '{key}', which is called or read from outside it"
         shared = self._shared(name)
         return f"shares '{shared}' with other modules" if shared else None
 
+    def lent(self, name: str) -> frozenset[str]:
+        """The modules without state in a module that are registered or called outside it, too."""
+        inside = self.net.get_submodule(name).named_modules(prefix=name)
+        own = {id(module): key for key, module in inside if id(module) in self.stateless}
+        outside = {id(module) for path, module in _things(self.net, "") if not _is_in(path, name)}
+        return frozenset(key for mark, key in own.items() if mark in outside or self._is_reached(key, name))
+
     def _shared(self, name: str) -> str | None:
-        """What of a module is registered outside it, too."""
+        """What of a module is registered outside it, too, and has a state."""
         own = {id(thing): path for path, thing in _things(self.net.get_submodule(name), name)}
         for path, thing in _things(self.net, ""):
-            if id(thing) in own and path != name and not path.startswith(f"{name}."):
+            if id(thing) in own and id(thing) not in self.stateless and not _is_in(path, name):
                 return own[id(thing)]
         return None
+
+    def _is_reached(self, key: str, name: str) -> bool:
+        """Whether a module in the module ``name`` is called, or its tensors are read, while that does not run."""
+        return any(name not in running for running in self.reads.get(key, ()))
 
     def _enters(self, name: str, leaf: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not leaf:
@@ -193,6 +218,15 @@ class Seen:
     def _reads(self, name: str) -> None:
         if self.running:
             self.reads.setdefault(name, set()).add(tuple(self.running))
+
+
+def _is_in(path: str, name: str) -> bool:
+    return path == name or path.startswith(f"{name}.")
+
+
+def _is_stateless(module: nn.Module) -> bool:
+    """Whether neither a module nor one in it has tensors or hooks."""
+    return not any(has_hooks(each) or any(map(_has_tensors, vars(each).values())) for each in module.modules())
 
 
 def _things(net: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
