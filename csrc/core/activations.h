@@ -23,14 +23,15 @@ INLINE V polynomial(V v, const S (&k)[count]) {
   return odd * v + even;
 }
 
-INLINE f32 round_to_int(f32 v) {
-  const f32 magic = f32{} + 0x1.8p23f;
-  return (v + magic) - magic;
-}
+// Added to a value it leaves the nearest integer in the low bits, from which the exponent of a power of two is shifted
+// into place.
+constexpr float kMagic = 0x1.8p23f;
 
-INLINE f32 exp_of(f32 v) {
-  v = vmin(vmax(v, f32{} - 87.3f), f32{} + 88.3f);
-  f32 n = round_to_int(v * 0x1.715476p0f);
+INLINE f32 times_power(f32 v, f32 bits) { return (f32)((u32)v + ((u32)bits << 23)); }
+
+// Of values from -87.3 to 88.3; NaN stays.
+INLINE f32 exp_within(f32 v) {
+  const f32 bits = v * 0x1.715476p0f + kMagic, n = bits - kMagic;
   f32 r = v - n * 0x1.62e4p-1f;  // log 2, high part: n * high is exact
   r = r - n * 1.4286068203094172e-6f;
   f32 p = 0.001382941147312522f * r + 0.008374777622520924f;
@@ -39,19 +40,15 @@ INLINE f32 exp_of(f32 v) {
   p = p * r + 0.49999991059303284f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  i32 exponent = __builtin_convertvector(n, i32);
-  return (f32)((u32)p + ((u32)exponent << 23));
+  return times_power(p, bits);
 }
+
+INLINE f32 exp_of_negative(f32 v) { return exp_within(vmax(v, f32{} - 87.3f)); }
 
 INLINE f32 abs_of(f32 v) { return (f32)((u32)v & 0x7fffffffu); }
 
-INLINE f32 keep_nan(f32 z, f32 v) { return select(z != z, z, v); }
-
-INLINE f32 sigmoid_of(f32 z) {
-  f32 e = exp_of(-abs_of(z));
-  f32 upper = 1.f / (1.f + e);
-  return keep_nan(z, select(z < 0.f, e * upper, upper));
-}
+// Neither the exponential nor its reciprocal is below the normal numbers.
+INLINE f32 sigmoid_of(f32 z) { return 1.f / (1.f + exp_within(vmin(vmax(-z, f32{} - 87.3f), f32{} + 87.3f))); }
 
 INLINE f32 tanh_of(f32 z) {
   f32 a = abs_of(z), u = z * z;
@@ -60,28 +57,37 @@ INLINE f32 tanh_of(f32 z) {
   small = small * u + 0.13331091403961182f;
   small = small * u - 0.3333325982093811f;
   small = z + z * (small * u);
-  f32 e = exp_of(-2.f * a);
+  f32 e = exp_of_negative(-2.f * a);
   f32 large = (1.f - e) / (1.f + e);
   large = (f32)((u32)large | ((u32)z & 0x80000000u));
-  return keep_nan(z, select(a < 0.625f, small, large));
+  return select(a < 0.625f, small, large);
 }
 
-// The normal distribution: its function, 0.5 * erfc(-z / sqrt 2), and its density. They share an exponential.
-struct Normal32 {
-  f32 cdf, pdf;
+// The normal distribution where z is negative: its function, 0.5 * erfc(c / sqrt 2), and exp(-c^2 / 2), of c = |z|.
+struct Tail32 {
+  f32 c, cdf, bell;
 };
 
-// erfc(a) is exp(-a^2) / (1 + 2 a) times a polynomial in 1 / (a + 2) here, in 1 / (a + 3) below (relative errors of the
-// polynomials 1.4e-8 and 2e-16).
-INLINE Normal32 normal_of(f32 z) {
-  const f32 c = vmin(abs_of(z), f32{} + 13.15f), a = c * 0x1.6a09e6p-1f;
-  const f32 bell = exp_of(-0.5f * c * c), s = 1.4301075268817205f - 4.860215053763441f / (a + 2.f);
+// The function is exp(-c^2 / 2) / (1 + sqrt(2) c) times a polynomial in c / (c + sqrt(8)) here, in 1 / (a + 3) below
+// (relative errors of the polynomials 1.4e-8 and 2e-16). Both quotients come of one division, and what they lose is
+// little where c is; the power of two is exact to its argument, since the rest of the square is taken unrounded.
+INLINE Tail32 tail_of(f32 z) {
+  const f32 c = vmin(abs_of(z), f32{} + 13.15f), w = c * 0.8493218002880191f;
+  const f32 bits = kMagic - w * w, r = -(w * w) - (bits - kMagic);
+  f32 e = 0.00015370704780f * r + 0.0013399834830f;
+  e = e * r + 0.0096183732500f;
+  e = e * r + 0.0555032904000f;
+  e = e * r + 0.2402264850000f;
+  e = e * r + 0.6931472060000f;
+  e = e * r + 1.f;
+  const f32 bell = times_power(e, bits);
+  const f32 b = c + 2.8284271247461903f, d = 1.f + 1.4142135623730951f * c, both = 1.f / (b * d);
+  const f32 s = 2.4301075268817205f * (c * d * both) - 1.f;
   const f32 p =
-      polynomial<float>(s, {-7.20780416380551e-05f, -0.00012449668438802472f, 0.0006715525422085063f,
-                            0.0018991875345390839f, -0.006056786724951702f, -0.01988690521596533f, 0.11093784511418414f,
-                            -0.1779790229249642f, -0.014337177266269659f, 1.2872345970481738f});
-  const f32 tail = 0.5f * p / (1.f + 2.f * a) * bell;
-  return {keep_nan(z, select(z < 0.f, tail, 1.f - tail)), 0.3989422804014327f * bell};
+      polynomial<float>(s, {-3.603901989720529e-05f, -6.224834219401236e-05f, 0.0003357762711042532f,
+                            0.0009495937672695419f, -0.003028393362475851f, -0.009943452607982664f,
+                            0.05546892255709207f, -0.0889895114624821f, -0.007168588633134829f, 0.6436172985240869f});
+  return {c, p * (b * both) * bell, bell};
 }
 
 // ---- float64
@@ -102,31 +108,26 @@ INLINE Powers powers_of(f64 v) {
 }
 
 INLINE f64 exp_of(f64 v) {
-  const Powers p = powers_of(vmin(vmax(v, f64{} - 708.), f64{} + 709.));
+  const Powers p = powers_of(vmin(vmax(v, f64{} - 708.), f64{} + 708.));
   return p.two + p.two * p.rest;
 }
 
 INLINE f64 abs_of(f64 v) { return (f64)((s64)v & INT64_MAX); }
 
-INLINE f64 keep_nan(f64 z, f64 v) { return select(z != z, z, v); }
-
-INLINE f64 sigmoid_of(f64 z) {
-  const f64 e = exp_of(-abs_of(z)), upper = 1. / (1. + e);
-  return keep_nan(z, select(z < 0., e * upper, upper));
-}
+INLINE f64 sigmoid_of(f64 z) { return 1. / (1. + exp_of(-z)); }
 
 INLINE f64 tanh_of(f64 z) {
   const Powers p = powers_of(vmax(-2. * abs_of(z), f64{} - 40.));
   const f64 below = (p.two - 1.) + p.two * p.rest;  // exp(-2 |z|) - 1
   const f64 t = -below / (2. + below);
-  return keep_nan(z, (f64)((s64)t | ((s64)z & INT64_MIN)));
+  return (f64)((s64)t | ((s64)z & INT64_MIN));
 }
 
-struct Normal64 {
-  f64 cdf, pdf;
+struct Tail64 {
+  f64 c, cdf, bell;
 };
 
-INLINE Normal64 normal_of(f64 z) {
+INLINE Tail64 tail_of(f64 z) {
   const f64 c = vmin(abs_of(z), f64{} + 37.6), a = c * 0.70710678118654752440;
   const f64 bell = exp_of(-0.5 * c * c), s = 1.2255639097744362 - 6.676691729323308 / (a + 3.);
   const f64 p = polynomial<double>(
@@ -137,7 +138,22 @@ INLINE Normal64 normal_of(f64 z) {
           0.04875433484776166,     -0.10280064564228518,  0.13463513285326478,    -0.07678519416450127,
           -0.10914145197791969,    1.2661165619901906});
   const f64 tail = 0.5 * p / (1. + 2. * a) * bell;
-  return {keep_nan(z, select(z < 0., tail, 1. - tail)), 0.39894228040143267794 * bell};
+  return {c, tail, bell};
+}
+
+// Of NaN all functions here are NaN without more ado: minimum and maximum keep it, and no comparison picks what it is
+// not in.
+template <class V>
+INLINE V gelu_of(V z) {
+  const auto tail = tail_of(z);
+  return vmax(z, V{}) - tail.c * tail.cdf;
+}
+
+template <class V>
+INLINE V gelu_slope_of(V z) {
+  using S = std::remove_reference_t<decltype(z[0])>;
+  const auto tail = tail_of(z);
+  return select(z < V{}, tail.cdf, S(1) - tail.cdf) + z * (S(0.39894228040143267794) * tail.bell);
 }
 
 template <class V>
@@ -150,7 +166,7 @@ INLINE V activate(Activation a, V z, double slope) {
     case Activation::relu6: return vmin(vmax(z, zero), six);
     case Activation::leaky_relu: return select(z < zero, z * S(slope), z);
     case Activation::silu: return z * sigmoid_of(z);
-    case Activation::gelu: return z * normal_of(z).cdf;
+    case Activation::gelu: return gelu_of(z);
     case Activation::hardswish: return z * (vmin(vmax(z + S(3), zero), six) / S(6));
     case Activation::sigmoid: return sigmoid_of(z);
     case Activation::tanh: return tanh_of(z);
@@ -172,10 +188,7 @@ INLINE V derivative(Activation a, V z, double slope) {
       V s = sigmoid_of(z);
       return s * (one + z * (one - s));
     }
-    case Activation::gelu: {
-      const auto normal = normal_of(z);
-      return normal.cdf + z * normal.pdf;
-    }
+    case Activation::gelu: return gelu_slope_of(z);
     case Activation::hardswish: return select(z <= zero - S(3), zero, select(z < zero + S(3), z / S(3) + S(0.5), one));
     case Activation::sigmoid: {
       V s = sigmoid_of(z);

@@ -125,6 +125,29 @@ INLINE void store_from(T* p, typename Lane<T>::V v, int skip) {
   for (int i = skip; i < Lane<T>::width; ++i) p[i] = values[i];
 }
 
+// Elements that are walked two vectors at a time, where nothing hangs on their order.
+template <class T>
+constexpr bool kPaired = sizeof(T) == 2;
+
+// Two vectors of 16-bit elements, in the order of Lane; of others nobody asks.
+template <class T>
+INLINE auto load_pair(const T* p) {
+  if constexpr (kPaired<T>)
+    return Lane<T>::load_pair(p);
+  else
+    return Pair<typename Lane<T>::V>{};
+}
+template <class T>
+INLINE void store_pair(T* p, const Pair<typename Lane<T>::V>& v) {
+  if constexpr (kPaired<T>) Lane<T>::store_pair(p, v.a, v.b);
+}
+template <class T>
+INLINE void stream_pair(T* p, const Pair<f32>& v) {
+  T values[2 * Lane<T>::width];
+  store_pair(values, v);
+  stream_bytes(p, load_bytes<f32>(values));
+}
+
 // A vector of elements in the type that is computed in; of float32 each half from memory, which needs no shuffle.
 template <class P, class T>
 INLINE P load(const T* p) {
@@ -280,18 +303,22 @@ struct LaneSums {
   }
 };
 
-// Walks a plane in whole vectors: `add(i, sums)` for each, into two sets of sums in turn; then `rest(i, count, sums)`
-// once for the elements that are left.
-template <class P, class Add, class Rest>
-INLINE void sum_plane(i64 inner, f64* first, f64* second, Add add, Rest rest) {
+// Walks a plane in whole vectors: `add(i, sums)` for each, into two sets of sums in turn, or where `paired`
+// `add_pair(i, sums, sums)` for two; then `rest(i, count, sums)` once for the elements that are left.
+template <bool paired, class P, class Add, class AddPair, class Rest>
+INLINE void sum_plane(i64 inner, f64* first, f64* second, Add add, AddPair add_pair, Rest rest) {
   constexpr i64 W = P::width, chunk = 2 * W * kChain<P>;
   f64 a = *first, b = *second;
   for (i64 i = 0; i < inner;) {
     const i64 end = inner - i > chunk ? i + chunk : inner;
     Sums<P> even, odd;
     for (; i + 2 * W <= end; i += 2 * W) {
-      add(i, even);
-      add(i + W, odd);
+      if constexpr (paired) {
+        add_pair(i, even, odd);
+      } else {
+        add(i, even);
+        add(i + W, odd);
+      }
     }
     if (i + W <= end) {
       add(i, even);
@@ -348,19 +375,29 @@ INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add
   }
 }
 
-// Writes a plane: `value(i)` is the vector at i, `some(i, count)` that of the elements left where they are fewer than
-// a vector, or where vectors must not overlap: where signs are read, and where what is written is read (`in_place`),
-// which is then in the cache.
-template <bool overlap, class T, class Value, class Some>
-INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Value value, Some some) {
+// Writes a plane: `value(i)` is the vector at i, `pair(i)` two of 16-bit elements, `some(i, count)` that of the
+// elements left where they are fewer than a vector, or where vectors must not overlap: where signs are read, and where
+// what is written is read (`in_place`), which is then in the cache.
+template <bool overlap, class T, class Value, class Two, class Some>
+INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Value value, Two pair, Some some) {
   using L = Lane<T>;
   constexpr i64 W = L::width;
   i64 i = 0;
-  constexpr uintptr_t bytes = sizeof(T) * W;
-  if (overlap && around_cache && !in_place && inner >= 4 * W) {
-    const i64 head = i64(-reinterpret_cast<uintptr_t>(out) % bytes / sizeof(T));
-    if (head) L::store(out, value(0));
-    for (i = head; i + W <= inner; i += W) stream(out + i, value(i));
+  const bool streamed = overlap && around_cache && !in_place && inner >= 4 * W;
+  const auto head = [&](i64 width) INLINED {
+    return i64(-reinterpret_cast<uintptr_t>(out) % (sizeof(T) * size_t(width)) / sizeof(T));
+  };
+  if constexpr (overlap && kPaired<T>) {
+    if (streamed) {
+      i = head(2 * W);
+      if (i) store_pair(out, pair(0));
+      for (; i + 2 * W <= inner; i += 2 * W) stream_pair(out + i, pair(i));
+    }
+    for (; i + 2 * W <= inner; i += 2 * W) store_pair(out + i, pair(i));
+  } else if (streamed) {
+    i = head(W);
+    if (i) L::store(out, value(0));
+    for (; i + W <= inner; i += W) stream(out + i, value(i));
   }
   for (; i + W <= inner; i += W) L::store(out + i, value(i));
   if (i == inner) return;
@@ -388,12 +425,17 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
       const auto k = prepare(c + g * W);
       for (int i = 0; i < height; ++i) v[g][i] = value(n + i, c + g * W, k);
     }
-    for (int i = 0; i < height; ++i)
+    for (int i = 0; i < height; ++i) {
+      if constexpr (kPaired<T> && width == 2 && !streamed) {
+        L::store_two(out(n + i, c), v[0][i], v[1][i]);
+        continue;
+      }
       for (int g = 0; g < width; ++g)
         if constexpr (streamed)
           stream(out(n + i, c + g * W), v[g][i]);
         else
           L::store(out(n + i, c + g * W), v[g][i]);
+    }
   };
   const auto walk = [&](auto height, auto streamed, i64 n) INLINED {
     using std::integral_constant;
@@ -432,11 +474,17 @@ void planar_moments_in(const Slab& slab, const Operand& x, const double* shift, 
       prefetch<T>(slab, x, k, c);
       const T* p = at<const T>(x, span.sample, c) + span.first;
       const auto s = everywhere<P>(shift[c]);
-      sum_plane<P>(
+      sum_plane<kPaired<T>, P>(
           span.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<P>& a) {
             const auto d = minus(load<P>(p + i), s);
             a.add(d, d);
+          },
+          [&](i64 i, Sums<P>& a, Sums<P>& b) {
+            const auto v = load_pair(p + i);
+            const auto d = minus(P::of(v.a), s), e = minus(P::of(v.b), s);
+            a.add(d, d);
+            b.add(e, e);
           },
           [&](i64 i, i64 count, Sums<P>& a) {
             const auto d = span.inner >= W ? only(minus(P::of(Lane<T>::load(p + i + count - W)), s), W - count, W)
@@ -643,6 +691,11 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
             const V rv = residual ? L::load(r + i) : V{};
             return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits, i, L::width, f);
           },
+          [&](i64 i) {
+            const auto v = load_pair(p + i), rv = residual ? load_pair(r + i) : Pair<V>{};
+            return Pair<V>{finish<T, form, residual, false>(normal(P::of(v.a)), rv.a, nullptr, 0, 0, f),
+                           finish<T, form, residual, false>(normal(P::of(v.b)), rv.b, nullptr, 0, 0, f)};
+          },
           [&](i64 i, i64 count) {
             const V rv = residual ? load_some(r + i, count) : V{};
             return finish<T, form, residual, signs>(normal(P::of(load_some(p + i, count))), rv, bits, i, count, f);
@@ -728,7 +781,7 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
       T* const keep = kept ? at<T>(kept, n, c) + span.first : nullptr;
-      sum_plane<S>(
+      sum_plane<kPaired<T> && gate != Gate::signs, S>(
           span.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
@@ -740,6 +793,18 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
               if (keep) L::store(keep + i, dz);
               a.add(S::of(dz), d);
             }
+          },
+          [&](i64 i, Sums<S>& even, Sums<S>& odd) {
+            const auto v = load_pair(p + i), gv = load_pair(g + i);
+            const auto rv = gate == Gate::residual ? load_pair(r + i) : Pair<V>{};
+            Pair<V> dz = gv;
+            if constexpr (gate != Gate::none) {
+              dz.a = gated<T, P, form, gate>(gv.a, v.a, normal, rv.a, nullptr, 0, 0, f).rounded();
+              dz.b = gated<T, P, form, gate>(gv.b, v.b, normal, rv.b, nullptr, 0, 0, f).rounded();
+              if (keep) store_pair(keep + i, dz);
+            }
+            even.add(S::of(dz.a), minus(S::of(v.a), m));
+            odd.add(S::of(dz.b), minus(S::of(v.b), m));
           },
           [&](i64 i, i64 count, Sums<S>& a) {
             const V v = load_some(p + i, count), rv = gate == Gate::residual ? load_some(r + i, count) : V{};
@@ -848,6 +913,14 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
             const P dz = gated<T, P, form, gate>(L::load(g + i), v, apply.normal, rv, bits, i, L::width, f);
             if (out) L::store(out + i, dz.rounded());
             return apply(dz, P::of(v));
+          },
+          [&](i64 i) {
+            const auto v = load_pair(p + i), gv = load_pair(g + i);
+            const auto rv = gate == Gate::residual ? load_pair(r + i) : Pair<V>{};
+            const P dz = gated<T, P, form, gate>(gv.a, v.a, apply.normal, rv.a, nullptr, 0, 0, f);
+            const P ez = gated<T, P, form, gate>(gv.b, v.b, apply.normal, rv.b, nullptr, 0, 0, f);
+            if (out) store_pair(out + i, Pair<V>{dz.rounded(), ez.rounded()});
+            return Pair<V>{apply(dz, P::of(v.a)), apply(ez, P::of(v.b))};
           },
           [&](i64 i, i64 count) {
             const V v = load_some(p + i, count);

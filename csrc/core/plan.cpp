@@ -10,7 +10,13 @@ constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
 constexpr int64_t kMaxSegments = 128;
 constexpr int64_t kNear = 8;      // times the second cache: tensors that are not far away
+constexpr int64_t kShares = 16;   // at least, of a tensor for several threads
 constexpr int64_t kColumns = 64;  // whole lines of the cache in any type
+
+// Parts of nearly the same size, a multiple of `of`, for a thread waits for the largest share.
+int64_t evened(int64_t whole, int64_t parts, int64_t of) {
+  return std::max<int64_t>(1, ceil_div(ceil_div(whole, std::max<int64_t>(1, parts)), of) * of);
+}
 
 }  // namespace
 
@@ -20,7 +26,8 @@ int64_t flat_channels(int64_t inner) {
   return most / whole * whole;
 }
 
-Plan::Plan(const Shape& s, bool one_phase) : shape(s), one_phase(one_phase), fewest(fewest_values(s)) {
+Plan::Plan(const Shape& s, bool one_phase, bool costly)
+    : shape(s), one_phase(one_phase), serial(is_small(s, costly ? kCostly : 1)), fewest(fewest_values(s)) {
   const int64_t pool = std::min(s.pool_size, s.samples);
   block = pool;
   inner_block = s.inner;
@@ -52,12 +59,17 @@ void Plan::cut_planar(int64_t pool) {
   whole = false;
   int64_t together = flat || sparse ? kMaxPlanarChannels : 1;
   if (one_phase) together = flat ? flat_channels(s.inner) : kPieceBytes / plane;
+  // Enough pieces for all threads.
+  if (one_phase && !flat && !is_small(s)) together = std::min(together, ceil_div(s.channels * pool, kShares));
   group = std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1));
+  if (one_phase && !flat) group = evened(s.channels, ceil_div(s.channels, group), 1);
   groups = ceil_div(s.channels, group);
   const int64_t least = !flat ? 1 : one_phase ? 2 * kFlatSamples : 4 * kFlatSamples;
   block = std::clamp<int64_t>(std::max(least, kPieceBytes / (plane * group)), 1, std::max<int64_t>(pool, 1));
+  block = evened(pool, ceil_div(pool, block), flat ? kFlatSamples : 1);
   blocks = ceil_div(pool, block);
   inner_block = std::clamp<int64_t>(s.inner, 1, kPieceBytes / bytes);
+  if (inner_block < s.inner) inner_block = evened(s.inner, ceil_div(s.inner, inner_block), kColumns);
   inner_blocks = ceil_div(s.inner, inner_block);
 }
 
@@ -72,7 +84,8 @@ void Plan::cut_interleaved(int64_t pool) {
   // Long enough for a block's sums to be little beside its rows.
   const int64_t least = std::clamp<int64_t>(pool / 16, 32, 128);
   block = std::min(pool, std::max({kPieceBytes / row, ceil_div(pool, kMaxBlocks), least}));
-  block = ceil_div(block, 32) * 32;
+  block = std::max(least, std::min(block, ceil_div(pool, 8)));
+  block = evened(pool, ceil_div(pool, block), 4);
   blocks = ceil_div(pool, block);
   if (blocks > 1 || s.channels <= kColumns) return;
   // So few and long rows that their columns are shared out instead.

@@ -23,6 +23,7 @@
 namespace batchnorm {
 
 constexpr int64_t kSerialElements = 32768;  // of four bytes and more; twice as many of two
+constexpr int64_t kCostly = 4;              // elements, that an exponential is worth
 constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.
@@ -33,9 +34,11 @@ inline int64_t flat_samples(int64_t inner) { return inner <= 8 ? 2 : inner <= 16
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether a tensor is not worth a second thread.
+// Whether a tensor is not worth a second thread: so many elements, each worth `times` plain ones.
 inline int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
-inline bool is_small(const Shape& s) { return s.samples * s.channels * s.inner <= serial_elements(s.dtype); }
+inline bool is_small(const Shape& s, int64_t times = 1) {
+  return times * s.samples * s.channels * s.inner <= serial_elements(s.dtype);
+}
 
 // Channels whose short planes are walked as one row: of whole lines of the cache, where that can be.
 int64_t flat_channels(int64_t inner);
@@ -48,6 +51,7 @@ struct Plan {
   Shape shape;
   bool one_phase;
   bool whole = false;             // each piece is
+  bool serial;                    // not worth a second thread
   bool flat = false;              // planes are so short that rows of several are walked, where they are dense
   int64_t group = 1, groups = 1;  // planar: channels of a piece
   int64_t block = 1, blocks = 1;  // samples of a piece, within a pool
@@ -56,8 +60,9 @@ struct Plan {
   const double* counts = nullptr;             // of the pools, where not every position is valid
   int64_t fewest = 0;                         // values of the smallest pool
 
-  // Where there is but one phase, nothing is walked twice: pieces are runs of memory.
-  explicit Plan(const Shape&, bool one_phase = false);
+  // Where there is but one phase, nothing is walked twice: pieces are runs of memory. A costly activation is worth
+  // threads sooner.
+  explicit Plan(const Shape&, bool one_phase = false, bool costly = false);
 
   int64_t pieces_a_pool() const { return groups * blocks * inner_blocks; }
   int64_t pieces() const { return shape.pools() * pieces_a_pool(); }
@@ -140,7 +145,7 @@ template <class F>
 void for_each(const Plan& plan, int64_t count, Parallel parallel, const F& f) {
   auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
   void* context = const_cast<void*>(static_cast<const void*>(&f));
-  if (count <= 1 || is_small(plan.shape))
+  if (count <= 1 || plan.serial)
     body(context, 0, count);
   else
     parallel.run(parallel.self, count, body, context);

@@ -105,6 +105,12 @@ INLINE u16 low_halves(u32 v) {  // of values below 2^16
 template <class T>
 struct Lane;
 
+// Two vectors that are read, worked on and written together.
+template <class V>
+struct Pair {
+  V a, b;
+};
+
 template <>
 struct Lane<float> {
   using V = f32;
@@ -153,11 +159,31 @@ struct Lane<bf16> {
   }
 #else
   static INLINE V load(const bf16* p) { return (V)(zero_extended(p) << 16); }
-  static INLINE void store(bf16* p, V v) {
-    u32 bits = (u32)v;
-    store_bytes(p, low_halves((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16));
-  }
+  static INLINE void store(bf16* p, V v) { store_bytes(p, low_halves(rounded(v) >> 16)); }
 #endif
+  static INLINE u32 rounded(V v) {  // the upper half is the result
+    const u32 bits = (u32)v;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  // Two vectors from 2 * width elements, those at even places and those at odd ones: widening and narrowing take an
+  // instruction less than in the order of memory, and cross no lanes.
+  static INLINE Pair<V> load_pair(const bf16* p) {
+    const u32 words = load_bytes<u32>(p);
+    return {(V)(words << 16), (V)(words & 0xffff0000u)};
+  }
+  static INLINE void store_pair(bf16* p, V even, V odd) {
+    store_bytes(p, (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u));
+  }
+  // The same in the order of memory.
+  static INLINE void store_two(bf16* p, V a, V b) {
+#if VB == 32
+    const __m256i words = _mm256_packus_epi32((__m256i)(rounded(a) >> 16), (__m256i)(rounded(b) >> 16));
+    store_bytes(p, _mm256_permute4x64_epi64(words, 0xd8));
+#else
+    store(p, a);
+    store(p + width, b);
+#endif
+  }
   static INLINE S scalar(bf16 v) {
     uint32_t bits = uint32_t(v.bits) << 16;
     S s;
@@ -214,6 +240,17 @@ struct Lane<f16> {
     store_bytes(p, __builtin_convertvector(half | sign, u16));
   }
 #endif
+  static INLINE Pair<V> load_pair(const f16* p) { return {load(p), load(p + width)}; }
+  static INLINE void store_pair(f16* p, V a, V b) { store_two(p, a, b); }
+  static INLINE void store_two(f16* p, V a, V b) {
+#if VB == 32 && defined(__F16C__)
+    const __m128i low = _mm256_cvtps_ph((__m256)a, 0), high = _mm256_cvtps_ph((__m256)b, 0);
+    store_bytes(p, _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+#else
+    store(p, a);
+    store(p + width, b);
+#endif
+  }
   static INLINE S scalar(f16 v) { return half_to_float(v.bits); }
 };
 
