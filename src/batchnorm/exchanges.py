@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
@@ -133,7 +133,7 @@ def agree(group: Any, layer: str, options: str, device: torch.device) -> int:
     )
 
 
-def refuse_mixture(group: Any, layer: str, places: list[int]) -> None:
+def refuse_mixture(group: Any, layer: str, places: list[int]) -> NoReturn:
     """Raise for ranks that have exchanged statistics of different layers, by what `agree` gave each for its own."""
     names, ranks = _layers(group), dist.get_process_group_ranks(group or dist.group.WORLD)
     told = [names[place - 1] if 0 < place <= len(names) else f"layer {place}" for place in places]

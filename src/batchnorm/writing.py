@@ -19,7 +19,7 @@ from batchnorm.errors import InputError, WriteError
 
 try:
     import fcntl
-except ImportError:  # Windows, where folders are not locked
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".batchnorm-lock"
@@ -119,6 +119,9 @@ def alone_in(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 (folder / LOCK).unlink()  # before it is freed: it is still this process's own
             os.close(held)
+            if fcntl is None:
+                with suppress(OSError):  # Windows removes what nobody has open, and nothing else
+                    (folder / LOCK).unlink()
 
 
 def check_alone(folder: Path) -> None:
@@ -134,22 +137,22 @@ def check_alone(folder: Path) -> None:
 
 def _locked(path: Path) -> int | None:
     """An open and locked file; None where the system has no locks."""
-    if fcntl is None:
-        return None
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | careful, 0o644)
         except OSError as error:
             raise refused(path, error) from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
             if _is_named(path, file):
                 with suppress(OSError):  # a full disk: the name of the process is told to others alone
                     os.ftruncate(file, 0)
                     os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
                 return file
         except BlockingIOError:
-            holder = os.pread(file, 200, 0).decode(errors="replace")
+            os.lseek(file, 0, os.SEEK_SET)
+            holder = os.read(file, 200).decode(errors="replace")
             os.close(file)
             raise InputError(
                 f"folder {path.parent}: {holder if holder.isprintable() and holder else 'another process'} writes into "
@@ -159,6 +162,26 @@ def _locked(path: Path) -> int | None:
             os.close(file)
             return None
         os.close(file)  # its holder has removed it meanwhile: a new one is to be locked
+
+
+def _lock(file: int) -> None:
+    """Lock an open file for this process.
+
+    Raises:
+        BlockingIOError: another process holds it. Other errors: its file system has no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt  # Windows, where what is locked cannot be read: a byte behind all that is written
+
+    windows: Any = msvcrt
+    os.lseek(file, 1 << 20, os.SEEK_SET)
+    try:
+        windows.locking(file, windows.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(*error.args) from error
+    os.lseek(file, 0, os.SEEK_SET)
 
 
 def _is_named(path: Path, file: int) -> bool:

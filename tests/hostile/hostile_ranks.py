@@ -15,6 +15,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm import exchanges
 from batchnorm.errors import SynchronizationError
+from batchnorm.pools import all_reduce_max
 
 LIMIT = 1.5  # seconds, where a rank is missing
 PATIENT = 60.0  # of all other exchanges: a busy machine may be slow at them
@@ -167,6 +168,28 @@ def twice(rank):
     step(nn.Sequential(network[0], network[0]) if rank else network)
 
 
+def recurrent(rank):
+    """Recurrent layers of one size, in another order; first sequences of other lengths, which is no trouble."""
+    layers = [bn.LSTM(3, 4, batch_norm="frame", max_steps=9, recurrent=True, process_group="world") for _ in range(2)]
+    for k, made in enumerate(layers):
+        for name, module in made.named_modules():
+            if name:
+                module.label = f"lstm{k}.{name}"
+        made(torch.randn(5 + rank, 6, 3))
+    limited()
+    layers[rank](torch.randn(5, 6, 3))
+
+
+def steps(rank):
+    """The number of time steps, which every rank must take, is compared by layer as well."""
+    layers = [bn.LSTM(3, 4, batch_norm="frame", max_steps=9, recurrent=True, process_group="world") for _ in range(2)]
+    pools = [layer.norm_hh_l0.agreed_pool(torch.empty(1, 4)) for layer in layers]
+    limited()
+    assert pools[1].place == pools[0].place + 1 > 1
+    assert all_reduce_max(3 + rank, pools[0], torch.device("cpu")) == 4
+    all_reduce_max(3, pools[rank], torch.device("cpu"))
+
+
 def mode(rank):
     """In evaluation nothing is exchanged."""
     network = two()
@@ -184,7 +207,7 @@ def sizes_and_later_dtypes(rank):
 
 
 KINDS = [channels, dtype, options, layer, batches, stuck, recipe, calibration, calibration_of_others]
-KINDS += [more_layers, skipped, order, twice, mode, sizes_and_later_dtypes, dead]
+KINDS += [more_layers, skipped, order, twice, recurrent, steps, mode, sizes_and_later_dtypes, dead]
 
 
 def meet(path, rank):

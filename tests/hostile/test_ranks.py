@@ -73,6 +73,15 @@ def test_each_trouble_of_ranks_is_one_error_within_the_limit(tmp_path):
             assert "the ranks exchanged statistics of different layers" in text, kind
             assert re.search(rf"rank 0 is at {first} \(number \d+\); rank 1 is at {second} \(number \d+\)", text), kind
             assert seconds < PATIENT / 2, kind
+    for kind in ("recurrent", "steps"):
+        for rank in (0, 1):
+            seconds, text = told[kind, rank]
+            assert "the ranks exchanged statistics of different layers" in text, (kind, text)
+            assert seconds < PATIENT / 2, kind
+    mixed = r"rank 0 is at layer 'lstm0.\S+' \(number \d+\); rank 1 is at layer 'lstm1."
+    assert re.search(mixed, told["recurrent", 0][1])
+    first, second = re.findall(r"\(number (\d+)\)", told["steps", 1][1])
+    assert int(second) == int(first) + 1
     assert "rank 1 did not come to it" in told["mode", 0][1]
     assert told["mode", 0][1].startswith("layer 'norm'")
     assert {told["sizes_and_later_dtypes", rank][1] for rank in (0, 1)} == {"no error"}

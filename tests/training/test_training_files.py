@@ -6,9 +6,12 @@ import errno
 import json
 import math
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from batchnorm import writing
 from batchnorm.errors import InputError
 from batchnorm.training.files import CONFIG, next_run_folder, run_folder, write_json
 from batchnorm.writing import LOCK, alone_in, write_atomically
@@ -110,6 +113,31 @@ def test_a_lock_that_its_holder_removes_meanwhile_is_made_anew(tmp_path, monkeyp
     with alone_in(tmp_path):
         assert len(locks) == 2
         assert (tmp_path / LOCK).stat().st_ino == locks[-1]
+
+
+def test_windows_locks_a_byte_that_nobody_reads(tmp_path, monkeypatch):
+    """By a stand-in for `msvcrt`, whose lock is that of this system."""
+    import fcntl
+
+    locked = []
+
+    def locking(file, how, length):
+        locked.append((os.lseek(file, 0, os.SEEK_CUR), length))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(writing, "fcntl", None)
+    with alone_in(tmp_path):
+        text = (tmp_path / LOCK).read_bytes()
+        assert text.startswith(f"process {os.getpid()} on ".encode())
+        assert all(place > len(text) and length == 1 for place, length in locked)
+        with pytest.raises(InputError, match=rf"process {os.getpid()} on .* writes into it"), alone_in(tmp_path):
+            pass
+    assert len(locked) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks_is_written_as_it_is(tmp_path, monkeypatch):

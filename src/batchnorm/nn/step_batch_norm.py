@@ -135,10 +135,14 @@ class StepBatchNorm(BatchNorm1d):
             return False
         return (self.normalizes_by_batch or self.updates_statistics) and not is_alone(self.process_group)
 
-    @property
-    def shared_pool(self) -> Pool:
-        """The process group, and what to call the layer in errors."""
-        return Pool(process_group=self.process_group, layer=self._name())
+    def agreed_pool(self, x: Tensor) -> Pool:
+        """The process group, what to call the layer in errors, and its place, once the ranks have compared it.
+
+        Raises:
+            SynchronizationError: they differ.
+        """
+        self._agree(x)
+        return Pool(process_group=self.process_group, layer=self._name(), place=self._place)
 
     @staticmethod
     def can_be_fused(norms: Iterable[StepBatchNorm]) -> bool:
