@@ -177,9 +177,13 @@ struct Coefficient {
   }
 };
 
-// Vectors that one chain of additions takes in before it is settled in float64.
+// Whether sums have digits to spare. Those of float64 elements have none, and are taken in chains of chains.
 template <class P>
-constexpr i64 kChain = sizeof(typename P::S) == 4 ? 16 : INT64_MAX / 64;
+constexpr bool kSpare = !std::is_same_v<typename P::V, f64>;
+
+// Vectors that one chain of additions takes in before it is settled in float64, or of float64 with other chains.
+template <class P>
+constexpr i64 kChain = sizeof(typename P::S) == 4 || !kSpare<P> ? 16 : INT64_MAX / 64;
 
 // What gradients (E) and sums (S) are computed in; E of few is what elements are normalized in.
 template <class T, bool few>
@@ -308,7 +312,7 @@ struct LaneSums {
 template <bool paired, class P, class Add, class AddPair, class Rest>
 INLINE void sum_plane(i64 inner, f64* first, f64* second, Add add, AddPair add_pair, Rest rest) {
   constexpr i64 W = P::width, chunk = 2 * W * kChain<P>;
-  f64 a = *first, b = *second;
+  f64 a = kSpare<P> ? *first : f64{}, b = kSpare<P> ? *second : f64{};
   for (i64 i = 0; i < inner;) {
     const i64 end = inner - i > chunk ? i + chunk : inner;
     Sums<P> even, odd;
@@ -331,8 +335,8 @@ INLINE void sum_plane(i64 inner, f64* first, f64* second, Add add, AddPair add_p
     even.add(odd);
     even.settle(&a, &b);
   }
-  *first = a;
-  *second = b;
+  *first = kSpare<P> ? a : *first + a;
+  *second = kSpare<P> ? b : *second + b;
 }
 
 // How many vectors are walked side by side along a row: enough neighbouring cache lines for the prefetcher, as few as
@@ -344,13 +348,13 @@ constexpr int kAbreast = VB == 64 ? 4 : 2;
 // tile's rows; the last vector overlaps the one before it, and its first `skip` lanes do not count. Fewer columns:
 // `rest(n, sums)`.
 template <class P, i64 streams, class Prepare, class Add, class Rest>
-INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
+INLINE void sum_section(i64 begin, i64 end, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
   constexpr i64 W = P::width, G = kAbreast;
-  const i64 apart = (rows + streams - 1) / streams | 1;  // odd: no two streams in one set of a cache
-  for (i64 first = 0; first < apart && first < rows; ++first) {
+  const i64 apart = (end - begin + streams - 1) / streams | 1;  // odd: no two streams in one set of a cache
+  for (i64 first = begin; first < begin + apart && first < end; ++first) {
     if (columns < W) {
       Sums<P> sums;
-      for (i64 n = first; n < rows; n += apart) rest(n, sums);
+      for (i64 n = first; n < end; n += apart) rest(n, sums);
       sums.add_columns(totals, columns, 0, int(columns));
       continue;
     }
@@ -359,7 +363,7 @@ INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add
       std::decay_t<decltype(prepare(c))> prepared[G];
       for (int g = 0; g < G; ++g) prepared[g] = prepare(c + g * W);
       Sums<P> sums[G];
-      for (i64 n = first; n < rows; n += apart)
+      for (i64 n = first; n < end; n += apart)
         for (int g = 0; g < G; ++g) add(n, c + g * W, 0, prepared[g], sums[g]);
       for (int g = 0; g < G; ++g) sums[g].add_columns(totals + c + g * W, columns, 0, int(W));
     }
@@ -368,10 +372,23 @@ INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add
       const auto prepared = prepare(from);
       Sums<P> sums;
       const int skip = int(c - from);
-      for (i64 n = first; n < rows; n += apart) add(n, from, skip, prepared, sums);
+      for (i64 n = first; n < end; n += apart) add(n, from, skip, prepared, sums);
       sums.add_columns(totals + c, columns, skip, int(W));
       c = from + W;
     }
+  }
+}
+
+// Where sums have no digits to spare and would be long chains: in sections, whose sums are added together.
+template <class P, i64 streams, class Prepare, class Add, class Rest>
+INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
+  if constexpr (kSpare<P>) return sum_section<P, streams>(0, rows, columns, totals, prepare, add, rest);
+  constexpr i64 most = 64, section = 256;
+  if (columns > most) return sum_section<P, streams>(0, rows, columns, totals, prepare, add, rest);
+  for (i64 begin = 0; begin < rows; begin += section) {
+    double sums[2 * most] = {};
+    sum_section<P, streams>(begin, std::min(begin + section, rows), columns, sums, prepare, add, rest);
+    for (i64 c = 0; c < 2 * columns; ++c) totals[c] += sums[c];
   }
 }
 

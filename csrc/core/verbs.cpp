@@ -79,13 +79,14 @@ struct Steps {
     return f;
   }
 
-  // A value of each channel, from which all others are taken: the first, or where sums are of type float32 the median
+  // A value of each channel, from which all others are taken: the first, or where sums have no digits to spare the median
   // of three, lest an outlier is taken from all.
   void set_shifts(const Work& w, const Operand& x) const {
     double* const shift = w.shift();
     if (!plan.count(w.piece.pool)) return void(std::fill_n(shift, w.piece.channels, 0.0));
     read_values(w, x, 0, shift);
-    if (element_size(plan.shape.dtype) > 2 || plan.few(w.piece.pool)) return;
+    const int64_t size = element_size(plan.shape.dtype);
+    if (size == 4 || (size == 2 && plan.few(w.piece.pool))) return;
     double *const middle = w.first, *const last = w.second;  // which have no sums yet
     read_values(w, x, 1, middle);
     read_values(w, x, 2, last);
