@@ -1,9 +1,18 @@
 """One base error. A message tells what was called, what was given, what was expected, and how to mend it."""
 
+import traceback
+
 
 def message_of(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split()) or "no message"
+
+
+def message_and_place(error: BaseException) -> str:
+    """Type, message and place of an exception out of the user's code, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {message_of(error)}{place}"
 
 
 class BatchNormError(Exception):

@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from batchnorm.errors import BatchNormError, InstallationError
+from batchnorm.errors import BatchNormError, InstallationError, message_and_place, message_of
 from batchnorm.memory import is_exhausted, out_of_memory
 
 __all__ = ["INTERRUPTED", "main"]
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BatchNormError as error:
         interrupted = type(error).__name__ == "Interrupted"
-        sys.stderr.write(f"batchnorm: {'' if interrupted else 'error: '}{error}\n")
+        sys.stderr.write(f"batchnorm: {'' if interrupted else 'error: '}{message_of(error)}\n")
         return INTERRUPTED if interrupted else 2
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"batchnorm: interrupted by {stop if isinstance(stop, Stopped) else 'Ctrl-C'}.\n")
@@ -47,16 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
         return 1
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if not is_exhausted(error):
+    except Exception as error:
+        if is_exhausted(error):
+            told = str(out_of_memory(error))
+        elif _is_of_a_network(error):
+            told = f"the network raised {message_and_place(error)}. Mend it there."
+        elif isinstance(error, OSError):  # standard output that goes to a full disk, above all
+            told = message_of(error)
+        else:
             raise
-        sys.stderr.write(f"batchnorm: error: {out_of_memory(error)}\n")
-        return 2
-    except OSError as error:  # standard output that goes to a full disk, above all
-        sys.stderr.write(f"batchnorm: error: {error}\n")
-        _drop_output()
+        sys.stderr.write(f"batchnorm: error: {told}\n")
+        if isinstance(error, OSError):
+            _drop_output()
         return 2
     return code
+
+
+def _is_of_a_network(error: BaseException) -> bool:
+    """Whether a module of torch was being called, and the fault is in no line of this package."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = str(Path(__file__).parents[1])
+    return any(code.co_name == "_call_impl" for code in frames) and not frames[-1].co_filename.startswith(own)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -59,6 +59,7 @@ def adapt(
     else:
         samples = load_samples(data, labels=labels)
         net = given.build(tuple(samples.shape[1:]), None)
+    given.tried(net, samples[torch.arange(min(2, len(samples)))])
     batches = Parts(samples, torch.arange(len(samples)).split(batch_size))
     adapt_to(net, batches, prior=prior, method=method, learning_rate=lr)  # type: ignore[arg-type]  # which checks it
     save(net, out)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from batchnorm.cli.options import assignments, sizes_of
-from batchnorm.errors import InputError
+from batchnorm.errors import BatchNormError, InputError, message_of
+from batchnorm.memory import is_exhausted
 from batchnorm.training.config import SEED
 from batchnorm.writing import write_bytes
 
@@ -66,6 +67,13 @@ class Given:
                     f"{self.command}: the samples have shape {inputs.input_shape}, those of the run "
                     f"{tuple(held.example.shape[1:])}."
                 )
+        import torch
+
+        from batchnorm.training.networks import outline
+
+        output = self.tried(network, inputs.x[torch.arange(min(2, len(inputs.x)))])
+        if inputs.y is not None and self.command == "diagnose" and not isinstance(output, torch.Tensor):
+            typer.echo(f"Loss and accuracy are left out: the network returns {outline(output)}, no tensor.", err=True)
         for note in inputs.notes:
             typer.echo(note, err=True)
         return network, inputs
@@ -91,7 +99,31 @@ class Given:
 
         import torch
 
-        return net, torch.randn(sizes, generator=torch.Generator().manual_seed(SEED))
+        example = torch.randn(sizes, generator=torch.Generator().manual_seed(SEED))
+        self.tried(net, example)
+        return net, example
+
+    def tried(self, network: nn.Module, example: Tensor) -> Any:
+        """The output in evaluation mode of a network that is about to be used.
+
+        Raises:
+            InputError: it does not take the example.
+        """
+        import torch
+
+        from batchnorm.training.networks import ONE_TENSOR
+        from batchnorm.undo import evaluating
+
+        try:
+            with evaluating(network), torch.no_grad():
+                return network(example)
+        except Exception as error:  # the user's own code raises anything
+            if isinstance(error, BatchNormError) or is_exhausted(error):
+                raise
+            raise InputError(
+                f"{self.command}: {self.network or self.run}: the network fails on samples of shape "
+                f"{tuple(example.shape)} in {example.dtype} ({type(error).__name__}: {message_of(error)}). {ONE_TENSOR}"
+            ) from error
 
 
 def names_argument(network: str, name: str) -> bool:

@@ -66,8 +66,9 @@ class Diagnosis:
 
     @property
     def follows(self) -> bool | None:
-        """Whether evaluation follows training as closely as exact statistics would; None without running statistics."""
-        if self.after is None:
+        """Whether evaluation follows training as closely as exact statistics would; None without running statistics, or
+        without outputs to compare."""
+        if self.after is None or math.isnan(self.before.distance):
             return None
         before = self.before.distance
         return math.isfinite(before) and (before <= CLOSE or self.after.distance > 0.9 * before)
@@ -78,6 +79,11 @@ class Diagnosis:
         before, after = self.before.distance, None if self.after is None else self.after.distance
         if after is None:
             return "No layer keeps running statistics: evaluation depends on the batch, as training does."
+        if math.isnan(before):
+            return (
+                "Outputs cannot be compared: no tensor of floats has the same place and shape in evaluation as with "
+                "the batches' own statistics. The layers below are measured all the same."
+            )
         if not math.isfinite(before):
             return f"Evaluation is broken: its outputs are not finite. Calibrated, they are {_size(after)} {_AWAY}."
         figures = f"its outputs are {_size(before)} {_AWAY}, calibrated {_size(after)}."
@@ -103,7 +109,7 @@ class Diagnosis:
                 "loss": _text(outcome.loss, "{:.4f}"),
                 "accuracy": _percent(outcome.accuracy),
                 "same prediction": _percent(outcome.agreement),
-                "distance of outputs": _text(outcome.distance, "{:.3f}"),
+                "distance of outputs": _text(None if math.isnan(outcome.distance) else outcome.distance, "{:.3f}"),
             }
             for mode, outcome in self.outcomes.items()
         ]

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm import functional
 from batchnorm.batch import Batch
-from batchnorm.errors import BatchNormError, InputError
+from batchnorm.errors import BatchNormError, InputError, message_of
 from batchnorm.moments import Moments
 from batchnorm.nn.batch_norm import BatchNorm as Ours
 from batchnorm.pools import Pool
@@ -45,7 +45,8 @@ class Outcome:
         agreement: share of samples with the same largest output as in ``"batch"``, or None where the output is not
             (N, C, *space).
         distance: root mean square difference from the outputs of ``"batch"``, over these outputs' standard deviation
-            over the samples; infinite where an output is not finite.
+            over the samples; infinite where an output is not finite, NaN where there is none to compare: no tensor of
+            floats has the same place and shape in both.
     """
 
     mode: str
@@ -161,7 +162,8 @@ class Readings:
             others = {other: layer for other, layer in self._batchwise.items() if other != name}
             try:
                 tally.add(self.by_batch(batch, others), reference, batch, None)
-                found[name] = tally.distance
+                if not math.isnan(tally.distance):
+                    found[name] = tally.distance
             except InputError:  # what its statistics make is not finite
                 found[name] = math.inf
         return found
@@ -176,7 +178,7 @@ class Readings:
             raise
         except Exception as error:
             raise InputError(
-                f"diagnose: the network fails on a batch in {mode} mode: {type(error).__name__}: {error}"
+                f"diagnose: the network fails on a batch in {mode} mode: {type(error).__name__}: {message_of(error)}"
             ) from error
 
     @contextlib.contextmanager
@@ -241,7 +243,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self._off = self._spread = self._loss = 0.0
-        self._samples = self._right = self._labels = self._same = self._places = 0
+        self._samples = self._right = self._labels = self._same = self._places = self._compared = 0
         self._has_loss = True
 
     def add(self, output: Any, reference: Any, batch: Any, loss: Loss | None) -> None:
@@ -251,6 +253,7 @@ class _Tally:
             if known is None or known.shape != given.shape or not known.is_floating_point() or not known.numel():
                 continue  # as the second head of a network that has one in training
             a, b = known.double(), given.double()
+            self._compared += 1
             self._off += float((a - b).square().sum())
             self._spread += float((a - (a.mean(0) if len(a) > 1 else a.mean())).square().sum()) if a.ndim else 0.0
         self._add_loss(output, batch, loss)
@@ -274,6 +277,8 @@ class _Tally:
 
     @property
     def distance(self) -> float:
+        if not self._compared:
+            return math.nan
         if not math.isfinite(self._off):
             return math.inf
         return math.sqrt(self._off / self._spread) if self._spread else 0.0 if not self._off else math.inf

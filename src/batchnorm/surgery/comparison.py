@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.errors import InputError, SurgeryError
+from batchnorm.errors import InputError, SurgeryError, message_of
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def run_example(net: nn.Module, example: Example) -> Any:
     except Exception as error:
         raise InputError(
             f"the network fails on the example ({example.describe()}): {type(error).__name__}: "
-            f"{error}. Give an input that the network takes: a tensor, a tuple of positional "
+            f"{message_of(error)}. Give an input that the network takes: a tensor, a tuple of positional "
             "arguments or a dict of keyword arguments."
         ) from error
 

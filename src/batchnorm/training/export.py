@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from batchnorm.errors import InputError, MissingDependencyError, SurgeryError, WriteError
 from batchnorm.surgery.archives import quiet
@@ -190,8 +191,27 @@ def save_network(network: nn.Module, example: Tensor, path: Path) -> None:
     except WriteError:
         raise
     except Exception as error:  # the exporters raise anything
-        reason = str(error).strip().splitlines() or ["no message"]
-        raise SurgeryError(f"{path}: the network cannot be exported ({type(error).__name__}: {reason[0]})") from error
+        reason = (str(error).strip().splitlines() or ["no message"])[0].partition(". ")[0].removesuffix(".")
+        raise SurgeryError(
+            f"{path}: the network cannot be exported ({type(error).__name__}: {reason}). "
+            f"{_unknown_class(network, example)}A .safetensors file takes its weights alone."
+        ) from error
+
+
+def _unknown_class(network: nn.Module, example: Tensor) -> str:
+    """What to do about an output that holds an object of a class that torch.export does not know, if it does."""
+    try:
+        with evaluating(network), torch.no_grad():
+            output = network(example)
+    except Exception:  # the exporter's own error tells why
+        return ""
+    tensor_or_number = (Tensor, int, float, bool, str, type(None))
+    classes = [type(leaf) for leaf in tree_leaves(output) if not isinstance(leaf, tensor_or_number)]
+    if isinstance(output, tuple) and type(output) is not tuple:  # known to torch, but not to its files
+        classes.append(type(output))
+    if not classes:
+        return ""
+    return f"Its output is of the class {classes[0].__name__}, which archives cannot hold: return a tuple or a dict. "
 
 
 def _run_weights(network: nn.Module, path: Path, example: Tensor) -> Tensor:

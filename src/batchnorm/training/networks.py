@@ -6,7 +6,6 @@ import copy
 import importlib
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.errors import DataError, InputError, message_of
+from batchnorm.errors import DataError, InputError, message_and_place
 from batchnorm.nn import recurrent
 from batchnorm.population.state_dicts import as_tensor, load_state, read_state, renamed_state, state_dicts
 from batchnorm.training.files import CONFIG
 from batchnorm.undo import evaluating
 
+ONE_TENSOR = (
+    "A network gets one tensor, the samples of a batch; if yours takes something else, let the factory return a module "
+    "whose forward makes it of that tensor."
+)
 ALIAS = "num_outputs"  # another name of num_classes: offered where it is asked for by name alone
 ANY_CLASSES = 10  # where neither data nor arguments say; weights tell the right number
 
@@ -281,7 +284,7 @@ def load_callable(spec: str, role: str, choices: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script that is no module parses its arguments, and ends
         raise InputError(
-            f"{role} {spec}: module {module_name} cannot be imported ({_describe(error)}). "
+            f"{role} {spec}: module {module_name} cannot be imported ({message_and_place(error)}). "
             "Run from the folder that holds it, or put that folder on PYTHONPATH."
         ) from error
     found = getattr(module, name, None)
@@ -323,14 +326,14 @@ def call_with_offered(
     try:
         return function(**taken)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{what}: it raised {_describe(error)}.") from error
+        raise InputError(f"{what}: it raised {message_and_place(error)}.") from error
 
 
-def _describe(error: BaseException) -> str:
-    """Type, message and place of an exception out of the user's code, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {message_of(error)}{place}"
+def outline(output: object) -> str:
+    """What a network returned, in a few words: a shape, or the class of what is no tensor."""
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    return "nothing" if output is None else f"an object of type {type(output).__name__}"
 
 
 def _gaussian_linear(in_features: int, out_features: int) -> nn.Linear:

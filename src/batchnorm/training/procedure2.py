@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import batchnorm.training.files as files
 from batchnorm import Standardize, __version__, calibrate, convert, fold, freeze
-from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError, WriteError
+from batchnorm.errors import BatchNormError, DataError, InputError, SurgeryError, WriteError, message_of
+from batchnorm.memory import is_exhausted
 from batchnorm.surgery.insertion import NothingToInsertError, plan_insertion
 from batchnorm.training.config import ResolvedConfig, TrainConfig
 from batchnorm.training.datasets import Dataset, load_data
@@ -37,7 +38,14 @@ from batchnorm.training.loop import (
     make_optimizer,
     train_steps,
 )
-from batchnorm.training.networks import Rescale, SequenceClassifier, build_network, modules_called
+from batchnorm.training.networks import (
+    ONE_TENSOR,
+    Rescale,
+    SequenceClassifier,
+    build_network,
+    modules_called,
+    outline,
+)
 from batchnorm.training.ranks import Ranks, check_parts, joined, restarts
 from batchnorm.training.results import (
     Calibration,
@@ -434,28 +442,30 @@ def check_output(spec: str, network: nn.Module, example: Tensor, data: Dataset) 
         with evaluating(network), torch.no_grad():
             output = network(example)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        hint = {2: "", 3: " If they are images, give --samples images.", 4: ""}.get(example.ndim, "")
+        if is_exhausted(error):
+            raise
+        hint = " If they are images, give --samples images." if example.ndim == 3 else ""
         looks = " Their shape looks like (N, H, W, C); torch expects (N, C, H, W)."
         raise InputError(
             f"network {spec}: it does not take the data's batches of shape "
-            f"{tuple(example.shape)} ({type(error).__name__}: {reason})."
+            f"{tuple(example.shape)} ({type(error).__name__}: {message_of(error)}). {ONE_TENSOR}"
             + (looks if example.ndim == 4 and example.shape[-1] in (1, 3, 4) and example.shape[1] > 4 else hint)
         ) from error
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    returns = f"for a batch of shape {tuple(example.shape)} it returns {outline(output)}"
+    alone = "" if isinstance(output, Tensor) else " Let the factory return a module that gives them alone."
     if data.task == "regression":
         expected = (len(example), num_classes)
         if not isinstance(output, Tensor) or tuple(output.shape) not in (expected, expected[: 2 - (num_classes == 1)]):
             raise InputError(
-                f"network {spec}: for a batch of shape {tuple(example.shape)} it returns {shape}, expected {expected}, "
-                "the targets of each sample. If the labels are classes, give --task classification."
+                f"network {spec}: {returns}, expected {expected}, the targets of each sample.{alone} If the labels are "
+                "classes, give --task classification."
             )
         return
     fits = isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(example)
     if not fits or output.shape[1] < num_classes:
         raise InputError(
-            f"network {spec}: for a batch of shape {tuple(example.shape)} it returns {shape}, "
-            f"expected logits of shape ({len(example)}, {num_classes}), one for each class."
+            f"network {spec}: {returns}, expected logits of shape ({len(example)}, {num_classes}), one for each class."
+            f"{alone}"
         )
 
 
