@@ -576,3 +576,20 @@ class TestErrors:
     def test_errors_of_the_network_pass_through(self):
         with pytest.raises(RuntimeError, match="mat1"):
             bn.calibrate(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), [torch.ones(2, 4)])
+
+
+class Split(nn.BatchNorm2d):
+    """Statistics of two halves of a batch, as self-supervised learning on one device takes them."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("running_mean", torch.zeros(2 * channels))
+        self.register_buffer("running_var", torch.ones(2 * channels))
+
+
+def test_layers_that_keep_more_statistics_than_channels_are_refused_by_name():
+    net = nn.Sequential(nn.BatchNorm2d(3), Split(3))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(InputError, match=r"layer '1' is a Split, which keeps 6 running means for 3 channels"):
+        bn.calibrate(net, [torch.randn(4, 3, 2, 2)])
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())

@@ -165,6 +165,18 @@ def test_a_shared_activation_that_is_called_from_outside_is_no_obstacle():
     torch.testing.assert_close(result.model(IMAGES), net(IMAGES), rtol=1e-9, atol=1e-10)
 
 
+def test_what_stays_does_not_take_in_an_activation_that_others_use():
+    def forward(self, x):
+        return self.first[1](decide(self.first(x))) + self.second(x)
+
+    first = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+    net = randomize(Calls(forward, first=first, second=block())).double().eval()
+    result = bn.fold(net, IMAGES)
+    assert type(result.model.first[1]) is nn.ReLU
+    assert [item.layer for item in result.certificate.kept] == ["first.0"]
+    torch.testing.assert_close(result.model(IMAGES), net(IMAGES), rtol=1e-9, atol=1e-10)
+
+
 class Counting(nn.Module):
     """Decides by how often it was called."""
 

@@ -189,7 +189,7 @@ def _parts(net: nn.Module, example: Example, layers: list[str]) -> tuple[list[Pa
     except SurgeryError as error:
         return [], str(error)
 
-    def plan(name: str, given: Example) -> DataFlow:
+    def plan(name: str, given: Example, lent: frozenset[str]) -> DataFlow:
         return capture_settled(net.get_submodule(name), given)
 
     found = parts_of(net, example, _is_listed, plan, whole)

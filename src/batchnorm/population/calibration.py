@@ -19,6 +19,7 @@ from batchnorm.data.reading import check_batch_size
 from batchnorm.data.sources import Local, is_dataset, source_of
 from batchnorm.data.waiting import TIMEOUT, check_timeout
 from batchnorm.errors import InputError
+from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import buffers
 from batchnorm.ops.context import eager
 from batchnorm.pools import process_group as process_group_of
@@ -234,6 +235,13 @@ def _layers_with_statistics(net: nn.Module) -> dict[str, _BatchNorm]:
     lazy = [name for name, layer in kept.items() if is_lazy(buffers_of(layer)[0])]
     if lazy:
         raise InputError(f"calibrate: layers {lazy} are not initialized; run the network on a batch first")
+    for name, layer in kept.items():
+        size = buffers_of(layer)[0].numel()
+        if not isinstance(layer, ours.BatchNorm) and size != layer.num_features:
+            raise InputError(
+                f"calibrate: layer {name!r} is a {type(layer).__name__}, which keeps {size} running means for "
+                f"{layer.num_features} channels, and one a channel is measured; put a class of torch.nn in its place"
+            )
     _warn("keep no running statistics", [name for name in found if name not in kept])
     return kept
 

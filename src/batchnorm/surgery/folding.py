@@ -175,8 +175,9 @@ def _parts(net: nn.Module, evaluated: nn.Module, inputs: Example) -> tuple[list[
     except NotCapturedError as error:
         whole = error
 
-    def plan(name: str, given: Example) -> Folding:
-        return _planned(net.get_submodule(name), evaluated.get_submodule(name), given)
+    def plan(name: str, given: Example, lent: frozenset[str]) -> Folding:
+        inside = frozenset(key.removeprefix(f"{name}.") for key in lent)
+        return _planned(net.get_submodule(name), evaluated.get_submodule(name), given, inside)
 
     found = parts_of(evaluated, inputs, is_norm, plan, whole)
     parts = [part for part in found.parts if part.plan.folded]
@@ -201,13 +202,14 @@ def _verified(
     return [dataclasses.replace(d, output=f"{part.name}: {d.output}") for d in found]
 
 
-def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example) -> Folding:
+def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example, lent: frozenset[str] = frozenset()) -> Folding:
     """The folds of a network in evaluation mode that are also those of its own modes.
 
     Args:
         net: the network, in the modes that it has.
         evaluated: a copy in evaluation mode.
         inputs: the example.
+        lent: modules without state in it that others use, too.
     """
     overwritten = _overwritten(evaluated, inputs)
 
@@ -216,7 +218,7 @@ def _planned(net: nn.Module, evaluated: nn.Module, inputs: Example) -> Folding:
         if flow.draws:
             way = "call net.eval() first" if given is not evaluated else "fold the parts that do not, one by one"
             raise SurgeryError(f"fold: the forward of {type(net).__name__} draws random numbers outside torch; {way}")
-        folding = Folding(flow, overwritten, allowed, owners=called_layers(flow, inputs), merging=True)
+        folding = Folding(flow, overwritten, allowed, owners=called_layers(flow, inputs), merging=True, lent=lent)
         folding.run()
         return folding
 
@@ -251,8 +253,9 @@ class Folding:
     """Folds planned on a captured graph; the network is not touched.
 
     ``state`` holds what the layers become, ``gone`` what takes the place of each module that goes, made for a dtype,
-    and ``owners`` where the tensors of layers are that are calls. With ``merging``, branches whose sum is a convolution
-    become one; ``forwards`` holds the new forwards of the modules that computed the sums.
+    and ``owners`` where the tensors of layers are that are calls. ``lent`` modules stay as they are. With ``merging``,
+    branches whose sum is a convolution become one; ``forwards`` holds the new forwards of the modules that computed the
+    sums.
     """
 
     flow: DataFlow
@@ -263,6 +266,7 @@ class Folding:
     gone: dict[str, Replacement] = field(default_factory=dict)
     owners: dict[str, Owner] = field(default_factory=dict)
     merging: bool = False
+    lent: frozenset[str] = frozenset()
     merged: list[Merged] = field(default_factory=list)
     forwards: dict[str, fx.Graph] = field(default_factory=dict)
 
@@ -400,7 +404,7 @@ class Folding:
             return None
         activation = activations.of_layer(layer)
         after = activations.following(self.flow, node) if activation is None else None
-        if isinstance(after, tuple):
+        if isinstance(after, tuple) and after[0] not in self.lent:
             activation = after[1]
             self.gone[after[0]] = lambda dtype: nn.Identity()
 

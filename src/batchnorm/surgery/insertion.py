@@ -253,7 +253,11 @@ def _parts(net: nn.Module, example: Example) -> tuple[list[Part[DataFlow]], dict
         return [Part("", example, capture_settled(net, example))], {}
     except NotCapturedError as error:
         whole = error
-    found = parts_of(net, example, is_layer, lambda name, given: capture_settled(net.get_submodule(name), given), whole)
+
+    def flow(name: str, given: Example, lent: frozenset[str]) -> DataFlow:
+        return capture_settled(net.get_submodule(name), given)
+
+    found = parts_of(net, example, is_layer, flow, whole)
     if not found.parts:
         told = found.told()
         raise SurgeryError(f"insert: {whole} Its parts do not help{f': {told}' if told else ''}.")

@@ -85,7 +85,7 @@ def parts_of(
     net: nn.Module,
     example: Example,
     holds: Callable[[nn.Module], bool],
-    plan: Callable[[str, Example], T],
+    plan: Callable[[str, Example, frozenset[str]], T],
     error: NotCapturedError,
 ) -> Found[T]:
     """The largest modules with something to edit that can be captured, in a network that cannot.
@@ -94,7 +94,8 @@ def parts_of(
         net: the network.
         example: what it is called with.
         holds: whether a layer is to be edited.
-        plan: what is planned in a module, by its name and what it is called with; raises what `capture` does.
+        plan: what is planned in a module, by its name, what it is called with, and what it lends (`Part.lent`); raises
+            what `capture` does.
         error: why the whole cannot be captured.
     """
     found: Found[T] = Found([], {"": error.short})
@@ -110,7 +111,8 @@ def parts_of(
         reason = seen.obstacle(name)
         if reason is None:
             try:
-                found.parts.append(Part(name, seen.given[name], plan(name, seen.given[name]), seen.lent(name)))
+                given, lent = seen.given[name], seen.lent(name)
+                found.parts.append(Part(name, given, plan(name, given, lent), lent))
                 return
             except NotCapturedError as failed:
                 reason = failed.short
