@@ -257,6 +257,7 @@ def test_differences_are_paired():
     assert difference([1.0], [0.0]).kind == "tie"
     assert difference([math.nan, 1.0, 2.0], [0.0, 3.0, 4.0]).kind == "less"
     assert difference([math.nan], [0.0]).kind == "tie"
+    assert difference([0.0, -0.01], [0.0, 0.0]).text(" points").startswith("+0.0 ± 0.1 points")
 
 
 def test_fit_is_torchs_sgd():

@@ -684,6 +684,7 @@ def test_a_network_learns(page):
     drive(page, "learn-reset")
     assert_shown(page, {"learn-step": 0})
     assert "Nothing learned yet" in page.inner_text("#learn-says")
+    assert len(page.eval_on_selector_all("#learn-accuracy circle", "all => all")) == 2  # step 0, where no line goes yet
 
 
 ALONG = """() => {

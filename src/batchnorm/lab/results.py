@@ -81,9 +81,10 @@ class Difference:
 
     def text(self, unit: str = "", scale: float = 1.0, digits: int = 1) -> str:
         """As in ``+1.2 ± 0.4 points``."""
+        mean = round(scale * self.mean, digits) + 0.0  # which makes 0 of -0
         if math.isinf(self.half_width):
-            return f"{scale * self.mean:+.{digits}f}{unit} (one seed)"
-        return f"{scale * self.mean:+.{digits}f} ± {scale * self.half_width:.{digits}f}{unit}"
+            return f"{mean:+.{digits}f}{unit} (one seed)"
+        return f"{mean:+.{digits}f} ± {scale * self.half_width:.{digits}f}{unit}"
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Difference:

@@ -103,7 +103,9 @@ function chart(element, { lines, dots = [], x, y, mark = null, height = 220 }) {
     for (const [a, b] of points) parts.push(svg("circle", { cx: across.place(a), cy: up.place(inside(b)), r: 2.4, fill: `var(${color})`, class: "dot" }));
   const shown = lines.filter(({ points }) => points.length);
   for (const { points, color, dash = "" } of shown)
-    parts.push(
+    if (points.length === 1) // a line of one point is not to be seen
+      parts.push(svg("circle", { cx: across.place(points[0][0]), cy: up.place(inside(points[0][1])), r: 2.4, fill: `var(${color})`, class: "dot" }));
+    else parts.push(
       svg("polyline", {
         points: points.map(([a, b]) => `${across.place(a).toFixed(1)},${up.place(inside(b)).toFixed(1)}`).join(" "),
         class: "line",
