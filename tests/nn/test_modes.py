@@ -295,3 +295,37 @@ def test_no_update_for_probes():
         torch.testing.assert_close(net(x), probe)
         assert type(net[0]) is kind
         assert not torch.equal(net[0].running_mean, before["0.running_mean"])
+
+
+class ByType(nn.Module):
+    """Keeps running statistics itself, as normalization by node type does in libraries for graphs."""
+
+    momentum = 0.1
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2, 3))
+        self.register_buffer("running_var", torch.ones(2, 3))
+
+    def forward(self, x):
+        return x
+
+
+def entered(verb, net):
+    left = getattr(bn, verb)(net)
+    if verb in ("no_update", "accumulate"):
+        left.__enter__()
+        left.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("verb", ["no_update", "set_mode", "accumulate", "freeze"])
+def test_running_statistics_of_unknown_classes_are_named(verb):
+    net = nn.Sequential(nn.BatchNorm1d(3), ByType())
+    with pytest.warns(UserWarning, match=rf"^(mode|{verb}): '1' \(ByType\) keep running statistics, .* left alone"):
+        entered(verb, net)
+
+
+@pytest.mark.parametrize("verb", ["no_update", "set_mode", "accumulate", "freeze"])
+def test_no_word_of_frozen_classes_and_instance_normalization(verb, monkeypatch):
+    monkeypatch.delattr(ByType, "momentum")  # as frozen classes have none
+    entered(verb, nn.Sequential(nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True), ByType()))

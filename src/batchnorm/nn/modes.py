@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +44,10 @@ def set_mode(net: Net, *, source: str | None = None, update: str | None = None, 
 
     Returns:
         The network.
+
+    Warns:
+        UserWarning: modules of classes that are not torch's keep running statistics of their own, which this does not
+            reach.
 
     Raises:
         InputError: no batch normalization, an unknown mode, a layer of a class with a life of its own, or
@@ -257,7 +262,27 @@ def check(net: nn.Module, verb: str, source: str | None = None, update: str | No
         raise InputError(f"{verb}: {type(net).__name__} has no batch normalization")
     for name, layer in layers.items():
         _check(verb, name, layer, source, update)
+    warn_of_strangers(net, verb)
     return layers
+
+
+def warn_of_strangers(net: nn.Module, verb: str) -> None:
+    """Names modules that keep running statistics of a batch and are of no class that this package knows."""
+    found = [
+        f"'{name}' ({type(module).__name__})"
+        for name, module in net.named_modules()
+        if not isinstance(module, nn.modules.batchnorm._NormBase)
+        and not type(module).__module__.startswith("batchnorm.")
+        and all(isinstance(module._buffers.get(key), torch.Tensor) for key in ("running_mean", "running_var"))
+        and hasattr(module, "momentum")  # frozen classes have none
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"{verb}: {', '.join(found[:3])}{more} keep running statistics, are no batch normalization of torch.nn, "
+            "and are left alone",
+            stacklevel=4,
+        )
 
 
 class Before(NamedTuple):

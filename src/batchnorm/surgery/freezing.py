@@ -36,6 +36,9 @@ def freeze(net: nn.Module) -> nn.Module:
     Returns:
         The network.
 
+    Warns:
+        UserWarning: modules of classes that are not torch's keep running statistics of their own, and go on doing so.
+
     Raises:
         InputError: when ``net`` is no module.
         SurgeryError: when a layer keeps no running statistics, or is of a class whose forward does not
@@ -66,6 +69,7 @@ def freeze(net: nn.Module) -> nn.Module:
             if layer.normalizes_by_batch or layer.updates_statistics:
                 raise SurgeryError(f"freeze: '{name}' has been set free; unfreeze(net) first")
 
+    modes.warn_of_strangers(root, "freeze")
     Plan(root, steps, verify).apply()
     return net
 
