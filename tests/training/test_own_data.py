@@ -435,6 +435,27 @@ def test_files_of_other_kinds_are_named_with_the_way_to_one_of_ours(name, labels
         load_data(name, labels=labels)
 
 
+def test_folders_and_addresses_are_named_as_what_they_are(folder):
+    (folder / "images").mkdir()
+    with pytest.raises(DataError, match=r"data 'images': unknown, .*It is a folder: a loader may return a data set"):
+        load_data("images")
+    with pytest.raises(DataError, match=r"data 'https://host/x\.npz': an address; nothing is downloaded"):
+        load_data("https://host/x.npz")
+
+
+@pytest.mark.parametrize(
+    ("y", "told"),
+    [
+        (np.eye(2)[CLASSES % 2], "classes need one label for each sample. Each of its rows has a single 1"),
+        (np.stack([X[:, 0], X[:, 1]], 1), "classes need one label .* Rows of numbers are the targets of a regression"),
+        (X[:, 0].astype(float), f"{len(X)} different labels in {len(X)} samples; .*targets of a regression"),
+    ],
+)
+def test_what_cannot_be_classes_is_refused_before_it_is_split(folder, y, told):
+    with pytest.raises(DataError, match=told):
+        load_data(saved(x=X, y=y), task="classification")
+
+
 def test_outputs_of_a_sigmoid_under_cross_entropy_are_named(folder):
     warnings = built(network="people:sigmoid", data=saved(x=X, y=CLASSES)).warnings
     assert any("as after a sigmoid" in text for text in warnings)

@@ -195,8 +195,10 @@ def _open(
     path = Path(spec)
     suffix = path.suffix.lower()
     built_in = spec in ("mnist5k", "digits", "japanese-vowels")
+    if "://" in spec:
+        raise DataError(f"data {spec!r}: an address; nothing is downloaded. Give the file on this machine.")
     if not (built_in or ":" in spec or suffix in (".npz", ".npy", *ARROW_FILES)):
-        raise DataError(f"data {spec!r}: unknown, expected {CHOICES}.{FROM_OTHERS.get(suffix, '')}")
+        raise DataError(f"data {spec!r}: unknown, expected {CHOICES}.{_of_others(path)}")
     if labels is not None and suffix not in (".npy", *ARROW_FILES):
         raise DataError(
             f"data {spec}: labels={labels!r} goes with a .npy file only, or with the column of a table; {spec} has its "
@@ -468,6 +470,13 @@ def _reading(path: Path, part: str, role: str = "data") -> Iterator[None]:
             f"{role} {path}: {part} is damaged or cut short ({type(error).__name__}: {error}). "
             "Write or download the file again."
         ) from error
+
+
+def _of_others(path: Path) -> str:
+    """What to do with data of a kind that is not read."""
+    if path.is_dir():
+        return " It is a folder: a loader may return a data set over it, as torchvision's ImageFolder."
+    return FROM_OTHERS.get(path.suffix.lower(), "")
 
 
 def _call_loader(spec: str, seed: int, *, labelled: bool = True) -> dict[str, Source]:

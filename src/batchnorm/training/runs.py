@@ -25,6 +25,7 @@ from batchnorm.training.shards import load_parameters
 from batchnorm.training.sources import ARROW_FILES, column_names_of
 
 EXAMPLE_SAMPLES = 8
+AGAIN = "Use the version that wrote it, or train again."
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def load_run(folder: str | Path) -> Run:
         lists = {"shift": tuple(map(float, held["shift"])), "columns": tuple(map(str, held.get("columns", ())))}
         preparation = Preparation(**held | lists)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"load_run {folder}: {CONFIG} is damaged or of another version ({error}).") from error
+        raise DataError(f"load_run {folder}: {CONFIG} is damaged or of another version ({error}). {AGAIN}") from error
     size = (EXAMPLE_SAMPLES, *shape)
     generator = torch.Generator().manual_seed(config.seed)
     example = torch.randn(size, generator=generator) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
@@ -180,4 +181,6 @@ def _read(path: Path) -> tuple[ResolvedConfig, dict[str, Any]]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError, BatchNormError) as error:
-        raise DataError(f"load_run {path.parent}: {path.name} is damaged or of another version ({error}).") from error
+        raise DataError(
+            f"load_run {path.parent}: {path.name} is damaged or of another version ({error}). {AGAIN}"
+        ) from error

@@ -46,9 +46,23 @@ def task_of(name: str, y: Array, asked: str | None) -> str:
         raise DataError(f"data {name}: y has dtype {y.dtype}, expected numbers or texts.")
     if asked == "regression" and y.dtype.kind not in "iubf":
         raise DataError(f"data {name}: y has dtype {y.dtype}, and a regression needs numbers. Leave --task out.")
-    if asked is None:
-        return "regression" if y.dtype.kind == "f" else "classification"
-    return asked
+    task = asked or ("regression" if y.dtype.kind == "f" else "classification")
+    if task == "classification" and y.ndim > 1:
+        hint = f" {ONE_HOT}" if is_one_hot(y) else " Rows of numbers are the targets of a regression."
+        raise DataError(f"data {name}: y has shape {y.shape}, and classes need one label for each sample.{hint}")
+    if asked == "classification" and y.dtype.kind == "f":
+        _check_repeated(name, y)
+    return task
+
+
+def _check_repeated(name: str, y: Array) -> None:
+    """Raise DataError where labels are nearly all different."""
+    different = len(np.unique(y))
+    if different > max(2, len(y) // 2):
+        raise DataError(
+            f"data {name}: {different} different labels in {len(y)} samples; expected classes with several samples "
+            "each. If they are numbers to predict, they are the targets of a regression."
+        )
 
 
 def check_rows(name: str, part: str, y: Array, shape: tuple[int, ...]) -> None:
