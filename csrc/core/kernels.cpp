@@ -382,13 +382,14 @@ INLINE void sum_section(i64 begin, i64 end, i64 columns, double* totals, Prepare
 // Where sums have no digits to spare and would be long chains: in sections, whose sums are added together.
 template <class P, i64 streams, class Prepare, class Add, class Rest>
 INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
-  if constexpr (kSpare<P>) return sum_section<P, streams>(0, rows, columns, totals, prepare, add, rest);
-  constexpr i64 most = 64, section = 256;
-  if (columns > most) return sum_section<P, streams>(0, rows, columns, totals, prepare, add, rest);
+  constexpr i64 most = 64;
+  const i64 section = kSpare<P> || columns > most ? rows : 256;
+  double sums[2 * most];
   for (i64 begin = 0; begin < rows; begin += section) {
-    double sums[2 * most] = {};
-    sum_section<P, streams>(begin, std::min(begin + section, rows), columns, sums, prepare, add, rest);
-    for (i64 c = 0; c < 2 * columns; ++c) totals[c] += sums[c];
+    const bool apart = section < rows;
+    if (apart) std::fill_n(sums, 2 * columns, 0.0);
+    sum_section<P, streams>(begin, std::min(begin + section, rows), columns, apart ? sums : totals, prepare, add, rest);
+    for (i64 c = 0; apart && c < 2 * columns; ++c) totals[c] += sums[c];
   }
 }
 
@@ -425,14 +426,14 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Val
 }
 
 // Writes rows: `prepare(c)` prepares the coefficients of a vector of columns, `value(n, c, prepared)` is the vector
-// there. Four rows share the coefficients where they are short or in pages of their own; others go one by one, because
-// prefetchers follow one row in a page. A tile is read before it is written: rows whose addresses agree in their last
-// 12 bits would wait for one another.
-template <bool overlap, class T, class Columns, class Value, class Some>
+// there. `tile` rows share the coefficients where they are short or in pages of their own (fewer beside an exponential,
+// whose code is long); others go one by one, because prefetchers follow one row in a page. A tile is read before it is
+// written: rows whose addresses agree in their last 12 bits would wait for one another.
+template <bool overlap, int tile, class T, class Columns, class Value, class Some>
 INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool in_place, Columns prepare,
                        Value value, Some some) {
   using L = Lane<T>;
-  constexpr i64 W = L::width, tile = 4;
+  constexpr i64 W = L::width;
   const RowAccess<T> out(to);
   const bool aligned =
       around_cache && !in_place && out.stride % W == 0 && reinterpret_cast<uintptr_t>(out.data) % (sizeof(T) * W) == 0;
@@ -545,6 +546,10 @@ void interleaved_moments(const Slab& slab, const Operand& x, const double* shift
 // ------------------------------------------------------------------------------------------------ normalize
 // Which activations are compiled into the loops; all others are chosen inside, vector by vector.
 enum class Form { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, any };
+
+constexpr bool takes_exponential(Form form) {
+  return form == Form::silu || form == Form::gelu || form == Form::sigmoid || form == Form::tanh;
+}
 
 template <Form form>
 INLINE Activation activation_of(const KernelFusion& f) {
@@ -731,7 +736,7 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
   using V = typename L::V;
-  write_rows<!signs, T>(
+  write_rows<!signs, takes_exponential(form) ? 2 : 4, T>(
       y, slab.samples, slab.channels, f.stream, is_over(y, x) || is_over(y, f.residual),
       [=](i64 c) INLINED { return Normal<T, P>::of_columns(k, c); },
       [=](i64 n, i64 c, const Normal<T, P>& normal) INLINED {
@@ -963,7 +968,7 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
   using V = typename L::V;
-  write_rows<gate != Gate::signs, T>(
+  write_rows<gate != Gate::signs, takes_exponential(form) ? 2 : 4, T>(
       dx, slab.samples, slab.channels, f.stream, is_over(dx, dy) || is_over(d_residual, dy),
       [=](i64 c) INLINED { return Apply<T, P>::of_columns(k, a, c); },
       [=](i64 n, i64 c, const Apply<T, P>& apply) INLINED {

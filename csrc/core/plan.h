@@ -23,7 +23,7 @@
 namespace batchnorm {
 
 constexpr int64_t kSerialElements = 32768;  // of four bytes and more; twice as many of two
-constexpr int64_t kCostly = 4;              // elements, that an exponential is worth
+constexpr int64_t kCostly = 2;              // elements, that an exponential is worth
 constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.

@@ -79,8 +79,8 @@ struct Steps {
     return f;
   }
 
-  // A value of each channel, from which all others are taken: the first, or where sums have no digits to spare the median
-  // of three, lest an outlier is taken from all.
+  // A value of each channel, from which all others are taken: the first, or where sums have no digits to spare the
+  // median of three, lest an outlier is taken from all.
   void set_shifts(const Work& w, const Operand& x) const {
     double* const shift = w.shift();
     if (!plan.count(w.piece.pool)) return void(std::fill_n(shift, w.piece.channels, 0.0));
