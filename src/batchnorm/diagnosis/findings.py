@@ -393,11 +393,9 @@ def _described(kind: str, members: list[LayerGap], total: int, net: nn.Module) -
     layer = net.get_submodule(first.name)
     assert isinstance(layer, _BatchNorm)
     momentum, of = _momentum(layer), f"{len(members)} of {total} layer{'s' * (total > 1)}"
-    moves = (
-        ""
-        if first.effect is None
-        else (f", and alone moves the outputs by {first.effect:.2f} of their standard deviation")
-    )
+    moves = ""
+    if first.effect is not None:
+        moves = f", and alone moves the outputs by {first.effect:.2f} of their standard deviation"
     off = (
         f"`{first.name}` is off by {first.mean_off or 0:.2f} standard deviations in the mean and by a factor of "
         f"{math.exp(first.std_off or 0):.2f} in the standard deviation{moves}."

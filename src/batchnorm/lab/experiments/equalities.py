@@ -96,7 +96,7 @@ EXPERIMENT = Experiment(
     verdict=verdict,
     panels=(
         Panel(
-            "gap", "Left against right side", x="eps", y="largest relative gap over the channels", xscale="log",
+            "gap", "Gap between left and right side", x="eps", y="largest relative gap over the channels", xscale="log",
             yscale="log",
         ),
     ),
