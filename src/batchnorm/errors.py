@@ -1,6 +1,7 @@
 """One base error. A message tells what was called, what was given, what was expected, and how to mend it."""
 
 import traceback
+from collections.abc import Mapping
 
 
 def message_of(error: BaseException) -> str:
@@ -13,6 +14,20 @@ def message_and_place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {message_of(error)}{place}"
+
+
+def by_reason(reasons: Mapping[str, str], most: int = 4) -> str:
+    """Names and what is true of each, in one line: names with the same reason stand behind the first, if few."""
+    named: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        named.setdefault(reason, []).append(f"'{name}'")
+    told = []
+    for reason, (first, *others) in named.items():
+        if len(others) > most:
+            others[most - 1 :] = [f"{len(others) - most + 1} more"]
+        listed = " and ".join([", ".join(others[:-1]), others[-1]][len(others) < 2 :]) if others else ""
+        told.append(f"{first} (like {listed}) {reason}" if listed else f"{first} {reason}")
+    return "; ".join(told)
 
 
 class BatchNormError(Exception):

@@ -204,3 +204,20 @@ def test_compiled():
     before = values(net[1])
     compiled(x)
     assert same(before, values(net[1]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        (1, "freeze: '1' keeps no running"),
+        (2, "freeze: '1' (like '2') keeps no running"),
+        (5, "freeze: '1' (like '2', '3', '4' and '5') keeps no running"),
+        (12, "freeze: '1' (like '2', '3', '4' and 8 more) keeps no running"),
+    ],
+)
+def test_layers_with_one_obstacle_are_named_together(layers, told):
+    net = nn.Sequential(nn.Identity(), *(nn.BatchNorm1d(4, track_running_stats=False) for _ in range(layers)))
+    with pytest.raises(SurgeryError) as raised:
+        bn.freeze(net)
+    assert str(raised.value).startswith(told)
+    assert str(raised.value).count("keeps no running") == 1

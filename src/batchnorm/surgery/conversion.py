@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from batchnorm.errors import InputError, SurgeryError
+from batchnorm.errors import InputError, SurgeryError, by_reason
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign, modes
 from batchnorm.nn import options as table
@@ -181,9 +181,9 @@ def convert(
     seen = {} if given is None else _shapes(root, given, SOURCES[of])
     targets = {name: _target(layer, to, seen.get(id(layer), set()), values) for name, layer in layers.items()}
     fitted = None if fit is None else _fitted(root, layers, targets, to, fit, groups)
-    reasons = [f"'{name}' {target}" for name, target in targets.items() if isinstance(target, str)]
+    reasons = {name: target for name, target in targets.items() if isinstance(target, str)}
     if reasons:
-        raise SurgeryError(f"convert: {'; '.join(reasons)}. Nothing was changed.")
+        raise SurgeryError(f"convert: {by_reason(reasons)}. Nothing was changed.")
     steps = []
     for name, target in targets.items():
         assert not isinstance(target, str)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.errors import SurgeryError
+from batchnorm.errors import SurgeryError, by_reason
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import modes
 from batchnorm.nn.saved_modes import FROZEN, flags, train_affine
@@ -58,8 +58,7 @@ def freeze(net: nn.Module) -> nn.Module:
     thawed = {name: layer for name, layer in layers.items() if not is_frozen(layer)}
     obstacles = {name: reason for name, m in thawed.items() if (reason := _obstacle(m))}
     if obstacles:
-        reasons = "; ".join(f"'{name}' {reason}" for name, reason in obstacles.items())
-        raise SurgeryError(f"freeze: {reasons}. Nothing was changed.")
+        raise SurgeryError(f"freeze: {by_reason(obstacles)}. Nothing was changed.")
     before = {name: flags(layer) for name, layer in thawed.items()}  # layers may share a gamma
     steps = [Step(f"{n}: frozen", _freezing(layer, before[n])) for n, layer in thawed.items()]
 
