@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.errors import SurgeryError
 from batchnorm.surgery.choices import choices, with_choices
-from batchnorm.surgery.comparison import Example
+from batchnorm.surgery.comparison import Example, distances
 from batchnorm.surgery.rounding import Rounding
 
 EPS = torch.finfo(torch.float32).eps
@@ -146,3 +146,12 @@ def test_fold_holds_the_choices_that_rounding_makes():
     assert max(d.relative for d in proofs.differences if d.dtype == "float32") < 1e-5
     given = [x, torch.cat([x, x]), alike(24), alike(40)]
     assert max(float((net(each)["boxes"] - folded(each)["boxes"]).abs().max()) for each in given) > 0.01
+
+
+def test_other_sizes_of_an_output_tell_of_limits():
+    with pytest.raises(
+        SurgeryError, match=r"output\['rows'\] has the shape \(3, 2\) .* has \(5, 2\).*a threshold, a match"
+    ):
+        distances({"rows": torch.ones(5, 2)}, {"rows": torch.ones(3, 2)})
+    with pytest.raises(SurgeryError, match=r"output\[0\] has torch.float64 where the original has torch.float32"):
+        distances((torch.ones(5),), (torch.ones(5).double(),))

@@ -236,9 +236,13 @@ def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _distance(path: str, expected: Tensor, actual: Tensor) -> Distance:
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+    if expected.dtype != actual.dtype:
+        raise SurgeryError(f"{path} has {actual.dtype} where the original has {expected.dtype}")
+    if expected.shape != actual.shape:
         raise SurgeryError(
-            f"{path} is {tuple(actual.shape)} {actual.dtype}, expected {tuple(expected.shape)} {expected.dtype}"
+            f"{path} has the shape {tuple(actual.shape)} where the original has {tuple(expected.shape)}. Where "
+            "values decide how many there are (a threshold, a match), rounding can: give an example that lies further "
+            "from the limit, or edit the part of the network before it"
         )
     if expected.numel() == 0:
         return Distance(path, 0.0, 0.0)
