@@ -78,8 +78,8 @@ class Certificate:
         tolerance: the largest relative difference that was accepted in the network's dtype.
         dtype: the network's dtype.
         merged: sums of branches that became one convolution.
-        parts: the modules that were captured by themselves, where the whole network could not be; each was compared by
-            itself, too, under its name.
+        parts: the modules that were captured by themselves, where the whole network could not be, or calls them several
+            times; each was compared by itself, too, under its name.
         unseen: the folded layers on which no output of the example depends (zeros behind them, as in a network that
             starts from zero): no comparison says anything of them.
     """

@@ -32,7 +32,7 @@ from batchnorm.surgery.flow import EXPORTED, DataFlow, data_inputs, operation
 from batchnorm.surgery.frozen import eps_of, looks_frozen
 from batchnorm.surgery.layers import CHANNEL_PADDED, AddActivation, ScaleShift
 from batchnorm.surgery.modules import is_plain, obstacle, unwrap
-from batchnorm.surgery.parts import Part, parts_of
+from batchnorm.surgery.parts import Part, parts_called_again, parts_of
 from batchnorm.surgery.plan import Plan, Step, replace_module
 from batchnorm.surgery.rounding import TOLERANCE, coarsest_dtype, dtype_text
 from batchnorm.surgery.verification import unseen, verify
@@ -78,6 +78,9 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     Of a network that cannot be captured as a whole, because it looks into its data, those modules are folded that can
     be captured by themselves, if nothing outside one calls or reads what is in it, or shares it. ``certificate.parts``
     names them, and each is verified by itself, too.
+
+    So are those that the network calls several times (the branch of a siamese network, a head over several levels),
+    with values of one shape, or of any where no shape decides the forward.
 
     Layers are found by data flow, and only taken where nothing else sees their values. Any other layer is kept
     and listed with the reason; if its statistics are known, it becomes one ``ScaleShift`` that has its activation
@@ -165,20 +168,24 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
 
 
 def _parts(net: nn.Module, evaluated: nn.Module, inputs: Example) -> tuple[list[Part[Folding]], dict[str, str]]:
-    """The folds of the whole network; of its parts, where it cannot be captured, with why layers lie in none of them.
+    """The folds of the whole network, and of what it calls several times; of its parts, where it cannot be captured.
+
+    Beside them stands why layers lie in no part.
 
     Raises:
         NotCapturedError: where nothing of a network that cannot be captured folds.
     """
-    try:
-        return [Part("", inputs, _planned(net, evaluated, inputs))], {}
-    except NotCapturedError as error:
-        whole = error
 
     def plan(name: str, given: Example, lent: frozenset[str]) -> Folding:
         inside = frozenset(key.removeprefix(f"{name}.") for key in lent)
         return _planned(net.get_submodule(name), evaluated.get_submodule(name), given, inside)
 
+    try:
+        flow_of_all = _planned(net, evaluated, inputs)
+    except NotCapturedError as error:
+        whole = error
+    else:
+        return [Part("", inputs, flow_of_all), *_called_again(evaluated, inputs, flow_of_all, plan)], {}
     found = parts_of(evaluated, inputs, is_norm, plan, whole)
     parts = [part for part in found.parts if part.plan.folded]
     if not parts:
@@ -188,6 +195,28 @@ def _parts(net: nn.Module, evaluated: nn.Module, inputs: Example) -> tuple[list[
     layers = [name for name, module in evaluated.named_modules() if is_norm(module)]
     outside = {name: found.reason(name) for name in layers if not name.startswith(inside)}
     return found.parts, outside
+
+
+def _called_again(
+    net: nn.Module, inputs: Example, whole: Folding, plan: Callable[[str, Example, frozenset[str]], Folding]
+) -> list[Part[Folding]]:
+    """The folds inside modules that a network calls several times, by their own flows; ``whole`` lists them no longer.
+
+    A module that is called with several shapes folds where its flow does not depend on them.
+    """
+    again = {item.layer for item in whole.kept if len(whole.flow.calls(item.layer)) > 1}
+    if not again:
+        return []
+
+    def wanted(name: str, times: int) -> bool:
+        return times > 1 and any(layer.startswith(f"{name}.") for layer in again) and not whole.edits(name)
+
+    def counts(part: Part[Folding]) -> bool:
+        return bool(part.plan.folded) and (part.of_one_shape or part.plan.flow.method == "torch.fx")
+
+    parts = parts_called_again(net, inputs, wanted, plan, counts)
+    whole.kept = [item for item in whole.kept if not any(part.holds(item.layer) for part in parts)]
+    return parts
 
 
 def _verified(
@@ -420,6 +449,11 @@ class Folding:
 
         self.gone[name] = make
         return str(make(None))
+
+    def edits(self, name: str) -> bool:
+        """Whether something in the module ``name`` becomes something else."""
+        changed = [*self.state.weights, *self.state.vectors, *self.gone, *self.forwards]
+        return any(f"{key}.".startswith(f"{name}.") for key in changed)
 
     def steps(self, net: nn.Module, dtype: torch.dtype | None = None) -> list[Step]:
         """The edits that bring the plan about in ``net``, a copy of the captured network."""

@@ -1,4 +1,7 @@
-"""The parts of a network that can be captured where the whole cannot: modules, each with its own calls on the example.
+"""The parts of a network that can be captured by themselves: modules, each with its own calls on the example.
+
+Where the whole network cannot be captured, its parts stand for it. A module that the network calls several times is a
+part beside the whole, in whose flow none of its layers has one place.
 
 A part is edited by its own data flow. That holds in the network if nothing else reaches into the part: no code outside
 it calls its layers, reads their tensors, or registers them a second time. Modules without state, such as activations,
@@ -8,6 +11,7 @@ may be used by others, too, since no edit of a part changes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -33,12 +37,14 @@ class Part(Generic[T]):
     """A module that can be captured, what it is called with on the example, and what is planned in it.
 
     ``lent`` names the modules without state in it that are used outside it, too: they must stay as they are.
+    ``of_one_shape`` says whether all its calls on the example have the same shapes.
     """
 
     name: str
     example: Example
     plan: T
     lent: frozenset[str] = frozenset()
+    of_one_shape: bool = True
 
     def holds(self, name: str) -> bool:
         """Whether a module of the network lies in the part."""
@@ -128,6 +134,34 @@ def parts_of(
     return found
 
 
+def parts_called_again(
+    net: nn.Module,
+    example: Example,
+    wanted: Callable[[str, int], bool],
+    plan: Callable[[str, Example, frozenset[str]], T],
+    counts: Callable[[Part[T]], bool],
+) -> list[Part[T]]:
+    """The largest modules of a network that are wanted, by name and number of calls, and count once they are captured.
+
+    They may be called with several shapes, see `Part.of_one_shape`.
+    """
+    try:
+        seen = Seen.of(net, example)
+    except BatchNormError:
+        return []
+    parts: list[Part[T]] = []
+    for name, calls in sorted(seen.shapes.items()):
+        module = net.get_submodule(name)
+        if is_leaf(module) or any(part.holds(name) for part in parts) or not wanted(name, len(calls)):
+            continue
+        if seen.obstacle(name, several_shapes=True) is None:
+            given, lent = seen.given[name], seen.lent(name)
+            with suppress(BatchNormError):
+                part = Part(name, given, plan(name, given, lent), lent, all(call == calls[0] for call in calls))
+                parts += [part] if counts(part) else []
+    return parts
+
+
 @dataclass
 class Seen:
     """What a run of a network on its example shows of its modules.
@@ -165,8 +199,8 @@ class Seen:
         seen.stateless = set(map(id, whole))
         return seen
 
-    def obstacle(self, name: str) -> str | None:
-        """Why a module cannot be edited by itself, in words, or None."""
+    def obstacle(self, name: str, several_shapes: bool = False) -> str | None:
+        """Why a module cannot be edited by itself, in words, or None; whether it may be called with several shapes."""
         if name not in self.given:
             return "is not called on the example"
         inside = dict(self.net.get_submodule(name).named_modules(prefix=name))
@@ -175,7 +209,7 @@ class Seen:
             return f"is called with a {strange[0]}, into which no graph looks"
         if name in self.returns:
             return f"gives a {self.returns[name]}, into which no graph looks"
-        if any(shapes != self.shapes[name][0] for shapes in self.shapes[name]):
+        if not several_shapes and any(shapes != self.shapes[name][0] for shapes in self.shapes[name]):
             return "is called with values of several shapes"
         for key, module in inside.items():
             if id(module) not in self.stateless and self._is_reached(key, name):
