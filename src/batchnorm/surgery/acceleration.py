@@ -294,7 +294,7 @@ class Fusions:
             if name in inputs and name in runs.changing and free - self.taken:
                 self.refused[name] = _CHANGES
             elif name in inputs and name not in runs.changing:
-                self.rewrite(name, module, inputs[name], free, names)
+                self.rewrite(name, module, inputs[name], {layer for layer in free if runs.as_often(layer, name)}, names)
 
     def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
         """The network's data flow in evaluation and in training mode, as far as it can be captured."""
@@ -307,12 +307,16 @@ class Fusions:
         return found
 
     def is_free(self, name: str, flows: list[DataFlow], runs: Runs) -> bool:
-        """Whether the layer may take something in: it is called once, and nobody sees its output from outside."""
+        """Whether the layer may take something in: it is called once, or once by each call of one module.
+
+        Nobody may see its output from outside.
+        """
         layer = self.net.get_submodule(name)
-        if getattr(layer, "activation", None) is not None or not runs.once(name):
+        again = not runs.once(name)
+        if getattr(layer, "activation", None) is not None or (again and not runs.in_step(name)):
             return False
         if flows:
-            return not any(flow.calls(name) or not flow.draws for flow in flows if obstacle(flow, name))
+            return not any(flow.calls(name) or not flow.draws for flow in flows if obstacle(flow, name, again))
         return is_plain(layer) and obstacle_outside(self.net, layer) is None
 
     def absorb(self, name: str, flows: list[DataFlow], runs: Runs) -> None:
@@ -320,7 +324,7 @@ class Fusions:
 
         Where random numbers shape a mode's flow, it is one draw: then no module may draw any that calls either.
         """
-        called = [flow for flow in flows if flow.calls(name)]
+        called = [flow for flow in flows if len(flow.calls(name)) == 1]
         if len(called) < 2:
             return
         found = {activations.following(flow, flow.calls(name)[0]) for flow in called}

@@ -44,15 +44,15 @@ def is_known(module: nn.Module) -> bool:
     return is_frozen_layer(module) or (not has_hooks(module) and applies_weights_once(module))
 
 
-def obstacle(flow: DataFlow, name: str) -> str | None:
-    """Why the layer cannot be edited by itself, in words, or None."""
+def obstacle(flow: DataFlow, name: str, several_calls: bool = False) -> str | None:
+    """Why the layer cannot be edited by itself, in words, or None; whether it may be called several times."""
     module = flow.modules[name]
     calls = flow.calls(name)
     if not is_plain(module) and not is_known(module):
         return f"its class {type(module).__qualname__} has a forward of its own"
     if not calls:
         return "it is not called on the example's path (or only inside another layer)"
-    if len(calls) > 1:
+    if len(calls) > 1 and not several_calls:
         return f"it is used {len(calls)} times"
     reason = obstacle_outside(flow.net, module)
     if reason is not None:

@@ -29,15 +29,18 @@ class Runs:
         drawing: the modules whose own code draws random numbers in training, by name.
         changing: the modules of which a run in training changes a number or a generator of random numbers, by name:
             the next one may decide otherwise.
+        callers: the modules in whose forwards each module is called, by name; None where one calls it twice in one go.
     """
 
     calls: list[Counter[str]]
     drawing: set[str]
     changing: set[str]
+    callers: dict[str, set[str | None]]
 
     @classmethod
     def of(cls, net: nn.Module, example: Example) -> Runs:
         counts, drawing, changing = [], set[str](), set[str]()
+        callers: dict[str, set[str | None]] = {}
         for training in (False, True):
             counted = _Counted(net, training)
             for seed in range(DRAWS if training else 1):
@@ -49,15 +52,31 @@ class Runs:
                 if seed and not counted.drawing | changing:
                     break
             drawing |= counted.drawing
-        return cls(counts, drawing, changing)
+            for name, found in counted.callers.items():
+                callers.setdefault(name, set()).update(found)
+        return cls(counts, drawing, changing, callers)
 
     def once(self, name: str) -> bool:
         """Whether a module is called once in evaluation, and never twice."""
         return self.calls[0][name] == 1 and all(count[name] <= 1 for count in self.calls)
 
+    def as_often(self, name: str, other: str) -> bool:
+        """Whether a module is called once, or in every run as often as another one."""
+        return self.once(name) or all(count[name] == count[other] for count in self.calls)
+
+    def in_step(self, name: str) -> bool:
+        """Whether a module is called in evaluation, and as often as one other module, by each call of that."""
+        (caller, *others) = self.callers.get(name, {None})
+        if others or caller is None or not self.calls[0][name]:
+            return False
+        return all(count[name] == count[caller] for count in self.calls)
+
     def together(self, *names: str) -> bool:
-        """Whether these are called equally often in every run, in evaluation once."""
-        return self.once(names[0]) and all(len({count[name] for name in names}) == 1 for count in self.calls)
+        """Whether these are called equally often in every run: in evaluation once, or all in step with the last one."""
+        equally = all(len({count[name] for name in names}) == 1 for count in self.calls)
+        if self.once(names[0]):
+            return equally
+        return equally and all(self.in_step(name) and self.callers[name] == {names[-1]} for name in names[:-1])
 
 
 class _Counted:
@@ -68,13 +87,15 @@ class _Counted:
         self.counts = Counter[str]()
         self.drawing = set[str]()
         self.running: list[str] = []
+        self.called: list[set[str]] = [set()]  # by each of the running modules, and by nobody
+        self.callers: dict[str, set[str | None]] = {}
         self.draws = Draws(net)
         for name, module in self.net.named_modules():
             module.register_forward_pre_hook(partial(self._enters, name))
             module.register_forward_hook(self._leaves, always_call=True)
 
     def run(self, example: Example, seed: int) -> Counter[str]:
-        self.counts, self.running = Counter(), []
+        self.counts, self.running, self.called = Counter(), [], [set()]
         fresh = example.map(lambda x: x.detach().clone())
         with random_state_kept(self.net), torch.no_grad():
             seed_all(seed)
@@ -95,11 +116,16 @@ class _Counted:
 
     def _enters(self, name: str, module: nn.Module, args: Any) -> None:
         self._look()
+        again = name in self.called[-1] or not self.running
+        self.callers.setdefault(name, set()).add(None if again else self.running[-1])
+        self.called[-1].add(name)
+        self.called.append(set())
         self.running.append(name)
         self.counts[name] += 1
 
     def _leaves(self, module: nn.Module, args: Any, output: Any) -> None:
         self._look()
+        self.called.pop()
         self.running.pop()
 
     def _look(self) -> None:
