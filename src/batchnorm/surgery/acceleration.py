@@ -54,13 +54,16 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     Every ``torch.nn.BatchNorm*d`` becomes this package's layer of the same name: the same object with the same
     parameters, statistics and ``state_dict`` keys. If it alone feeds
 
-    - an activation module that is called once, the activation moves into the layer, and an identity takes its place;
+    - an activation module that is called once, or once behind it each time, the activation moves into the layer, and an
+      identity takes its place;
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
       makes the call is generated anew from its captured graph, with one call of the fused layer in their place. The
       module stays the same object; its class becomes a subclass of its own. This is done where the forward is the
       same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``;
     - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
       training each part is measured once, whoever normalizes it.
+
+    What a network calls several times (the branch of a siamese network) takes part where each call does the same.
 
     Outputs whose making takes little time beside a step, estimated from the sizes on the example, are made again in the
     backward where a convolution reads them, with the same bits, instead of being kept for it. ``keeps_output`` of a
