@@ -131,7 +131,7 @@ class TakesTwo(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda net: Returns(net, lambda y: {"logits": y}), r"it returns an object of type dict, expected logits of shape \(8, "),
+        (lambda net: Returns(net, lambda y: {"logits": y}), r"an object of type dict, expected logits of shape \(8, "),
         (lambda net: Returns(net, lambda y: (y, y)), r"it returns an object of type tuple, expected logits"),
         (lambda net: Returns(net, lambda y: y[:, :1]), r"it returns \(8, 1\), expected logits"),
         (TakesTwo, r"it does not take the data's batches of shape \(8, .*missing 1 required"),
