@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,21 @@ _operators: list[Any] = []
 
 
 def torchvision() -> Any:
-    """The package, or None. Builds for another torch lack operators that its import asks for by name."""
+    """The package, or None. Builds for another torch lack operators that its import asks for by name.
+
+    Its own library comes first, since it ends the process where an operator is there already.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    for library in Path(spec.origin).parent.glob("_C*.so"):
+        with suppress(OSError):
+            torch.ops.load_library(library)
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _operators.append(library)
+            made = torch.library.Library("torchvision", "FRAGMENT")
+            made.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _operators.append(made)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
