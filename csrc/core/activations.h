@@ -23,8 +23,15 @@ INLINE V polynomial(V v, const S (&k)[count]) {
   return odd * v + even;
 }
 
-// Added to a value it leaves the nearest integer in the low bits, from which the exponent of a power of two is shifted
-// into place.
+// The same by Horner's rule, of any number of coefficients: one instruction fewer, and a longer wait.
+template <class S, class V, size_t count>
+INLINE V horner(V v, const S (&k)[count]) {
+  V p = V{} + k[0];
+  for (size_t i = 1; i < count; ++i) p = p * v + k[i];
+  return p;
+}
+
+// A value plus this has the nearest integer in its low bits. Shifted, they are the exponent of that power of two.
 constexpr float kMagic = 0x1.8p23f;
 
 INLINE f32 times_power(f32 v, f32 bits) { return (f32)((u32)v + ((u32)bits << 23)); }
@@ -34,12 +41,8 @@ INLINE f32 exp_within(f32 v) {
   const f32 bits = v * 0x1.715476p0f + kMagic, n = bits - kMagic;
   f32 r = v - n * 0x1.62e4p-1f;  // log 2, high part: n * high is exact
   r = r - n * 1.4286068203094172e-6f;
-  f32 p = 0.001382941147312522f * r + 0.008374777622520924f;
-  p = p * r + 0.0416683591902256f;
-  p = p * r + 0.1666642129421234f;
-  p = p * r + 0.49999991059303284f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
+  const f32 p = horner<float>(r, {0.001382941147312522f, 0.008374777622520924f, 0.0416683591902256f,
+                                  0.1666642129421234f, 0.49999991059303284f, 1.f, 1.f});
   return times_power(p, bits);
 }
 
@@ -52,10 +55,8 @@ INLINE f32 sigmoid_of(f32 z) { return 1.f / (1.f + exp_within(vmin(vmax(-z, f32{
 
 INLINE f32 tanh_of(f32 z) {
   f32 a = abs_of(z), u = z * z;
-  f32 small = -0.005652355495840311f * u + 0.020583489909768105f;
-  small = small * u - 0.053718484938144684f;
-  small = small * u + 0.13331091403961182f;
-  small = small * u - 0.3333325982093811f;
+  f32 small = horner<float>(u, {-0.005652355495840311f, 0.020583489909768105f, -0.053718484938144684f,
+                                0.13331091403961182f, -0.3333325982093811f});
   small = z + z * (small * u);
   f32 e = exp_of_negative(-2.f * a);
   f32 large = (1.f - e) / (1.f + e);
@@ -63,23 +64,20 @@ INLINE f32 tanh_of(f32 z) {
   return select(a < 0.625f, small, large);
 }
 
-// The normal distribution where z is negative: its function, 0.5 * erfc(c / sqrt 2), and exp(-c^2 / 2), of c = |z|.
-struct Tail32 {
-  f32 c, cdf, bell;
+// The normal distribution at -c, where c is |z|: its function, 0.5 * erfc(c / sqrt 2), and exp(-c^2 / 2).
+template <class V>
+struct Tail {
+  V c, cdf, bell;
 };
 
 // The function is exp(-c^2 / 2) / (1 + sqrt(2) c) times a polynomial in c / (c + sqrt(8)) here, in 1 / (a + 3) below
-// (relative errors of the polynomials 1.4e-8 and 2e-16). Both quotients come of one division, and what they lose is
-// little where c is; the power of two is exact to its argument, since the rest of the square is taken unrounded.
-INLINE Tail32 tail_of(f32 z) {
+// (relative errors of the polynomials 1.4e-8 and 2e-16). Here both quotients come of one division, and lose little if c
+// is small. The power of two is that of the exact square, whose rest one more product gives unrounded.
+INLINE Tail<f32> tail_of(f32 z) {
   const f32 c = vmin(abs_of(z), f32{} + 13.15f), w = c * 0.8493218002880191f;
   const f32 bits = kMagic - w * w, r = -(w * w) - (bits - kMagic);
-  f32 e = 0.00015370704780f * r + 0.0013399834830f;
-  e = e * r + 0.0096183732500f;
-  e = e * r + 0.0555032904000f;
-  e = e * r + 0.2402264850000f;
-  e = e * r + 0.6931472060000f;
-  e = e * r + 1.f;
+  const f32 e = horner<float>(r, {0.00015370704780f, 0.0013399834830f, 0.0096183732500f, 0.0555032904000f,
+                                  0.2402264850000f, 0.6931472060000f, 1.f});
   const f32 bell = times_power(e, bits);
   const f32 b = c + 2.8284271247461903f, d = 1.f + 1.4142135623730951f * c, both = 1.f / (b * d);
   const f32 s = 2.4301075268817205f * (c * d * both) - 1.f;
@@ -123,11 +121,7 @@ INLINE f64 tanh_of(f64 z) {
   return (f64)((s64)t | ((s64)z & INT64_MIN));
 }
 
-struct Tail64 {
-  f64 c, cdf, bell;
-};
-
-INLINE Tail64 tail_of(f64 z) {
+INLINE Tail<f64> tail_of(f64 z) {
   const f64 c = vmin(abs_of(z), f64{} + 37.6), a = c * 0.70710678118654752440;
   const f64 bell = exp_of(-0.5 * c * c), s = 1.2255639097744362 - 6.676691729323308 / (a + 3.);
   const f64 p = polynomial<double>(
@@ -141,8 +135,7 @@ INLINE Tail64 tail_of(f64 z) {
   return {c, tail, bell};
 }
 
-// Of NaN all functions here are NaN without more ado: minimum and maximum keep it, and no comparison picks what it is
-// not in.
+// NaN gives NaN without a test, here and above: minimum and maximum keep it, and both sides of each choice hold it.
 template <class V>
 INLINE V gelu_of(V z) {
   const auto tail = tail_of(z);

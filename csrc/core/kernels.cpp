@@ -547,14 +547,9 @@ void interleaved_moments(const Slab& slab, const Operand& x, const double* shift
 // Which activations are compiled into the loops; all others are chosen inside, vector by vector.
 enum class Form { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, any };
 
-constexpr bool takes_exponential(Form form) {
-  return form == Form::silu || form == Form::gelu || form == Form::sigmoid || form == Form::tanh;
-}
-
-template <Form form>
-INLINE Activation activation_of(const KernelFusion& f) {
+// Of `any`, which is chosen inside: identity.
+constexpr Activation activation_of(Form form) {
   switch (form) {
-    case Form::identity: return Activation::identity;
     case Form::relu: return Activation::relu;
     case Form::relu6: return Activation::relu6;
     case Form::leaky_relu: return Activation::leaky_relu;
@@ -563,10 +558,15 @@ INLINE Activation activation_of(const KernelFusion& f) {
     case Form::hardswish: return Activation::hardswish;
     case Form::sigmoid: return Activation::sigmoid;
     case Form::tanh: return Activation::tanh;
+    case Form::identity:
     case Form::any: break;
   }
-  return f.activation;
+  return Activation::identity;
 }
+
+// Rows that are walked at once.
+template <Form form>
+constexpr int kTile = takes_exponential(activation_of(form)) ? 2 : 4;
 
 // How many activations have loops of their own, which take room in the library and time to compile: relu alone; those
 // of straight lines; all.
@@ -688,7 +688,7 @@ INLINE typename Lane<T>::V finish(P z, typename Lane<T>::V r, uint8_t* bits, i64
   if constexpr (form == Form::identity) return v;
   if constexpr (form == Form::relu) return vmax(v, typename Lane<T>::V{});
   if constexpr (form == Form::any) return activate_called(f.activation, v, f.slope);
-  return activate(activation_of<form>(f), v, f.slope);
+  return activate(activation_of(form), v, f.slope);
 }
 
 template <class T, class P, Form form, bool residual, bool signs>
@@ -736,7 +736,7 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
   using V = typename L::V;
-  write_rows<!signs, takes_exponential(form) ? 2 : 4, T>(
+  write_rows<!signs, kTile<form>, T>(
       y, slab.samples, slab.channels, f.stream, is_over(y, x) || is_over(y, f.residual),
       [=](i64 c) INLINED { return Normal<T, P>::of_columns(k, c); },
       [=](i64 n, i64 c, const Normal<T, P>& normal) INLINED {
@@ -782,7 +782,7 @@ INLINE P gated(typename Lane<T>::V dy, typename Lane<T>::V x, const Normal<T, P>
     for (int k = 0; k < P::parts; ++k) z.part[k] += added.part[k];
   }
   if constexpr (form == Form::any) return P::of(dy * derivative_called(f.activation, z.rounded(), f.slope));
-  return P::of(dy * derivative(activation_of<form>(f), z.rounded(), f.slope));
+  return P::of(dy * derivative(activation_of(form), z.rounded(), f.slope));
 }
 
 template <class T, class P, class S, Form form, Gate gate>
@@ -968,7 +968,7 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
   using V = typename L::V;
-  write_rows<gate != Gate::signs, takes_exponential(form) ? 2 : 4, T>(
+  write_rows<gate != Gate::signs, kTile<form>, T>(
       dx, slab.samples, slab.channels, f.stream, is_over(dx, dy) || is_over(d_residual, dy),
       [=](i64 c) INLINED { return Apply<T, P>::of_columns(k, a, c); },
       [=](i64 n, i64 c, const Apply<T, P>& apply) INLINED {

@@ -32,6 +32,11 @@ struct ApplyCoefficients {
   const void *k1, *k2, *k3;
 };
 
+// Whether an activation takes as long as several plain elements.
+constexpr bool takes_exponential(Activation a) {
+  return a == Activation::silu || a == Activation::gelu || a == Activation::sigmoid || a == Activation::tanh;
+}
+
 // Which values the derivative of the activation is taken from.
 enum class Gate : int { none, recompute, residual, signs };
 

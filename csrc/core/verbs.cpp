@@ -16,8 +16,6 @@ bool is_costly(Activation a) {
   return a != Activation::identity && a != Activation::relu && a != Activation::relu6 && a != Activation::leaky_relu;
 }
 
-bool takes_exponentials(Activation a) { return is_costly(a) && a != Activation::hardswish; }
-
 enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
 
 // ---------------------------------------------------------------------------------------------- steps
@@ -32,7 +30,7 @@ struct Steps {
   bool large, stream;  // around the cache go zeros; elements
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
-      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponentials(f.activation)),
+      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation)),
         scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
         row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from batchnorm.errors import DtypeError, InputError
 from batchnorm.ops.context import Way, is_compiled, way
-from batchnorm.pools import Pool, Pools, all_reduce_max
+from batchnorm.pools import Pool, Pools, largest
 
 POOLS = (None, "sequence", "frame")
 
@@ -138,7 +138,7 @@ def batch_of(
 def with_equal_steps(batch: Batch, pool: Pool) -> Batch:
     """The same with as many time steps as the rank that has the most; the others' are not valid."""
     frames = len(batch.x)
-    most = all_reduce_max(batch.steps, pool, batch.x.device)
+    most = largest(batch.steps, pool, batch.x.device)
     samples = max(frames // batch.steps, 1) if batch.steps else 1
     missing = most * samples - frames
     if not missing:

@@ -218,22 +218,15 @@ def _gather_of_one_layer(values: Tensor, pool: Pool, group: Any) -> Tensor:
     return given
 
 
-def all_reduce_max(number: int, pool: Pool, device: torch.device) -> int:
-    """The largest of the ranks' numbers.
+def largest(number: int, pool: Pool, device: torch.device) -> int:
+    """The largest of the ranks' numbers, which is read at once on any device.
 
     Raises:
         SynchronizationError: ranks are at different layers.
     """
-    most = torch.tensor([number, pool.place, -pool.place], device=device)
-    group = process_group(pool.process_group)
-    with waiting(group, pool.layer, "all-reduce"):
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-        largest, last, first = most.tolist()
-        if last != -first:
-            places = most.new_empty((dist.get_world_size(group), 1))
-            dist.all_gather(list(places.unbind()), most.new_tensor([pool.place]), group=group)
-            refuse_mixture(group, pool.layer, places[:, 0].tolist())
-    return int(largest)
+    return int(
+        _gather_of_one_layer(torch.tensor([number], device=device), pool, process_group(pool.process_group)).max()
+    )
 
 
 def process_group(given: Any) -> Any:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,29 +11,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_OPERATORS: list[Any] = []
+from benchmarks import whole
 
 
 @cache
 def torchvision() -> Any:
-    """The package, or a skip. Builds for another torch lack operators that its import asks for by name.
-
-    Its own library comes first, since it ends the process where an operator is there already.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
+    """The package, or a skip."""
+    package = whole.torchvision()
+    if package is None:
         pytest.skip("torchvision is not installed: pip install --no-deps torchvision")
-    for library in Path(spec.origin).parent.glob("_C*.so"):
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(library)
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            made = torch.library.Library("torchvision", "FRAGMENT")
-            made.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _OPERATORS.append(made)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torchvision as package
     return package
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_networks import Calls, randomize
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 
@@ -96,3 +97,16 @@ def test_a_layer_called_again_by_the_network_itself_stays():
     net = randomize(Calls(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4))).double().eval()
     (kept,) = bn.fold(net, (IMAGES, OTHERS)).certificate.kept
     assert (kept.layer, kept.reason) == ("norm", "it is used 2 times")
+
+
+def test_a_checkpointed_branch_folds():
+    """Its backward runs it once more."""
+
+    def forward(self, x, y):
+        return self.head(checkpoint(self.branch, x, use_reentrant=False) - self.branch(y))
+
+    net = network(forward)
+    result = bn.fold(net, (IMAGES, OTHERS))
+    assert ("branch.1", "branch.0") in pairs(result.certificate)
+    assert result.certificate.unseen == ()
+    torch.testing.assert_close(result.model(IMAGES, OTHERS), net(IMAGES, OTHERS), rtol=1e-9, atol=1e-10)

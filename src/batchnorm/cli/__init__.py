@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _is_of_a_network(error: BaseException) -> bool:
     """Whether a module of torch was being called, and the fault is in no line of this package."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = str(Path(__file__).parents[1])
-    return any(code.co_name == "_call_impl" for code in frames) and not frames[-1].co_filename.startswith(own)
+    own = Path(__file__).parents[1]
+    return any(code.co_name == "_call_impl" for code in frames) and own not in Path(frames[-1].co_filename).parents
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -66,8 +66,10 @@ class Diagnosis:
 
     @property
     def follows(self) -> bool | None:
-        """Whether evaluation follows training as closely as exact statistics would; None without running statistics, or
-        without outputs to compare."""
+        """Whether evaluation follows training as closely as exact statistics would.
+
+        None without running statistics, or without outputs to compare.
+        """
         if self.after is None or math.isnan(self.before.distance):
             return None
         before = self.before.distance

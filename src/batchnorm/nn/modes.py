@@ -262,11 +262,11 @@ def check(net: nn.Module, verb: str, source: str | None = None, update: str | No
         raise InputError(f"{verb}: {type(net).__name__} has no batch normalization")
     for name, layer in layers.items():
         _check(verb, name, layer, source, update)
-    warn_of_strangers(net, verb)
+    warn_of_strangers(net, verb, stacklevel=4)
     return layers
 
 
-def warn_of_strangers(net: nn.Module, verb: str) -> None:
+def warn_of_strangers(net: nn.Module, verb: str, stacklevel: int = 3) -> None:
     """Names modules that keep running statistics of a batch and are of no class that this package knows."""
     found = [
         f"'{name}' ({type(module).__name__})"
@@ -281,7 +281,7 @@ def warn_of_strangers(net: nn.Module, verb: str) -> None:
         warnings.warn(
             f"{verb}: {', '.join(found[:3])}{more} keep running statistics, are no batch normalization of torch.nn, "
             "and are left alone",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -23,7 +23,7 @@ from batchnorm.nn.sequences import frames_of, reversed_frames
 from batchnorm.nn.step_batch_norm import StepBatchNorm
 from batchnorm.ops import recurrent as ops
 from batchnorm.ops.context import is_compiled
-from batchnorm.pools import all_reduce_max
+from batchnorm.pools import largest
 
 POOLS = (None, "frame", "sequence")
 State = Any  # h of shape (layers, N, H), or the pair of it and c
@@ -90,7 +90,7 @@ class _Direction:
         norms = [norm for norm in (self.norm_hh, self.norm_c) if norm is not None]
         shared = next((norm for norm in norms if norm.synchronizes), None)
         if shared is not None:  # each step is an exchange, so every rank takes as many
-            most = all_reduce_max(len(sizes), shared.agreed_pool(gates), gates.device)
+            most = largest(len(sizes), shared.agreed_pool(gates), gates.device)
             sizes = [*sizes, *[0] * (most - len(sizes))]
         call = aten.Recurrence(self.cell, gates, sizes, self.weight_hh, self.bias_hn, self.weight_hr, h0, c0)
         if not StepBatchNorm.can_be_fused(norms):

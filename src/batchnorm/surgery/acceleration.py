@@ -54,8 +54,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True) -> nn.Modu
     Every ``torch.nn.BatchNorm*d`` becomes this package's layer of the same name: the same object with the same
     parameters, statistics and ``state_dict`` keys. If it alone feeds
 
-    - an activation module that is called once, or once behind it each time, the activation moves into the layer, and an
-      identity takes its place;
+    - an activation module that is called nowhere else, the activation moves into the layer, and an identity takes its
+      place;
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
       makes the call is generated anew from its captured graph, with one call of the fused layer in their place. The
       module stays the same object; its class becomes a subclass of its own. This is done where the forward is the

@@ -116,18 +116,20 @@ def unseen(net: nn.Module, example: Example, layers: Sequence[str]) -> tuple[str
     try:
         with random_state_kept(copy), torch.enable_grad():
             found = [x for _, x in tensors_of(copy(*given.args, **given.kwargs)) if x.requires_grad]
-            asked = [shift for each in shifts.values() for shift in each]
+            asked = [
+                (name, shift) for name, each in shifts.items() for shift in each
+            ]  # the backward may run layers again
             if not found or not asked:
                 return ()
             total = torch.stack([(x * torch.randn_like(x)).sum().real for x in found]).sum()
-            gradients = iter(torch.autograd.grad(total, asked, allow_unused=True))
+            gradients = torch.autograd.grad(total, [shift for _, shift in asked], allow_unused=True)
         truth = exact.run(copy)
     except Exception:  # a network that does not run in float64, or has no gradients
         return ()
-    touched = {name: [next(gradients) for _ in each] for name, each in shifts.items()}
+    touched = {name for (name, _), g in zip(asked, gradients, strict=True) if g is not None and g.any()}
     hidden = []
     for name in layers:
-        if name in touched and not any(g is not None and g.any() for g in touched[name]):
+        if name in shifts and name not in touched:
             noisy = name
             if all(d.absolute == 0 for d in distances(truth, exact.run(copy))):
                 hidden.append(name)
