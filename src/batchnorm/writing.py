@@ -211,9 +211,9 @@ class Stream(io.BufferedIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115, closed by close()
         self.refusal: OSError | None = None
         self.size = 0
+        self._file = open(path, "wb")  # noqa: SIM115, closed by close()
 
     def writable(self) -> bool:
         return True
@@ -238,7 +238,7 @@ class Stream(io.BufferedIOBase):
         self._unless_refused(self._file.flush)
 
     def close(self) -> None:
-        if not self.closed:
+        if "_file" in self.__dict__ and not self.closed:  # the finalizer closes what could not be opened, too
             self._unless_refused(self._file.close)
             with suppress(OSError):
                 self._file.close()

@@ -59,7 +59,10 @@ def test_inductor_gives_layers_the_order_of_convolutions():
     torch.compiler.reset()
     found, written = run_and_get_code(gradients, torch.compile(net, fullgraph=True), net, x)
     torch.testing.assert_close(found, gradients(eager, eager, x), atol=1e-5, rtol=1e-4)
-    claims = r"assert_size_stride\(\w+, \(4, 8, 6, 6\), \((.*?)\), 'torch.ops.batchnorm.(\w+).default'\)"
+    claims = (  # the second name since torch 2.14
+        r"assert_(?:size_stride|tensor_metadata)\(\w+, \(4, 8, 6, 6\), \((.*?)\), (?:torch.float32, )?"
+        r"'torch.ops.batchnorm.(\w+).default'\)"
+    )
     strides = [(name, numbers.split(", ")[1]) for code in written for numbers, name in re.findall(claims, code)]
     assert sorted(set(strides)) == [("backward", "1"), ("forward", "1")]
     assert len(strides) == 5  # one output of each forward, dx of each backward, one gradient of a residual

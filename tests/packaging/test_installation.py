@@ -186,7 +186,13 @@ def test_a_file_that_is_damaged_or_missed_while_a_command_runs_is_one_line(site:
         assert done.returncode
         assert re.search(r"pools\.py is damaged \(line 1: .*\); pip install --force", done.stderr.splitlines()[-1])
     (package / "__init__.py").unlink()
-    done = run(site, "-c", "from batchnorm.cli import main; raise SystemExit(main(['info']))")
+    others = site.parent / "others"  # a whole package further along the path would be taken instead
+    others.mkdir()
+    for entry in (entry for folder in LIBRARIES for entry in Path(folder).glob("*")):
+        if not entry.name.startswith("batchnorm") and not (others / entry.name).exists():
+            (others / entry.name).symlink_to(entry)
+    call = "from batchnorm.cli import main; raise SystemExit(main(['info']))"
+    done = run(site, "-c", call, beside=[str(others)])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "error: __init__.py is missing from" in done.stderr
 

@@ -397,3 +397,25 @@ def test_networks_that_cast_to_float32_by_themselves():
     net = Calls(lambda self, x: self.norm(self.conv(x.float())), conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4))
     bn.accelerate(net, torch.randn(4, 3, 5, 5))
     assert isinstance(net.norm, bn.BatchNorm2d)
+
+
+class ByLength(nn.Module):
+    """A forward that asks its input's length, as many do that flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)) + x)
+        return x.reshape(len(x), -1)
+
+
+def test_a_forward_that_asks_for_a_length_is_fused():
+    net = ByLength()
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert net.norm.activation == "relu" and "an addition" in str(net.report)
+    assert_same(original, net, IMAGES)
+    assert_same(original, net, IMAGES[:2])  # of another length than the example
+    assert "len" not in ByLength.forward.__globals__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign, modes
 from batchnorm.nn import options as table
 from batchnorm.nn.buffers import FLAGS, widen_parameters
-from batchnorm.surgery import sample_fit
+from batchnorm.surgery import memory_order, sample_fit
 from batchnorm.surgery.activations import is_computed_by
 from batchnorm.surgery.comparison import Example, copy_of, run_example
 from batchnorm.surgery.freezing import is_frozen
@@ -293,6 +294,8 @@ def revert(net: nn.Module) -> nn.Module:
             steps.append(Step(f"{name}: as it was", _returning(root, module)))
         elif "original_kind" in vars(type(module)):
             steps.append(Step(f"{name}: its own forward", _own_forward(module)))
+        if memory_order.LAID_OUT in module.__dict__:
+            steps.append(Step(f"{name}: the usual order of its weight", partial(memory_order.put_back, module)))
     Plan(root, steps, lambda: None).apply()
     root.__dict__.pop(REPORT, None)
     return net

@@ -211,10 +211,10 @@ def _measured(root: nn.Module, names: list[str], example: Example) -> tuple[floa
             layer.keeps_output = None
     with random_state_kept(twin), torch.enable_grad():
         with recompute_outputs():
-            _step(twin, example)
+            training_step(twin, example)
         for hook in hooks:
             hook.remove()
-        took = min(_step(twin, example) for _ in range(2))
+        took = min(training_step(twin, example) for _ in range(2))
     known: dict[Layout, float] = {}
     found = {}
     for name, (layout, has_residual, convolution) in noted.items():
@@ -256,7 +256,8 @@ def _noting(noted: dict[str, Noted], name: str) -> Any:
     return note
 
 
-def _step(net: nn.Module, example: Example) -> float:
+def training_step(net: nn.Module, example: Example) -> float:
+    """Seconds of a forward and a backward."""
     begin = time.perf_counter()
     output = run_example(net, example)
     losses = [x.float().sum() for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
