@@ -66,9 +66,9 @@ def _memory(quick: bool) -> list[Job]:
 
 def _networks(quick: bool) -> list[Job]:
     networks = ("mobilenet_v2",) if quick else tuple(whole.NETWORKS)
-    return [partial(whole.measure, network, 4.0 if quick else 20.0) for network in networks] + _residents(
-        "glibc", quick
-    )
+    measured = [partial(whole.measure, network, 4.0 if quick else 20.0) for network in networks]
+    alone = [partial(whole.alone, name, 2.0 if quick else 8.0) for name in whole.APART if name in networks]
+    return measured + alone + _residents("glibc", quick)
 
 
 def _residents(allocator: str, quick: bool) -> list[Job]:

@@ -165,6 +165,19 @@ def networks(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def alone(rows: Sequence[Row]) -> str:
+    """Training steps of a process that does nothing else, times as fast as torch's; page faults."""
+    header = ("network", "input", "contestant", "step, ms", "x torch", "page faults a step")
+    lines = [
+        (
+            r["network"], tuple(r["shape"]), r["contestant"], _number(r["ms"]), _number(r["x_torch"]),
+            f"{r['faults']:.0f}",
+        )
+        for r in _of(rows, suite="networks", direction="alone")
+    ]  # fmt: skip
+    return table(header, lines)
+
+
 def resident(rows: Sequence[Row]) -> str:
     """Resident memory of a process over that of torch's."""
     header = ("network", "input", "allocator", "contestant", "resident, MB", "of torch's")
@@ -266,7 +279,7 @@ def _case(row: Row) -> tuple[Any, ...]:
     return tuple(row["shape"]), row["dtype"], row["order"]
 
 
-NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environment": environment}
+NETWORK_BLOCKS = {"networks": networks, "alone": alone, "resident": resident, "networks environment": environment}
 """Those of whole networks' training steps, in docs/performance.md, whose rows are kept by themselves."""
 
 ACTIVATION_BLOCKS = {"activations": activations, "activations environment": environment}

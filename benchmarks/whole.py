@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import resource as system
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,19 @@ NETWORKS: dict[str, tuple[int, ...]] = {
 
 CONTESTANTS = ("torch", "accelerated", "saving")
 """torchvision's network; after `accelerate`; the same inside `recompute_outputs`."""
+
+ALONE = (
+    "torch",
+    "accelerated",
+    "torch, memory reused",
+    "accelerated, memory reused",
+    "torch, memory reused, channels last",
+    "accelerated, memory reused, channels last",
+)
+"""What a process that does nothing else runs: the layers, `reuse_memory`, and the order of convolutions' weights."""
+
+APART = ("mobilenet_v2", "densenet121", "resnet50")
+"""The networks that are measured so."""
 
 RESIDENT = ("mobilenet_v2", "densenet121")
 """The networks whose resident memory is measured, with a batch four times as large."""
@@ -90,9 +104,13 @@ class Step:
         torch.manual_seed(seed)
         self.net: nn.Module = torchvision().models.get_model(network, weights=None).train()
         shape = shape or NETWORKS[network]
-        self.saving = contestant == "saving"
-        if contestant != "torch":
-            batchnorm.accelerate(self.net, torch.randn(2, *shape[1:]))
+        layers, *options = contestant.split(", ")
+        self.saving = layers == "saving"
+        last = "channels last" in options
+        if layers != "torch":
+            batchnorm.accelerate(self.net, torch.randn(2, *shape[1:]), channels_last=last)
+        elif last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         generator = torch.Generator().manual_seed(seed + 1)
         self.net.to(dtype)
         self.x = torch.randn(shape, generator=generator).to(dtype)
@@ -184,6 +202,41 @@ def _timed(step: Step) -> Callable[[], Phases]:
         return {"wall": time.perf_counter() - begin, "processor": time.process_time() - worked}
 
     return run
+
+
+def alone(network: str, seconds: float) -> Iterator[Row]:
+    """Time and page faults of a step where each contestant has a process to itself, as users have it, twice in turn."""
+    columns = {"suite": "networks", "network": network, "dtype": "float32", "shape": list(NETWORKS[network])}
+    if torchvision() is None:
+        yield {**columns, "contestant": "accelerated", "absent": NO_TORCHVISION}
+        return
+    found: dict[str, list[Any]] = {name: [] for name in ALONE}
+    for name in (*ALONE, *reversed(ALONE)):
+        code = f"from benchmarks.whole import alone_here; alone_here({network!r}, {name!r}, {seconds / 2})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        found[name] += json.loads(done.stdout)
+    milliseconds = {name: statistics.median(ms for ms, _ in steps) for name, steps in found.items()}
+    for name, steps in found.items():
+        yield {
+            **columns, "direction": "alone", "contestant": name, "rounds": len(steps), "ms": milliseconds[name],
+            "x_torch": milliseconds["torch"] / milliseconds[name], "faults": statistics.median(f for _, f in steps),
+        }  # fmt: skip
+
+
+def alone_here(network: str, contestant: str, seconds: float) -> None:
+    """Prints milliseconds and page faults of each step."""
+    if "memory reused" in contestant:
+        batchnorm.reuse_memory()
+    step, found = Step(network, contestant), []
+    for _ in range(2):
+        step.run()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(found) < 3:
+        begin, faults = time.perf_counter(), system.getrusage(system.RUSAGE_SELF).ru_minflt
+        step.run()
+        taken = (time.perf_counter() - begin) * 1e3
+        found.append((taken, system.getrusage(system.RUSAGE_SELF).ru_minflt - faults))
+    print(json.dumps(found))
 
 
 def resident(network: str, allocator: str) -> Iterator[Row]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import batchnorm
 from batchnorm import reference
 from batchnorm.kernels import cpu
 from batchnorm.nn.step_batch_norm import StepBatchNorm
@@ -484,6 +485,30 @@ def test_networks_are_measured_in_live_bytes_and_shown():
     ]
     assert "| some_net | (2, 3) | saving | 1.2 | 40% | 1.5 | 1.25 |" in tables.networks(found)
     assert "| some_net | (2, 3) | glibc | saving | 2 | 50% |" in tables.resident(found)
+    apart = {
+        **columns,
+        "direction": "alone",
+        "contestant": "torch, memory reused",
+        "ms": 20.0,
+        "x_torch": 1.25,
+        "faults": 7.5,
+    }
+    assert "| some_net | (2, 3) | torch, memory reused | 20 | 1.25 | 8 |" in tables.alone([apart])
+
+
+@pytest.mark.skipif(whole.torchvision() is None, reason=whole.NO_TORCHVISION)
+def test_contestants_of_a_process_of_their_own_are_what_they_are_called(capsys):
+    for name in whole.ALONE:
+        step = whole.Step("mobilenet_v2", name, (2, 3, 32, 32))
+        first = step.net.get_submodule("features.0.0").weight
+        assert first.is_contiguous(memory_format=torch.channels_last) is ("channels last" in name)
+        assert isinstance(step.net.get_submodule("features.0.1"), batchnorm.BatchNorm2d) is name.startswith(
+            "accelerated"
+        )
+    whole.alone_here("mobilenet_v2", "accelerated", 0.0)
+    steps = json.loads(capsys.readouterr().out)
+    assert len(steps) == 3
+    assert all(ms > 0 and faults >= 0 for ms, faults in steps)
 
 
 def test_activations_are_measured_and_shown():

@@ -50,6 +50,7 @@ _PUBLIC = {
     "read_statistics": "batchnorm.population.checkpoints",
     "recompute_outputs": "batchnorm.ops.recomputation",
     "restore": "batchnorm.population.adaptation",
+    "reuse_memory": "batchnorm.memory",
     "revert": "batchnorm.surgery.conversion",
     "save_keras": "batchnorm.population.checkpoints",
     "save_memory": "batchnorm.surgery.memory",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from batchnorm.diagnosis.summary import summary as summary
     from batchnorm.errors import BatchNormError as BatchNormError
     from batchnorm.exchanges import rank_errors as rank_errors
+    from batchnorm.memory import reuse_memory as reuse_memory
     from batchnorm.moments import Moments as Moments
     from batchnorm.nn.accumulation import accumulate_exact as accumulate_exact
     from batchnorm.nn.batch_norm import BatchNorm as BatchNorm

@@ -415,7 +415,8 @@ def test_a_forward_that_asks_for_a_length_is_fused():
     net = ByLength()
     original = copy.deepcopy(net)
     bn.accelerate(net, IMAGES)
-    assert net.norm.activation == "relu" and "an addition" in str(net.report)
+    assert net.norm.activation == "relu"
+    assert "an addition" in str(net.report)
     assert_same(original, net, IMAGES)
     assert_same(original, net, IMAGES[:2])  # of another length than the example
     assert "len" not in ByLength.forward.__globals__

@@ -52,14 +52,16 @@ def test_the_same_network_in_another_order_and_back(make):
     net = randomize(make())
     original = copy.deepcopy(net)
     bn.accelerate(net, IMAGES, channels_last=True)
-    assert spatial(net) and all(m.weight.is_contiguous(memory_format=LAST) for m in spatial(net))
+    assert spatial(net)
+    assert all(m.weight.is_contiguous(memory_format=LAST) for m in spatial(net))
     assert not any(m.weight.is_contiguous() for m in spatial(net))
     assert len(net.report.order.convolutions) == len(spatial(net))
     assert f"{len(spatial(net))} convolutions have the channels last" in str(net.report)
     for mine, theirs in zip(step(net, IMAGES), step(original, IMAGES), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
     for (key, mine), (other, theirs) in zip(net.state_dict().items(), original.state_dict().items(), strict=True):
-        assert key == other and torch.equal(mine, theirs)
+        assert key == other
+        assert torch.equal(mine, theirs)
     twin = copy.deepcopy(net)
     for given in (net, twin):
         bn.revert(given)
@@ -85,16 +87,18 @@ def test_a_reverted_layer_can_be_pickled_and_one_in_another_order_too():
 def test_a_forward_that_views_is_refused_and_nothing_is_changed():
     net = Flattening(view=True)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(SurgeryError, match="channels last the network fails .*view size.*leave out channels_last"):
+    with pytest.raises(SurgeryError, match=r"channels last the network fails .*view size.*leave out channels_last"):
         bn.accelerate(net, IMAGES, channels_last=True)
-    assert type(net.norm) is nn.BatchNorm2d and net.conv.weight.is_contiguous()
+    assert type(net.norm) is nn.BatchNorm2d
+    assert net.conv.weight.is_contiguous()
     assert memory_order.LAID_OUT not in net.conv.__dict__
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_a_forward_that_views_is_accelerated_without_where_it_may_be():
     net = bn.accelerate(Flattening(view=True), IMAGES, channels_last=None)
-    assert net.norm.activation == "relu" and net.conv.weight.is_contiguous()
+    assert net.norm.activation == "relu"
+    assert net.conv.weight.is_contiguous()
     assert "keep the order of their weights: with the channels last the network fails" in str(net.report)
 
 
@@ -107,7 +111,8 @@ def test_the_faster_order_is_taken(monkeypatch, after, taken):
     net = bn.accelerate(Flattening(view=False), IMAGES, channels_last=None)
     assert net.conv.weight.is_contiguous(memory_format=LAST) is taken
     assert net.norm.activation == "relu"
-    assert net.report.order.ratio == after and f"takes {after:.2f} of the time" in str(net.report)
+    assert net.report.order.ratio == after
+    assert f"takes {after:.2f} of the time" in str(net.report)
     assert (memory_order.LAID_OUT in net.conv.__dict__) is taken
 
 
@@ -115,7 +120,8 @@ def test_statistics_gradients_and_random_numbers_stay_where_time_is_measured():
     net = Flattening(view=False)
     mean, state = net.norm.running_mean.clone(), torch.get_rng_state()
     bn.accelerate(net, IMAGES, channels_last=None)
-    assert torch.equal(net.norm.running_mean, mean) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(net.norm.running_mean, mean)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -154,7 +160,8 @@ def test_weights_that_lie_in_memory_of_others_stay():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
     net[0].weight.data = flat[0]
     bn.accelerate(net, IMAGES, channels_last=True)
-    assert net[0].weight.data_ptr() == flat.data_ptr() and net.report.order.convolutions == ("3",)
+    assert net[0].weight.data_ptr() == flat.data_ptr()
+    assert net.report.order.convolutions == ("3",)
 
 
 def test_a_copy_is_laid_out_and_the_original_is_not():

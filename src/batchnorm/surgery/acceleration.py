@@ -50,9 +50,7 @@ _EXACT = 1e-7  # of the largest value, in float64
 _TRIALS = 3  # of how far a network in training mode moves with its last bits
 
 
-def accelerate(
-    net: nn.Module, example: Any, *, inplace: bool = True, channels_last: bool | None = False
-) -> nn.Module:
+def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_last: bool | None = False) -> nn.Module:
     """Make batch normalization, the addition of a residual and the activation after it one fused layer.
 
     Every ``torch.nn.BatchNorm*d`` becomes this package's layer of the same name: the same object with the same
@@ -103,9 +101,9 @@ def accelerate(
         ``net``, or the copy.
 
     Warns:
-        UserWarning: no layer was changed, or no weight with ``channels_last=True``; the warning tells why. Or outputs on the example differ since rounding alone
-            decides a choice of the network (``topk`` between scores that are equal up to rounding); with the same
-            choices they agree.
+        UserWarning: no layer was changed, or no weight with ``channels_last=True``; the warning tells why. Or outputs
+            on the example differ since rounding alone decides a choice of the network (``topk`` between scores that
+            are equal up to rounding); with the same choices they agree.
 
     Raises:
         InputError: when ``net`` is no module, or fails on the example in either mode.

@@ -41,7 +41,8 @@ class MemoryOrder:
         if self.obstacle is not None:
             return f"Convolutions keep the order of their weights: {self.obstacle}."
         took = "" if self.ratio is None else f"; a step on the example takes {self.ratio:.2f} of the time before"
-        return f"The weights of {len(self.convolutions)} convolutions have the channels last{took}."
+        many = len(self.convolutions)
+        return f"The weights of {many} convolution{'s' * (many != 1)} have the channels last{took}."
 
 
 class Weights:
@@ -112,7 +113,7 @@ def put_back(module: nn.Module) -> None:
 
 
 def _planar(net: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Convolutions by name with weights that can have another order, and that lie by themselves in torch's usual one."""
+    """Convolutions by name whose weights lie by themselves in torch's usual order, and can have another one."""
     for name, module in net.named_modules():
         weight = module._parameters.get("weight") if isinstance(module, _CONVOLUTIONS) else None
         if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter):

@@ -1,0 +1,82 @@
+"""reuse_memory: steps get no fresh pages any more; other allocators are named, and left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import batchnorm as bn
+from batchnorm import memory
+
+GLIBC = (memory._owner_of_malloc() or "").startswith("libc.so")
+
+STEPS = """
+import json, resource, sys, torch
+import batchnorm as bn
+torch.set_num_threads(1)
+def step():
+    tensors = [torch.ones(16 << 18) for _ in range(8)]  # 16 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def faults():
+    step()
+    before = step()
+    return step() - before
+plain = faults()
+took = {call}
+print(json.dumps([plain, took, faults()]))
+"""
+
+
+@pytest.mark.skipif(not GLIBC, reason="glibc's malloc")
+def test_steps_get_no_fresh_pages():
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS.replace("{call}", "bn.reuse_memory()")], capture_output=True, text=True, check=True
+    )
+    plain, took, reused = json.loads(done.stdout)
+    assert took is True
+    assert not done.stderr
+    if plain < 1000:
+        pytest.skip("this glibc is told to keep memory already")
+    assert reused < plain / 50
+
+
+@pytest.mark.parametrize(
+    ("owner", "told"),
+    [
+        (None, "there is no glibc"),
+        ("libtcmalloc_minimal.so.4", "libtcmalloc_minimal.so.4 allocates in this process"),
+        ("libc.musl-x86_64.so.1", "libc.musl-x86_64.so.1 allocates"),
+    ],
+)
+def test_other_allocators_are_left_alone(monkeypatch, owner, told):
+    monkeypatch.setattr(memory, "_owner_of_malloc", lambda: owner)
+    with pytest.warns(UserWarning, match=f"reuse_memory changed nothing: {told}"):
+        assert bn.reuse_memory() is False
+
+
+def test_a_c_library_without_mallopt_is_no_error(monkeypatch):
+    class Library:
+        def __getattr__(self, name):
+            raise AttributeError(name)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library())
+    assert memory._owner_of_malloc() is None
+
+
+@pytest.mark.parametrize("name", ["libc.so.6", "libc-2.31.so"])
+def test_both_names_of_glibc_are_known(monkeypatch, name):
+    """The second was its file's name until version 2.33."""
+    set_to = []
+
+    class Library:
+        def mallopt(self, *setting):
+            set_to.append(setting)
+            return 1
+
+    monkeypatch.setattr(memory, "_owner_of_malloc", lambda: name)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library())
+    assert bn.reuse_memory() is True
+    assert set_to == list(memory._SETTINGS.values())
