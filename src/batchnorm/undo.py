@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _MISSING = object()
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class Memory(Protocol):
@@ -134,6 +135,12 @@ class OptimizerState:
             group["params"][:] = parameters
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
+
+
+def in_mode(net: Net, training: bool) -> Net:
+    """``net.train(training)``; and the network, which a ``train`` of its own may forget to return."""
+    net.train(training)
+    return net
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import typer
 from batchnorm.cli import options
 from batchnorm.cli.networks import Given, save
 from batchnorm.errors import InputError
+from batchnorm.undo import in_mode
 
 EXAMPLES = """**Examples**
 
@@ -58,7 +59,7 @@ def fold(
     from batchnorm import fold as fold_into
 
     net, example = Given("fold", network, run, weights, arguments).with_example(shape)
-    folded = fold_into(net.eval(), example, tolerance=tolerance)
+    folded = fold_into(in_mode(net, False), example, tolerance=tolerance)
     save(folded.model, out, example)
     typer.echo(str(folded.certificate))
 

@@ -19,6 +19,7 @@ from batchnorm.lab.settings import Config, checked
 from batchnorm.lab.task import Task
 from batchnorm.nn import options
 from batchnorm.training.loop import batch_indices
+from batchnorm.undo import in_mode
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def explain(
     Source: Ioffe & Szegedy 2015, Algorithm 1 and section 3.
     """
     name = _choose(net, layer)
-    walked = copy.deepcopy(net).train()
+    walked = in_mode(copy.deepcopy(net), True)
     norm = walked.get_submodule(name)
     assert isinstance(norm, _BatchNorm)
     if not 0 <= channel < norm.num_features:

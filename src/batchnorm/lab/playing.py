@@ -23,6 +23,7 @@ from batchnorm.lab.settings import Config, checked
 from batchnorm.lab.task import Task
 from batchnorm.training.loop import batch_indices
 from batchnorm.training.networks import load_weights
+from batchnorm.undo import in_mode
 
 BATCHES = 60  # of the running average
 SAMPLES, CHANNELS, SPACE = 6, 4, (2, 3)  # of the grid
@@ -243,7 +244,7 @@ def _inputs(
     net: nn.Module, batches: Sequence[Any], layer: str
 ) -> tuple[list[Tensor], tuple[str, nn.Module, Tensor] | None]:
     """What the layer gets in training from each batch, and the layer whose output that is, with its first input."""
-    walked = copy.deepcopy(net).train()
+    walked = in_mode(copy.deepcopy(net), True)
     made: dict[int, tuple[str, nn.Module, Tensor, Tensor]] = {}
     seen: list[Tensor] = []
     feeding: list[Feeding] = []

@@ -19,6 +19,7 @@ from batchnorm.surgery.plan import replace_module
 from batchnorm.training.datasets import Dataset, load_data, make_data
 from batchnorm.training.networks import BUILT_IN, build_network, call_with_offered
 from batchnorm.training.procedure2 import check_output
+from batchnorm.undo import in_mode
 
 
 class Task:
@@ -108,7 +109,7 @@ class Task:
 
     def _seeded(self, net: nn.Module) -> nn.Module:
         torch.manual_seed(self.seed)  # dropout draws the same in every arm
-        return net.train()
+        return in_mode(net, True)
 
 
 def replace_norms(net: nn.Module, make: Callable[[_BatchNorm], nn.Module]) -> nn.Module:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import buffers, options
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
+from batchnorm.undo import in_mode
 
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SHAPES: dict[type[nn.Module], tuple[tuple[int, ...], ...]] = {
@@ -251,7 +252,7 @@ def _copy(layer: nn.Module, made: type[ForeignBatchNorm] | None, x: Tensor) -> A
         adopt(twin, made)
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
-    return twin.to(x.dtype).eval()
+    return in_mode(twin.to(x.dtype), False)
 
 
 def adopt(layer: nn.Module, made: type[nn.Module]) -> None:
@@ -281,7 +282,7 @@ def as_theirs(layer: ForeignBatchNorm) -> nn.Module | None:
     for name in (*options.DEFAULTS, *options.STATE):
         twin.__dict__.pop(name, None)
     release(twin, layer.theirs)
-    return twin.eval()
+    return in_mode(twin, False)
 
 
 def obstacle(layer: ours.BatchNorm) -> str | None:

@@ -228,7 +228,7 @@ def _inside(net: nn.Module, layers: dict[str, Any], example: Example) -> dict[st
     others = {n: m for n, m in layers.items() if not is_plain(m) and not isinstance(m, foreign.ForeignBatchNorm)}
     if not others:
         return {}
-    twin = copy_of(net).eval()
+    twin = copy_of(net, training=False)
     found = opened(twin, example)
     inside: dict[str, Activation | str | None] = {}
     for name, layer in others.items():
@@ -324,7 +324,7 @@ class Fusions:
         found = []
         for mode in (False, True):
             try:
-                found.append(capture(copy_of(base).train(mode), example))
+                found.append(capture(copy_of(base, training=mode), example))
             except SurgeryError as error:
                 self.refused[""] = f"in {'training' if mode else 'evaluation'} mode {error}"
         return found
@@ -566,7 +566,7 @@ def _globals_of_forward(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _own_graph(module: nn.Module, training: bool) -> fx.Graph:
-    twin = copy_of(module).train(training)
+    twin = copy_of(module, training=training)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return traced_without_draws(_OwnTracer(), twin)
@@ -574,7 +574,7 @@ def _own_graph(module: nn.Module, training: bool) -> fx.Graph:
 
 def _inputs(net: nn.Module, example: Example) -> dict[str, tuple[Any, Any]]:
     """What every module with a forward of its own that calls other modules is given on the example."""
-    watched = copy_of(net).eval()
+    watched = copy_of(net, training=False)
     found: dict[str, tuple[Any, Any]] = {}
     for name, module in watched.named_modules():
         inner = any(True for _ in module.children())
@@ -606,7 +606,7 @@ def _record(module: nn.Module, graph: fx.Graph, inputs: tuple[Any, Any]) -> None
     values = list(args)
     for node in placeholders[len(values) :]:
         values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
-    twin = copy_of(module).eval()
+    twin = copy_of(module, training=False)
     with random_state_kept(module), torch.no_grad():
         _ShapeRecorder(twin, graph=graph).run(*[x.clone() if isinstance(x, Tensor) else x for x in values])
 
@@ -651,7 +651,7 @@ def _no_class(layer: nn.Module) -> str | None:
 
 def _verify(original: nn.Module, net: nn.Module, example: Example, seeds: Sequence[int] = (0,)) -> None:
     """Evaluation mode in the network's dtype; both modes in float64, with gradients, for each seed."""
-    before, after = copy_of(original).eval(), copy_of(net).eval()
+    before, after = copy_of(original, training=False), copy_of(net, training=False)
     own = Rounding(before, example)
     tolerance = TOLERANCE[own.dtype]
     limits = [own.limit(d, tolerance) for d in own.compare(after, tolerance, "accelerate", " in evaluation mode")]

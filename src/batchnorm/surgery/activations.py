@@ -15,6 +15,7 @@ from batchnorm.surgery.capture import traced_without_draws
 from batchnorm.surgery.flow import DataFlow, operation
 from batchnorm.surgery.modules import obstacle
 from batchnorm.surgery.own_state import own_state
+from batchnorm.undo import in_mode
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _of_forward(module: nn.Module) -> Activation | None:
     """The activation that a class of anybody's computes, and does nothing else, in both modes."""
     found = set()
     for training in (False, True):
-        twin = copy.deepcopy(module).train(training)
+        twin = in_mode(copy.deepcopy(module), training)
         before = own_state(twin)
         try:
             graph = traced_without_draws(fx.Tracer(), twin)

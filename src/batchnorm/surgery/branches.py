@@ -320,7 +320,7 @@ def rewritten(flow: DataFlow, home: str, found: Iterable[Merge]) -> fx.Graph | s
     if any(has_hooks(each) for each in module.modules()):
         return f"there are hooks in '{home}', whose forward would be written anew"
     try:
-        graphs = [trace_module(copy_of(module).train(mode)) for mode in (False, True)]
+        graphs = [trace_module(copy_of(module, training=mode)) for mode in (False, True)]
     except Exception as error:  # whatever tracing a forward of any kind raises
         first = (str(error).strip().splitlines() or [""])[0]
         return f"the forward of '{home}' cannot be captured by itself ({type(error).__name__}: {first})"
@@ -380,7 +380,11 @@ def _alike(
 
 
 def becomes_graph(net: nn.Module, home: str, graph: fx.Graph) -> Callable[[], None]:
-    """Gives the module ``home`` the forward of the graph, in place; it keeps the submodules that are still called."""
+    """Gives the module ``home`` the forward of the graph, in place; it keeps the submodules that are still called.
+
+    An identity takes the place of each other one: somebody outside may name it, such as the ``train`` of a network that
+    keeps some layers in evaluation.
+    """
 
     def do() -> None:
         module = net.get_submodule(home)
@@ -389,6 +393,9 @@ def becomes_graph(net: nn.Module, home: str, graph: fx.Graph) -> Callable[[], No
         plain.output(plain.graph_copy(graph, {}))
         made = fx.GraphModule(module, plain, type(module).__name__)
         state = {**made.__dict__, "training": module.training}
+        for key, child in module._modules.items():
+            if child is not None and key not in made._modules:
+                made._modules[key] = nn.Identity().train(child.training)
         for key, value in kept.items():  # a forward outside may read them
             if key not in state and not hasattr(fx.GraphModule, key):
                 state[key] = value

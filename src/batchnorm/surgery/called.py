@@ -104,7 +104,7 @@ def _owner(flow: DataFlow, given: dict[str, Any], readers: dict[int, list[fx.Nod
 
 def _reads_bias(flow: DataFlow, module: str, weight: fx.Node, example: Example) -> bool:
     """Whether the forward would use a bias that the module has not now."""
-    twin = copy_of(flow.net).eval()
+    twin = copy_of(flow.net, training=False)
     owner = twin.get_submodule(module)
     size = attribute(flow.net, flow.name(weight)).shape[0]
     like = next(twin.parameters())

@@ -90,7 +90,7 @@ def capture(net: nn.Module, example: Any, *, evaluation: bool = False) -> DataFl
         NotCapturedError: when neither torch.fx nor torch.export can capture the network.
     """
     given = Example.of(example)
-    shown = copy_of(net).eval() if evaluation else net
+    shown = copy_of(net, training=False) if evaluation else net
     keeps = _needs_hooks(shown, given)
     expected = run_example(_traceable(shown, keeps, runs=True)[0], given)
     failures = []

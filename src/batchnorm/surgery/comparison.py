@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.errors import InputError, SurgeryError, message_of
+from batchnorm.undo import in_mode
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,11 @@ def seed_all(number: int) -> None:
         numpy.random.seed(number)
 
 
-def copy_of(net: nn.Module) -> nn.Module:
-    """A deep copy, or a ``SurgeryError`` that names what cannot be copied."""
+def copy_of(net: nn.Module, training: bool | None = None) -> nn.Module:
+    """A deep copy in that mode (None: as its modules are), or a ``SurgeryError`` that names what can't be copied."""
     groups = (getattr(module, "process_group", None) for module in net.modules())  # handles, which have no copies
     try:
-        return copy.deepcopy(net, {id(group): group for group in groups})
+        twin = copy.deepcopy(net, {id(group): group for group in groups})
     except Exception as error:
         computed = [
             f"{name}.{key}".lstrip(".")
@@ -154,6 +155,7 @@ def copy_of(net: nn.Module) -> nn.Module:
             else f"copy.deepcopy failed with {type(error).__name__}: {error}"
         )
         raise SurgeryError(f"the network cannot be copied: {cause}") from error
+    return twin if training is None else in_mode(twin, training)
 
 
 def run_example(net: nn.Module, example: Example) -> Any:

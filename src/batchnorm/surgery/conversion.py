@@ -197,12 +197,12 @@ def convert(
         else:
             do = becoming(layers[name], target, _with_group(name, layers[name], target, values))
         steps.append(Step(f"{name}: {target.__name__}", do))
-    before = copy_of(root).eval() if given is not None and not values and fitted is None else None
+    before = copy_of(root, training=False) if given is not None and not values and fitted is None else None
 
     def verify() -> None:
         if before is not None and given is not None:
             own = Rounding(before, given)
-            own.compare(copy_of(root).eval(), TOLERANCE[own.dtype], "convert")
+            own.compare(copy_of(root, training=False), TOLERANCE[own.dtype], "convert")
 
     Plan(root, steps, verify).apply()
     if fitted is not None and not fitted.difference <= _AGREES:
@@ -501,7 +501,7 @@ def _checked_options(to: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _shapes(net: nn.Module, example: Example, kind: type[nn.Module]) -> dict[int, set[tuple[int, ...]]]:
     """The shapes of the inputs of every layer of a kind, by the layer's id."""
-    watched = copy_of(net).eval()
+    watched = copy_of(net, training=False)
     found: dict[int, set[tuple[int, ...]]] = {}
     for module, twin in zip(net.modules(), watched.modules(), strict=True):
         if isinstance(module, kind):

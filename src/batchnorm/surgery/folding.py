@@ -117,9 +117,9 @@ def fold(net: nn.Module, example: Any, *, tolerance: float | None = None) -> Fol
     inputs = Example.of(example)
     _refuse_training_mode(network)
     inner = subclasses.opened(network, inputs)
-    reference = copy_of(network).eval()
+    reference = copy_of(network, training=False)
     folded = subclasses.with_opened(network, inner)
-    unfolded = copy_of(folded).eval()
+    unfolded = copy_of(folded, training=False)
     parts, outside = _parts(folded, unfolded, inputs)
     dtype = coarsest_dtype(folded)
     limit = TOLERANCE[dtype] if tolerance is None else tolerance

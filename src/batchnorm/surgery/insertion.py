@@ -182,7 +182,7 @@ def plan_insertion(
     if isinstance(placed, str):
         raise SurgeryError(f"insert: {placed}")
     insertions = placed
-    original = copy_of(net).eval()
+    original = copy_of(net, training=False)
     steps = [step for item in insertions for step in item.steps(net, optimizer)]
     if zero_gamma:
         steps += [Step(f"{item.after}: gamma 0", _zeroing(item)) for item in insertions if _ends_branch(item)]
@@ -446,7 +446,7 @@ def _undoing(item: Insertion, mean: torch.Tensor, var: torch.Tensor) -> Callable
 
 
 def _verify_preserved(original: nn.Module, net: nn.Module, example: Example) -> None:
-    for d in distances(run_example(original, example), run_example(copy_of(net).eval(), example)):
+    for d in distances(run_example(original, example), run_example(copy_of(net, training=False), example)):
         if not d.relative <= 0.1 * _coarseness(net):
             raise SurgeryError(f"insert: {d.output} differs by {d.relative:.1e}: the layers are not undone")
 
@@ -489,12 +489,12 @@ def _placed(net: nn.Module, insertions: list[Insertion], example: Example) -> li
 
 def _runs_wrapped(net: nn.Module, insertions: list[Insertion], example: Example) -> bool:
     """False where a forward fails with a ``Sequential`` in a module's place: it asks what the module is, say."""
-    twin = copy_of(net).eval()
+    twin = copy_of(net, training=False)
     for item in insertions:
         module = twin.get_submodule(item.after)
         replace_module(twin, module, nn.Sequential(OrderedDict([(item.key, module)])))
     try:
-        found = distances(example.run(copy_of(net).eval()), example.run(twin))
+        found = distances(example.run(copy_of(net, training=False)), example.run(twin))
     except Exception:  # whatever a forward of any class raises
         return False
     return all(d.relative <= 0.1 * _coarseness(net) for d in found)
@@ -502,7 +502,7 @@ def _runs_wrapped(net: nn.Module, insertions: list[Insertion], example: Example)
 
 def _looked_into(net: nn.Module, names: list[str], example: Example) -> set[str]:
     """The modules of which something is read while the network runs, other than by their own call."""
-    watched, found, running = copy_of(net).eval(), set[str](), list[str]()
+    watched, found, running = copy_of(net, training=False), set[str](), list[str]()
 
     def note(name: str) -> None:
         if running:
@@ -572,7 +572,7 @@ def _verify(
             if inside:
                 _check_places(capture_settled(part.within(net), part.example), inside)
         names = {id(module): name for name, module in net.named_modules()}
-        neutral = copy_of(net).eval()
+        neutral = copy_of(net, training=False)
         for item in insertions:
             norm = neutral.get_submodule(names[id(item.norm)])
             if not _neutralize(norm, item, original.get_submodule(item.name)):

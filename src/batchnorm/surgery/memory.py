@@ -147,7 +147,7 @@ def remake_what_costs_little(root: nn.Module, example: Example) -> dict[str, int
     Returns:
         The bytes of each output that is made again, by the layer's name.
     """
-    twin = copy_of(root).eval()
+    twin = copy_of(root, training=False)
     _detach(twin)
     sizes: dict[str, int] = {}
     work = [0.0]
@@ -202,7 +202,7 @@ def _chosen(measured: dict[str, tuple[int, float]], seconds: float) -> dict[str,
 
 def _measured(root: nn.Module, names: list[str], example: Example) -> tuple[float, dict[str, tuple[int, float]]]:
     """Seconds of a step of a copy in training mode; bytes of each layer's output and seconds to make it again."""
-    twin = copy_of(root).train()
+    twin = copy_of(root, training=True)
     _detach(twin)
     noted: dict[str, Noted] = {}
     hooks = [twin.get_submodule(name).register_forward_hook(_noting(noted, name), with_kwargs=True) for name in names]

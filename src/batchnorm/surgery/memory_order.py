@@ -127,7 +127,7 @@ def _planar(net: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
 
 def _ratio(before: nn.Module, after: nn.Module, example: Example) -> float:
     """The least time of a training step of copies of two networks, in turn: that of the second over the first's."""
-    twins = [copy_of(before).train(), copy_of(after).train()]
+    twins = [copy_of(before, training=True), copy_of(after, training=True)]
     best = [float("inf")] * 2
     with random_state_kept(before), torch.enable_grad():
         for turn in range(1 + _ROUNDS):

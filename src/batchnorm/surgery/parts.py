@@ -185,7 +185,7 @@ class Seen:
 
     @classmethod
     def of(cls, net: nn.Module, example: Example) -> Seen:
-        seen = cls(copy_of(net).eval())
+        seen = cls(copy_of(net, training=False))
         without = {id(module): module for module in seen.net.modules() if _is_stateless(module)}
         before = {key: own_state(module) for key, module in without.items()}
         for name, module in seen.net.named_modules():

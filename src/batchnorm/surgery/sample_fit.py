@@ -20,6 +20,7 @@ from batchnorm.errors import InputError, SurgeryError
 from batchnorm.ops.context import eager
 from batchnorm.population.feeding import feed
 from batchnorm.surgery.comparison import copy_of, random_state_kept, tensors_of
+from batchnorm.undo import in_mode
 
 KINDS = ("group_norm", "layer_norm", "instance_norm")
 _DEFAULT_GROUPS = 32  # Wu and He 2018, table 3
@@ -99,7 +100,7 @@ def fit_samples(
     data = [batches] if isinstance(batches, Tensor) else list(batches)
     if not data:
         raise InputError("convert: got no batches to fit on; expected at least one")
-    old, new = copy_of(net).eval(), copy_of(net).eval()
+    old, new = copy_of(net, training=False), copy_of(net, training=False)
     with random_state_kept(net), torch.no_grad(), eager():
         order, axes = _order(old, layers, data[0])
         kinds: dict[str, tuple[type[nn.Module], int]] = {}
@@ -150,7 +151,7 @@ def _fit_layer(
     module = made(kind[0], layer.num_features, kind[1], layer.eps, affine=True).to(layer.running_mean.device)
     module.load_state_dict({"weight": gamma, "bias": beta})
     parent, _, key = name.rpartition(".")
-    new.get_submodule(parent)._modules[key] = module.to(layer.running_mean.dtype).eval()
+    new.get_submodule(parent)._modules[key] = in_mode(module.to(layer.running_mean.dtype), False)
     return gamma, beta
 
 

@@ -19,6 +19,7 @@ from batchnorm.surgery.comparison import Example, copy_of, random_state_kept, ru
 from batchnorm.surgery.flow import operation
 from batchnorm.surgery.modules import is_plain
 from batchnorm.surgery.plan import replace_module
+from batchnorm.undo import in_mode
 
 _TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 NORM = frozen.NORM
@@ -43,7 +44,7 @@ def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {name: module for name, module in inside if module is not None}
     if not foreign_names and not found:
         return {}
-    watched, inputs = copy_of(net).eval(), dict[str, Tensor]()
+    watched, inputs = copy_of(net, training=False), dict[str, Tensor]()
     for name in foreign_names:
         watched.get_submodule(name).register_forward_pre_hook(_noting(inputs, name), with_kwargs=True)
     run_example(watched, example)
@@ -55,7 +56,7 @@ def opened(net: nn.Module, example: Example) -> dict[str, nn.Module]:
                 found[name] = _opened(own, x)
         except Exception:  # whatever tracing a forward of any kind raises
             continue
-    return found if _runs(with_opened(net, found).eval(), example) else {}
+    return found if _runs(in_mode(with_opened(net, found), False), example) else {}
 
 
 def _is_known(layer: nn.Module) -> bool:

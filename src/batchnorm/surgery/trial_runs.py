@@ -83,7 +83,7 @@ class _Counted:
     """A copy of a network that counts the calls of its modules, and notes whose own code draws random numbers."""
 
     def __init__(self, net: nn.Module, training: bool) -> None:
-        self.net = copy_of(net).train(training)
+        self.net = copy_of(net, training=training)
         self.counts = Counter[str]()
         self.drawing = set[str]()
         self.running: list[str] = []

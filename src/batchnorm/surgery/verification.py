@@ -47,7 +47,7 @@ def verify(
     exact, exact_folded = copy_of(reference).double(), copy_of(unfolded).double()
     for step in steps(exact_folded):
         step.do()
-    candidate = copy_of(folded).eval()
+    candidate = copy_of(folded, training=False)
     inputs = {"example": example}
     inputs |= {f"random {i}": example.randomized(i) for i in range(1, _RANDOM_INPUTS + 1)}
     inputs["doubled batch"] = example.doubled()

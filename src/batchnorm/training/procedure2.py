@@ -58,7 +58,7 @@ from batchnorm.training.results import (
 )
 from batchnorm.training.samples import Parts, Samples
 from batchnorm.training.shards import gathered, remove_shards, shard
-from batchnorm.undo import evaluating
+from batchnorm.undo import evaluating, in_mode
 from batchnorm.writing import alone_in
 
 EXAMPLE_BATCH = 256
@@ -186,7 +186,7 @@ class _Run:
         rates = {"batch norm": config.lr, "baseline": config.baseline_lr}
         contenders = {}
         for name, network in networks.items():
-            network = ranks.prepare(network).to(config.device).train()
+            network = in_mode(ranks.prepare(network).to(config.device), True)
             whole = copy.deepcopy(network) if ranks.sharded else None
             if ranks.sharded:
                 network = shard(network, example.to(config.device), torch.device(config.device))

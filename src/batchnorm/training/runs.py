@@ -23,6 +23,7 @@ from batchnorm.training.procedure2 import normalize_network
 from batchnorm.training.samples import Preparation
 from batchnorm.training.shards import load_parameters
 from batchnorm.training.sources import ARROW_FILES, column_names_of
+from batchnorm.undo import in_mode
 
 EXAMPLE_SAMPLES = 8
 AGAIN = "Use the version that wrote it, or train again."
@@ -147,7 +148,7 @@ def load_run(folder: str | Path) -> Run:
         last = Rescale(torch.zeros(outputs), torch.ones(outputs)) if task == "regression" else None
         network = normalize_network(plain, first, last, example, config).normalized
     _load(network, folder)
-    return Run(folder, config, network.eval(), example, classes, preparation)
+    return Run(folder, config, in_mode(network, False), example, classes, preparation)
 
 
 def _load(network: nn.Module, folder: Path) -> None:

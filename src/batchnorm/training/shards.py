@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from batchnorm.errors import DataError, SurgeryError, WriteError
 from batchnorm.training.networks import modules_called
+from batchnorm.undo import in_mode
 
 PREFIX = "checkpoint-"  # of the folder of a checkpoint's shards; the number of steps follows
 
@@ -92,7 +93,7 @@ def gathered(network: nn.Module, like: nn.Module) -> nn.Module:
     for key, value in state.items():
         whole[key] = value.full_tensor() if _is_sharded(value) else value
     like.load_state_dict(whole)
-    return like.train(network.training)
+    return in_mode(like, network.training)
 
 
 def _is_sharded(value: Any) -> bool:
