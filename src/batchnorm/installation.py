@@ -113,8 +113,17 @@ def _some(files: list[str]) -> str:
 def mended(module: str | None) -> str:
     """The command that mends a module of another package that does not import, and replaces nothing else."""
     top = (module or "").partition(".")[0]
-    owners = importlib.metadata.packages_distributions().get(top)
+    owners = importlib.metadata.packages_distributions().get(top) or _owners(top)
     return f"pip install --force-reinstall --no-deps {owners[0]}" if owners else f"pip install {NAME}"
+
+
+def _owners(top: str) -> list[str]:
+    """The distributions whose lists of files have a module; Python 3.10 looks at top_level.txt alone."""
+    found = []
+    for each in importlib.metadata.distributions():
+        if any(file.parts[0] in (top, f"{top}.py") for file in each.files or ()):
+            found.append(each.metadata["Name"])
+    return found
 
 
 def explained(failure: ImportError | SyntaxError) -> ImportError | SyntaxError:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from small_networks import Calls, mobilenet, randomize, resnet
 from torch import nn
+from torch._export.serde import schema
 from torch.export import Dim
 from torch.export.pt2_archive import PT2ArchiveWriter
 from torch.utils import _pytree as pytree
@@ -356,6 +357,8 @@ def test_the_honest_archive_loads_written_anew(honest, tmp_path):
 
 @pytest.mark.parametrize("case", PREPARED)
 def test_prepared_members_are_refused_by_name(case, honest, tmp_path):
+    if case.endswith("Node.name is") and "name" not in schema.Node.__dataclass_fields__:
+        pytest.skip("the schema of this torch has no such field, and what it lacks is left out")
     members, marker = dict(honest), tmp_path / "marker"
     PREPARED[case](members, marker)
     assert members != honest

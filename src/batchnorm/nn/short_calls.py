@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from batchnorm.batch import Batch
     from batchnorm.nn.batch_norm import BatchNorm
 
-_ALL: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
-"""Mask, lengths and frames where all is valid."""
+Valid = tuple[Tensor | None, Tensor | None, int]
+"""Mask, lengths and frames, of `ops.Beside`."""
+_ALL: Valid = (None, None, 0)
 
 
 def at_once(
@@ -45,7 +46,7 @@ def batch_at_once(layer: BatchNorm, batch: Batch) -> Tensor | None:
         return None
     if layer.ghost_size or not is_alone(layer.process_group):
         return None
-    valid = _ALL if batch.mask is None else (batch.mask, None, 0)
+    valid = None if batch.mask is None else (batch.mask, None, 0)
     return in_one_call(layer, batch.x, batch.residual, 0, valid)
 
 
@@ -54,17 +55,14 @@ def in_one_call(
     x: Tensor | list[Tensor],
     residual: Tensor | None,
     pool_size: int,
-    valid: tuple[Tensor | None, Tensor | None, int] = _ALL,
+    valid: Valid | None = None,
 ) -> Tensor | None:
-    """`forward` in one call of C++, or None where there is none for it.
-
-    ``valid`` are mask, lengths and frames of `ops.Beside`.
-    """
+    """`forward` in one call of C++, or None where there is none for it; ``valid`` is None where all values are."""
     beside = None
-    if pool_size or layer._varies or valid is not _ALL:
+    if pool_size or layer._varies or valid is not None:
         if isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != layer.num_features):
             return None
-        if (layer._varies or valid is not _ALL) and (beside := _beside(layer, valid)) is None:
+        if (layer._varies or valid is not None) and (beside := _beside(layer, valid or _ALL)) is None:
             return None
     # Straight from the dictionaries: Module's own look-up costs as much as a small kernel. A parametrized weight is
     # in none of them.
@@ -106,7 +104,7 @@ def sequences_in_one_call(
         return None
     if not (is_alone(layer.process_group) and (residual is None or residual.shape == x.shape)):
         return None
-    valid = _ALL
+    valid: Valid | None = None
     if mask is not None or lengths is not None:
         if mask is not None and not (isinstance(mask, Tensor) and mask.shape == x.shape[:2]):
             return None
@@ -117,7 +115,7 @@ def sequences_in_one_call(
     return None if y is None else y.view(x.shape)
 
 
-def _beside(layer: BatchNorm, valid: tuple[Tensor | None, Tensor | None, int]) -> ops.Beside | None:
+def _beside(layer: BatchNorm, valid: Valid) -> ops.Beside | None:
     """What the call has beside the plain one; None where C++ cannot compute it."""
     if way() is not Way.EAGER:
         return None
