@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import batchnorm as bn
-from batchnorm import memory
+from batchnorm import cli, memory
 
 GLIBC = (memory._owner_of_malloc() or "").startswith("libc.so")
 
@@ -80,3 +80,13 @@ def test_both_names_of_glibc_are_known(monkeypatch, name):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: Library())
     assert bn.reuse_memory() is True
     assert set_to == list(memory._SETTINGS.values())
+
+
+def test_the_command_that_trains_sets_it_in_a_process_of_its_own(monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr("batchnorm.cli.keep_freed", lambda: found.append("set"))
+    assert cli.main(["train", "--help"]) == 0  # in somebody's process
+    for command, times in (("info", 0), ("train", 1)):
+        monkeypatch.setattr("sys.argv", ["batchnorm", command, "--help"])
+        assert cli.main() == 0
+        assert len(found) == times

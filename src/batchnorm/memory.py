@@ -32,9 +32,9 @@ def reuse_memory() -> bool:
 
     glibc gives freed memory at the end of its heap back to the system, and maps large blocks one by one. Each step then
     gets fresh pages, whose first touch takes the processor's time, whichever layers the network has (docs,
-    *Performance*). This call sets glibc's ``mallopt`` so that the heap grows by 64 MiB at a time and
-    never shrinks. It is meant for a process that trains: call it once, before the first step. It can't be undone, and
-    the process keeps as much memory as it has needed at most.
+    *Performance*). This call sets glibc's ``mallopt`` so that the heap grows by 64 MiB at a time and never shrinks. It
+    is meant for a process that trains on the CPU: call it once, before the first step. It can't be undone, and the
+    process keeps as much memory as it has needed at most. ``batchnorm train`` does so by itself.
 
     Returns:
         Whether the settings hold from now on.
@@ -48,17 +48,21 @@ def reuse_memory() -> bool:
         >>> reuse_memory()
         True
     """
-    owner = _owner_of_malloc()
-    obstacle = None
-    if owner is None:
-        obstacle = f"there is no glibc on {sys.platform}, or no malloc to be found"
-    elif not re.match(r"libc(-[\d.]+)?\.so", owner):
-        obstacle = f"{owner} allocates in this process, which has rules of its own"
-    elif not all(ctypes.CDLL(None).mallopt(*setting) for setting in _SETTINGS.values()):
-        obstacle = f"mallopt of {owner} refused"
+    obstacle = keep_freed()
     if obstacle is not None:
         warnings.warn(f"reuse_memory changed nothing: {obstacle}", stacklevel=2)
     return obstacle is None
+
+
+def keep_freed() -> str | None:
+    """`reuse_memory`, without a warning: why nothing was set, or None."""
+    owner = _owner_of_malloc()
+    if owner is None:
+        return f"there is no glibc on {sys.platform}, or no malloc to be found"
+    if not re.match(r"libc(-[\d.]+)?\.so", owner):
+        return f"{owner} allocates in this process, which has rules of its own"
+    taken = all(ctypes.CDLL(None).mallopt(*setting) for setting in _SETTINGS.values())
+    return None if taken else f"mallopt of {owner} refused"
 
 
 class _Symbol(ctypes.Structure):

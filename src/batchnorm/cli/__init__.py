@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from batchnorm.errors import BatchNormError, InstallationError, message_and_place, message_of
-from batchnorm.memory import is_exhausted, out_of_memory
+from batchnorm.memory import is_exhausted, keep_freed, out_of_memory
 
 __all__ = ["INTERRUPTED", "main"]
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # for package.module:name beside the user
+    if arguments is None and sys.argv[1:2] == ["train"]:  # this process is the command's own, and trains
+        keep_freed()
     try:
         with _stoppable(), _damage_named():
             code = _run(arguments)
