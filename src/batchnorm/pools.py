@@ -133,6 +133,17 @@ class Pools:
         return each.reshape(self.shape).to(dtype)
 
 
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def is_exported() -> bool:
+    """Whether torch.export records the call, for tools that know other operators and dtypes.
+
+    Dynamo of torch 2.10 answers True for ``torch.compiler.is_exporting()`` in every compilation, so its flag is read.
+    """
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+
+
 def merge(sums: Tensor, pool: Pool) -> Tensor:
     """Sums (pools, C) with those of the other channels of a group, and of the other ranks; differentiable."""
     if pool.groups:

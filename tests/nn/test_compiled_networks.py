@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.utils import run_and_get_code
 
 import batchnorm as bn
@@ -34,6 +36,23 @@ def gradients(run: nn.Module, net: nn.Module, x: Tensor) -> list[Tensor]:
     y = run(x)
     y.square().mean().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in net.parameters())]
+
+
+def test_compiled_layers_call_the_operators_of_this_package():
+    """Every torch compiles them; in one, Dynamo says of every compilation that it is an export."""
+    found: list[str] = []
+
+    def backend(graph, inputs):
+        def note(module, _):
+            found.extend(str(node.target) for node in module.graph.nodes if "batchnorm" in str(node.target))
+            return make_boxed_func(module.forward)
+
+        return aot_module_simplified(graph, inputs, fw_compiler=note, bw_compiler=note)
+
+    torch.compiler.reset()
+    net = torch.compile(Residual("relu", {}), fullgraph=True, backend=backend)
+    net(torch.randn(4, 3, 6, 6)).sum().backward()
+    assert found.count("batchnorm.forward.default") == found.count("batchnorm.backward.default") == 2
 
 
 @pytest.mark.parametrize("training", [True, False])

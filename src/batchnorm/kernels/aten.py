@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.pools import Pool, Pools
+from batchnorm.pools import Pool, Pools, is_exported
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,7 +73,7 @@ def batch_statistics(x: Tensor, pools: Pools) -> tuple[Tensor, Tensor]:
 def standardized(x: Tensor, mean: Tensor, var: Tensor, eps: float, pools: Pools) -> tuple[Tensor, Tensor]:
     """xhat = (x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps), in the compute dtype."""
     dtype = compute_dtype(x.dtype)
-    wide = dtype if torch.compiler.is_exporting() else pools.wide  # some tools have no roots in float64
+    wide = dtype if is_exported() else pools.wide  # some tools have no roots in float64
     inv_std = torch.rsqrt(var.to(wide) + eps)
     scale = pools.expand(inv_std, dtype)
     return (pools.clean(x).to(dtype) - pools.expand(mean, dtype)) * scale, scale

@@ -16,6 +16,8 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
+from batchnorm.pools import is_exported
+
 
 class Way(enum.Enum):
     """The ways in which a call is made."""
@@ -42,7 +44,7 @@ def is_recorded(x: Any = None) -> bool:
     """Whether the call is recorded for other runtimes."""
     if x is not None and not isinstance(x, Tensor):  # a proxy of torch.fx
         return True
-    return torch.compiler.is_exporting() or is_traced_by_jit()
+    return is_exported() or is_traced_by_jit()
 
 
 def is_traced_by_jit() -> bool:
