@@ -42,6 +42,9 @@ def reuse_memory() -> bool:
     Warns:
         UserWarning: nothing was set, as the process uses another allocator than glibc's; with its name.
 
+    Raises:
+        Nothing: a process whose settings stay as they are is warned.
+
     Source: this package; glibc's manual, *Malloc Tunable Parameters*.
 
     Examples:

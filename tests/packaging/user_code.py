@@ -33,11 +33,11 @@ def life(net: nn.Sequential, example: Tensor, batches: list[Tensor], optimizer: 
         normalized: nn.Module = bn.insert(net, example)
     except bn.BatchNormError:
         normalized = bn.convert(net, example, ghost_size=32)
-    normalized = bn.accelerate(bn.revert(normalized), example)
+    normalized = bn.accelerate(bn.revert(normalized), example, channels_last=None)
     groups = bn.param_groups(normalized, weight_decay=5e-4)
     with bn.accumulate(normalized), bn.transaction(normalized, torch.optim.SGD(groups, lr=0.1)):
         bn.accumulate_exact(normalized, batches, lambda model, batch: model(batch).sum())
-    print(bn.save_memory(normalized, example, budget=0.1).saved)
+    print(bn.save_memory(normalized, example, budget=0.1).saved, bn.reuse_memory())
     with bn.recompute_outputs(), bn.no_update(normalized), bn.mode(normalized, source="batch"):
         normalized(example)
     normalized = bn.calibrate(normalized, batches)

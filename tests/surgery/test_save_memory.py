@@ -57,7 +57,7 @@ def test_all_none_and_some(monkeypatch: pytest.MonkeyPatch):
     assert alive == 0
     # The smaller output takes nine times the time for its bytes: a budget for one goes to the other.
     monkeypatch.setattr(memory, "_normalization", lambda layout: 0.9 if layout.shape[1] == 4 else 0.5)
-    monkeypatch.setattr(memory, "_step", lambda net, example: memory.run_example(net, example) is None or 1.0)
+    monkeypatch.setattr(memory, "training_step", lambda net, example: memory.run_example(net, example) is None or 1.0)
     plan = bn.save_memory(net, x, budget=0.9)
     assert [plan.outputs[name].remade for name in ("1", "3")] == [False, True]
     assert plan.seconds == 0.5

@@ -10,7 +10,6 @@ import typer
 from batchnorm.cli import options
 from batchnorm.cli.networks import Given, save
 from batchnorm.errors import InputError
-from batchnorm.undo import in_mode
 
 EXAMPLES = """**Examples**
 
@@ -57,6 +56,7 @@ def fold(
         typer.echo(str(_fold_file(file, out, inputs, tolerance)))
         return
     from batchnorm import fold as fold_into
+    from batchnorm.undo import in_mode
 
     net, example = Given("fold", network, run, weights, arguments).with_example(shape)
     folded = fold_into(in_mode(net, False), example, tolerance=tolerance)
