@@ -66,9 +66,13 @@ def _memory(quick: bool) -> list[Job]:
 
 def _networks(quick: bool) -> list[Job]:
     networks = ("mobilenet_v2",) if quick else tuple(whole.NETWORKS)
-    measured = [partial(whole.measure, network, 4.0 if quick else 20.0) for network in networks]
-    alone = [partial(whole.alone, name, 2.0 if quick else 8.0) for name in whole.APART if name in networks]
-    return measured + alone + _residents("glibc", quick)
+    return [partial(whole.measure, network, 4.0 if quick else 20.0) for network in networks] + _residents(
+        "glibc", quick
+    )
+
+
+def _alone(quick: bool) -> list[Job]:
+    return [partial(whole.alone, name, 2.0 if quick else 8.0) for name in whole.APART[: 1 if quick else None]]
 
 
 def _residents(allocator: str, quick: bool) -> list[Job]:
@@ -112,6 +116,7 @@ SUITES: dict[str, Suite] = {
     "step": Suite(_step),
     "memory": Suite(_memory),
     "networks": Suite(_networks),
+    "alone": Suite(_alone),
     "networks-thp": Suite(partial(_residents, "glibc, huge pages"), {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     "networks-trimmed": Suite(
         partial(_residents, "glibc, trimmed"), {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}

@@ -173,7 +173,7 @@ def alone(rows: Sequence[Row]) -> str:
             r["network"], tuple(r["shape"]), r["contestant"], _number(r["ms"]), _number(r["x_torch"]),
             f"{r['faults']:.0f}",
         )
-        for r in _of(rows, suite="networks", direction="alone")
+        for r in _of(rows, suite="alone")
     ]  # fmt: skip
     return table(header, lines)
 
@@ -279,7 +279,9 @@ def _case(row: Row) -> tuple[Any, ...]:
     return tuple(row["shape"]), row["dtype"], row["order"]
 
 
-NETWORK_BLOCKS = {"networks": networks, "alone": alone, "resident": resident, "networks environment": environment}
+ALONE_BLOCKS = {"alone": alone, "alone environment": environment}
+"""Those of steps in processes of their own."""
+NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environment": environment}
 """Those of whole networks' training steps, in docs/performance.md, whose rows are kept by themselves."""
 
 ACTIVATION_BLOCKS = {"activations": activations, "activations environment": environment}

@@ -206,7 +206,7 @@ def _timed(step: Step) -> Callable[[], Phases]:
 
 def alone(network: str, seconds: float) -> Iterator[Row]:
     """Time and page faults of a step where each contestant has a process to itself, as users have it, twice in turn."""
-    columns = {"suite": "networks", "network": network, "dtype": "float32", "shape": list(NETWORKS[network])}
+    columns = {"suite": "alone", "network": network, "dtype": "float32", "shape": list(NETWORKS[network])}
     if torchvision() is None:
         yield {**columns, "contestant": "accelerated", "absent": NO_TORCHVISION}
         return
@@ -218,7 +218,8 @@ def alone(network: str, seconds: float) -> Iterator[Row]:
     milliseconds = {name: statistics.median(ms for ms, _ in steps) for name, steps in found.items()}
     for name, steps in found.items():
         yield {
-            **columns, "direction": "alone", "contestant": name, "rounds": len(steps), "ms": milliseconds[name],
+            **columns, "direction": "forward+backward", "contestant": name, "rounds": len(steps),
+            "ms": milliseconds[name],
             "x_torch": milliseconds["torch"] / milliseconds[name], "faults": statistics.median(f for _, f in steps),
         }  # fmt: skip
 

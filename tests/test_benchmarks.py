@@ -487,7 +487,7 @@ def test_networks_are_measured_in_live_bytes_and_shown():
     assert "| some_net | (2, 3) | glibc | saving | 2 | 50% |" in tables.resident(found)
     apart = {
         **columns,
-        "direction": "alone",
+        "suite": "alone",
         "contestant": "torch, memory reused",
         "ms": 20.0,
         "x_torch": 1.25,
