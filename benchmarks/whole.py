@@ -51,7 +51,7 @@ ALONE = (
 """What a process that does nothing else runs: the layers, `reuse_memory`, and the order of convolutions' weights."""
 
 APART = ("mobilenet_v2",)
-"""The networks that are measured so: of those whose steps are nearly all convolutions a machine's own noise tells most."""
+"""The networks that are measured so; where convolutions are nearly all of a step, the machine's noise tells most."""
 
 RESIDENT = ("mobilenet_v2", "densenet121")
 """The networks whose resident memory is measured, with a batch four times as large."""
