@@ -17,6 +17,7 @@ import batchnorm.ops
 from batchnorm.kernels import cpu
 from batchnorm.ops.recomputation import is_active
 from batchnorm.surgery import memory
+from batchnorm.surgery.comparison import Example
 
 
 def network() -> nn.Sequential:
@@ -41,6 +42,16 @@ def results(net: nn.Module) -> tuple[list[Any], int]:
     alive = sum(torch.UntypedStorage._new_with_weak_ptr(each) is not None for each in kept)
     loss.backward()
     return [*(p.grad for p in net.parameters()), *net.buffers()], alive
+
+
+def test_a_step_is_a_forward_and_a_backward():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 2, 3))
+    reached = []
+    for parameter in net.parameters():
+        parameter.register_hook(lambda gradient: reached.append(gradient.shape))
+    assert memory.training_step(net, Example.of(torch.randn(2, 3, 8, 8))) > 0
+    assert len(reached) == len(list(net.parameters()))
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_all_none_and_some(monkeypatch: pytest.MonkeyPatch):

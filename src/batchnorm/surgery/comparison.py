@@ -74,10 +74,10 @@ class Example:
         """The same with every tensor given twice along its first axis, as a batch of twice the size."""
         return self.map(lambda x: torch.cat([x, x]) if x.dim() > 1 else x)
 
-    def run(self, net: nn.Module) -> Any:
-        """The network's output on a copy of the example; no gradients, the random state kept."""
+    def run(self, net: nn.Module, gradients: bool = False) -> Any:
+        """The network's output on a copy of the example, for a backward if ``gradients``; the random state is kept."""
         fresh = self.map(lambda x: x.detach().clone())
-        with random_state_kept(net), torch.no_grad():
+        with random_state_kept(net), torch.set_grad_enabled(gradients):
             return net(*fresh.args, **fresh.kwargs)
 
     def describe(self) -> str:
@@ -158,10 +158,10 @@ def copy_of(net: nn.Module, training: bool | None = None) -> nn.Module:
     return twin if training is None else in_mode(twin, training)
 
 
-def run_example(net: nn.Module, example: Example) -> Any:
-    """``example.run(net)``, or an ``InputError`` that shows the example."""
+def run_example(net: nn.Module, example: Example, gradients: bool = False) -> Any:
+    """``example.run(net, gradients)``, or an ``InputError`` that shows the example."""
     try:
-        return example.run(net)
+        return example.run(net, gradients)
     except Exception as error:
         raise InputError(
             f"the network fails on the example ({example.describe()}): {type(error).__name__}: "

@@ -259,7 +259,7 @@ def _noting(noted: dict[str, Noted], name: str) -> Any:
 def training_step(net: nn.Module, example: Example) -> float:
     """Seconds of a forward and a backward."""
     begin = time.perf_counter()
-    output = run_example(net, example)
+    output = run_example(net, example, gradients=True)
     losses = [x.float().sum() for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
     if losses:
         torch.stack(losses).sum().backward()
