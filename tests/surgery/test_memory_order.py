@@ -11,7 +11,7 @@ from small_networks import mobilenet, randomize, resnet
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.errors import SurgeryError
+from batchnorm.errors import InputError, SurgeryError
 from batchnorm.surgery import memory_order
 
 IMAGES = torch.randn(4, 3, 16, 16)
@@ -135,6 +135,13 @@ def test_networks_with_nothing_to_lay_out_say_so():
     with pytest.warns(UserWarning, match="none of them"):
         bn.accelerate(last, IMAGES, channels_last=True)
     assert bn.revert(last)[0].weight.is_contiguous(memory_format=LAST)  # it was so before
+
+
+def test_other_words_for_the_order_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match="got channels_last='auto'; expected True, False, or None to measure"):
+        bn.accelerate(net, IMAGES, channels_last="auto")
+    assert type(net[1]) is nn.BatchNorm2d
 
 
 def test_accelerated_networks_can_be_laid_out_later():

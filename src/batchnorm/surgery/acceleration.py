@@ -106,7 +106,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
             are equal up to rounding); with the same choices they agree.
 
     Raises:
-        InputError: when ``net`` is no module, or fails on the example in either mode.
+        InputError: when ``net`` is no module, or fails on the example in either mode; when ``channels_last`` is neither
+            True, False nor None.
         SurgeryError: when there is no batch normalization, the result differs, or the network can't be run with
             ``channels_last=True``; ``net`` is then as it was.
 
@@ -118,6 +119,8 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
         'relu'
     """
     root = unwrap(net, "accelerate")
+    if channels_last not in (True, False, None):
+        raise InputError(f"accelerate: got channels_last={channels_last!r}; expected True, False, or None to measure")
     if not inplace:
         root = net = copy_of(root)
     given = Example.of(example)

@@ -116,9 +116,8 @@ def unseen(net: nn.Module, example: Example, layers: Sequence[str]) -> tuple[str
     try:
         with random_state_kept(copy), torch.enable_grad():
             found = [x for _, x in tensors_of(copy(*given.args, **given.kwargs)) if x.requires_grad]
-            asked = [
-                (name, shift) for name, each in shifts.items() for shift in each
-            ]  # the backward may run layers again
+            # A list of its own, since the backward may run layers again, which adds to theirs.
+            asked = [(name, shift) for name, each in shifts.items() for shift in each]
             if not found or not asked:
                 return ()
             total = torch.stack([(x * torch.randn_like(x)).sum().real for x in found]).sum()
