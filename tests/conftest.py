@@ -53,6 +53,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """Runs a test twice: plain eager calls made at once in C++, and through Python, as beside another torch."""
     if request.param == "Python":
         monkeypatch.setattr(cpu, "call", None)
+        monkeypatch.setattr(cpu, "calls", None)
     elif cpu.call is None:
         pytest.skip(f"eager calls go through Python: {cpu.call_error}")
     return str(request.param)

@@ -7,6 +7,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -29,6 +30,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <typeindex>
+#include <unordered_set>
 
 #include "../torch/operators.h"
 
@@ -63,18 +66,19 @@ bool is_plain(const at::Tensor& t) {
 // Whether a call on this thread has made an output that is to be made again without a context.
 thread_local bool remakes = false;
 
-// Of `recompute_outputs`: how many contexts this thread is in, and how many of them are on the stack of modes. While
-// one of them handles a function of torch's, it is not.
-thread_local int64_t recomputing = 0, own_modes = 0;
+// Of `recompute_outputs`: how many contexts this thread is in; whether some outputs there are known to Python alone.
+thread_local int64_t recomputing = 0;
+thread_local bool is_known_to_python = false;
 thread_local size_t largest = 0;  // bytes of an input of a batch normalization so far, in the outermost context
 
-// Whether anything looks on that must see each operator: anything but the modes of `recompute_outputs`.
-bool is_watched() {
+// Whether operators are recorded, transformed or run by others.
+bool is_transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-         (at::impl::torch_function_mode_enabled() && at::impl::PythonTorchFunctionTLS::stack_len() != own_modes) ||
-         torch::jit::tracer::isTracing();
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing();
 }
+
+// Whether anything looks on that must see each operator.
+bool is_watched() { return is_transformed() || at::impl::torch_function_mode_enabled(); }
 
 // ---------------------------------------------------------------------------------------------- backward
 struct Settings {
@@ -606,21 +610,22 @@ struct MadeAgain : torch::autograd::SavedVariableHooks {
 // Whether readers forget every output that can be made again, or those that are to be forgotten without a context.
 enum class Forgets { every, marked };
 
-void forget(SavedVariable& saved, Forgets which) {
-  if (saved.has_hooks()) return;
+// False for a view of such an output, which is left as it is.
+bool forget(SavedVariable& saved, Forgets which) {
+  if (saved.has_hooks()) return true;
   const std::optional<at::Tensor> t = saved.get_raw_data();
-  if (!t || !t->defined() || t->is_view()) return;
-  if (const OfBatchNorm* const node = node_of(*t); node && node->source && (node->forgets || which == Forgets::every))
-    saved.register_hooks(std::make_unique<MadeAgain<Source>>(node->source));
+  if (!t || !t->defined()) return true;
+  const OfBatchNorm* const node = node_of(*t);
+  if (!node || !node->source || !(node->forgets || which == Forgets::every)) return true;
+  if (t->is_view()) return false;
+  saved.register_hooks(std::make_unique<MadeAgain<Source>>(node->source));
+  return true;
 }
 
-// Lets a node forget what it reads; false if it is of no kind that is known here.
+// Lets a node forget what it reads; false if it is of no kind that is known here, or reads a view of an output.
 bool forget_in(Node* node, Forgets which) {
   namespace nodes = torch::autograd::generated;
-  const auto forgets = [&](auto*... saved) {
-    (forget(*saved, which), ...);
-    return true;
-  };
+  const auto forgets = [&](auto*... saved) { return (forget(*saved, which) & ...); };
   if (auto* const each = dynamic_cast<nodes::ConvolutionBackward0*>(node)) return forgets(&each->input_);
   if (auto* const each = dynamic_cast<nodes::MulBackward0*>(node)) return forgets(&each->self_, &each->other_);
   if (auto* const each = dynamic_cast<nodes::MaxPool2DWithIndicesBackward0*>(node)) return forgets(&each->self_);
@@ -1470,14 +1475,83 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
 }
 
-// recompute(contexts, modes): by how many more contexts of `recompute_outputs` this thread is in, and has on its stack.
+// ---------------------------------------------------------------------------------------------- readers in a context
+PyObject* look = nullptr;  // at what the node of a result has saved; False if nodes of its kind save no tensor
+thread_local at::CallbackHandle callback = 0;
+thread_local uint64_t seen = 0;  // the number of the node that was looked at last
+thread_local std::unordered_set<std::type_index> save_nothing;
+
+// Whether a node has an output that is made again among its inputs, itself or through views.
+bool may_read_output(const Node& node) {
+  constexpr int most_views = 4;
+  return std::any_of(node.next_edges().begin(), node.next_edges().end(), [](const torch::autograd::Edge& edge) {
+    const Node* before = edge.function.get();
+    for (int i = 0; before && i < most_views; ++i) {
+      if (const auto* const norm = dynamic_cast<const OfBatchNorm*>(before)) return bool(norm->source);
+      if (before->num_outputs() != 1) break;
+      before = before->next_edge(0).function.get();
+    }
+    return false;
+  });
+}
+
+void let_python_look(const at::Tensor& result, const Node& node) {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  PyObject* const wrapped = THPVariable_Wrap(at::Tensor(result));
+  PyObject* const found = wrapped ? PyObject_CallFunctionObjArgs(look, wrapped, nullptr) : nullptr;
+  if (!found) PyErr_WriteUnraisable(look);
+  if (found == Py_False) save_nothing.emplace(typeid(node));
+  Py_XDECREF(found);
+  Py_XDECREF(wrapped);
+  PyGILState_Release(state);
+}
+
+// The node that made a result forgets what can be made again.
+void forget_inputs_of(const at::Tensor& result) {
+  const auto* const meta = result.defined() ? torch::autograd::impl::get_autograd_meta(result) : nullptr;
+  Node* const node = meta ? meta->grad_fn_.get() : nullptr;
+  if (!node || node->sequence_nr() == seen || dynamic_cast<OfBatchNorm*>(node)) return;
+  seen = node->sequence_nr();
+  const bool is_done = forget_in(node, Forgets::every) || !may_read_output(*node);
+  if ((!is_done || is_known_to_python) && !save_nothing.count(typeid(*node))) let_python_look(result, *node);
+}
+
+// Called behind each operator of torch's while this thread is in a context.
+void forget_read(const at::RecordFunction& of, at::ObserverContext*) {
+  if (recomputing <= 0 || !at::GradMode::is_enabled() || is_transformed()) return;
+  for (const c10::IValue& each : of.outputs())
+    if (each.isTensor())
+      forget_inputs_of(each.toTensor());
+    else if (each.isTensorList())
+      for (const at::Tensor& t : each.toTensorVector()) forget_inputs_of(t);
+}
+
+// recompute(contexts, function): by how many more contexts of `recompute_outputs` this thread is in; what looks at nodes
+// of kinds that are not known here. It sees each of them from when `known_to_python` was called.
 PyObject* recompute(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  int64_t contexts = 0, modes = 0;
-  if (count == 2 && read(given[0], contexts) && read(given[1], modes)) {
-    if (!recomputing) largest = 0;
-    recomputing += contexts;
-    own_modes += modes;
+  int64_t contexts = 0;
+  if (count != 2 || !read(given[0], contexts)) Py_RETURN_NONE;
+  if (look != given[1]) {
+    Py_INCREF(given[1]);  // for good: another thread may be about to call the one before
+    look = given[1];
   }
+  if (!recomputing) largest = 0;
+  recomputing += contexts;
+  if (recomputing > 0 && !callback) {
+    callback = at::addThreadLocalCallback(at::RecordFunctionCallback(nullptr, forget_read)
+                                              .needsOutputs(true)
+                                              .scopes({at::RecordScope::FUNCTION}));
+  } else if (recomputing <= 0) {
+    if (callback) at::removeCallback(callback);
+    callback = 0;
+    is_known_to_python = false;
+  }
+  Py_RETURN_NONE;
+}
+
+// known_to_python(): a context of this thread has an output of which this library knows nothing.
+PyObject* known_to_python(PyObject*, PyObject*) {
+  is_known_to_python = true;
   Py_RETURN_NONE;
 }
 
@@ -1502,43 +1576,6 @@ PyObject* remakes_input(PyObject*, PyObject* t) {
   if (!python::is_exact_tensor(t)) Py_RETURN_FALSE;
   const OfBatchNorm* const node = node_of(python::tensor(t));
   return PyBool_FromLong(node && node->of_x);
-}
-
-// The plain tensors among arguments, also in lists and tuples; false for others that may hold tensors.
-bool read_tensors(PyObject* given, variable_list& tensors, bool in_sequence = false) {
-  if (python::is_exact_tensor(given)) return tensors.push_back(python::tensor(given)), true;
-  if (PyDict_Check(given)) {
-    PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t i = 0; PyDict_Next(given, &i, &key, &value);)
-      if (!read_tensors(value, tensors)) return false;
-    return true;
-  }
-  const bool is_tuple = PyTuple_Check(given), is_list = PyList_Check(given);
-  if (!is_tuple && !is_list)
-    return given == Py_None || PyLong_Check(given) || PyFloat_Check(given) || PyUnicode_Check(given);
-  if (in_sequence && !is_tuple) return false;
-  const Py_ssize_t count = is_tuple ? PyTuple_Size(given) : PyList_Size(given);
-  for (Py_ssize_t i = 0; i < count; ++i)
-    if (!read_tensors(is_tuple ? PyTuple_GetItem(given, i) : PyList_GetItem(given, i), tensors, true)) return false;
-  return true;
-}
-
-// forget(arguments of a function, its keyword arguments or None, its result): lets the node that the function has made
-// forget what can be made again; False, with nothing done, where Python has to look.
-PyObject* forget_read(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  variable_list tensors;
-  if (count != 3 || !read_tensors(given[0], tensors) || !read_tensors(given[1], tensors)) Py_RETURN_FALSE;
-  bool is_known = false;
-  for (const at::Tensor& each : tensors)
-    if (const OfBatchNorm* const node = node_of(each); node && node->source) {
-      if (each.is_view()) Py_RETURN_FALSE;
-      is_known = true;
-    }
-  if (!is_known) Py_RETURN_TRUE;
-  if (!python::is_exact_tensor(given[2])) Py_RETURN_FALSE;
-  const at::Tensor& result = python::tensor(given[2]);
-  if (!result.requires_grad() || !result.grad_fn()) Py_RETURN_TRUE;
-  return PyBool_FromLong(forget_in(result.grad_fn().get(), Forgets::every));
 }
 
 // rebuild(what `source` returned): the output once more, or None where an operand has changed since.
@@ -1581,7 +1618,7 @@ PyMethodDef methods[] = {{"attach", method(attach), METH_FASTCALL, nullptr},
                          {"gradients_in_place", gradients_in_place, METH_NOARGS, nullptr},
                          {"source", source, METH_O, nullptr},
                          {"remakes_input", remakes_input, METH_O, nullptr},
-                         {"forget", method(forget_read), METH_FASTCALL, nullptr},
+                         {"known_to_python", known_to_python, METH_NOARGS, nullptr},
                          {"rebuild", rebuild, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "_autograd", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

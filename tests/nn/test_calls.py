@@ -454,6 +454,7 @@ def test_tensors_that_lie_elsewhere_are_noticed():
 @pytest.fixture
 def _by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "call", None)
+    monkeypatch.setattr(cpu, "calls", None)
     monkeypatch.setattr(cpu, "torch_below", float("inf"))
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.kernels import cpu
+from batchnorm.ops import recomputation
 from batchnorm.ops.schemas import ACTIVATIONS
 
 
@@ -95,6 +99,96 @@ def test_readers_may_be_several_and_functions():
     (ours, kept), (expected, before) = (step(network(), recompute, twice) for recompute in (True, False))
     assert_same_bits(ours, expected)
     assert (kept, before) == (0, 1)
+
+
+READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_pool2d": lambda y: F.max_pool2d(y, 2),
+    "softplus": F.softplus,
+    "interpolate": lambda y: F.interpolate(F.hardswish(y), scale_factor=2, mode="bilinear"),
+    "bmm": lambda y: torch.bmm(y.flatten(2), y.flatten(2).transpose(1, 2)),
+    "of its parts": lambda y: torch.stack([F.softplus(each) for each in y.chunk(2, 1)]),
+    "of one of several results": lambda y: torch.sort(F.elu(y), dim=1).values,
+    "a view of a view": lambda y: F.softplus(y.flatten(2).transpose(1, 2)),
+}
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_of_any_kind(reader: str):
+    """Those that C++ knows, and others, at which Python looks."""
+
+    def call(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        return lambda x: READERS[reader](net[1](net[0](x)))
+
+    (ours, kept), (expected, before) = (step(network(), recompute, call) for recompute in (True, False))
+    assert_same_bits(ours, expected)
+    assert (kept, before) == (0, 1)
+
+
+@pytest.mark.usefixtures("calls")
+def test_contexts_nest_and_are_entered_again():
+    net, context = network(), bn.recompute_outputs()
+
+    def call(of: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with context, bn.recompute_outputs(), torch.device("cpu"), context:
+                h = of[:3](x)
+            with context:
+                return of[3:](h)
+
+        return run
+
+    (ours, kept), (expected, _) = step(net, False, call), step(net, False)
+    assert_same_bits(ours, expected)
+    assert kept == 0
+    assert step(net, False)[1] == 2
+
+
+@pytest.mark.usefixtures("calls")
+def test_threads_have_contexts_of_their_own():
+    net, kept, ready = network(), {}, threading.Barrier(2)
+
+    def run(recompute: bool) -> None:
+        ready.wait()
+        kept[recompute] = step(net, recompute)[1]
+
+    threads = [threading.Thread(target=run, args=[each]) for each in (True, False)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert kept == {True: 0, False: 2}
+
+
+@pytest.mark.usefixtures("calls")
+def test_a_backward_inside_may_itself_be_derived():
+    net = network("gelu").double()
+
+    def penalty(recompute: bool) -> list[Tensor]:
+        x = normal(6, 3, 10, 10).double().requires_grad_()
+        with bn.recompute_outputs() if recompute else nullcontext(), torch.profiler.profile():
+            (gradient,) = torch.autograd.grad(net(x).square().mean(), x, create_graph=True)
+            return list(torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True))
+
+    assert_same_bits(penalty(True), penalty(False))
+
+
+def test_what_python_says_of_a_reader_goes_no_further(monkeypatch: pytest.MonkeyPatch):
+    """An error of a look is told and changes nothing."""
+    if cpu.calls is None:
+        pytest.skip(f"needs the C++ call: {cpu.call_error}")
+
+    def fails(node: Any) -> None:
+        raise ZeroDivisionError
+
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(recomputation, "_forget_in", fails)
+    call = lambda net: lambda x: F.softplus(net[1](net[0](x)))  # noqa: E731
+    (ours, kept), (expected, _) = (step(network(), recompute, call) for recompute in (True, False))
+    assert_same_bits(ours, expected)
+    assert kept == 1
+    assert {each.exc_type for each in told} == {ZeroDivisionError}
 
 
 def test_what_is_not_made_again_is_kept():

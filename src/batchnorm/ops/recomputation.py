@@ -55,7 +55,7 @@ class InPython:
         return y
 
 
-class recompute_outputs(TorchFunctionMode):  # noqa: N801
+class recompute_outputs:  # noqa: N801
     """A context in which outputs of batch normalization are not kept for the backward of what reads them.
 
     A convolution after BN + activation keeps its input for its own backward, and BN keeps x: two tensors of one size.
@@ -93,63 +93,76 @@ class recompute_outputs(TorchFunctionMode):  # noqa: N801
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._watches: list[_Watch] = []
 
     def __enter__(self) -> recompute_outputs:
         _active.modes = (*_modes(), self)
-        super().__enter__()
-        _tell(1, 1)
+        if cpu.calls is not None:
+            cpu.calls.recompute(1, _look)
+        else:
+            self._watches.append(_Watch().__enter__())
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _active.modes = _modes()[:-1]
-        _tell(-1, -1)
-        super().__exit__(*exception)
+        if cpu.calls is not None:
+            cpu.calls.recompute(-1, _look)
+        else:
+            self._watches.pop().__exit__(*exception)
+
+
+class _Watch(TorchFunctionMode):
+    """Looks at the nodes of each of torch's functions. With `cpu.calls` C++ does so, at each operator, in less time."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if type(function) is MethodWrapperType:  # reads an attribute
-            return function(*args, **(kwargs or {}))
-        _tell(0, -1)  # this mode is off the stack meanwhile
-        try:
-            result = function(*args, **(kwargs or {}))
-        finally:
-            _tell(0, 1)
-        if not torch.is_grad_enabled() or is_compiled():
+        result = function(*args, **(kwargs or {}))
+        if type(function) is MethodWrapperType or not torch.is_grad_enabled() or is_compiled():  # or reads an attribute
             return result
-        if self._sources or cpu.calls is None or not cpu.calls.forget(args, kwargs, result):
-            self._forget(list(_tensors((*args, *(kwargs or {}).values()))), list(_tensors((result,))))
+        inputs = list(_tensors((*args, *(kwargs or {}).values())))
+        if any(_source(t) is not None for t in inputs):
+            seen = {t.grad_fn for t in inputs}
+            nodes = [t.grad_fn for t in _tensors((result,))]
+            while nodes:
+                node = nodes.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    nodes.extend(before for before, _ in node.next_functions)
+                    _forget_in(node)
         return result
 
-    def _forget(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Puts notes in place of known outputs among the inputs, in the nodes that a function has made."""
-        known = [(t, source) for t in inputs if (source := self._source(t)) is not None]
-        if not known or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return
-        seen = {t.grad_fn for t in inputs}
-        nodes = [t.grad_fn for t in outputs]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes.extend(before for before, _ in node.next_functions)
-            for name in _saved_names(node):
-                saved = getattr(node, f"_saved_{name}")
-                for t, source in known:
-                    if saved is t:
-                        view = None if t._base is None else (t.shape, t.stride(), t.storage_offset())
-                        getattr(node, f"_raw_saved_{name}").register_hooks(_Note(source, view), _unpack)
 
-    def _source(self, t: Tensor) -> InPython | InOneCall | None:
-        if not t.requires_grad:
-            return None
-        if cpu.calls is not None and (held := cpu.calls.source(t)) is not None:
-            return InOneCall(held)
-        if not self._sources:
-            return None
-        source: InPython | None = self._sources.get(t if t._base is None else t._base)
-        return source if source is not None and source.version == t._version else None
+def _look(result: Tensor) -> bool:
+    """Lets the node of a result forget what can be made again; False if nodes of its kind save no tensor."""
+    node = result.grad_fn
+    if not is_compiled():
+        _forget_in(node)
+    return bool(_saved_names(node))
+
+
+def _forget_in(node: Any) -> None:
+    """Puts notes in place of known outputs that a new node has saved."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return
+    for name in _saved_names(node):
+        saved = getattr(node, f"_saved_{name}")
+        if isinstance(saved, Tensor) and (source := _source(saved)) is not None:
+            view = None if saved._base is None else (saved.shape, saved.stride(), saved.storage_offset())
+            getattr(node, f"_raw_saved_{name}").register_hooks(_Note(source, view), _unpack)
+
+
+def _source(t: Tensor) -> InPython | InOneCall | None:
+    """What a tensor that requires gradients was made of, if it can be made again."""
+    if not t.requires_grad:
+        return None
+    if cpu.calls is not None and (held := cpu.calls.source(t)) is not None:
+        return InOneCall(held)
+    whole = t if t._base is None else t._base
+    for mode in _modes():
+        source: InPython | None = mode._sources.get(whole) if mode._sources else None
+        if source is not None and source.version == t._version:
+            return source
+    return None
 
 
 def seconds_with_convolution(y: Tensor) -> float | None:
@@ -196,12 +209,6 @@ def refuse(a: Any) -> Tensor:
     raise StateError(_CHANGED)
 
 
-def _tell(contexts: int, modes: int) -> None:
-    """Tells the C++ call how many contexts were entered (left: below 0) and how many modes came onto torch's stack."""
-    if cpu.calls is not None:
-        cpu.calls.recompute(contexts, modes)
-
-
 def is_active() -> bool:
     """Whether a context is entered, in eager mode."""
     return not is_compiled() and bool(_modes())
@@ -211,6 +218,8 @@ def note(y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settin
     """Tells the innermost context what an output was made of."""
     if y.requires_grad:
         _modes()[-1]._sources[y] = InPython(y, operands, statistics, settings, mask)
+        if cpu.calls is not None:
+            cpu.calls.known_to_python()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
