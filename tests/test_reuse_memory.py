@@ -57,6 +57,20 @@ def test_other_allocators_are_left_alone(monkeypatch, owner, told):
         assert bn.reuse_memory() is False
 
 
+@pytest.mark.parametrize("served", ["libc.so.6", "libjemalloc.so.2"])
+@pytest.mark.parametrize("entry", ["python3.11", None])
+def test_a_program_with_an_entry_of_its_own_for_malloc_is_no_allocator(monkeypatch, entry, served):
+    """Debian's python3 has one, at a fixed address."""
+    monkeypatch.setattr(memory, "_owner_of", lambda name: entry or served if name == "malloc" else served)
+    assert memory._owner_of_malloc() == served
+
+
+def test_an_allocator_that_lacks_the_others_is_named(monkeypatch):
+    owners = {"malloc": "libmine.so", "posix_memalign": "libmine.so", "malloc_usable_size": "libc.so.6"}
+    monkeypatch.setattr(memory, "_owner_of", owners.get)
+    assert memory._owner_of_malloc() == "libmine.so"
+
+
 def test_a_c_library_without_mallopt_is_no_error(monkeypatch):
     class Library:
         def __getattr__(self, name):

@@ -80,11 +80,19 @@ class _Symbol(ctypes.Structure):
 
 
 def _owner_of_malloc() -> str | None:
-    """The file name of the library whose malloc this process calls; None where there is no mallopt."""
+    """The file name of the library that allocates in this process; None where there is no mallopt."""
+    owners = [_owner_of(name) for name in ("malloc", "posix_memalign", "malloc_usable_size")]
+    # A program that is linked to fixed addresses (Debian's and Ubuntu's Python) has an entry of its own for `malloc`,
+    # whoever serves it. An allocator that replaces glibc's replaces the other two as well.
+    return owners[1] if owners[1] == owners[2] else owners[0]
+
+
+def _owner_of(name: str) -> str | None:
     try:
         library = ctypes.CDLL(None)
         found = _Symbol()
-        known = library.mallopt and library.dladdr(ctypes.cast(library.malloc, ctypes.c_void_p), ctypes.byref(found))
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+        known = library.mallopt and library.dladdr(address, ctypes.byref(found))
     except (OSError, AttributeError, TypeError):
         return None
     return Path(found.file.decode()).name if known and found.file else None

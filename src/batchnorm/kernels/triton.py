@@ -31,6 +31,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_SPLITS = 1024
 _MOST_RANKS = 64  # whose moments every program merges for itself
 _PROCESSORS = 132  # where there is no device to ask
+# A product and a sum are rounded once: Triton's default until 3.8. Triton 3.9 warns where nobody says so, since 3.10 will
+# round twice.
+_COMPILED = {"enable_fp_fusion": True}
 
 
 class Walk(NamedTuple):
@@ -177,7 +180,7 @@ def _plan(
     t = tiling(kind, w, itemsize, *_device(device))
     align = math.gcd(8, w.columns, *steps)
     geometry = (w.rows, w.channels, w.columns // align, w.pool_rows, t.splits, t.tiles, *(s // align for s in steps))
-    options = {"ALIGN": align, "PLANAR": w.planar, "A": t.A, "B": t.B, "num_warps": t.warps}
+    options = {"ALIGN": align, "PLANAR": w.planar, "A": t.A, "B": t.B, "num_warps": t.warps, **_COMPILED}
     return Plan(w, t, suggest_memory_format(x), found, geometry, options)
 
 
@@ -240,7 +243,9 @@ class _Call:
         parts_block = _power(parts)
         width = max(min(4096 // parts_block, 16), 1)
         grid = (pools * -(-channels // width),)
-        kernel[grid](partial, merged, pools, parts, channels, W=width, PARTS=parts_block, num_warps=8, **constants)
+        kernel[grid](
+            partial, merged, pools, parts, channels, W=width, PARTS=parts_block, num_warps=8, **_COMPILED, **constants
+        )
         return merged
 
 
@@ -336,7 +341,7 @@ def normalize_merged(
             size = channels // groups if groups else 1
             kernels.merge_groups[(pools * (channels // size),)](
                 parts, count, mean, var, ranks, pools, channels, size, PARTS=min(_power(ranks * size), 1024),
-                num_warps=4,
+                num_warps=4, **_COMPILED,
             )  # fmt: skip
         else:
             merged, inside = parts, _power(ranks)
@@ -511,7 +516,7 @@ def backward(
             block, width = _power(parts), max(min(4096 // _power(parts), 128), 1)
             kernels.parameter_gradients[(-(-channels // width),)](
                 partial, operands[6], d_weight, d_bias, eps, pools, parts, operands[7], channels, W=width,
-                PARTS=block, num_warps=4,
+                PARTS=block, num_warps=4, **_COMPILED,
             )  # fmt: skip
         return dx, dz, d_weight, d_bias
 
@@ -593,7 +598,7 @@ def update_statistics(
         kernels.update_statistics[(-(-channels // 128),)](
             running_mean, running_var, num_batches_tracked, carry, mean.contiguous(), var.contiguous(),
             1.0 if momentum is None else momentum, count, count if pools == 1 else pool_count, pools, channels,
-            CUMULATIVE=cumulative, UNBIASED=unbiased, W=128, num_warps=4,
+            CUMULATIVE=cumulative, UNBIASED=unbiased, W=128, num_warps=4, **_COMPILED,
         )  # fmt: skip
         if cumulative and num_batches_tracked is not None:  # every program has read it
             num_batches_tracked.add_(1)
