@@ -349,6 +349,78 @@ Operand copy_of(const at::Tensor& t) {
   return Operand(t.defined() ? t.clone() : t);
 }
 
+// The strides of a dense result of that order.
+std::vector<int64_t> strides_of(at::IntArrayRef sizes, at::MemoryFormat format) {
+  if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(sizes);
+  if (format == at::MemoryFormat::ChannelsLast3d) return c10::get_channels_last_strides_3d(sizes);
+  return at::detail::defaultStrides(sizes);
+}
+
+// Memory for outputs of a forward that their readers forget. Each is gone when the next but one is made. Between them
+// an allocator lays what is kept, so that the next, larger one does not fit into the gap: so they have memory of their
+// own, which an output gives back when nobody holds it any more. It is freed when the context ends, or when a backward
+// in it makes the first output again.
+class Blocks {
+ public:
+  // Of a tensor like x but for its sizes; undefined where it is small.
+  at::Tensor output(const at::Tensor& x, at::IntArrayRef sizes) {
+    const size_t bytes = size_t(c10::multiply_integers(sizes)) * x.element_size();
+    if (bytes < kLeast) return {};
+    const std::shared_ptr<Block> block = free_for(bytes);
+    block->is_lent = true;
+    auto* const held = new std::shared_ptr<Block>(block);
+    const auto give_back = [](void* context) {
+      auto* const held = static_cast<std::shared_ptr<Block>*>(context);
+      (*held)->is_lent = false;
+      delete held;
+    };
+    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                         c10::DataPtr(block->memory.data_ptr(), held, give_back, at::kCPU), c10::GetAllocator(at::kCPU),
+                         /*resizable=*/true);
+    const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
+    return y.set_(std::move(storage), 0, sizes, strides_of(sizes, x.suggest_memory_format()));
+  }
+
+  void free() { blocks_.clear(); }
+
+ private:
+  struct Block {
+    at::Tensor memory;
+    std::atomic<bool> is_lent{false};
+    int unused = 0;  // outputs since the last that lay there
+  };
+  static constexpr size_t kLeast = 1 << 18;
+  static constexpr int kMostUnused = 4;
+
+  // Outputs of a dense block grow a little from layer to layer.
+  std::shared_ptr<Block> free_for(size_t bytes) {
+    std::shared_ptr<Block> best;
+    bool is_growing = false;
+    for (auto& each : blocks_) {
+      if (each->is_lent) continue;
+      const size_t size = each->memory.nbytes();
+      if (bytes <= size && size - size / 4 <= bytes) {
+        best = each;
+      } else if (size < bytes && bytes - bytes / 4 <= size) {
+        is_growing = true;
+        each->unused = kMostUnused;
+      }
+    }
+    for (auto& each : blocks_) each->unused = each == best ? 0 : each->unused + 1;
+    blocks_.erase(std::remove_if(blocks_.begin(), blocks_.end(), [](auto& each) { return each->unused > kMostUnused; }),
+                  blocks_.end());
+    if (best) return best;
+    best = std::make_shared<Block>();
+    best->memory = at::empty({int64_t(is_growing ? bytes + bytes / 4 : bytes)}, at::kByte);
+    operators->advise(lend(best->memory));
+    blocks_.push_back(best);
+    return best;
+  }
+
+  std::vector<std::shared_ptr<Block>> blocks_;
+};
+thread_local Blocks blocks;
+
 struct ConvolutionSource;
 
 // Memory for outputs that are made again during a backward, one after the other: each is needed for one reader alone,
@@ -365,12 +437,13 @@ class Scratch {
     if (task == -1) return at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
     if (task != task_) {
       *this = Scratch();
+      blocks.free();
       task_ = task;
       torch::autograd::Engine::get_default_engine().queue_callback(release);
     }
     if (storage_ && storage_.use_count() == 1 && storage_.nbytes() >= bytes && storage_.nbytes() / 4 <= bytes) {
       const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
-      return y.set_(storage_, 0, x.sizes(), strides_of(x, format));
+      return y.set_(storage_, 0, x.sizes(), strides_of(x.sizes(), format));
     }
     if (storage_ && storage_.use_count() == 1) storage_ = c10::Storage();  // before there are two
     const at::Tensor y = at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
@@ -395,11 +468,6 @@ class Scratch {
   }
 
  private:
-  static std::vector<int64_t> strides_of(const at::Tensor& x, at::MemoryFormat format) {
-    if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(x.sizes());
-    if (format == at::MemoryFormat::ChannelsLast3d) return c10::get_channels_last_strides_3d(x.sizes());
-    return at::detail::defaultStrides(x.sizes());
-  }
   c10::Storage storage_;
   std::shared_ptr<const ConvolutionSource> held_of_;
   at::Tensor held_;
@@ -788,10 +856,11 @@ struct Arguments {
     return std::count(on, on + mask.numel(), true);
   }
 
-  bool makes_again() const { return output == kMadeAgain || (recomputing && output != kKept); }
+  bool makes_again() const { return output == kMadeAgain || is_in_context(); }
 
-  // What costs a convolution is made again inside of `recompute_outputs` alone.
-  bool makes_input_again() const { return recomputing && output != kKept; }
+  // Inside of `recompute_outputs` alone: what costs a convolution is made again, and outputs lie in `blocks`, which
+  // would outlast a forward without a context.
+  bool is_in_context() const { return recomputing && output != kKept; }
 
   bool can_refuse() const {
     const bool is_wide = running_mean.defined() && running_mean.scalar_type() == running_var.scalar_type() &&
@@ -938,8 +1007,10 @@ Made normalized(const Arguments& a, const Affine& affine, at::Tensor mean, at::T
   return {take(y), std::move(mean), std::move(var), saves_signs ? take(signs) : at::Tensor(), {}};
 }
 
-Made by_batch(const Arguments& a, bool saves_signs) {
+Made by_batch(const Arguments& a, bool saves_signs, bool needs_graph) {
   const Settings& settings = a.settings;
+  const bool is_forgotten = needs_graph && a.is_in_context() && !a.residual.defined();
+  const at::Tensor place = is_forgotten ? blocks.output(a.x, a.x.sizes()) : at::Tensor();
   const auto [y, mean, var, signs] = operators->forward({.x = lend(a.x),
                                                          .weight = lend_if(a.weight),
                                                          .bias = lend_if(a.bias),
@@ -949,7 +1020,8 @@ Made by_batch(const Arguments& a, bool saves_signs) {
                                                          .activation = settings.activation,
                                                          .slope = settings.slope,
                                                          .save_signs = saves_signs,
-                                                         .mask = lend_if(a.mask)});
+                                                         .mask = lend_if(a.mask)},
+                                                        lend_if(place));
   return {take(y), take(mean), take(var), saves_signs ? take(signs) : at::Tensor(), {}};
 }
 
@@ -1048,7 +1120,7 @@ at::Tensor forward(const Arguments& a) {
     at::NoGradGuard no_grad;
     made = !a.use_batch                              ? by_population(a, saves_signs, needs_graph)
            : settings.groups || a.renorm.r.defined() ? by_moments(a, saves_signs)
-                                                     : by_batch(a, saves_signs);
+                                                     : by_batch(a, saves_signs, needs_graph);
   }
   const at::Tensor& y = made.y;
   if (needs_graph) {
@@ -1068,7 +1140,7 @@ at::Tensor forward(const Arguments& a) {
     node->factors = made.factors;
     node->made = made.affine;
     if (saves_signs) node->format = a.x.suggest_memory_format();
-    if (a.makes_input_again() && !node->x.has_hooks()) node->of_x = convolution_before(a.x);
+    if (a.is_in_context() && !node->x.has_hooks()) node->of_x = convolution_before(a.x);
     if (node->of_x) node->x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x));
     if (a.makes_again()) node->source = source_of(a, made.mean, made.var, node->of_x, node->keeps_output);
     node->forgets = a.output == Arguments::kMadeAgain;
@@ -1122,13 +1194,16 @@ class Measured {
 };
 thread_local Measured measured;
 
-// activation(BN) of parts along the channels, which are not put together for it.
-at::Tensor normalize_parts(const std::vector<at::Tensor>& parts, const at::Tensor& weight, const at::Tensor& bias,
-                           const at::Tensor& mean, const at::Tensor& var, const Settings& settings, bool are_measured) {
+std::vector<int64_t> sizes_together(const std::vector<at::Tensor>& parts, int64_t channels) {
   std::vector<int64_t> sizes = parts[0].sizes().vec();
-  sizes[1] = mean.numel();
-  at::Tensor y = at::empty(sizes, parts[0].options().requires_grad(false));
-  operators->advise(lend(y));
+  sizes[1] = channels;
+  return sizes;
+}
+
+// activation(BN) of parts along the channels, which are not put together for it, into y.
+at::Tensor normalize_parts(const std::vector<at::Tensor>& parts, const at::Tensor& weight, const at::Tensor& bias,
+                           const at::Tensor& mean, const at::Tensor& var, const Settings& settings, bool are_measured,
+                           at::Tensor y) {
   int64_t channel = 0;
   for (const at::Tensor& part : parts) {
     const bool known = are_measured || (!part.is_inference() && measured.copy_to(part, channel, mean, var));
@@ -1160,7 +1235,8 @@ struct PartsSource : Source {
   at::Tensor make() const override {
     std::vector<at::Tensor> tensors;
     for (const Operand& each : parts) tensors.push_back(each.tensor());
-    return normalize_parts(tensors, weight.tensor(), bias.tensor(), mean, var, settings, true);
+    return normalize_parts(tensors, weight.tensor(), bias.tensor(), mean, var, settings, true,
+                           at::empty(sizes_together(tensors, mean.numel()), tensors[0].options().requires_grad(false)));
   }
 };
 
@@ -1323,7 +1399,13 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
     mean =
         a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_mean.to(at::kDouble, false, true).view({1, -1});
     var = a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_var.to(at::kDouble, false, true).view({1, -1});
-    y = normalize_parts(parts, a.weight, a.bias, mean, var, settings, !a.use_batch);
+    const std::vector<int64_t> sizes = sizes_together(parts, a.x.size(1));
+    at::Tensor place = needs_graph && a.is_in_context() ? blocks.output(parts[0], sizes) : at::Tensor();
+    if (!place.defined()) {
+      place = at::empty(sizes, parts[0].options().requires_grad(false));
+      operators->advise(lend(place));
+    }
+    y = normalize_parts(parts, a.weight, a.bias, mean, var, settings, !a.use_batch, std::move(place));
   }
   if (needs_graph) {
     auto node = make_node<BatchNormPartsBackward>();
@@ -1526,8 +1608,8 @@ void forget_read(const at::RecordFunction& of, at::ObserverContext*) {
       for (const at::Tensor& t : each.toTensorVector()) forget_inputs_of(t);
 }
 
-// recompute(contexts, function): by how many more contexts of `recompute_outputs` this thread is in; what looks at nodes
-// of kinds that are not known here. It sees each of them from when `known_to_python` was called.
+// recompute(contexts, function): by how many more contexts of `recompute_outputs` this thread is in; what looks at
+// nodes of kinds that are not known here, and at all of them from when `known_to_python` was called.
 PyObject* recompute(PyObject*, PyObject* const* given, Py_ssize_t count) {
   int64_t contexts = 0;
   if (count != 2 || !read(given[0], contexts)) Py_RETURN_NONE;
@@ -1538,12 +1620,12 @@ PyObject* recompute(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (!recomputing) largest = 0;
   recomputing += contexts;
   if (recomputing > 0 && !callback) {
-    callback = at::addThreadLocalCallback(at::RecordFunctionCallback(nullptr, forget_read)
-                                              .needsOutputs(true)
-                                              .scopes({at::RecordScope::FUNCTION}));
+    callback = at::addThreadLocalCallback(
+        at::RecordFunctionCallback(nullptr, forget_read).needsOutputs(true).scopes({at::RecordScope::FUNCTION}));
   } else if (recomputing <= 0) {
     if (callback) at::removeCallback(callback);
     callback = 0;
+    blocks.free();
     is_known_to_python = false;
   }
   Py_RETURN_NONE;

@@ -397,14 +397,19 @@ std::tuple<Tensor, Tensor> moments(const batchnorm::MomentsArguments& a) {
   return {mean, m2};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const batchnorm::ForwardArguments& a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const batchnorm::ForwardArguments& a,
+                                                        const OptionalTensor& given) {
   Call call(a.x, a.pool_size, a.mask);
-  Tensor y = call.empty();
+  Tensor y = given && call.is_as_result(*given) ? *given : call.empty();
   Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(a.x, a.save_signs);
   const Affine affine(call, a, a.residual, signs);
   batchnorm::forward(call.shape, call.input(), call.write(y), doubles_of(mean), doubles_of(var), affine.gamma(),
                      affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
   return {y, mean, var, signs};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const batchnorm::ForwardArguments& a) {
+  return forward_into(a, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> normalize(const batchnorm::NormalizeArguments& a) {
@@ -749,7 +754,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
   static const batchnorm::Operators operators{
-      &forward,           &normalize,      &gradients,    &moments,       &backward_reduce, &backward_apply,
+      &forward_into,      &normalize,      &gradients,    &moments,       &backward_reduce, &backward_apply,
       &update_statistics, &normalize_into, &forward_part, &backward_part, &advise};
   return &operators;
 }

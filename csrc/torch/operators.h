@@ -176,8 +176,9 @@ struct BackwardPart {
 };
 
 struct Operators {
-  std::tuple<Tensor, Tensor, Tensor, Tensor> (*forward)(const ForwardArguments&);  // y, mean, var, signs
-  std::tuple<Tensor, Tensor> (*normalize)(const NormalizeArguments&);              // y, signs
+  // y, mean, var, signs. y is the given one, if that lies in memory as a result does.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> (*forward)(const ForwardArguments&, const OptionalTensor& y);
+  std::tuple<Tensor, Tensor> (*normalize)(const NormalizeArguments&);  // y, signs
   // dx, d_residual, d_weight, d_bias. If nobody else reads dy (`over_dy`), the residual's gradient, or else dx,
   // takes its place if dy lies in memory as it would. Without `want_parameters` the last two are empty.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&, bool over_dy, bool want_parameters);

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,8 +318,98 @@ def test_calls_inside_are_made_at_once_but_for_others_modes():
     assert cpu.calls.source(layer(x)) is None
 
 
-# ---------------------------------------------------------------------------------------------- convolutions made again
+# ---------------------------------------------------------------------------------------------- where outputs lie
 needs_calls = pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
+
+
+def large(layers: int, seen: Callable[[Tensor], Any]) -> nn.Sequential:
+    """Convolutions and batch normalizations with outputs of 288 KB, which forward hooks see."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for _ in range(layers):
+        norm = bn.BatchNorm2d(8, activation="relu")
+        norm.register_forward_hook(lambda _, args, y: seen(y))
+        net.extend([nn.Conv2d(8, 8, 3, padding=1), norm])
+    return net
+
+
+@needs_calls
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_outputs_take_the_place_of_those_that_are_forgotten(memory: torch.memory_format):
+    places: list[int] = []
+    net = large(8, lambda y: places.append(y.data_ptr())).to(memory_format=memory)
+    x = normal(4, 8, 48, 48).to(memory_format=memory)
+    with bn.recompute_outputs():
+        ours = net(x)
+    assert ours.is_contiguous(memory_format=memory)
+    assert len(set(places)) <= 3
+    gradients = torch.autograd.grad(ours.square().mean(), list(net.parameters()))
+    expected = net(x)
+    assert_same_bits(ours, expected)
+    assert_same_bits(gradients, torch.autograd.grad(expected.square().mean(), list(net.parameters())))
+
+
+@needs_calls
+@pytest.mark.parametrize("held", ["itself", "a view", "NumPy's", "its storage", "for a reader that keeps it"])
+def test_outputs_that_are_held_keep_their_place(held: str, tmp_path: Path):
+    kept: list[tuple[Any, Tensor]] = []
+    hold: dict[str, Callable[[Tensor], Any]] = {
+        "itself": lambda y: y,
+        "a view": lambda y: y[1:].flatten(),
+        "NumPy's": lambda y: y.detach().numpy(),
+        "its storage": lambda y: y.untyped_storage(),
+        "for a reader that keeps it": lambda y: Cube.apply(y),
+    }
+    net = large(8, lambda y: kept.append((hold[held](y), y.detach().clone())))
+    with bn.recompute_outputs():
+        y = net(normal(4, 8, 48, 48))
+    y.sum().backward()
+    large(8, lambda y: None)(normal(4, 8, 48, 48, seed=1)).sum().backward()
+    for each, values in kept:
+        if held == "its storage":
+            assert each.nbytes() == values.nbytes
+            assert each.resizable()
+            now = torch.empty(0).set_(each, 0, values.shape)
+        elif held == "for a reader that keeps it":
+            (now,) = each.grad_fn.saved_tensors
+        else:
+            now = torch.as_tensor(each)
+        assert_same_bits(now.detach().flatten(), (values[1:] if held == "a view" else values).flatten())
+    torch.save(kept[0][1], tmp_path / "copy.pt")
+    if held == "itself":
+        torch.save(kept[0][0].detach(), tmp_path / "output.pt")
+        assert abs((tmp_path / "output.pt").stat().st_size - (tmp_path / "copy.pt").stat().st_size) < 100
+        kept[0][0].detach().untyped_storage().resize_(0)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 3 * dy * ctx.saved_tensors[0] ** 2
+
+
+@needs_calls
+def test_an_output_may_be_freed_by_another_thread_and_behind_its_context():
+    outputs: list[Tensor] = []
+    net = large(3, lambda y: outputs.append(y))
+    with bn.recompute_outputs():
+        net(normal(4, 8, 48, 48))
+        thread = threading.Thread(target=outputs.clear)
+        thread.start()
+        thread.join()
+        y = net(normal(4, 8, 48, 48))
+    expected = [each.detach().clone() for each in outputs]
+    y.sum().backward()
+    assert_same_bits([each.detach() for each in outputs], expected)
+    outputs.clear()
+
+
+# ---------------------------------------------------------------------------------------------- convolutions made again
 
 
 def wide(**options: Any) -> nn.Conv2d:
