@@ -30,8 +30,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <typeindex>
-#include <unordered_set>
+#include <typeinfo>
 
 #include "../torch/operators.h"
 
@@ -406,9 +405,13 @@ class Blocks {
         each->unused = kMostUnused;
       }
     }
-    for (auto& each : blocks_) each->unused = each == best ? 0 : each->unused + 1;
-    blocks_.erase(std::remove_if(blocks_.begin(), blocks_.end(), [](auto& each) { return each->unused > kMostUnused; }),
-                  blocks_.end());
+    for (size_t i = blocks_.size(); i-- > 0;)
+      if (blocks_[i] == best) {
+        best->unused = 0;
+      } else if (++blocks_[i]->unused > kMostUnused) {
+        blocks_[i].swap(blocks_.back());
+        blocks_.pop_back();
+      }
     if (best) return best;
     best = std::make_shared<Block>();
     best->memory = at::empty({int64_t(is_growing ? bytes + bytes / 4 : bytes)}, at::kByte);
@@ -1560,8 +1563,13 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
 // ---------------------------------------------------------------------------------------------- readers in a context
 PyObject* look = nullptr;  // at what the node of a result has saved; False if nodes of its kind save no tensor
 thread_local at::CallbackHandle callback = 0;
-thread_local uint64_t seen = 0;  // the number of the node that was looked at last
-thread_local std::unordered_set<std::type_index> save_nothing;
+thread_local uint64_t seen = 0;                                // the number of the node that was looked at last
+thread_local std::vector<const std::type_info*> save_nothing;  // few kinds
+
+bool saves_nothing(const Node& node) {
+  return std::any_of(save_nothing.begin(), save_nothing.end(),
+                     [&](const std::type_info* each) { return *each == typeid(node); });
+}
 
 // Whether a node has an output that is made again among its inputs, itself or through views.
 bool may_read_output(const Node& node) {
@@ -1582,7 +1590,7 @@ void let_python_look(const at::Tensor& result, const Node& node) {
   PyObject* const wrapped = THPVariable_Wrap(at::Tensor(result));
   PyObject* const found = wrapped ? PyObject_CallFunctionObjArgs(look, wrapped, nullptr) : nullptr;
   if (!found) PyErr_WriteUnraisable(look);
-  if (found == Py_False) save_nothing.emplace(typeid(node));
+  if (found == Py_False) save_nothing.push_back(&typeid(node));
   Py_XDECREF(found);
   Py_XDECREF(wrapped);
   PyGILState_Release(state);
@@ -1595,7 +1603,7 @@ void forget_inputs_of(const at::Tensor& result) {
   if (!node || node->sequence_nr() == seen || dynamic_cast<OfBatchNorm*>(node)) return;
   seen = node->sequence_nr();
   const bool is_done = forget_in(node, Forgets::every) || !may_read_output(*node);
-  if ((!is_done || is_known_to_python) && !save_nothing.count(typeid(*node))) let_python_look(result, *node);
+  if ((!is_done || is_known_to_python) && !saves_nothing(*node)) let_python_look(result, *node);
 }
 
 // Called behind each operator of torch's while this thread is in a context.
