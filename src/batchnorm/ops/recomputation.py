@@ -94,22 +94,22 @@ class recompute_outputs:  # noqa: N801
 
     def __init__(self) -> None:
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._watches: list[_Watch] = []
+        self._watches: list[_Watch | None] = []  # of each entry; None where C++ watches
 
     def __enter__(self) -> recompute_outputs:
         _active.modes = (*_modes(), self)
         if cpu.calls is not None:
             cpu.calls.recompute(1, _look)
-        else:
-            self._watches.append(_Watch().__enter__())
+        self._watches.append(_Watch().__enter__() if cpu.calls is None else None)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _active.modes = _modes()[:-1]
-        if cpu.calls is not None:
+        watch = self._watches.pop()
+        if watch is None:
             cpu.calls.recompute(-1, _look)
         else:
-            self._watches.pop().__exit__(*exception)
+            watch.__exit__(*exception)
 
 
 class _Watch(TorchFunctionMode):
