@@ -355,10 +355,23 @@ std::vector<int64_t> strides_of(at::IntArrayRef sizes, at::MemoryFormat format) 
   return at::detail::defaultStrides(sizes);
 }
 
-// Memory for outputs of a forward that their readers forget. Each is gone when the next but one is made. Between them
-// an allocator lays what is kept, so that the next, larger one does not fit into the gap: so they have memory of their
-// own, which an output gives back when nobody holds it any more. It is freed when the context ends, or when a backward
-// in it makes the first output again.
+// A tensor like x but for its sizes, in memory that is there.
+at::Tensor laid_in(c10::Storage storage, const at::Tensor& x, at::IntArrayRef sizes) {
+  const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
+  return y.set_(std::move(storage), 0, sizes, strides_of(sizes, x.suggest_memory_format()));
+}
+
+// The same in memory of its own, with huge pages if it is large.
+at::Tensor fresh_like(const at::Tensor& x, at::IntArrayRef sizes) {
+  at::Tensor y = at::empty(sizes, x.options().requires_grad(false).memory_format(x.suggest_memory_format()));
+  operators->advise(lend(y));
+  return y;
+}
+
+// Memory for outputs of a forward that their readers forget. Such an output is gone when the next but one is made. In
+// an allocator's memory a tensor that is kept would take its place, and a somewhat larger output would not fit there
+// any more. So outputs have blocks of their own, and give them back when nobody holds them. The blocks are freed when
+// the context ends, or when a backward in it makes its first output again.
 class Blocks {
  public:
   // Of a tensor like x but for its sizes; undefined where it is small.
@@ -376,8 +389,7 @@ class Blocks {
     c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
                          c10::DataPtr(block->memory.data_ptr(), held, give_back, at::kCPU), c10::GetAllocator(at::kCPU),
                          /*resizable=*/true);
-    const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
-    return y.set_(std::move(storage), 0, sizes, strides_of(sizes, x.suggest_memory_format()));
+    return laid_in(std::move(storage), x, sizes);
   }
 
   void free() { blocks_.clear(); }
@@ -434,23 +446,20 @@ class Scratch {
 
   // A tensor of the shape, dtype and memory format of x.
   at::Tensor like(const at::Tensor& x) {
-    const auto format = x.suggest_memory_format();
     const int64_t task = torch::autograd::get_current_graph_task_id();
     const size_t bytes = size_t(x.numel()) * x.element_size();
-    if (task == -1) return at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
+    if (task == -1)
+      return at::empty(x.sizes(), x.options().requires_grad(false).memory_format(x.suggest_memory_format()));
     if (task != task_) {
       *this = Scratch();
       blocks.free();
       task_ = task;
       torch::autograd::Engine::get_default_engine().queue_callback(release);
     }
-    if (storage_ && storage_.use_count() == 1 && storage_.nbytes() >= bytes && storage_.nbytes() / 4 <= bytes) {
-      const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
-      return y.set_(storage_, 0, x.sizes(), strides_of(x.sizes(), format));
-    }
+    if (storage_ && storage_.use_count() == 1 && storage_.nbytes() >= bytes && storage_.nbytes() / 4 <= bytes)
+      return laid_in(storage_, x, x.sizes());
     if (storage_ && storage_.use_count() == 1) storage_ = c10::Storage();  // before there are two
-    const at::Tensor y = at::empty(x.sizes(), x.options().requires_grad(false).memory_format(format));
-    operators->advise(lend(y));
+    const at::Tensor y = fresh_like(x, x.sizes());
     storage_ = y.storage();
     return y;
   }
@@ -681,7 +690,7 @@ struct MadeAgain : torch::autograd::SavedVariableHooks {
 // Whether readers forget every output that can be made again, or those that are to be forgotten without a context.
 enum class Forgets { every, marked };
 
-// False for a view of such an output, which is left as it is.
+// Puts a note in place of an output that a node has saved; false if it is a view of one, which stays saved.
 bool forget(SavedVariable& saved, Forgets which) {
   if (saved.has_hooks()) return true;
   const std::optional<at::Tensor> t = saved.get_raw_data();
@@ -1239,7 +1248,7 @@ struct PartsSource : Source {
     std::vector<at::Tensor> tensors;
     for (const Operand& each : parts) tensors.push_back(each.tensor());
     return normalize_parts(tensors, weight.tensor(), bias.tensor(), mean, var, settings, true,
-                           at::empty(sizes_together(tensors, mean.numel()), tensors[0].options().requires_grad(false)));
+                           fresh_like(tensors[0], sizes_together(tensors, mean.numel())));
   }
 };
 
@@ -1385,10 +1394,9 @@ bool fit_together(const std::vector<at::Tensor>& parts) {
 
 // Of the shape and dtype that the parts have together, without memory: for checks alone.
 at::Tensor as_together(const std::vector<at::Tensor>& parts) {
-  std::vector<int64_t> sizes = parts[0].sizes().vec();
-  sizes[1] = 0;
-  for (const at::Tensor& each : parts) sizes[1] += each.size(1);
-  return at::empty({1}, parts[0].options().requires_grad(false)).expand(sizes);
+  int64_t channels = 0;
+  for (const at::Tensor& each : parts) channels += each.size(1);
+  return at::empty({1}, parts[0].options().requires_grad(false)).expand(sizes_together(parts, channels));
 }
 
 at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& parts) {
@@ -1402,12 +1410,8 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
     mean =
         a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_mean.to(at::kDouble, false, true).view({1, -1});
     var = a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_var.to(at::kDouble, false, true).view({1, -1});
-    const std::vector<int64_t> sizes = sizes_together(parts, a.x.size(1));
-    at::Tensor place = needs_graph && a.is_in_context() ? blocks.output(parts[0], sizes) : at::Tensor();
-    if (!place.defined()) {
-      place = at::empty(sizes, parts[0].options().requires_grad(false));
-      operators->advise(lend(place));
-    }
+    at::Tensor place = needs_graph && a.is_in_context() ? blocks.output(parts[0], a.x.sizes()) : at::Tensor();
+    if (!place.defined()) place = fresh_like(parts[0], a.x.sizes());
     y = normalize_parts(parts, a.weight, a.bias, mean, var, settings, !a.use_batch, std::move(place));
   }
   if (needs_graph) {
@@ -1571,7 +1575,8 @@ bool saves_nothing(const Node& node) {
                      [&](const std::type_info* each) { return *each == typeid(node); });
 }
 
-// Whether a node has an output that is made again among its inputs, itself or through views.
+// Whether an output that is made again is among the inputs of a node, or a few nodes of one input before them, such as
+// views.
 bool may_read_output(const Node& node) {
   constexpr int most_views = 4;
   return std::any_of(node.next_edges().begin(), node.next_edges().end(), [](const torch::autograd::Edge& edge) {
