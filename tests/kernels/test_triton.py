@@ -257,9 +257,12 @@ def test_small_shapes_are_one_launch_each_way(launches: list[tuple[str, bool]]) 
 
 
 @pytest.fixture
-def compiled(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What a test compiles; each launch must say itself that it fuses, as Triton 3.10 will not by default."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     with inspect_triton.compiling(getattr(request, "param", 90)) as found:
         yield found
+    assert all(kernel.metadata.enable_fp_fusion for kernel in found)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["bits", "mask"])
