@@ -82,8 +82,8 @@ class _Symbol(ctypes.Structure):
 def _owner_of_malloc() -> str | None:
     """The file name of the library that allocates in this process; None where there is no mallopt."""
     owners = [_owner_of(name) for name in ("malloc", "posix_memalign", "malloc_usable_size")]
-    # A program that is linked to fixed addresses (Debian's and Ubuntu's Python) has an entry of its own for `malloc`,
-    # whoever serves it. An allocator that replaces glibc's replaces the other two as well.
+    # A program that is linked to fixed addresses (Debian's Python is) has an entry of its own for `malloc`, whoever
+    # serves it. An allocator that replaces glibc's replaces the other two as well.
     return owners[1] if owners[1] == owners[2] else owners[0]
 
 

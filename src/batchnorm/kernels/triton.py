@@ -31,8 +31,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_SPLITS = 1024
 _MOST_RANKS = 64  # whose moments every program merges for itself
 _PROCESSORS = 132  # where there is no device to ask
-# A product and a sum are rounded once: Triton's default until 3.8. Triton 3.9 warns where nobody says so, since 3.10
-# will round twice.
+# A product and a sum are rounded once. Triton 3.9 warns if a launch does not say so: 3.10 will round twice by default.
 _COMPILED = {"enable_fp_fusion": True}
 
 
