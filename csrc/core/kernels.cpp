@@ -347,9 +347,9 @@ constexpr int kAbreast = VB == 64 ? 4 : 2;
 // several in one page. For each vector of columns `prepare(c)` once and `add(n, c, skip, prepared, sums)` down the
 // tile's rows; the last vector overlaps the one before it, and its first `skip` lanes do not count. Fewer columns:
 // `rest(n, sums)`.
-template <class P, i64 streams, class Prepare, class Add, class Rest>
+template <class P, i64 streams, int abreast, class Prepare, class Add, class Rest>
 INLINE void sum_section(i64 begin, i64 end, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
-  constexpr i64 W = P::width, G = kAbreast;
+  constexpr i64 W = P::width, G = abreast;
   const i64 apart = (end - begin + streams - 1) / streams | 1;  // odd: no two streams in one set of a cache
   for (i64 first = begin; first < begin + apart && first < end; ++first) {
     if (columns < W) {
@@ -380,7 +380,7 @@ INLINE void sum_section(i64 begin, i64 end, i64 columns, double* totals, Prepare
 }
 
 // Where sums have no digits to spare and would be long chains: in sections, whose sums are added together.
-template <class P, i64 streams, class Prepare, class Add, class Rest>
+template <class P, i64 streams, int abreast, class Prepare, class Add, class Rest>
 INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add add, Rest rest) {
   constexpr i64 most = 64;
   const i64 section = kSpare<P> || columns > most ? rows : 256;
@@ -388,7 +388,8 @@ INLINE void sum_rows(i64 rows, i64 columns, double* totals, Prepare prepare, Add
   for (i64 begin = 0; begin < rows; begin += section) {
     const bool apart = section < rows;
     if (apart) std::fill_n(sums, 2 * columns, 0.0);
-    sum_section<P, streams>(begin, std::min(begin + section, rows), columns, apart ? sums : totals, prepare, add, rest);
+    sum_section<P, streams, abreast>(begin, std::min(begin + section, rows), columns, apart ? sums : totals, prepare,
+                                     add, rest);
     for (i64 c = 0; apart && c < 2 * columns; ++c) totals[c] += sums[c];
   }
 }
@@ -519,7 +520,7 @@ void interleaved_moments_in(const Slab& slab, const Operand& x, const double* sh
   const RowAccess<const T> xs(x);
   const i64 C = slab.channels;
   const P few = columns_of<P>(shift, C < P::width ? C : P::width);
-  sum_rows<P, 8>(
+  sum_rows<P, 8, kAbreast>(
       slab.samples, C, sums, [=](i64 c) INLINED { return columns_of<P>(shift + c, P::width); },
       [=](i64 n, i64 c, int, const P& s, Sums<P>& a) INLINED {
         const P d = minus(load<P>(xs(n, c)), s);
@@ -857,7 +858,7 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
   };
   const i64 some = C < L::width ? C : L::width;
   const Prepared few{Normal<T, P>::of_some(k, 0, some), columns_of<S>(mean, some)};
-  sum_rows<S, sizeof(T) == 2 ? 6 : 4>(
+  sum_rows<S, sizeof(T) == 2 ? 6 : 4, takes_exponential(activation_of(form)) ? 1 : kAbreast>(
       slab.samples, C, sums,
       [=](i64 c) INLINED { return Prepared{Normal<T, P>::of_columns(k, c), columns_of<S>(mean + c, L::width)}; },
       [=](i64 n, i64 c, int skip, const Prepared& q, Sums<S>& a) INLINED {

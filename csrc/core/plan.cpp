@@ -9,9 +9,11 @@ constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kRunBytes = 16 << 10;  // planar: of neighbouring channels, so that prefetchers have a way to go
 constexpr int64_t kMaxBlocks = 64;       // row blocks of one pool, interleaved
 constexpr int64_t kMaxSegments = 128;
-constexpr int64_t kNear = 8;      // times the second cache: tensors that are not far away
-constexpr int64_t kShares = 16;   // at least, of a tensor for several threads
-constexpr int64_t kColumns = 64;  // whole lines of the cache in any type
+constexpr int64_t kNear = 8;                      // times the second cache: tensors that are not far away
+constexpr int64_t kShares = 16;                   // at least, of a tensor for several threads
+constexpr int64_t kColumns = 64;                  // whole lines of the cache in any type
+constexpr int64_t kFlatNear = 128, kVector = 16;  // elements of a plane that is no part of a row; of the longest vector
+constexpr int64_t kFewRows = 400, kNearRows = 2;  // of a pool whose columns are shared out; times the second cache
 
 // Parts of nearly the same size, a multiple of `of`, for a thread waits for the largest share.
 int64_t evened(int64_t whole, int64_t parts, int64_t of) {
@@ -39,15 +41,18 @@ void Plan::cut_planar(int64_t pool) {
   const Shape& s = shape;
   const Caches& cache = caches();
   const int64_t bytes = element_size(s.dtype), pools = s.pools();
-  flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= flat_samples(s.inner);
   const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
   // Of a plane, what is read.
   const int64_t plane = std::max<int64_t>(1, int64_t(double(s.inner * bytes) * valid_share(s)));
+  const bool is_near = s.samples * s.channels * plane <= kNear * cache.l2;
+  // In the caches planes of some vectors are better walked one by one: their coefficients stay in registers. If there
+  // is one phase, rows are as good, unless planes are of whole vectors.
+  const bool apart = is_near && s.inner >= kFlatNear && (!one_phase || s.inner % kVector == 0);
+  flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= flat_samples(s.inner) && !apart;
   group = std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
   while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
   // Whole pieces for all threads, whose two phases in one walk are worth more than long strips; not of short planes,
   // unless they lie in the caches.
-  const bool is_near = s.samples * s.channels * plane <= kNear * cache.l2;
   if (!is_small(s) && (!flat || is_near) && pools == 1) group = std::min(group, ceil_div(s.channels, 8));
   groups = ceil_div(s.channels, group);
   whole = plane * pool <= budget && (pools * groups >= 8 || is_small(s));
@@ -81,6 +86,17 @@ void Plan::cut_interleaved(int64_t pool) {
   groups = std::min<int64_t>(s.channels, 1);  // no channels, no pieces
   whole = pool * s.channels <= serial_elements(s.dtype) || (s.pools() >= 8 && pool * row <= cache.l3 / 8);
   if (whole) return;
+  // In the caches a few long rows are cut by columns: one walk on all threads, where blocks of rows take two.
+  const auto share_columns = [&] {
+    whole = true;
+    block = pool;
+    const int64_t share = std::min(ceil_div(s.channels, 8), cache.l2 / 2 / (pool * bytes));
+    group = std::max<int64_t>(1, ceil_div(share, kColumns)) * kColumns;
+    groups = ceil_div(s.channels, group);
+  };
+  if (!one_phase && s.pools() == 1 && pool <= kFewRows && s.channels >= 4 * kColumns &&
+      pool * row <= kNearRows * cache.l2)
+    return share_columns();
   // Long enough for a block's sums to be little beside its rows.
   const int64_t least = std::clamp<int64_t>(pool / 16, 32, 128);
   block = std::min(pool, std::max({kPieceBytes / row, ceil_div(pool, kMaxBlocks), least}));
@@ -88,12 +104,7 @@ void Plan::cut_interleaved(int64_t pool) {
   block = evened(pool, ceil_div(pool, block), 4);
   blocks = ceil_div(pool, block);
   if (blocks > 1 || s.channels <= kColumns) return;
-  // So few and long rows that their columns are shared out instead.
-  whole = true;
-  block = pool;
-  const int64_t share = std::min(ceil_div(s.channels, 8), cache.l2 / 2 / (pool * bytes));
-  group = std::max<int64_t>(1, ceil_div(share, kColumns)) * kColumns;
-  groups = ceil_div(s.channels, group);
+  share_columns();  // so few and long are the rows
 }
 
 }  // namespace batchnorm
