@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import runpy
 from pathlib import Path
@@ -43,6 +44,25 @@ def test_a_row_is_whole_if_no_part_of_the_suite_was_chosen(matrix: dict[str, Any
 
 def test_what_the_matrix_runs_by_default_counts_as_the_whole_suite(matrix: dict[str, Any]):
     assert matrix["is_whole"]({"tests": matrix["EVERYTHING"]})
+
+
+def test_a_release_wants_a_whole_new_and_passed_row_of_each_torch_and_python(matrix: dict[str, Any]):
+    lacks = runpy.run_path(str(ROOT / "scripts" / "release_check.py"))["lacks"]
+    small = {**matrix, "TORCHES": {"2.14.1": None, "2.15.0": None}, "PYTHONS": ("3.13", "3.14")}
+    today = datetime.date(2026, 11, 30)
+    good = {"tests": "tests", "outcome": "9 passed", "date": "2026-11-29", "speedup": "1.4"}
+    rows = {"2.14.1 3.13": good, "2.15.0 3.14": good, "2.15.0 3.13": {**good, "tests": "none", "outcome": "installs"}}
+    assert lacks(rows, small, today) == []
+    assert lacks({**rows, "2.15.0 3.14": {**good, "tests": "tests/nn"}}, small, today) == [
+        "no whole row for torch 2.15.0",
+        "no whole row for Python 3.14",
+    ]
+    for change, reason in (
+        ({"outcome": "1 failed, 8 passed"}, "1 failed, 8 passed"),
+        ({"date": "2026-11-15"}, "of 2026-11-15"),
+        ({"speedup": "1.29"}, "1.29 times torch.nn, less than 1.3"),
+    ):
+        assert lacks({**rows, "2.14.1 3.13": {**good, **change}}, small, today) == [f"2.14.1 3.13: {reason}"]
 
 
 def test_the_page_has_the_table_of_the_results(matrix: dict[str, Any]):
