@@ -57,7 +57,7 @@ def matrix_is_fresh() -> str | None:
 
 
 def lacks(rows: dict[str, Any], matrix: dict[str, Any], today: datetime.date) -> list[str]:
-    """What the rows of the matrix lack on a day. One of a part of the suite tells readers more, and counts for nothing."""
+    """What the rows of the matrix lack on a day. One of a part of the suite is for readers, and counts for nothing."""
     whole = {name: row for name, row in rows.items() if matrix["is_whole"](row)}
     torches, pythons = ({name.split()[place] for name in whole} for place in (0, 1))
     found = [f"no whole row for torch {torch}" for torch in matrix["TORCHES"] if torch not in torches]
