@@ -360,7 +360,8 @@ void masks() {
   for (Dtype dtype : kDtypes)
     for (const Shape& s :
          {planar(dtype, 10, 70, 49, 3), planar(dtype, 3, 1, 33003, 2), interleaved(dtype, 2100, 17, 2100),
-          interleaved(dtype, 2000, 9, 700), interleaved(dtype, 1500, 50, 9), planar(dtype, 40, 3, 601, 40)}) {
+          interleaved(dtype, 2000, 9, 700), interleaved(dtype, 1500, 50, 9), planar(dtype, 40, 3, 601, 40),
+          interleaved(dtype, 120, 640, 120)}) {
       test_caches = ++k % 2 ? kSmallCaches : kOrdinaryCaches;
       examine_partitions({s, Layout(k % 4), {Activation(k % 4), k % 2 == 0}, k, Values::ordinary, 1e-5, 0.01, 40});
     }
