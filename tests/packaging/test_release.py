@@ -36,6 +36,18 @@ def test_a_row_has_passed_if_nothing_failed(matrix: dict[str, Any], outcome: str
 
 
 @pytest.mark.parametrize(
+    ("line", "counted"),
+    [
+        ("6575 passed, 285 skipped in 534.37s (0:08:54)", "6,575 passed, 285 skipped"),
+        ("= 1 failed, 5 passed, 1 error in 2.10s =", "1 failed, 5 passed, 1 error"),
+        ("INTERNALERROR> KeyError", "pytest stopped"),
+    ],
+)
+def test_a_row_says_what_pytest_counted(matrix: dict[str, Any], line: str, counted: str):
+    assert matrix["counted"](line) == counted
+
+
+@pytest.mark.parametrize(
     ("tests", "whole"), [("tests", True), ("tests --thorough", True), ("tests/nn", False), ("tests -k fold", False)]
 )
 def test_a_row_is_whole_if_no_part_of_the_suite_was_chosen(matrix: dict[str, Any], tests: str, whole: bool):
