@@ -127,7 +127,7 @@ def batch_norm(
     batch, pools = pools_of(batch, options, use_batch)
     if use_batch:
         check_pools(batch, eps, pools)
-    fusion = fusion._replace(residual=batch.residual)
+    fusion = fusion.with_residual(batch.residual)
     if pool == "frame" and any(t is not None and t.ndim == 2 for t in (weight, bias)):
         y, measured = by_step(source, batch, pools, fusion)
     else:

@@ -82,7 +82,7 @@ def by_step(
     y = y.flatten(0, 1)
     if fusion.residual is not None:
         y = y + fusion.residual
-    y = ops.finish(y, fusion._replace(residual=None))
+    y = ops.finish(y, fusion.with_residual(None))
     if batch.mask is not None:
         y = torch.where(batch.mask[:, None], y, 0.0)
     return y.to(dtype), measured

@@ -473,7 +473,7 @@ def precisions():
         out.float().square().sum().backward()
     close(summed(nets[0][1].weight.grad), nets[1][1].weight.grad, "dgamma under autocast", torch.bfloat16)
     layer, whole = (perturbed(bn.BatchNorm2d(2, process_group=g), torch.float64) for g in ("world", None))
-    compiled = torch.compile(layer, backend="aot_eager")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for k in range(2):
         x, dy = draw(4 * n, 2, 5, 5, seed=k), draw(4 * n, 2, 5, 5, seed=k + 5)
         y, first, _ = gradients(whole, x.clone(), dy, None)

@@ -102,7 +102,7 @@ class BatchNorm(ConfiguredLayer):
             functional.check_pools(batch, self.eps, pool, self._advice)
         population = self._population(updates)
         source = given or self._own_source(batch, population, use_batch)
-        fusion = fusion._replace(residual=batch.residual)
+        fusion = fusion.with_residual(batch.residual)
         if self.affine_by == "step":
             last = None if use_batch else population.last_row()
             y, measured = by_step(source, batch, pool, fusion, last)

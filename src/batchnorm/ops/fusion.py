@@ -37,6 +37,10 @@ class Fusion(NamedTuple):
         """eps, the activation's name ("identity" for none) and its slope."""
         return self.eps, self.activation or "identity", self.slope
 
+    def with_residual(self, residual: Tensor | None) -> Fusion:
+        """The same with that residual; not by `_replace`, beside whose result Dynamo of torch 2.11 breaks no graph."""
+        return Fusion(self.weight, self.bias, residual, self.eps, self.activation, self.slope)
+
     def renormalized(self, r: Tensor, d: Tensor, dtype: torch.dtype) -> Fusion:
         """gamma r and gamma d + beta in place of gamma and beta: with these, batch normalization is renormalization.
 
