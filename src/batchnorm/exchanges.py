@@ -17,7 +17,9 @@ _WORDS = re.compile(  # of errors of gloo, nccl and their stores
 )
 PATIENCE = 2.0  # seconds in which ranks whose exchange failed, too, tell the others so
 _KEY = "batchnorm/failed"
-_last = ""  # the layer whose ranks have exchanged last; compiled ones leave no note
+_last = ""  # the layer whose ranks have exchanged last
+# Where Dynamo breaks the graph if a function of autograd writes to a module's name: torch 2.10 and 2.11 do, 2.13 does not.
+_BREAKS_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 _compared: dict[str, list[str]] = {}  # of each group the layers that its ranks have compared, in that order
 
 
@@ -35,7 +37,7 @@ class waiting:  # noqa: N801 - a context manager, named as one
 
     def __enter__(self) -> None:
         global _last
-        if not torch.compiler.is_compiling():
+        if not (_BREAKS_GRAPHS and torch.compiler.is_compiling()):
             _last = self.layer
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -82,7 +84,7 @@ class rank_errors:  # noqa: N801 - a context manager, named as one
             return
         if not (dist.is_available() and dist.is_initialized()):
             return
-        place = f"an exchange after {_last}" if _last else "an exchange before that of any layer that is not compiled"
+        place = f"an exchange after {_last}" if _last else "an exchange before the first layer's"
         raise SynchronizationError(
             f"rank {dist.get_rank()}: the ranks did not all come to {place} ({first_line(error)})"
             f"{_absent(self.group, place)}"
