@@ -18,7 +18,7 @@ _WORDS = re.compile(  # of errors of gloo, nccl and their stores
 PATIENCE = 2.0  # seconds in which ranks whose exchange failed, too, tell the others so
 _KEY = "batchnorm/failed"
 _last = ""  # the layer whose ranks have exchanged last
-# Where Dynamo breaks the graph if a function of autograd writes to a module's name: in torch 2.10 and 2.11, not in 2.13.
+# Where Dynamo breaks the graph if an autograd function writes to a module's name: in torch 2.10 and 2.11, not in 2.13.
 _BREAKS_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
 _compared: dict[str, list[str]] = {}  # of each group the layers that its ranks have compared, in that order
 
