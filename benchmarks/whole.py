@@ -138,8 +138,8 @@ def error(network: str, contestant: str) -> float:
     """Distance of all gradients from the float64 network's (torch's own layers), over their length: the least of SEEDS.
 
     Behind many relus one network says little. An input that lies near a kink may fall on either side, in torch's layers
-    as in ours, and then the distance is a hundred times as large: in about every other of these networks. A fault of
-    the layers is there in all of them.
+    as in ours. The distance is then a hundred times as large, which happens in about every other of these networks. A
+    fault of the layers shows in all of them.
     """
 
     def of(seed: int) -> float:

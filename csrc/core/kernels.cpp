@@ -858,6 +858,7 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
   };
   const i64 some = C < L::width ? C : L::width;
   const Prepared few{Normal<T, P>::of_some(k, 0, some), columns_of<S>(mean, some)};
+  // An exponential takes so many registers that several vectors' sums would leave them.
   sum_rows<S, sizeof(T) == 2 ? 6 : 4, takes_exponential(activation_of(form)) ? 1 : kAbreast>(
       slab.samples, C, sums,
       [=](i64 c) INLINED { return Prepared{Normal<T, P>::of_columns(k, c), columns_of<S>(mean + c, L::width)}; },
