@@ -427,12 +427,13 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Val
 }
 
 // Writes rows: `prepare(c)` prepares the coefficients of a vector of columns, `value(n, c, prepared)` is the vector
-// there. `tile` rows share the coefficients where they are short or in pages of their own (fewer beside an exponential,
-// whose code is long); others go one by one, because prefetchers follow one row in a page. A tile is read before it is
-// written: rows whose addresses agree in their last 12 bits would wait for one another.
+// there. `tile` rows share the coefficients where they are short, in pages of their own or `near` (fewer beside an
+// exponential, whose code is long); others go one by one, because prefetchers follow one row in a page, and two where
+// memory is not far. A tile is read before it is written: rows whose addresses agree in their last 12 bits would wait
+// for one another.
 template <bool overlap, int tile, class T, class Columns, class Value, class Some>
-INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool in_place, Columns prepare,
-                       Value value, Some some) {
+INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool near, bool in_place,
+                       Columns prepare, Value value, Some some) {
   using L = Lane<T>;
   constexpr i64 W = L::width;
   const RowAccess<T> out(to);
@@ -469,7 +470,8 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
     else
       some(n, n + height, c, columns - c);
   };
-  const bool tiled = columns * i64(sizeof(T)) < 512 || out.stride * i64(sizeof(T)) >= 4096;
+  const i64 row = out.stride * i64(sizeof(T));
+  const bool tiled = columns * i64(sizeof(T)) < 512 || row >= 4096 || near || (!around_cache && row >= 2048);
   const auto all = [&](auto streamed) INLINED {
     i64 n = 0;
     for (; tiled && n + tile <= rows; n += tile) walk(std::integral_constant<i64, tile>{}, streamed, n);
@@ -738,7 +740,7 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   using L = Lane<T>;
   using V = typename L::V;
   write_rows<!signs, kTile<form>, T>(
-      y, slab.samples, slab.channels, f.stream, is_over(y, x) || is_over(y, f.residual),
+      y, slab.samples, slab.channels, f.stream, f.near, is_over(y, x) || is_over(y, f.residual),
       [=](i64 c) INLINED { return Normal<T, P>::of_columns(k, c); },
       [=](i64 n, i64 c, const Normal<T, P>& normal) INLINED {
         const V rv = residual ? L::load(rs(n, c)) : V{};
@@ -971,7 +973,7 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   using L = Lane<T>;
   using V = typename L::V;
   write_rows<gate != Gate::signs, kTile<form>, T>(
-      dx, slab.samples, slab.channels, f.stream, is_over(dx, dy) || is_over(d_residual, dy),
+      dx, slab.samples, slab.channels, f.stream, f.near, is_over(dx, dy) || is_over(d_residual, dy),
       [=](i64 c) INLINED { return Apply<T, P>::of_columns(k, a, c); },
       [=](i64 n, i64 c, const Apply<T, P>& apply) INLINED {
         const V v = L::load(xs(n, c));

@@ -28,6 +28,7 @@ struct Steps {
   Fusion fusion;
   double eps = 0;
   bool large, stream;  // around the cache go zeros; elements
+  bool near;           // in the caches
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
       : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation)),
@@ -36,9 +37,10 @@ struct Steps {
         row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
         coefficients(kernel_table().coefficients[scratch.wide]),
         fusion(f),
-        large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
+        large(bytes(shape) > caches().l3 / 2),
         // Not where runs of valid values share lines with zeros.
-        stream(large && (!shape.valid || shape.order == Order::interleaved)) {
+        stream(large && (!shape.valid || shape.order == Order::interleaved)),
+        near(bytes(shape) <= caches().l3 / 4) {
     if (!shape.valid) return;
     count_values(plan, scratch.counts);
     plan.counts = scratch.counts;
@@ -54,13 +56,14 @@ struct Steps {
     read(beta, 0, scratch.beta);
   }
 
+  static int64_t bytes(const Shape& s) { return s.samples * s.channels * s.inner * element_size(s.dtype); }
   Gate gate() const { return gate_of(fusion); }
   double values(const Work& w) const { return double(std::max<int64_t>(plan.count(w.piece.pool), 1)); }
   bool is_padded() const { return plan.shape.valid && plan.shape.order == Order::planar; }
 
   // The fusion from a piece's first element on.
   KernelFusion fused(const Piece& p) const {
-    KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream};
+    KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream, near};
     if (fusion.signs) {
       const bool planar = plan.shape.order == Order::planar;
       const int64_t signs_run = ceil_div(planar ? plan.shape.inner : plan.shape.channels, 8);
