@@ -972,7 +972,7 @@ void interleaved_apply(const Slab& slab, const Operand& dy, const Operand& x, co
   const i64 signs_row = f.signs_sample;
   using L = Lane<T>;
   using V = typename L::V;
-  write_rows<gate != Gate::signs, kTile<form>, T>(
+  write_rows<gate != Gate::signs, sizeof(T) == 2 ? 2 : kTile<form>, T>(
       dx, slab.samples, slab.channels, f.stream, f.near, is_over(dx, dy) || is_over(d_residual, dy),
       [=](i64 c) INLINED { return Apply<T, P>::of_columns(k, a, c); },
       [=](i64 n, i64 c, const Apply<T, P>& apply) INLINED {

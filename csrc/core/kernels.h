@@ -54,8 +54,8 @@ struct Kernels {
   // sums[c], sums[channels + c] += sum of (x - shift[c]) and of its square
   void (*moments)(const Slab&, const Operand& x, const double* shift, double* sums);
   void (*normalize)(const Slab&, const Operand& x, const Operand& y, const NormalizeCoefficients&, const KernelFusion&);
-  // sums[c], sums[channels + c] += sum of dz and of dz * (x - mean[c]); where 16-bit elements are not few, the mean is
-  // rounded to float32. dz is kept where there is a place for it, which may be that of dy.
+  // sums[c], sums[channels + c] += sum of dz and of dz * (x - mean[c]); where 16-bit elements are not few, the mean
+  // must be a value of float32. dz is kept where there is a place for it, which may be that of dy.
   void (*reduce)(const Slab&, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
                  const NormalizeCoefficients&, const KernelFusion&, Gate, double* sums);
   void (*apply)(const Slab&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,

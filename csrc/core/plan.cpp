@@ -84,7 +84,7 @@ void Plan::cut_interleaved(int64_t pool) {
   const int64_t bytes = element_size(s.dtype), row = std::max<int64_t>(1, s.channels * bytes);
   group = s.channels;
   groups = std::min<int64_t>(s.channels, 1);  // no channels, no pieces
-  whole = pool * s.channels <= serial_elements(s.dtype) || (s.pools() >= 8 && pool * row <= cache.l3 / 8);
+  whole = pool * s.channels < serial_elements(s.dtype) || (s.pools() >= 8 && pool * row <= cache.l3 / 8);
   if (whole) return;
   // In the caches a few long rows are cut by columns: one walk on all threads, where blocks of rows take two.
   const auto share_columns = [&] {

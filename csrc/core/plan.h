@@ -22,7 +22,7 @@
 
 namespace batchnorm {
 
-constexpr int64_t kSerialElements = 32768;  // of four bytes and more; twice as many of two
+constexpr int64_t kSerialElements = 16384;  // fewer stay on one thread; of two bytes five times as many
 constexpr int64_t kCostly = 2;              // elements, that an exponential is worth
 constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
@@ -30,14 +30,14 @@ constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
 
 // From how many samples on short planes are walked as rows: from fewer if a plane hardly fills a vector.
-inline int64_t flat_samples(int64_t inner) { return inner <= 8 ? 2 : inner <= 16 ? 4 : kFlatSamples; }
+inline int64_t flat_samples(int64_t inner) { return inner <= 16 ? 2 : inner <= 64 ? 4 : kFlatSamples; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether a tensor is not worth a second thread: so many elements, each worth `times` plain ones.
-inline int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 2 * kSerialElements : kSerialElements; }
+inline int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 5 * kSerialElements : kSerialElements; }
 inline bool is_small(const Shape& s, int64_t times = 1) {
-  return times * s.samples * s.channels * s.inner <= serial_elements(s.dtype);
+  return times * s.samples * s.channels * s.inner < serial_elements(s.dtype);
 }
 
 // Channels whose short planes are walked as one row: of whole lines of the cache, where that can be.

@@ -1,4 +1,6 @@
 // The verbs of batchnorm.h: which steps they take, and in which order these go over the pieces of a plan.
+#include <cstring>
+
 #include "columns.h"
 #include "ranges.h"
 
@@ -14,6 +16,17 @@ Gate gate_of(const Fusion& f) {
 // Whether the derivative takes longer than to write an element and to read it again.
 bool is_costly(Activation a) {
   return a != Activation::identity && a != Activation::relu && a != Activation::relu6 && a != Activation::leaky_relu;
+}
+
+// With so many binary digits behind the first; what is not finite stays.
+double rounded_to(double v, int digits) {
+  if (v - v != 0) return v;
+  const int cut = 52 - digits;
+  uint64_t bits;
+  std::memcpy(&bits, &v, 8);
+  bits = (bits + (uint64_t(1) << (cut - 1))) >> cut << cut;
+  std::memcpy(&v, &bits, 8);
+  return v;
 }
 
 enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
@@ -118,9 +131,20 @@ struct Steps {
                            scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
   }
 
+  // What 16-bit elements' differences are taken from in the sums of a backward: the mean, or in pools of many values
+  // the mean with as few digits as the elements have, so that differences in float32 are exact or nearly so.
+  void set_centers(const Work& w, const double* mean) const {
+    double* const center = w.shift();
+    std::copy_n(mean, w.piece.channels, center);
+    if (plan.few(w.piece.pool)) return;
+    const int digits = plan.shape.dtype == Dtype::bfloat16 ? 7 : 10;
+    for (int64_t c = 0; c < w.piece.channels; ++c) center[c] = rounded_to(center[c], digits);
+  }
+
   // The coefficients that a backward needs for the gate; all where set_gradient takes the scale from there
   // (`population`).
   void set_gated(const Work& w, const double* mean, const double* var, bool population = false) const {
+    if (element_size(plan.shape.dtype) == 2) set_centers(w, mean + w.statistic);
     if (!population && gate() != Gate::recompute && gate() != Gate::residual)
       return coefficients.means(w.piece.channels, mean + w.statistic, w.k().at(0, w.slot));
     set_normalize(w, mean, var);
@@ -150,6 +174,8 @@ struct Steps {
                       const Operand& kept = {}) const {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     mean += w.statistic;
+    const bool centered = element_size(plan.shape.dtype) == 2;
+    const double* const center = centered ? w.shift() : mean;
     const NormalizeCoefficients k = w.k().normalize(w.slot);
     for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
       in_long_rows(
@@ -158,16 +184,17 @@ struct Steps {
             Columns columns(coefficients, w.k(), r);
             fold_columns(coefficients, r, w, [&](double* sums) {
               row_kernels.reduce(r.slab, r.operand(plan, dy), r.operand(plan, x), r.operand(plan, kept),
-                                 columns.of(mean), columns.gated(k, gate(), fusion.activation), fused(r), gate(), sums);
+                                 columns.of(center), columns.gated(k, gate(), fusion.activation), fused(r), gate(),
+                                 sums);
             });
           },
           [&](const Piece& p, const Slab& s) {
-            kernels.reduce(s, plan.operand(dy, p), plan.operand(x, p), plan.operand(kept, p), mean, k, fused(p), gate(),
-                           w.first);
+            kernels.reduce(s, plan.operand(dy, p), plan.operand(x, p), plan.operand(kept, p), center, k, fused(p),
+                           gate(), w.first);
           });
     });
-    if (!plan.few(w.piece.pool) && element_size(plan.shape.dtype) == 2)
-      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (double(float(mean[c])) - mean[c]) * w.first[c];
+    if (centered && !plan.few(w.piece.pool))
+      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (center[c] - mean[c]) * w.first[c];
   }
 
   void finish_moments(const Work& w, double divisor, double* mean, double* spread) const {
@@ -384,8 +411,8 @@ struct Phases {
       }
     };
     // Not worth the threads where there is little to add.
-    plan.statistics() * (plan.parts() + 8) < kSerialElements ? visit(0, plan.statistics())
-                                                             : for_each(plan, plan.statistics(), parallel, visit);
+    plan.statistics() * (plan.parts() + 8) < 2 * kSerialElements ? visit(0, plan.statistics())
+                                                                 : for_each(plan, plan.statistics(), parallel, visit);
   }
 
   // Adds the sums of all parts to those of the first, in their order.
