@@ -181,26 +181,15 @@ struct Coefficient {
 template <class P>
 constexpr bool kSpare = !std::is_same_v<typename P::V, f64>;
 
-// 16-bit elements in float32, whose products, exact there, are added up in float64.
-template <class T>
-struct Exact : Pack<T> {
-  using typename Pack<T>::V;
-  static INLINE Exact of(V v) { return {{{v}}}; }
-};
-
 // Vectors that one chain of additions takes in before it is settled in float64, or of float64 with other chains.
 template <class P>
 constexpr i64 kChain = sizeof(typename P::S) == 4 || !kSpare<P> ? 16 : INT64_MAX / 64;
-template <class T>
-constexpr i64 kChain<Exact<T>> = 4;
 
-// What gradients (E), moments (S) and the sums of a backward (R) are computed in; E of few is what elements are
-// normalized in.
+// What gradients (E) and sums (S) are computed in; E of few is what elements are normalized in.
 template <class T, bool few>
 struct In {
   using E = std::conditional_t<sizeof(T) == 4 && few, Wide, Pack<T>>;
   using S = std::conditional_t<sizeof(T) == 8 || (sizeof(T) == 2 && !few), Pack<T>, Wide>;
-  using R = std::conditional_t<sizeof(T) == 2 && few, Exact<T>, S>;
 };
 
 // Two sums of every lane.
@@ -257,38 +246,6 @@ struct Sums {
       totals[i - skip] += u[i / kLanes64][i % kLanes64];
       totals[stride + i - skip] += v[i / kLanes64][i % kLanes64];
     }
-  }
-};
-
-// The first in short chains of float32.
-template <class T>
-struct Sums<Exact<T>> {
-  f32 first{};
-  Wide second{};
-  INLINE void add(const Exact<T>& a, const Exact<T>& b) {
-    first += a.part[0];
-    const Wide product = Wide::of(a.part[0] * b.part[0]);
-    for (int k = 0; k < Wide::parts; ++k) second.part[k] += product.part[k];
-  }
-  INLINE void add(const Sums& other) {
-    first += other.first;
-    for (int k = 0; k < Wide::parts; ++k) second.part[k] += other.second.part[k];
-  }
-  INLINE void settle(f64* a, f64* b) const {
-    const Wide wide = Wide::of(first);
-    for (int k = 0; k < Wide::parts; ++k) {
-      *a += wide.part[k];
-      *b += second.part[k];
-    }
-  }
-  INLINE void add_columns(double* totals, i64 stride, int skip, int end) const {
-    Sums<Wide> sums;
-    const Wide wide = Wide::of(first);
-    for (int k = 0; k < Wide::parts; ++k) {
-      sums.first[k] = wide.part[k];
-      sums.second[k] = second.part[k];
-    }
-    sums.add_columns(totals, stride, skip, end);
   }
 };
 
@@ -1108,7 +1065,7 @@ void reduce_slab(const Slab& slab, const Operand& dy, const Operand& x, const Op
   choose_few(slab, [&](auto few) {
     choose_gate<forms_of<T>>(f, gate, [&](auto form, auto how) {
       using P = typename In<T, few.value>::E;
-      using S = typename In<T, few.value>::R;
+      using S = typename In<T, few.value>::S;
       if constexpr (order == Order::planar)
         planar_reduce<T, P, S, form.value, how.value>(slab, dy, x, kept, mean, k, f, sums);
       else

@@ -131,20 +131,20 @@ struct Steps {
                            scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
   }
 
-  // What 16-bit elements' differences are taken from in the sums of a backward: zero, or means beyond a deviation with
-  // as few digits as the elements have. So differences are exact in float32, and where elements have their own
-  // exponents their products, too.
-  void set_centers(const Work& w, const double* mean, const double* var) const {
+  // What 16-bit elements' differences are taken from in the sums of a backward: the mean, or in pools of many values
+  // the mean with as few digits as the elements have, so that differences in float32 are exact or nearly so.
+  void set_centers(const Work& w, const double* mean) const {
     double* const center = w.shift();
+    std::copy_n(mean, w.piece.channels, center);
+    if (plan.few(w.piece.pool)) return;
     const int digits = plan.shape.dtype == Dtype::bfloat16 ? 7 : 10;
-    for (int64_t c = 0; c < w.piece.channels; ++c)
-      center[c] = mean[c] * mean[c] < var[c] ? 0 : rounded_to(mean[c], digits);
+    for (int64_t c = 0; c < w.piece.channels; ++c) center[c] = rounded_to(center[c], digits);
   }
 
   // The coefficients that a backward needs for the gate; all where set_gradient takes the scale from there
   // (`population`).
   void set_gated(const Work& w, const double* mean, const double* var, bool population = false) const {
-    if (element_size(plan.shape.dtype) == 2) set_centers(w, mean + w.statistic, var + w.statistic);
+    if (element_size(plan.shape.dtype) == 2) set_centers(w, mean + w.statistic);
     if (!population && gate() != Gate::recompute && gate() != Gate::residual)
       return coefficients.means(w.piece.channels, mean + w.statistic, w.k().at(0, w.slot));
     set_normalize(w, mean, var);
@@ -193,7 +193,7 @@ struct Steps {
                            gate(), w.first);
           });
     });
-    if (centered)
+    if (centered && !plan.few(w.piece.pool))
       for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (center[c] - mean[c]) * w.first[c];
   }
 
