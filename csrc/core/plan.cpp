@@ -13,7 +13,7 @@ constexpr int64_t kNear = 8;                      // times the second cache: ten
 constexpr int64_t kShares = 16;                   // at least, of a tensor for several threads
 constexpr int64_t kColumns = 64;                  // whole lines of the cache in any type
 constexpr int64_t kFlatNear = 128, kVector = 16;  // elements of a plane that is no part of a row; of the longest vector
-constexpr int64_t kFewRows = 400, kNearRows = 2;  // of a pool whose columns are shared out; times the second cache
+constexpr int64_t kFewRows = 160, kNearRows = 2;  // of a pool whose columns are shared out; times the second cache
 
 // Parts of nearly the same size, a multiple of `of`, for a thread waits for the largest share.
 int64_t evened(int64_t whole, int64_t parts, int64_t of) {
