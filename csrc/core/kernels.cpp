@@ -436,8 +436,8 @@ INLINE i64 opaque(i64 n) {
 // Writes rows: `prepare(c)` prepares the coefficients of a vector of columns, `value(n, c, prepared)` is the vector
 // there. `tile` rows share the coefficients where they are short, in pages of their own or `near` (fewer beside an
 // exponential, whose code is long); others go one by one, because prefetchers follow one row in a page, and of four
-// bytes and more two where memory is not far. A tile is read before it is written: rows whose addresses agree in their last 12 bits would wait
-// for one another.
+// bytes and more two where memory is not far. A tile is read before it is written: rows whose addresses agree in their
+// last 12 bits would wait for one another.
 template <bool overlap, int tile, class T, class Columns, class Value, class Some>
 INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool near, bool in_place,
                        Columns prepare, Value value, Some some) {
