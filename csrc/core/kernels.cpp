@@ -426,18 +426,18 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Val
     store_some(out + i, some(i, inner - i), inner - i);
 }
 
-// The same number, of which the compiler knows nothing: else it steps a pointer for each operand from row to row, and
-// those do not fit into the registers.
+// The same number, but the compiler cannot see where it comes from. Otherwise it keeps a pointer for each operand of
+// each row of a tile, and these pointers do not fit into the registers.
 INLINE i64 opaque(i64 n) {
   asm("" : "+r"(n));
   return n;
 }
 
 // Writes rows: `prepare(c)` prepares the coefficients of a vector of columns, `value(n, c, prepared)` is the vector
-// there. `tile` rows share the coefficients where they are short, in pages of their own or `near` (fewer beside an
-// exponential, whose code is long); others go one by one, because prefetchers follow one row in a page, and of four
-// bytes and more two where memory is not far. A tile is read before it is written: rows whose addresses agree in their
-// last 12 bits would wait for one another.
+// there. `tile` rows share the coefficients if they are short, in pages of their own or `near` (fewer beside an
+// exponential, whose code is long). Two rows in a page share them if elements have four bytes and more and writes do
+// not go around the cache. All other rows go one by one, because prefetchers follow one row in a page. A tile is read
+// before it is written: rows whose addresses agree in their last 12 bits would wait for one another.
 template <bool overlap, int tile, class T, class Columns, class Value, class Some>
 INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool near, bool in_place,
                        Columns prepare, Value value, Some some) {

@@ -47,7 +47,7 @@ struct KernelFusion {
   uint8_t* signs;                       // at the slab's first run
   int64_t signs_sample, signs_channel;  // strides of runs in bytes
   bool stream;                          // write around the cache
-  bool near;                            // the tensor is in the caches
+  bool near;                            // that of the plan
 };
 
 struct Kernels {

@@ -20,6 +20,11 @@ int64_t evened(int64_t whole, int64_t parts, int64_t of) {
   return std::max<int64_t>(1, ceil_div(ceil_div(whole, std::max<int64_t>(1, parts)), of) * of);
 }
 
+// Of a plane, what is read.
+int64_t plane_bytes(const Shape& s) {
+  return std::max<int64_t>(1, int64_t(double(s.inner * element_size(s.dtype)) * valid_share(s)));
+}
+
 }  // namespace
 
 int64_t flat_channels(int64_t inner) {
@@ -29,7 +34,11 @@ int64_t flat_channels(int64_t inner) {
 }
 
 Plan::Plan(const Shape& s, bool one_phase, bool costly)
-    : shape(s), one_phase(one_phase), serial(is_small(s, costly ? kCostly : 1)), fewest(fewest_values(s)) {
+    : shape(s),
+      one_phase(one_phase),
+      serial(is_small(s, costly ? kCostly : 1)),
+      near(s.samples * s.channels * plane_bytes(s) <= kNear * caches().l2),
+      fewest(fewest_values(s)) {
   const int64_t pool = std::min(s.pool_size, s.samples);
   block = pool;
   inner_block = s.inner;
@@ -42,22 +51,20 @@ void Plan::cut_planar(int64_t pool) {
   const Caches& cache = caches();
   const int64_t bytes = element_size(s.dtype), pools = s.pools();
   const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
-  // Of a plane, what is read.
-  const int64_t plane = std::max<int64_t>(1, int64_t(double(s.inner * bytes) * valid_share(s)));
-  const bool is_near = s.samples * s.channels * plane <= kNear * cache.l2;
+  const int64_t plane = plane_bytes(s);
   // In the caches planes of some vectors are better walked one by one: their coefficients stay in registers. If there
   // is one phase, rows are as good, unless planes are of whole vectors.
-  const bool apart = is_near && s.inner >= kFlatNear && (!one_phase || s.inner % kVector == 0);
+  const bool apart = near && s.inner >= kFlatNear && (!one_phase || s.inner % kVector == 0);
   flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= flat_samples(s.inner) && !apart;
   group = std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
   while (group > 1 && group * plane * pool > cache.l2 / 2) --group;
   // Whole pieces for all threads, whose two phases in one walk are worth more than long strips; not of short planes,
   // unless they lie in the caches.
-  if (!is_small(s) && (!flat || is_near) && pools == 1) group = std::min(group, ceil_div(s.channels, 8));
+  if (!is_small(s) && (!flat || near) && pools == 1) group = std::min(group, ceil_div(s.channels, 8));
   groups = ceil_div(s.channels, group);
   whole = plane * pool <= budget && (pools * groups >= 8 || is_small(s));
   // Not in strips too short for prefetchers.
-  if (flat && !is_near && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
+  if (flat && !near && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
   // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
   const bool sparse = s.valid && !is_small(s) && s.samples * s.channels * plane <= cache.l3 / 2;
   if (whole && !one_phase && !sparse) return;

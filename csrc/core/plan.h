@@ -52,6 +52,7 @@ struct Plan {
   bool one_phase;
   bool whole = false;             // each piece is
   bool serial;                    // not worth a second thread
+  bool near;                      // in the caches, or not far from them
   bool flat = false;              // planes are so short that rows of several are walked, where they are dense
   int64_t group = 1, groups = 1;  // planar: channels of a piece
   int64_t block = 1, blocks = 1;  // samples of a piece, within a pool

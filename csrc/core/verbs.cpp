@@ -18,7 +18,7 @@ bool is_costly(Activation a) {
   return a != Activation::identity && a != Activation::relu && a != Activation::relu6 && a != Activation::leaky_relu;
 }
 
-// With so many binary digits behind the first; what is not finite stays.
+// Rounded to so many binary digits behind the first. What is not finite stays as it is.
 double rounded_to(double v, int digits) {
   if (v - v != 0) return v;
   const int cut = 52 - digits;
@@ -28,6 +28,8 @@ double rounded_to(double v, int digits) {
   std::memcpy(&v, &bits, 8);
   return v;
 }
+
+constexpr int64_t kSerialSums = 32768;  // of fewer, adding them up is not worth a second thread
 
 enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
 
@@ -41,7 +43,6 @@ struct Steps {
   Fusion fusion;
   double eps = 0;
   bool large, stream;  // around the cache go zeros; elements
-  bool near;           // in the caches
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
       : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation)),
@@ -50,10 +51,9 @@ struct Steps {
         row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
         coefficients(kernel_table().coefficients[scratch.wide]),
         fusion(f),
-        large(bytes(shape) > caches().l3 / 2),
+        large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
         // Not where runs of valid values share lines with zeros.
-        stream(large && (!shape.valid || shape.order == Order::interleaved)),
-        near(bytes(shape) <= caches().l3 / 4) {
+        stream(large && (!shape.valid || shape.order == Order::interleaved)) {
     if (!shape.valid) return;
     count_values(plan, scratch.counts);
     plan.counts = scratch.counts;
@@ -69,14 +69,13 @@ struct Steps {
     read(beta, 0, scratch.beta);
   }
 
-  static int64_t bytes(const Shape& s) { return s.samples * s.channels * s.inner * element_size(s.dtype); }
   Gate gate() const { return gate_of(fusion); }
   double values(const Work& w) const { return double(std::max<int64_t>(plan.count(w.piece.pool), 1)); }
   bool is_padded() const { return plan.shape.valid && plan.shape.order == Order::planar; }
 
   // The fusion from a piece's first element on.
   KernelFusion fused(const Piece& p) const {
-    KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream, near};
+    KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream, plan.near};
     if (fusion.signs) {
       const bool planar = plan.shape.order == Order::planar;
       const int64_t signs_run = ceil_div(planar ? plan.shape.inner : plan.shape.channels, 8);
@@ -131,20 +130,19 @@ struct Steps {
                            scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
   }
 
-  // What 16-bit elements' differences are taken from in the sums of a backward: the mean, or in pools of many values
-  // the mean with as few digits as the elements have, so that differences in float32 are exact or nearly so.
+  // Whether the sums of a backward are taken in float32. The differences are then taken from centers: means with as few
+  // digits as the elements have, so that float32 holds the differences exactly or nearly so.
+  bool is_centered(const Work& w) const { return element_size(plan.shape.dtype) == 2 && !plan.few(w.piece.pool); }
+
   void set_centers(const Work& w, const double* mean) const {
-    double* const center = w.shift();
-    std::copy_n(mean, w.piece.channels, center);
-    if (plan.few(w.piece.pool)) return;
     const int digits = plan.shape.dtype == Dtype::bfloat16 ? 7 : 10;
-    for (int64_t c = 0; c < w.piece.channels; ++c) center[c] = rounded_to(center[c], digits);
+    for (int64_t c = 0; c < w.piece.channels; ++c) w.shift()[c] = rounded_to(mean[c], digits);
   }
 
   // The coefficients that a backward needs for the gate; all where set_gradient takes the scale from there
   // (`population`).
   void set_gated(const Work& w, const double* mean, const double* var, bool population = false) const {
-    if (element_size(plan.shape.dtype) == 2) set_centers(w, mean + w.statistic);
+    if (is_centered(w)) set_centers(w, mean + w.statistic);
     if (!population && gate() != Gate::recompute && gate() != Gate::residual)
       return coefficients.means(w.piece.channels, mean + w.statistic, w.k().at(0, w.slot));
     set_normalize(w, mean, var);
@@ -174,8 +172,7 @@ struct Steps {
                       const Operand& kept = {}) const {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     mean += w.statistic;
-    const bool centered = element_size(plan.shape.dtype) == 2;
-    const double* const center = centered ? w.shift() : mean;
+    const double* const center = is_centered(w) ? w.shift() : mean;
     const NormalizeCoefficients k = w.k().normalize(w.slot);
     for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
       in_long_rows(
@@ -193,7 +190,7 @@ struct Steps {
                            gate(), w.first);
           });
     });
-    if (centered && !plan.few(w.piece.pool))
+    if (is_centered(w))
       for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (center[c] - mean[c]) * w.first[c];
   }
 
@@ -410,9 +407,8 @@ struct Phases {
         i += p.channels;
       }
     };
-    // Not worth the threads where there is little to add.
-    plan.statistics() * (plan.parts() + 8) < 2 * kSerialElements ? visit(0, plan.statistics())
-                                                                 : for_each(plan, plan.statistics(), parallel, visit);
+    plan.statistics() * (plan.parts() + 8) < kSerialSums ? visit(0, plan.statistics())
+                                                         : for_each(plan, plan.statistics(), parallel, visit);
   }
 
   // Adds the sums of all parts to those of the first, in their order.

@@ -110,14 +110,14 @@ inline Real derivative_at(Activation a, Real z, Real slope) {
 
 // Error of the core's own formula, in units u of the value. exp(-z^2 / 2) loses z^2 u by the rounding of z^2; gelu in
 // float32 is one power, whose exponent of up to z^2 takes a second rounding.
-inline Real activation_roundings(Activation a, Real z) {
+inline Real activation_roundings(Activation a, Real z, bool is_float32) {
   switch (a) {
     case Activation::identity:
     case Activation::relu:
     case Activation::relu6: return 0;
     case Activation::leaky_relu: return 2;  // of slope, of the product
     case Activation::hardswish: return 4;
-    case Activation::gelu: return 8 + 4 * z * z;
+    case Activation::gelu: return 8 + (is_float32 ? 4 : 2) * z * z;
     default: return 8;
   }
 }
@@ -152,14 +152,14 @@ struct Curve {
   Precision precision;
 
   bool is_exact() const { return activation <= Activation::relu6; }
-  bool is_float32() const { return precision.activation > 0x1p-30L; }
+  bool is_float32() const { return precision.activation == format_of(Dtype::float32).unit_roundoff; }
   Bounded rounded(const Bounded& z) const { return {z.value, z.error + precision.activation * std::fabs(z.value)}; }
 
   Bounded value(const Bounded& z) const {
     auto f = [&](Real v) { return activation_at(activation, v, slope); };
     const Real v = f(z.value);
     if (is_exact()) return {v, spread(f, z)};
-    const Real own = activation_roundings(activation, z.value) * precision.activation * std::fabs(v);
+    const Real own = activation_roundings(activation, z.value, is_float32()) * precision.activation * std::fabs(v);
     // gelu in float32 takes what lies below -8 for -8.
     const bool is_tail = activation == Activation::gelu && is_float32() && z.value < -7.99L;
     const Real tail = is_tail ? 1e-14L : 0;
