@@ -345,6 +345,15 @@ def mix_statistics(
     _mix(running_var, var, momentum, carries[1], accepted)
 
 
+def _merged(mean: Tensor, var: Tensor, count: int, pool_count: int) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of all pools, of which each but the last has ``pool_count`` values."""
+    pools = len(mean)
+    counts = torch.full((pools, 1), float(pool_count), dtype=mean.dtype, device=mean.device)
+    counts[-1] = count - (pools - 1) * pool_count
+    merged = (counts * mean).sum(0) / count
+    return merged, (counts * (var + (mean - merged).square())).sum(0)
+
+
 def update_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -364,11 +373,10 @@ def update_statistics(
         if momentum is None:
             share = 1.0 / num_batches_tracked.to(mean.dtype)
     pools = mean.shape[0] if mean.ndim == 2 else 1
-    counts = torch.full((pools, 1), float(pool_count), dtype=mean.dtype, device=mean.device)
-    counts[-1] = count - (pools - 1) * pool_count
-    means, vars_ = mean.reshape(pools, -1), var.reshape(pools, -1)
-    merged = (counts * means).sum(0) / count
-    m2 = (counts * (vars_ + (means - merged).square())).sum(0)
+    if pools == 1:
+        merged, m2 = mean.reshape(-1), var.reshape(-1) * count
+    else:
+        merged, m2 = _merged(mean, var, count, pool_count)
     merged_var = m2 / (count - 1 if unbiased and count > 1 else count)
     carries = (None, None) if carry is None else carry.unbind()
     for running, batch, rest in ((running_mean, merged, carries[0]), (running_var, merged_var, carries[1])):

@@ -35,7 +35,7 @@ def at_once(
         return sequences_in_one_call(layer, x, residual, mask, lengths) if layer.pool == "sequence" else None
     layer._check_input_dim(x)
     if mask is None and lengths is None:
-        y = in_one_call(layer, x, residual, size)
+        y = None if is_compiled() else in_one_call(layer, x, residual, size)
         return in_two_calls(layer, x, residual) if y is None and not size else y
     return None if size else in_one_call(layer, x, residual, 0, (mask, lengths, 0))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from batchnorm.kernels import aten
+from batchnorm.kernels import aten, generated
 from batchnorm.ops.context import is_graphed, is_in_forward_mode
 from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR
@@ -267,6 +267,52 @@ class BatchStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         return *_gradients(ctx, dy, False), None, None, None, None, None
+
+
+class Generated(torch.autograd.Function):
+    """`BatchStatistics`, or by given statistics `PopulationStatistics`, of formulas that a compiler makes code of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        activation: str,
+        slope: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.settings, ctx.population = (eps, activation, slope), mean is not None
+        if mean is None or var is None:
+            y, mean, var = generated.forward(x, weight, bias, residual, eps, activation, slope)
+        else:
+            mean, var = mean.clone(), var.clone()  # running statistics may move on before the backward
+            y = generated.normalize(x, mean, var, weight, bias, residual, eps, activation, slope)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        gate = y if generated.gates_by_output(x, activation) else None
+        ctx.save_for_backward(x, weight, bias, residual, mean, var, gate)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
+        if dy is None:
+            return (None,) * 9
+        x, weight, bias, residual, mean, var, gate = ctx.saved_tensors
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        d_x, d_residual, d_weight, d_bias = generated.gradients(
+            dy, x, weight, bias, residual, mean, var, gate, *ctx.settings, ctx.population
+        )
+        return (
+            d_x if want_x else None,
+            _cast(d_weight, weight) if want_weight else None,
+            _cast(d_bias, bias) if want_bias else None,
+            d_residual if want_residual else None,
+            *(None,) * 5,
+        )
 
 
 class EagerBatchStatistics(torch.autograd.Function):

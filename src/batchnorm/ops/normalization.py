@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from batchnorm.kernels import aten, cpu
+from batchnorm.kernels import aten, cpu, generated
 from batchnorm.ops import autograd, recomputation
 from batchnorm.ops.autograd import Settings
 from batchnorm.ops.by_torch import by_torch
@@ -191,9 +191,8 @@ def in_two_calls(
     if count:
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        torch.ops.batchnorm.update_statistics.default(
-            running_mean, running_var, num_batches_tracked, mean, var, count, count, momentum, True, carry
-        )
+        update = aten.update_statistics if is_compiled() and x.is_cpu else torch.ops.batchnorm.update_statistics.default
+        update(running_mean, running_var, num_batches_tracked, mean, var, count, count, momentum, True, carry)
     elif num_batches_tracked is not None:  # torch counts an empty batch all the same
         num_batches_tracked.add_(1)
     return y
@@ -238,6 +237,8 @@ def by_batch(
         return Normalized(y, mean, var, counts)
     if how is Way.EAGER:
         return _by_batch_eagerly(x, pool.size, fusion, mask)
+    if how is Way.COMPILED and generated.takes(x, pool.size, mask):
+        return Normalized(*autograd.Generated.apply(x, *fusion.tensors(), None, None, *fusion.settings()))
     if how is Way.COMPILED:
         y, mean, var, _ = autograd.BatchStatistics.apply(x, *fusion.tensors(), mask, pool.size, *fusion.settings())
     elif mask is not None:  # of operations that have every derivative
@@ -299,6 +300,9 @@ def by_statistics(
     y: Tensor
     if how is Way.TRANSFORMED:
         y = autograd.TransformedPopulationStatistics.apply(x, *fusion.tensors(), mean, var, *settings)[0]
+        return y
+    if how is Way.COMPILED and mean.dim() == 1 and generated.takes(x, pool_size, mask):
+        y = autograd.Generated.apply(x, *fusion.tensors(), mean, var, *fusion.settings())[0]
         return y
     y = autograd.PopulationStatistics.apply(x, *fusion.tensors(), mean, var, *settings, mask)[0]
     if fusion.residual is None and recomputation.is_active():
