@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .rows import Row
-from .tables import ACTIVATION_BLOCKS, ALONE_BLOCKS, BLOCKS, GPU_BLOCKS, LAYER_BLOCKS, LIMITS, NETWORK_BLOCKS
+from .tables import (
+    ACTIVATION_BLOCKS,
+    ALONE_BLOCKS,
+    BLOCKS,
+    COMPILED_BLOCKS,
+    GPU_BLOCKS,
+    LAYER_BLOCKS,
+    LIMITS,
+    NETWORK_BLOCKS,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +31,10 @@ COLORS = {
 }  # fmt: skip
 MARKERS = {"torch": "o", "ours": "s", "ours fused": "D", "compile": "^", "jax": "v"}
 NEUTRAL = "#808080"  # for text and rules: readable on white and on black
-APART = {"networks": NETWORK_BLOCKS, "alone": ALONE_BLOCKS, "activations": ACTIVATION_BLOCKS, "layers": LAYER_BLOCKS}
+APART = {
+    "networks": NETWORK_BLOCKS, "alone": ALONE_BLOCKS, "activations": ACTIVATION_BLOCKS, "layers": LAYER_BLOCKS,
+    "compiled": COMPILED_BLOCKS,
+}  # fmt: skip
 """Whose rows lie in folders of their own, by the folders' names."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.family": "sans-serif", "font.size": 10,

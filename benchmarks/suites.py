@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
-from . import calibration, growth, kernels, layers, peers, pools, ranks, recurrent, steps, streams, wall, whole
+from . import (
+    calibration,
+    compiled,
+    growth,
+    kernels,
+    layers,
+    peers,
+    pools,
+    ranks,
+    recurrent,
+    steps,
+    streams,
+    wall,
+    whole,
+)
 from .cases import Case
 from .networks import NETWORKS
 from .rows import Row
@@ -71,6 +85,11 @@ def _networks(quick: bool) -> list[Job]:
     )
 
 
+def _compiled(quick: bool) -> list[Job]:
+    cases = list(compiled.NETWORKS.items())[: 1 if quick else None]
+    return [partial(compiled.measure, shape, layers, 1.0 if quick else 6.0) for shape, layers in cases]
+
+
 def _alone(quick: bool) -> list[Job]:
     return [partial(whole.alone, name, 2.0 if quick else 8.0) for name in whole.APART]
 
@@ -117,6 +136,7 @@ SUITES: dict[str, Suite] = {
     "memory": Suite(_memory),
     "networks": Suite(_networks),
     "alone": Suite(_alone),
+    "compiled": Suite(_compiled),
     "networks-thp": Suite(partial(_residents, "glibc, huge pages"), {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     "networks-trimmed": Suite(
         partial(_residents, "glibc, trimmed"), {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}

@@ -178,6 +178,18 @@ def alone(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def compiled(rows: Sequence[Row]) -> str:
+    """Compiled networks: times as fast as compiled with torch's layers."""
+    header = ("input", "network", "contestant", "step, ms", "x torch", "inference, ms", "x torch")
+    lines = []
+    for step in _of(rows, suite="compiled", direction="step"):
+        same = {k: step[k] for k in ("shape", "network", "contestant")}
+        inference = _of(rows, suite="compiled", direction="inference", **same)[0]
+        figures = (_number(r.get(k, 1.0)) for r in (step, inference) for k in ("ms", "x_torch"))
+        lines.append((tuple(step["shape"]), step["network"], step["contestant"], *figures))
+    return table(header, lines)
+
+
 def resident(rows: Sequence[Row]) -> str:
     """Resident memory of a process over that of torch's."""
     header = ("network", "input", "allocator", "contestant", "resident, MB", "of torch's")
@@ -281,6 +293,9 @@ def _case(row: Row) -> tuple[Any, ...]:
 
 ALONE_BLOCKS = {"alone": alone, "alone environment": environment}
 """Those of steps in processes of their own."""
+COMPILED_BLOCKS = {"compiled": compiled, "compiled environment": environment}
+"""Those of compiled networks, in docs/performance.md, whose rows are kept by themselves."""
+
 NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environment": environment}
 """Those of whole networks' training steps, in docs/performance.md, whose rows are kept by themselves."""
 

@@ -20,6 +20,7 @@ from batchnorm.nn.step_batch_norm import StepBatchNorm
 from benchmarks import __main__ as command
 from benchmarks import (
     calibration,
+    compiled,
     growth,
     kernels,
     layers,
@@ -494,6 +495,23 @@ def test_networks_are_measured_in_live_bytes_and_shown():
         "faults": 7.5,
     }
     assert "| some_net | (2, 3) | torch, memory reused | 20 | 1.25 | 8 |" in tables.alone([apart])
+
+
+def test_the_table_of_compiled_networks_has_steps_beside_inference():
+    columns = {"suite": "compiled", "shape": [2, 3], "network": "8 layers", "contestant": "ours fused"}
+    rows = [
+        {**columns, "direction": "step", "ms": 4.0, "x_torch": 1.25},
+        {**columns, "direction": "inference", "ms": 2.0, "x_torch": 0.5},
+    ]
+    assert "| (2, 3) | 8 layers | ours fused | 4 | 1.25 | 2 | 0.5 |" in tables.compiled(rows)
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_measured_beside_torchs():
+    rows = list(compiled.measure((16, 8), 2, 0.05))
+    assert [row["contestant"] for row in rows] == 2 * list(compiled.CONTESTANTS)
+    assert all(row["ms"] > 0 for row in rows)
+    assert {row["contestant"] for row in rows if "x_torch" in row} == {"ours fused", "ours fused, eager", "none"}
 
 
 @pytest.mark.skipif(whole.torchvision() is None, reason=whole.NO_TORCHVISION)

@@ -1,17 +1,17 @@
-"""Formulas for compilers: as exact as the operators, chosen for small inputs alone, and the same network around them."""
+"""Formulas for compilers: as exact as operators, for small inputs alone, and the same network around them."""
 
 import copy
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from operator_contract import assert_within_budget
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 
 import batchnorm as bn
 from batchnorm.kernels import aten, generated
 from batchnorm.ops.schemas import ACTIVATIONS
+from operator_contract import assert_within_budget
 
 EPS, SLOPE = 1e-5, 0.01
 

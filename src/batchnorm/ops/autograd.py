@@ -303,8 +303,9 @@ class Generated(torch.autograd.Function):
             return (None,) * 9
         x, weight, bias, residual, mean, var, gate = ctx.saved_tensors
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        eps, activation, slope = ctx.settings
         d_x, d_residual, d_weight, d_bias = generated.gradients(
-            dy, x, weight, bias, residual, mean, var, gate, *ctx.settings, ctx.population
+            dy, x, weight, bias, residual, mean, var, gate, eps, activation, slope, ctx.population
         )
         return (
             d_x if want_x else None,

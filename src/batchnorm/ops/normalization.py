@@ -191,8 +191,10 @@ def in_two_calls(
     if count:
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        update = aten.update_statistics if is_compiled() and x.is_cpu else torch.ops.batchnorm.update_statistics.default
-        update(running_mean, running_var, num_batches_tracked, mean, var, count, count, momentum, True, carry)
+        # A compiler joins the update with its neighbours' loops.
+        joined = is_compiled() and x.device.type == "cpu"
+        mix = aten.update_statistics if joined else torch.ops.batchnorm.update_statistics.default
+        mix(running_mean, running_var, num_batches_tracked, mean, var, count, count, momentum, True, carry)
     elif num_batches_tracked is not None:  # torch counts an empty batch all the same
         num_batches_tracked.add_(1)
     return y
