@@ -57,6 +57,22 @@ void normalize(int64_t channels, const double* mean, const double* var, const do
 }
 
 template <class S>
+void lines_in(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
+              double eps, bool own, S* __restrict scales, S* __restrict shifts) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double scale = own && var[c] == 0 ? 0 : gamma[c] / std::sqrt(var[c] + eps);
+    scales[c] = stored<S>(scale);
+    shifts[c] = stored<S>(beta[c] - mean[c] * scale);
+  }
+}
+
+template <class S>
+void lines(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta, double eps,
+           bool own, void* scales, void* shifts) {
+  lines_in(channels, mean, var, gamma, beta, eps, own, static_cast<S*>(scales), static_cast<S*>(shifts));
+}
+
+template <class S>
 void apply_in(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3,
               S* __restrict to_k1, S* __restrict to_k2, S* __restrict to_k3) {
   for (int64_t c = 0; c < channels; ++c) {
@@ -200,7 +216,7 @@ void fold(int64_t channels, int64_t each, int64_t times, const double* from, dou
 
 template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
-  return {statistics, finite, means<S>, normalize<S>, apply<S>, gradient<S>, parameters, relu_gates, spread, fold};
+  return {statistics, finite, means<S>, normalize<S>, lines<S>, apply<S>, gradient<S>, parameters, relu_gates, spread, fold};
 }
 
 }  // namespace

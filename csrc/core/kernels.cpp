@@ -653,6 +653,30 @@ struct Normal {
   }
 };
 
+// z in a forward where the product of mean and scale is in the shift already: of float32 elements in float64, and of
+// bfloat16 ones in float32, in both of which its rounding lies far below the digits of a result.
+template <class P>
+struct Line {
+  using K = Coefficient<P>;
+  P scale, shift;
+  static INLINE Line broadcast(const NormalizeCoefficients& k, i64 c) {
+    return {K::broadcast(k.scale, c), K::broadcast(k.shift, c)};
+  }
+  static INLINE Line of_columns(const NormalizeCoefficients& k, i64 c) {
+    return {K::of_columns(k.scale, c), K::of_columns(k.shift, c)};
+  }
+  static INLINE Line of_some(const NormalizeCoefficients& k, i64 c, i64 count) {
+    return {K::of_some(k.scale, c, count), K::of_some(k.shift, c, count)};
+  }
+  INLINE P operator()(const P& x) const {
+    P z;
+    for (int i = 0; i < P::parts; ++i) z.part[i] = x.part[i] * scale.part[i] + shift.part[i];
+    return z;
+  }
+};
+template <class T, class P>
+using Forward = std::conditional_t<std::is_same_v<T, float> || std::is_same_v<T, bf16>, Line<P>, Normal<T, P>>;
+
 // One bit a lane: whether the derivative there is that of the activation's linear part.
 template <class P>
 INLINE unsigned sign_bits(const P& z, const KernelFusion& f) {
@@ -715,7 +739,7 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
     const i64 n = span.sample;
     for (i64 c = 0; c < slab.channels; ++c) {
       prefetch<T>(slab, x, step, c);
-      const auto normal = Normal<T, P>::broadcast(k, c);
+      const auto normal = Forward<T, P>::broadcast(k, c);
       const T* p = at<const T>(x, n, c) + span.first;
       const T* r = residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
       uint8_t* bits = signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
@@ -750,14 +774,14 @@ void interleaved_normalize(const Slab& slab, const Operand& x, const Operand& y,
   using V = typename L::V;
   write_rows<!signs, kTile<form>, T>(
       y, slab.samples, slab.channels, f.stream, f.near, is_over(y, x) || is_over(y, f.residual),
-      [=](i64 c) INLINED { return Normal<T, P>::of_columns(k, c); },
-      [=](i64 n, i64 c, const Normal<T, P>& normal) INLINED {
+      [=](i64 c) INLINED { return Forward<T, P>::of_columns(k, c); },
+      [=](i64 n, i64 c, const Forward<T, P>& normal) INLINED {
         const V rv = residual ? L::load(rs(n, c)) : V{};
         uint8_t* bits = signs ? all_signs + n * signs_row : nullptr;
         return finish<T, form, residual, signs>(normal(P::load(xs(n, c))), rv, bits, c, L::width, f);
       },
       [=](i64 n0, i64 n1, i64 c, i64 count) {
-        const auto normal = Normal<T, P>::of_some(k, c, count);
+        const auto normal = Forward<T, P>::of_some(k, c, count);
         for (i64 n = n0; n < n1; ++n) {
           const V rv = residual ? load_some(rs(n, c), count) : V{};
           uint8_t* bits = signs ? all_signs + n * signs_row : nullptr;

@@ -20,7 +20,8 @@ struct Slab {
 
 constexpr int64_t kMaxPlanarChannels = 64;  // of one planar slab
 
-// Coefficients of a slab's channels, in the type that elements are computed in.
+// Coefficients of a slab's channels, in the type that elements are computed in. A forward of float32 and bfloat16
+// elements reads no mean: see `lines`.
 struct NormalizeCoefficients {
   const void *mean, *scale, *shift;
   // For the gradient of relu, in the type of the vectors (float32, float64 for float64): z > 0 just where
@@ -74,6 +75,10 @@ struct CoefficientKernels {
   // Those of NormalizeCoefficients: where the mean is rounded, what is left of it joins the shift.
   void (*normalize)(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
                     double eps, void* means, void* scales, void* shifts);
+  // Scale and shift of NormalizeCoefficients where no mean is taken off: the shift of 0. It has the rounding of the
+  // product of mean and scale, so a channel whose `own` variance is 0 has no scale, and gives beta.
+  void (*lines)(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
+                double eps, bool own, void* scales, void* shifts);
   // Those of ApplyCoefficients, of given ones and of the sums of `reduce` over `count` values.
   void (*apply)(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
                 void* to_k2, void* to_k3);

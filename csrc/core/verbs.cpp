@@ -130,6 +130,15 @@ struct Steps {
                            scratch.beta + w.piece.channel, eps, k.at(0, w.slot), k.at(1, w.slot), k.at(2, w.slot));
   }
 
+  // For `normalize`; by the statistics of x itself or by others.
+  void set_forward(const Work& w, const double* mean, const double* var, bool own) const {
+    const Dtype dtype = plan.shape.dtype;
+    if (dtype != Dtype::float32 && dtype != Dtype::bfloat16) return set_normalize(w, mean, var);
+    const Coefficients& k = w.k();
+    coefficients.lines(w.piece.channels, mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
+                       scratch.beta + w.piece.channel, eps, own, k.at(1, w.slot), k.at(2, w.slot));
+  }
+
   // Whether the sums of a backward are taken in float32. The differences are then taken from centers: means with as few
   // digits as the elements have, so that float32 holds the differences exactly or nearly so.
   bool is_centered(const Work& w) const { return element_size(plan.shape.dtype) == 2 && !plan.few(w.piece.pool); }
@@ -472,7 +481,8 @@ void normalize(const Shape& shape, const Operand& x, const Operand& y, const dou
                Vector gamma, Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
   const Steps steps(Verb::normalize, shape, gamma, beta, eps, fusion, workspace);
   Phases(steps, parallel)
-      .one([&](const Work& w) { steps.set_normalize(w, mean, var); }, [&](const Work& w) { steps.normalize(w, x, y); });
+      .one([&](const Work& w) { steps.set_forward(w, mean, var, false); },
+           [&](const Work& w) { steps.normalize(w, x, y); });
 }
 
 void forward(const Shape& shape, const Operand& x, const Operand& y, double* mean, double* var, Vector gamma,
@@ -482,7 +492,7 @@ void forward(const Shape& shape, const Operand& x, const Operand& y, double* mea
       .two([&](const Work& w) { steps.set_shifts(w, x); }, [&](const Work& w) { steps.add_moments(w, x); },
            [&](const Work& w) {
              steps.finish_moments(w, steps.values(w), mean, var);
-             steps.set_normalize(w, mean, var);
+             steps.set_forward(w, mean, var, true);
            },
            [&](const Work& w) { steps.normalize(w, x, y); });
 }
@@ -523,7 +533,7 @@ void backward_of_constants(const Shape& shape, const Operand& dy, const Operand&
     return Phases(steps, parallel)
         .one(
             [&](const Work& w) {
-              steps.set_normalize(w, mean, var);
+              steps.set_forward(w, mean, var, false);
               for (int array : {0, 2}) std::fill_n(w.k().at(array, w.slot), w.piece.channels * w.k().size(), char(0));
             },
             [&](const Work& w) { steps.normalize(w, dy, dx); });

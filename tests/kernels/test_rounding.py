@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from batchnorm.kernels import cpu
-from batchnorm.nn import BatchNorm1d
+from batchnorm.nn import BatchNorm1d, BatchNorm2d
+from operator_contract import assert_within_budget
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the kernels are not there")
 
@@ -39,3 +40,60 @@ def test_gelu_keeps_its_digits_down_to_minus_eight():
     allowed = (8 + 4 * wide**2) * ROUNDING * true.abs() + torch.where(wide < -7.99, 1e-14, 0)
     assert bool(((y - true).abs() <= allowed).all())
     assert float(y[z < 0].max()) < 0
+
+
+def channels_far_from_zero(dtype: torch.dtype) -> torch.Tensor:
+    """(90, 400): each channel takes a few neighbouring values of the dtype, far from 0, some of them two alone."""
+    generator = torch.Generator().manual_seed(1)
+    digits = {torch.float32: 24, torch.bfloat16: 8}[dtype]
+    first = 2.0 ** (digits - 1) + torch.randint(2 ** (digits - 1) - 8, (1, 400), generator=generator)
+    steps = torch.arange(400) % 7 + 1
+    values = first + torch.rand(90, 400, generator=generator).mul(steps + 1).floor()
+    return (values * 2.0 ** torch.randint(-9, 9, (1, 400), generator=generator)).to(dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_that_hardly_vary_far_from_zero_are_within_the_budget(dtype: torch.dtype, training: bool):
+    x = channels_far_from_zero(dtype)
+    assert x.unique(dim=0).shape[0] > 1
+    layer = BatchNorm1d(400, activation=None).train(training)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+        layer.bias.normal_(generator=generator)
+        layer.running_mean.copy_(x.float().mean(0))
+        layer.running_var.copy_(x.float().var(0))
+    given = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    truth, peer = (
+        torch.nn.functional.batch_norm(t, *(each.detach().to(kind).clone() for each in given), training, 0.1, layer.eps)
+        for t, kind in ((x.double(), torch.float64), (x, torch.float32))
+    )
+    with torch.no_grad():
+        y = layer(x)
+    assert_within_budget(y, truth, peer, terms=torch.maximum(truth.abs(), layer.bias.double().abs().expand_as(truth)))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_constant_channels_give_beta_and_the_residual(dtype: torch.dtype, order: torch.memory_format):
+    generator = torch.Generator().manual_seed(3)
+    values = 1000 * torch.randn(1, 37, 1, 1, generator=generator)
+    x = values.expand(6, 37, 5, 9).to(dtype).contiguous(memory_format=order)
+    residual = torch.randn(6, 37, 5, 9, generator=generator).to(dtype).contiguous(memory_format=order)
+    layer = BatchNorm2d(37)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+        layer.bias.normal_(generator=generator)
+        layer.bias[::3] = 0
+        layer = layer.double() if dtype is torch.float64 else layer
+        beta = layer.bias.reshape(1, 37, 1, 1)
+        assert torch.equal(layer(x), beta.to(dtype).expand_as(x))
+        kind = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+        assert torch.equal(layer(x, residual), (beta.to(kind) + residual).to(dtype))
+        pools = BatchNorm2d(37, ghost_size=2).to(layer.bias.dtype)  # of which only one is constant
+        mixed = torch.cat([x[:2], residual[:2], x[2:4]])
+        found = pools(mixed.contiguous(memory_format=order))
+        assert not found[:2].any()
+        assert found[2:4].all()
+        assert not found[4:].any()

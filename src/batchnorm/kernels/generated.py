@@ -61,9 +61,10 @@ def normalize(
     eps: float,
     activation: str,
     slope: float,
+    own: bool = False,
 ) -> Tensor:
-    """activation((x - mean) / sqrt(var + eps) * gamma + beta + residual)."""
-    return activate(_pre_activation(x, mean, var, weight, bias, residual, eps), activation, slope).to(x.dtype)
+    """activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), by the statistics of x itself or by others."""
+    return activate(_pre_activation(x, mean, var, weight, bias, residual, eps, own), activation, slope).to(x.dtype)
 
 
 def _pre_activation(
@@ -74,15 +75,24 @@ def _pre_activation(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
+    own: bool,
 ) -> Tensor:
-    """In float32."""
+    """In float32; as in the kernels, the product of mean and scale is in the shift, and a constant channel has none."""
     values = _wide(x)
     scale = torch.rsqrt(var.double().reshape(-1) + eps)
     if weight is not None:
         scale = scale * weight.double()
-    z = (values - _row(mean, x, values.dtype)) * _row(scale, x, values.dtype)
-    if bias is not None:
-        z = z + _row(bias, x, values.dtype)
+    if own:
+        scale = torch.where(var.reshape(-1) == 0, 0.0, scale)
+    if x.dtype == torch.float16:
+        z = (values - _row(mean, x, values.dtype)) * _row(scale, x, values.dtype)
+        shift = bias
+    else:
+        z = values * _row(scale, x, values.dtype)
+        shift = -mean.double().reshape(-1) * scale
+        shift = shift if bias is None else shift + bias.double()
+    if shift is not None:
+        z = z + _row(shift, x, values.dtype)
     return (z if residual is None else z + residual).float()
 
 
@@ -99,7 +109,7 @@ def forward(
     wide = x.float().double()
     mean = wide.mean(_axes(x))
     var = (wide - mean.reshape(-1, *(1,) * (x.ndim - 2))).square().mean(_axes(x))
-    return normalize(x, mean, var, weight, bias, residual, eps, activation, slope), mean[None], var[None]
+    return normalize(x, mean, var, weight, bias, residual, eps, activation, slope, True), mean[None], var[None]
 
 
 def gradients(
@@ -124,7 +134,9 @@ def gradients(
     if y is not None:
         dz = torch.where((y > 0) & (y < 6) if activation == "relu6" else y > 0, dz, 0.0)
     elif activation != "identity":
-        dz = dz * derivative(_pre_activation(x, mean, var, weight, bias, residual, eps), activation, slope)
+        dz = dz * derivative(
+            _pre_activation(x, mean, var, weight, bias, residual, eps, not population), activation, slope
+        )
     inverse = torch.rsqrt(var.double().reshape(-1) + eps)
     scale = inverse if weight is None else inverse * weight.double()
     centered = x.float().double() - _row(mean, x, torch.float64)
