@@ -56,15 +56,18 @@ struct Precision {
   Real high(Real mean) const { return wide ? mean : Real(float(mean)); }
 };
 
+// Whether a forward takes no mean off: z = x * scale + (beta - mean * scale).
+inline bool is_line(Dtype element) { return element == Dtype::float32 || element == Dtype::bfloat16; }
+
 // What one channel of one pool is normalized with.
 struct Coefficients {
   Real mean, var, gamma, beta, eps;
   Real scale() const { return gamma / std::sqrt(var + eps); }
 };
 
-// z = (x - mean) * scale + beta + residual
-inline Bounded pre_activation(const Coefficients& k, const Precision& p, Real x, Real residual) {
-  const Real scale = k.scale(), high = p.high(k.mean), low = high - k.mean;
+// z = (x - mean) * scale + beta + residual, or the same as a `line`
+inline Bounded pre_activation(const Coefficients& k, const Precision& p, Real x, Real residual, bool line) {
+  const Real scale = k.scale(), high = line ? 0 : p.high(k.mean), low = high - k.mean;
   const Real linear = (x - k.mean) * scale + k.beta, z = linear + residual;
   const Real product = std::fabs((x - high) * scale), shift = std::fabs(k.beta) + std::fabs(low * scale);
   const Real error = (p.coefficient + 2 * p.unit) * product + p.coefficient * shift +

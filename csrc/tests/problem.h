@@ -179,9 +179,10 @@ struct Problem {
   Precision normalized() const { return {c.shape.dtype, 0}; }
   Curve curve() const { return {c.fused.activation, c.slope, precision()}; }
 
-  Bounded z(const Coefficients& k, const Precision& precision, int64_t n, int64_t channel, int64_t i) const {
+  Bounded z(const Coefficients& k, const Precision& precision, int64_t n, int64_t channel, int64_t i,
+            bool line = false) const {
     const Real added = c.fused.residual ? residual.get(n, channel, i) : 0;
-    return pre_activation(k, precision, x.get(n, channel, i), added);
+    return pre_activation(k, precision, x.get(n, channel, i), added, line);
   }
 
  private:

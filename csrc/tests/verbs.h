@@ -91,7 +91,7 @@ inline void judge_normalized(Run& r, const Tensor& y, const Doubles& mean, const
   const Problem& p = r.p;
   const Curve curve = p.curve();
   p.for_each_element([&](int64_t n, int64_t c, int64_t i) {
-    const Bounded z = p.z(p.coefficients(mean, var, n, c), p.normalized(), n, c, i);
+    const Bounded z = p.z(p.coefficients(mean, var, n, c), p.normalized(), n, c, i, is_line(r.shape().dtype));
     r.expect("y", n, c, i, y.get(n, c, i), stored(curve.value(z), r.shape().dtype));
     if (!p.c.fused.signs) return;
     const int sign = curve.sign(z);
