@@ -216,7 +216,8 @@ void fold(int64_t channels, int64_t each, int64_t times, const double* from, dou
 
 template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
-  return {statistics, finite, means<S>, normalize<S>, lines<S>, apply<S>, gradient<S>, parameters, relu_gates, spread, fold};
+  return {statistics,  finite,     means<S>,   normalize<S>, lines<S>, apply<S>,
+          gradient<S>, parameters, relu_gates, spread,       fold};
 }
 
 }  // namespace

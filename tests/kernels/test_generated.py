@@ -114,12 +114,15 @@ def test_pools_within_the_batch_are_left_to_the_operators():
     assert "batchnorm.forward.default" in found
 
 
-def step(run: nn.Module, layer: nn.Module, x: Tensor, residual: Tensor | None) -> list[Tensor]:
+def step(
+    run: nn.Module, layer: nn.Module, x: Tensor, residual: Tensor | None, counted: Tensor | float = 1.0
+) -> list[Tensor]:
+    """Output and gradients, of a loss that has a weight for each element and takes only those that are counted."""
     layer.zero_grad()
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     given = (x,) if residual is None else (x, residual.clone().requires_grad_())
     y = run(*given)
-    (y.float() * torch.linspace(-1, 2, y.numel()).reshape(y.shape)).sum().backward()
+    (y.float() * torch.linspace(-1, 2, y.numel()).reshape(y.shape) * counted).sum().backward()
     return [y.detach(), *(t.grad for t in given), *(p.grad for p in layer.parameters() if p.grad is not None)]
 
 
@@ -137,11 +140,19 @@ def test_compiled_layers_do_what_eager_ones_do(activation, training, has_residua
     x = (torch.randn(6, 5, 4, 7) + 2).to(dtype).contiguous(memory_format=order)
     residual = torch.randn(6, 5, 4, 7).to(dtype).contiguous(memory_format=order) if has_residual else None
     eager = copy.deepcopy(layer)
+    with torch.no_grad():
+        linear = copy.deepcopy(layer).double()
+        linear.activation = None
+        z = linear(x.double(), None if residual is None else residual.double())
+    # Near a kink rounding decides on which side a value lies; without its library eager code rounds twice.
+    near = 1e-3 if dtype == torch.float32 else 0.03
+    counted = torch.stack([(z - kink).abs() > near for kink in (-3, 0, 3, 6)]).all(0)
+    assert counted.float().mean() > 0.95
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    close = {"rtol": 5e-5, "atol": 5e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for _ in range(2):
-        found, expected = step(compiled, layer, x, residual), step(eager, eager, x, residual)
+        found, expected = (step(*each, x, residual, counted) for each in ((compiled, layer), (eager, eager)))
         assert [t.dtype for t in found] == [t.dtype for t in expected]
         torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(layer.state_dict(), eager.state_dict())

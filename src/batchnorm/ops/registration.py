@@ -84,8 +84,12 @@ def _backward_reduce(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_apply(a: Any) -> tuple[Tensor, Tensor]:
-    dx, dz = aten.backward_apply(**_gated(a, "want_residual"))
-    return _like(dx, a.x), _like(dz, a.x) if a.want_residual else _nothing(a.x)
+    settings = _gated(a, "want_residual")
+    dx, dz = aten.backward_apply(**settings)
+    if not a.want_residual:
+        return _like(dx, a.x), _nothing(a.x)
+    dz = _like(dz, a.x)
+    return _like(dx, a.x), dz.clone() if dz is settings["dy"] else dz
 
 
 def _count_moments(a: Any) -> Tensor:
@@ -101,6 +105,8 @@ def _normalize_merged(a: Any) -> tuple[Tensor, ...]:
     var = m2 / torch.where(count > 0, count, 1.0)
     same = {name: value for name, value in a._asdict().items() if name in ARGUMENTS["normalize"]._fields}
     y, signs = torch.ops.batchnorm.normalize.default(mean=mean, var=var, **same)
+    if not a.groups and one:  # then they are rows of the parts, which a result may not be
+        count, mean = count.clone(), mean.clone()
     return y, count, mean, var, signs
 
 
