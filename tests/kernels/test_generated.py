@@ -146,8 +146,9 @@ def test_compiled_layers_do_what_eager_ones_do(activation, training, has_residua
         z = linear(x.double(), None if residual is None else residual.double())
     # Near a kink rounding decides on which side a value lies; without its library eager code rounds twice.
     near = 1e-3 if dtype == torch.float32 else 0.03
-    counted = torch.stack([(z - kink).abs() > near for kink in (-3, 0, 3, 6)]).all(0)
-    assert counted.float().mean() > 0.95
+    kinks = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}.get(activation, ())
+    counted = torch.stack([torch.ones_like(z, dtype=torch.bool), *((z - kink).abs() > near for kink in kinks)]).all(0)
+    assert counted.float().mean() > 0.9
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     close = {"rtol": 5e-5, "atol": 5e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
