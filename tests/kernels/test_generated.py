@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 
 import batchnorm as bn
-from batchnorm.kernels import aten, generated
+from batchnorm.kernels import aten
+from batchnorm.ops import generated
 from batchnorm.ops.schemas import ACTIVATIONS
 from operator_contract import assert_within_budget
 

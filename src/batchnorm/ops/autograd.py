@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from batchnorm.kernels import aten, generated
+from batchnorm.kernels import aten
+from batchnorm.ops import generated
 from batchnorm.ops.context import is_graphed, is_in_forward_mode
 from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS, PIECEWISE_LINEAR

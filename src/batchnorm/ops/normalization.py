@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from batchnorm.kernels import aten, cpu, generated
-from batchnorm.ops import autograd, recomputation
+from batchnorm.kernels import aten, cpu
+from batchnorm.ops import autograd, generated, recomputation
 from batchnorm.ops.autograd import Settings
 from batchnorm.ops.by_torch import by_torch
 from batchnorm.ops.context import Way, is_compiled, is_in_forward_mode, is_recorded, is_traced_by_jit, way

@@ -63,7 +63,7 @@ def normalize(
     slope: float,
     own: bool = False,
 ) -> Tensor:
-    """activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), by the statistics of x itself or by others."""
+    """activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), by its own statistics or by others."""
     return activate(_pre_activation(x, mean, var, weight, bias, residual, eps, own), activation, slope).to(x.dtype)
 
 
