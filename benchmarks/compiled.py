@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 import batchnorm
 
-from .rows import Row, compare
-from .timing import Phases, alternate
+from .networks import all_gradients
+from .rows import Row, compare, refusal
+from .timing import Phases, alternate, rotating
 
 NETWORKS = {(64, 64): 8, (512, 64): 8, (256, 256): 4, (1024, 256): 4, (4096, 128): 4}
 """The number of layers, by the input's shape; all of them are as wide as the input."""
@@ -40,56 +40,41 @@ def _data(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, generator=generator), torch.randint(CLASSES, shape[:1], generator=generator)
 
 
-def _compiled(net: nn.Module, contestant: str) -> Callable[[Tensor], Tensor]:
-    torch._dynamo.config.recompile_limit = 64  # networks of one kind count as one
-    return net if contestant.endswith("eager") else torch.compile(net)  # type: ignore[return-value]
-
-
 def _step(run: Callable[[Tensor], Tensor], net: nn.Module, x: Tensor, target: Tensor) -> None:
     net.zero_grad(set_to_none=True)
     F.cross_entropy(run(x), target).backward()
 
 
-def _gradients(net: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
-
-
 def measure(shape: tuple[int, int], layers: int, seconds: float) -> Iterator[Row]:
     """The rows of a network: of the contestants that are not further from float64 than torch's layers (times 1.5)."""
     columns = {"suite": "compiled", "network": f"{layers} layers", "dtype": "float32", "shape": list(shape)}
+    torch._dynamo.config.recompile_limit = 64  # networks of one kind count as one
     x, target = _data(shape)
     wide = network(shape, layers, "torch").double()
     _step(wide, wide, x.double(), target)
-    truth = _gradients(wide)
+    truth = all_gradients(wide)
     nets: dict[str, tuple[Callable[[Tensor], Tensor], nn.Module]] = {}
     errors: dict[str, float] = {}
     for name in CONTESTANTS:
         net = network(shape, layers, name)
-        run = _compiled(net, name)
+        run = net if name.endswith("eager") else torch.compile(net)
         _step(run, net, x, target)
         if name != "none":
-            errors[name] = float((_gradients(net) - truth).norm() / truth.norm())
-            if errors[name] > 1.5 * errors["torch"] + torch.finfo(torch.float32).eps:
-                reason = f"{name}: gradients are off by {errors[name]:.3g}, torch's by {errors['torch']:.3g}, no figure"
+            errors[name] = float((all_gradients(net) - truth).norm() / truth.norm())
+            if reason := refusal(name, errors[name], errors["torch"], torch.float32):
                 yield {**columns, "contestant": name, "absent": reason}
                 continue
         nets[name] = run, net
-    steps = {name: _timed("step", partial(_step, *each, x, target)) for name, each in nets.items()}
+    steps = {name: _alone("step", partial(_step, *each, x, target)) for name, each in nets.items()}
     times, rounds = alternate(steps, seconds, least=3)
     yield from compare({**columns, "rounds": rounds}, times, errors)
     for _, net in nets.values():
         net.eval()
     with torch.no_grad():
-        batches = {name: _timed("inference", partial(run, x)) for name, (run, _) in nets.items()}
+        batches = {name: _alone("inference", partial(run, x)) for name, (run, _) in nets.items()}
         times, rounds = alternate(batches, seconds / 3, least=3)
     yield from compare({**columns, "rounds": rounds}, times, {})
 
 
-def _timed(phase: str, call: Callable[[], object]) -> Callable[[], Phases]:
-    def run() -> Phases:
-        begin = time.perf_counter()
-        call()
-        return {phase: time.perf_counter() - begin}
-
-    run()  # compiles
-    return run
+def _alone(phase: str, call: Callable[[], object]) -> Callable[[], Phases]:
+    return rotating(lambda _: call(), 1, phase)

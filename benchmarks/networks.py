@@ -90,6 +90,11 @@ NETWORKS: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {
 """How to make them, and the input of a step."""
 
 
+def all_gradients(net: nn.Module) -> Tensor:
+    """Of all parameters that have one, end to end, in float64."""
+    return torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
+
+
 class TrainingStep:
     """Loss, gradients and an SGD step of one network; weights stay float32, bfloat16 is autocast's."""
 
@@ -110,7 +115,7 @@ class TrainingStep:
     def gradients(self) -> Tensor:
         """All of the loss's, end to end."""
         self._backward()
-        return torch.cat([p.grad.flatten().double() for p in self.network.parameters() if p.grad is not None])
+        return all_gradients(self.network)
 
     def run(self) -> None:
         """One step."""

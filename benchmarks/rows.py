@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .targets import judge
 from .timing import Phases
 
@@ -45,6 +47,13 @@ def compare(
                     row[f"x_{baseline}"] = times[baseline][phase] / seconds
             rows.append({**row, "targets": judge(row)})
     return rows
+
+
+def refusal(name: str, error: float, torchs: float, dtype: torch.dtype) -> str | None:
+    """Why a contestant has no figure: its gradients are further from float64 than torch's (times 1.5)."""
+    if error <= 1.5 * torchs + torch.finfo(dtype).eps:
+        return None
+    return f"{name}: gradients are off by {error:.3g}, torch's by {torchs:.3g}, no figure"
 
 
 def settled(rows: Iterable[Row]) -> list[Row]:

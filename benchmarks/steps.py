@@ -14,7 +14,7 @@ import torch
 
 from .machine import ROOT
 from .networks import NETWORKS, NORMS, TrainingStep
-from .rows import Row, compare
+from .rows import Row, compare, refusal
 from .timing import Phases, alternate
 
 SMALLER = {"resnet18": (4, 3, 64, 64), "mobilenet": (4, 3, 64, 64), "mlp": (64, 256)}
@@ -41,11 +41,10 @@ def measure(network: str, dtype: str, seconds: float) -> Iterator[Row]:
     errors = {name: error(network, name, kind) for name in NORMS}
     runs: dict[str, Callable[[], Phases]] = {}
     for name, off in errors.items():
-        if off <= 1.5 * errors["torch"] + torch.finfo(kind).eps:
-            runs[name] = _timed(TrainingStep(network, name, kind))
-        else:
-            reason = f"{name}: gradients are off by {off:.3g}, torch's by {errors['torch']:.3g}, no figure"
+        if reason := refusal(name, off, errors["torch"], kind):
             yield {**columns, "contestant": name, "absent": reason}
+        else:
+            runs[name] = _timed(TrainingStep(network, name, kind))
     times, rounds = alternate(runs, seconds, least=3)
     yield from compare({**columns, "rounds": rounds}, times, {name: errors[name] for name in runs})
 

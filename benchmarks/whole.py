@@ -23,7 +23,8 @@ from torch import nn
 import batchnorm
 
 from .machine import ROOT
-from .rows import Row
+from .networks import all_gradients
+from .rows import Row, refusal
 from .steps import _resident
 from .timing import Phases, alternate
 
@@ -131,7 +132,7 @@ class Step:
             if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
                 module.eval()  # draws other numbers in float64
         self.run()
-        return torch.cat([p.grad.flatten().double() for p in self.net.parameters() if p.grad is not None])
+        return all_gradients(self.net)
 
 
 def error(network: str, contestant: str) -> float:
@@ -174,13 +175,12 @@ def measure(network: str, seconds: float) -> Iterator[Row]:
     errors = {name: error(network, name) for name in CONTESTANTS}
     steps, runs = {}, {}
     for name, off in errors.items():
-        if off <= 1.5 * errors["torch"] + torch.finfo(torch.float32).eps:
-            steps[name] = Step(network, name)
-            runs[name] = _timed(steps[name])
-            runs[name]()
-        else:
-            reason = f"{name}: gradients are off by {off:.3g}, torch's by {errors['torch']:.3g}, no figure"
+        if reason := refusal(name, off, errors["torch"], torch.float32):
             yield {**columns, "contestant": name, "absent": reason}
+            continue
+        steps[name] = Step(network, name)
+        runs[name] = _timed(steps[name])
+        runs[name]()
     live = {}
     for name in runs:
         steps[name].net.zero_grad(set_to_none=True)

@@ -674,8 +674,10 @@ struct Line {
     return z;
   }
 };
+template <class T>
+constexpr bool kLine = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
 template <class T, class P>
-using Forward = std::conditional_t<std::is_same_v<T, float> || std::is_same_v<T, bf16>, Line<P>, Normal<T, P>>;
+using Forward = std::conditional_t<kLine<T>, Line<P>, Normal<T, P>>;
 
 // One bit a lane: whether the derivative there is that of the activation's linear part.
 template <class P>
@@ -1117,7 +1119,7 @@ void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Ope
 template <class T, Order order>
 constexpr Kernels kernels_of() {
   return {order == Order::planar ? planar_moments<T> : interleaved_moments<T>, normalize_slab<T, order>,
-          reduce_slab<T, order>, apply_slab<T, order>};
+          reduce_slab<T, order>, apply_slab<T, order>, kLine<T>};
 }
 
 constexpr Order kOrder = Order::BATCHNORM_ORDER;

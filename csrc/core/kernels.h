@@ -20,8 +20,8 @@ struct Slab {
 
 constexpr int64_t kMaxPlanarChannels = 64;  // of one planar slab
 
-// Coefficients of a slab's channels, in the type that elements are computed in. A forward of float32 and bfloat16
-// elements reads no mean: see `lines`.
+// Coefficients of a slab's channels, in the type that elements are computed in. A forward may read no mean: see
+// `lines`.
 struct NormalizeCoefficients {
   const void *mean, *scale, *shift;
   // For the gradient of relu, in the type of the vectors (float32, float64 for float64): z > 0 just where
@@ -61,6 +61,7 @@ struct Kernels {
                  const NormalizeCoefficients&, const KernelFusion&, Gate, double* sums);
   void (*apply)(const Slab&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients&, const ApplyCoefficients&, const KernelFusion&, Gate);
+  bool line;  // whether `normalize` takes the coefficients of `lines`
 };
 
 // What sums of a run of channels become; coefficients are in the compute type of the kernels.

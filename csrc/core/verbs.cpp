@@ -132,8 +132,7 @@ struct Steps {
 
   // For `normalize`; by the statistics of x itself or by others.
   void set_forward(const Work& w, const double* mean, const double* var, bool own) const {
-    const Dtype dtype = plan.shape.dtype;
-    if (dtype != Dtype::float32 && dtype != Dtype::bfloat16) return set_normalize(w, mean, var);
+    if (!kernels.line) return set_normalize(w, mean, var);
     const Coefficients& k = w.k();
     coefficients.lines(w.piece.channels, mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
                        scratch.beta + w.piece.channel, eps, own, k.at(1, w.slot), k.at(2, w.slot));

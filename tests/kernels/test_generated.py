@@ -11,6 +11,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 import batchnorm as bn
 from batchnorm.kernels import aten
 from batchnorm.ops import generated
+from batchnorm.ops.fusion import Fusion
 from batchnorm.ops.schemas import ACTIVATIONS
 from operator_contract import assert_within_budget
 
@@ -41,11 +42,10 @@ def torchs(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, activation: str)
 @pytest.mark.parametrize("shape", [(8, 700), (40, 300), (500, 100), (16, 50, 13), (4, 60, 9, 15), (2, 90, 3, 5, 7)])
 def test_results_are_off_by_one_rounding_more_than_those_of_torch(shape, dtype, activation):
     x, dy, weight, bias = drawn(shape, dtype)
-    y, mean, var = generated.forward(x, weight, bias, None, EPS, activation, SLOPE)
+    fusion = Fusion(weight, bias, None, EPS, activation, SLOPE)
+    y, mean, var = generated.forward(x, fusion)
     gate = y if generated.gates_by_output(x, activation) else None
-    dx, _, d_weight, d_bias = generated.gradients(
-        dy, x, weight, bias, None, mean, var, gate, EPS, activation, SLOPE, False
-    )
+    dx, _, d_weight, d_bias = generated.gradients(dy, x, mean, var, gate, fusion, False)
     truth = torchs(*(t.double() for t in (x, weight, bias, dy)), activation)
     peer = torchs(x, weight, bias, dy, activation)
     axes = [axis for axis in range(x.ndim) if axis != 1]
@@ -69,7 +69,7 @@ def test_results_are_off_by_one_rounding_more_than_those_of_torch(shape, dtype, 
 def test_a_constant_channel_gives_beta():
     x = torch.tensor([0.1, -3e4, 7.7e-9, 123456.0]).expand(37, 4).contiguous()
     bias = torch.randn(4)
-    y, mean, var = generated.forward(x, torch.randn(4), bias, None, EPS, "identity", SLOPE)
+    y, mean, var = generated.forward(x, Fusion(torch.randn(4), bias))
     assert torch.equal(y, bias.expand_as(y))
     assert torch.equal(mean[0], x[0].double())
     assert not var.any()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm.moments import merge_axis
 from batchnorm.pools import Pool, Pools, is_exported
 
 
@@ -345,15 +346,6 @@ def mix_statistics(
     _mix(running_var, var, momentum, carries[1], accepted)
 
 
-def _merged(mean: Tensor, var: Tensor, count: int, pool_count: int) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations of all pools, of which each but the last has ``pool_count`` values."""
-    pools = len(mean)
-    counts = torch.full((pools, 1), float(pool_count), dtype=mean.dtype, device=mean.device)
-    counts[-1] = count - (pools - 1) * pool_count
-    merged = (counts * mean).sum(0) / count
-    return merged, (counts * (var + (mean - merged).square())).sum(0)
-
-
 def update_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -376,7 +368,9 @@ def update_statistics(
     if pools == 1:
         merged, m2 = mean.reshape(-1), var.reshape(-1) * count
     else:
-        merged, m2 = _merged(mean, var, count, pool_count)
+        counts = torch.full_like(mean, float(pool_count))
+        counts[-1] = count - (pools - 1) * pool_count
+        _, merged, m2 = merge_axis(counts, mean, var * counts, 0)
     merged_var = m2 / (count - 1 if unbiased and count > 1 else count)
     carries = (None, None) if carry is None else carry.unbind()
     for running, batch, rest in ((running_mean, merged, carries[0]), (running_var, merged_var, carries[1])):

@@ -35,7 +35,7 @@ def at_once(
         return sequences_in_one_call(layer, x, residual, mask, lengths) if layer.pool == "sequence" else None
     layer._check_input_dim(x)
     if mask is None and lengths is None:
-        y = None if is_compiled() else in_one_call(layer, x, residual, size)
+        y = in_one_call(layer, x, residual, size)
         return in_two_calls(layer, x, residual) if y is None and not size else y
     return None if size else in_one_call(layer, x, residual, 0, (mask, lengths, 0))
 
@@ -58,6 +58,8 @@ def in_one_call(
     valid: Valid | None = None,
 ) -> Tensor | None:
     """`forward` in one call of C++, or None where there is none for it; ``valid`` is None where all values are."""
+    if is_compiled():  # no call of C++; to read the layer's settings alone would have Dynamo guard them
+        return None
     beside = None
     if pool_size or layer._varies or valid is not None:
         if isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != layer.num_features):
@@ -78,7 +80,7 @@ def in_one_call(
         var = buffers["running_var"] if "running_var" in buffers else layer.running_var  # noqa: SIM401
     batches, momentum, skipped, unbiased = buffers.get("num_batches_tracked"), layer.momentum, None, True
     if layer._estimates:
-        if is_compiled() or is_mapped() or layer.affine_by != "shared" or (mean is not None and not mean.is_cpu):
+        if is_mapped() or layer.affine_by != "shared" or (mean is not None and not mean.is_cpu):
             return None
         skipped, unbiased = buffers.get("num_batches_skipped"), layer.running_var_kind == "unbiased"
         if layer.domains and mean is not None and var is not None:

@@ -120,7 +120,7 @@ def gradients(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """With respect to x, weight, bias and residual, those wanted; differentiable where grad mode says so."""
-    want_x, want_weight, want_bias, want_residual = wanted
+    want_x, _, _, want_residual = wanted
     if torch.is_grad_enabled() or is_in_forward_mode():
         if signs is not None:
             dy = dy * _gate(x, weight, bias, (mean, var, signs), settings)
@@ -149,6 +149,15 @@ def gradients(
         )
         if passes_through:
             d_residual = dy
+    return _asked((d_x, d_residual, d_weight, d_bias), weight, bias, wanted)
+
+
+def _asked(
+    found: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of the gradients of x, residual, weight and bias those wanted, in the order of the arguments."""
+    d_x, d_residual, d_weight, d_bias = found
+    want_x, want_weight, want_bias, want_residual = wanted
     return (
         d_x if want_x else None,
         _cast(d_weight, weight) if want_weight else None,
@@ -287,11 +296,12 @@ class Generated(torch.autograd.Function):
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.settings, ctx.population = (eps, activation, slope), mean is not None
+        fusion = Fusion(weight, bias, residual, eps, activation, slope)
         if mean is None or var is None:
-            y, mean, var = generated.forward(x, weight, bias, residual, eps, activation, slope)
+            y, mean, var = generated.forward(x, fusion)
         else:
             mean, var = mean.clone(), var.clone()  # running statistics may move on before the backward
-            y = generated.normalize(x, mean, var, weight, bias, residual, eps, activation, slope)
+            y = generated.normalize(x, mean, var, fusion)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         gate = y if generated.gates_by_output(x, activation) else None
@@ -303,18 +313,9 @@ class Generated(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         x, weight, bias, residual, mean, var, gate = ctx.saved_tensors
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        eps, activation, slope = ctx.settings
-        d_x, d_residual, d_weight, d_bias = generated.gradients(
-            dy, x, weight, bias, residual, mean, var, gate, eps, activation, slope, ctx.population
-        )
-        return (
-            d_x if want_x else None,
-            _cast(d_weight, weight) if want_weight else None,
-            _cast(d_bias, bias) if want_bias else None,
-            d_residual if want_residual else None,
-            *(None,) * 5,
-        )
+        fusion = Fusion(weight, bias, residual, *ctx.settings)
+        found = generated.gradients(dy, x, mean, var, gate, fusion, ctx.population)
+        return *_asked(found, weight, bias, ctx.needs_input_grad[:4]), *(None,) * 5
 
 
 class EagerBatchStatistics(torch.autograd.Function):
@@ -599,7 +600,7 @@ def merged_gradients(
 ) -> tuple[Tensor | None, ...]:
     """`gradients` where the pools reach over channels or ranks and hold ``count`` values, (pools, C)."""
     x, weight, bias, residual, mask, signs, mean, var = saved
-    want_x, want_weight, want_bias, want_residual = wanted
+    want_residual = wanted[3]
     if torch.is_grad_enabled():
         if signs is not None:
             dy = dy * _gate(x, weight, bias, (mean, var, signs), settings)
@@ -615,9 +616,4 @@ def merged_gradients(
             sums = merge(sums.flatten(0, 1), Pool(groups=pool.groups)).unflatten(0, (2, len(mean)))
         sums = sum_over_ranks(sums, pool)
         d_x, d_residual = _ops.backward_merged.default(*given, sums, count, *settings.arguments(), want_residual, mask)
-    return (
-        d_x if want_x else None,
-        _cast(d_weight, weight) if want_weight else None,
-        _cast(d_bias, bias) if want_bias else None,
-        d_residual if want_residual else None,
-    )
+    return _asked((d_x, d_residual, d_weight, d_bias), weight, bias, wanted)
