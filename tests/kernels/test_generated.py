@@ -110,6 +110,21 @@ def test_small_inputs_alone_are_left_to_the_compiler(x, operators, training):
     assert found == ({f"batchnorm.{name}.default" for name in (first, "backward")} if operators else set())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(7, 33).t(), torch.randn(4, 9, 5).transpose(1, 2), torch.randn(3, 4, 6, 8)[..., ::2]],
+    ids=["transposed", "time before channels", "every other column"],
+)
+def test_inputs_in_another_order_have_the_outputs_of_eager_mode(x, training):
+    """Formulas keep the order of x, and a network that views the output would end in an error."""
+    layer = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d}[x.ndim](x.shape[1], activation="relu")
+    eager = copy.deepcopy(layer.train(training))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: layer(x).view(-1), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), eager(x).view(-1))
+
+
 def test_pools_within_the_batch_are_left_to_the_operators():
     found = called(bn.BatchNorm1d(6, ghost_size=4), torch.randn(8, 6, requires_grad=True))
     assert "batchnorm.forward.default" in found
@@ -156,6 +171,7 @@ def test_compiled_layers_do_what_eager_ones_do(activation, training, has_residua
     for _ in range(2):
         found, expected = (step(*each, x, residual, counted) for each in ((compiled, layer), (eager, eager)))
         assert [t.dtype for t in found] == [t.dtype for t in expected]
+        assert found[0].stride() == expected[0].stride()
         torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(layer.state_dict(), eager.state_dict())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from batchnorm.kernels.aten import activate, derivative
 from batchnorm.ops.fusion import Fusion
@@ -19,8 +20,14 @@ element at a time."""
 
 
 def takes(x: Tensor, pool_size: int = 0, mask: Tensor | None = None) -> bool:
-    """Whether these formulas are for x, which a compiler traces; the batch must be one pool."""
+    """Whether these formulas are for x, which a compiler traces.
+
+    The batch must be one pool. The elements must lie in the order in which an output does, since formulas keep that
+    of x.
+    """
     if x.device.type != "cpu" or mask is not None or 0 < pool_size < x.shape[0]:
+        return False
+    if not x.is_contiguous(memory_format=suggest_memory_format(x)):
         return False
     if x.dtype == torch.float32:
         return 0 < x.numel() <= LIMIT
