@@ -6,6 +6,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import aot_module_simplified
 
 import batchnorm as bn
@@ -207,7 +208,7 @@ def test_inductor_generates_code_as_exact(activation):
 
 
 def test_batches_of_other_sizes_need_one_more_graph_at_most():
-    layer, counter = bn.BatchNorm1d(64, activation="relu"), torch._dynamo.testing.CompileCounter()
+    layer, counter = bn.BatchNorm1d(64, activation="relu"), CompileCounter()
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for n in (5, 9, 300, 77, 900):
