@@ -52,8 +52,11 @@ struct Fusion {
   double slope = 0.01;       // of leaky_relu
   Operand residual;          // added before the activation
   uint8_t* signs = nullptr;  // one bit an element, set where the activation's derivative is that of its linear part;
-                             // each run (planar: a plane, interleaved: a row) starts at a whole byte
+                             // each run starts at a whole byte: a row (interleaved), a plane of more than
+                             // kTogether elements, or all of a sample's planes, which lie together if they are smaller
 };
+
+constexpr int64_t kTogether = 256;
 
 // Runs body(context, begin, end) over a partition of [0, count), in any order and on any threads.
 struct Parallel {

@@ -27,15 +27,16 @@ struct LongRows {
 };
 
 // long_rows(rows) on a slab as such rows, where its operands allow it; direct(piece, slab) on what is left as it is.
-// Signs begin a byte with each run of their own, so that what reads or writes them takes no others.
+// A long row begins at a whole byte of signs.
 template <class Long, class Direct>
 void in_long_rows(const Plan& plan, const Piece& p, const Slab& slab, std::initializer_list<Operand> operands,
-                  const uint8_t* signs, const Long& long_rows, const Direct& direct) {
+                  bool has_signs, const Long& long_rows, const Direct& direct) {
   const int64_t inner = plan.shape.inner;
   const auto all = [&](int64_t Operand::* stride, int64_t size) {
     return std::all_of(operands.begin(), operands.end(), [&](const Operand& o) { return !o || o.*stride == size; });
   };
-  if (signs || slab.spans) return direct(p, slab);
+  if (slab.spans || (has_signs && plan.shape.order == Order::interleaved && plan.shape.channels % 8 != 0))
+    return direct(p, slab);
   if (plan.shape.order == Order::planar) {
     if (!plan.flat || p.samples < flat_samples(inner) || !all(&Operand::channel_stride, inner)) return direct(p, slab);
     const int64_t most = flat_channels(inner);

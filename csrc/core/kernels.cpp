@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "activations.h"
@@ -692,28 +693,46 @@ INLINE unsigned sign_bits(const P& z, const KernelFusion& f) {
   return bits;
 }
 
-// `count` bits at bit i, behind all that have been put before.
+// `count` bits at bit i, behind all that have been put before: what follows them in their last byte is lost.
 INLINE void put_bits(uint8_t* signs, i64 i, i64 count, unsigned bits) {
-  bits &= (1u << count) - 1;
-  uint8_t* to = signs + i / 8;
-  if (const i64 used = i & 7) {
-    *to = uint8_t((*to & ((1u << used) - 1)) | bits << used);
-    bits >>= 8 - used;
-    count -= 8 - used;
-    ++to;
+  uint8_t* to = signs + (i >> 3);
+  const i64 used = i & 7;
+  if (used == 0 && count == 16) return void(std::memcpy(to, &bits, 2));
+  if (used == 0 && count == 8) return void(*to = uint8_t(bits));
+  bits = (bits & ((1u << count) - 1)) << used;
+  if (used) bits |= *to & ((1u << used) - 1);
+  if (count == 16) {
+    std::memcpy(to, &bits, 2);
+    to[2] = uint8_t(bits >> 16);
+    return;
   }
-  for (; count > 0; count -= 8, bits >>= 8) *to++ = uint8_t(bits);
+  for (count += used; count > 0; count -= 8, bits >>= 8) *to++ = uint8_t(bits);
 }
 
+// `count` bits at bit i, and behind them others.
 INLINE unsigned get_bits(const uint8_t* signs, i64 i, i64 count) {
+  const uint8_t* const from = signs + (i >> 3);
+  const i64 used = i & 7;
   unsigned bits = 0;
-  if ((i & 7) == 0 && (count & 7) == 0) {
-    for (i64 b = 0; b < count / 8; ++b) bits |= unsigned(signs[i / 8 + b]) << (8 * b);
-    return bits;
+  if (count == 16) {
+    std::memcpy(&bits, from, 2);
+    if (used) bits |= unsigned(from[2]) << 16;
+    return bits >> used;
   }
-  for (i64 k = 0; k < count; ++k) bits |= unsigned((signs[(i + k) >> 3] >> ((i + k) & 7)) & 1) << k;
-  return bits;
+  for (i64 b = 0; 8 * b < used + count; ++b) bits |= unsigned(from[b]) << (8 * b);
+  return bits >> used;
 }
+
+// The signs of a plane: bit i, as put_bits and get_bits take it.
+template <bool signs>
+struct PlaneBits {
+  uint8_t* from;
+  i64 first;
+  PlaneBits(const KernelFusion& f, i64 n, i64 c)
+      : from(signs ? f.signs + n * f.signs_sample + (c * f.signs_channel >> 3) : nullptr),
+        first(signs ? c * f.signs_channel & 7 : 0) {}
+  i64 operator()(i64 i) const { return first + i; }
+};
 
 template <class T, Form form, bool residual, bool signs, class P>
 INLINE typename Lane<T>::V finish(P z, typename Lane<T>::V r, uint8_t* bits, i64 i, i64 count, const KernelFusion& f) {
@@ -744,12 +763,12 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
       const auto normal = Forward<T, P>::broadcast(k, c);
       const T* p = at<const T>(x, n, c) + span.first;
       const T* r = residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
-      uint8_t* bits = signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
+      const PlaneBits<signs> bits(f, n, c);
       write_plane<!signs>(
           at<T>(y, n, c) + span.first, span.inner, f.stream, in_place,
           [&](i64 i) {
             const V rv = residual ? L::load(r + i) : V{};
-            return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits, i, L::width, f);
+            return finish<T, form, residual, signs>(normal(P::load(p + i)), rv, bits.from, bits(i), L::width, f);
           },
           [&](i64 i) {
             const auto v = load_pair(p + i), rv = residual ? load_pair(r + i) : Pair<V>{};
@@ -758,7 +777,8 @@ void planar_normalize(const Slab& slab, const Operand& x, const Operand& y, cons
           },
           [&](i64 i, i64 count) {
             const V rv = residual ? load_some(r + i, count) : V{};
-            return finish<T, form, residual, signs>(normal(P::of(load_some(p + i, count))), rv, bits, i, count, f);
+            return finish<T, form, residual, signs>(normal(P::of(load_some(p + i, count))), rv, bits.from, bits(i),
+                                                    count, f);
           });
     }
   }
@@ -839,7 +859,7 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
       const auto m = everywhere<S>(mean[c]);
       const T *p = at<const T>(x, n, c) + span.first, *g = at<const T>(dy, n, c) + span.first;
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
-      const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
+      const PlaneBits<gate == Gate::signs> bits(f, n, c);
       T* const keep = kept ? at<T>(kept, n, c) + span.first : nullptr;
       sum_plane<kPaired<T> && gate != Gate::signs, S>(
           span.inner, lanes.first + c, lanes.second + c,
@@ -849,7 +869,8 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
             if constexpr (gate == Gate::none) {
               a.add(load<S>(g + i), d);
             } else {
-              const V dz = gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits, i, L::width, f).rounded();
+              const V dz =
+                  gated<T, P, form, gate>(L::load(g + i), v, normal, rv, bits.from, bits(i), L::width, f).rounded();
               if (keep) L::store(keep + i, dz);
               a.add(S::of(dz), d);
             }
@@ -868,7 +889,8 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
           },
           [&](i64 i, i64 count, Sums<S>& a) {
             const V v = load_some(p + i, count), rv = gate == Gate::residual ? load_some(r + i, count) : V{};
-            const V dz = gated<T, P, form, gate>(load_some(g + i, count), v, normal, rv, bits, i, count, f).rounded();
+            const V dz =
+                gated<T, P, form, gate>(load_some(g + i, count), v, normal, rv, bits.from, bits(i), count, f).rounded();
             if (keep) store_some(keep + i, dz, count);
             a.add(only(S::of(dz), 0, count), only(minus(S::of(v), m), 0, count));
           });
@@ -964,14 +986,14 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
       const auto apply = Apply<T, P>::broadcast(k, a, c);
       const T *p = at<const T>(x, n, c) + span.first, *g = at<const T>(dy, n, c) + span.first;
       const T* r = gate == Gate::residual ? at<const T>(f.residual, n, c) + span.first : nullptr;
-      const uint8_t* bits = gate == Gate::signs ? f.signs + n * f.signs_sample + c * f.signs_channel : nullptr;
+      const PlaneBits<gate == Gate::signs> bits(f, n, c);
       T* out = d_residual ? at<T>(d_residual, n, c) + span.first : nullptr;
       write_plane<gate != Gate::signs>(
           at<T>(dx, n, c) + span.first, span.inner, f.stream, in_place,
           [&](i64 i) {
             const V v = L::load(p + i);
             const V rv = gate == Gate::residual ? L::load(r + i) : V{};
-            const P dz = gated<T, P, form, gate>(L::load(g + i), v, apply.normal, rv, bits, i, L::width, f);
+            const P dz = gated<T, P, form, gate>(L::load(g + i), v, apply.normal, rv, bits.from, bits(i), L::width, f);
             if (out) L::store(out + i, dz.rounded());
             return apply(dz, P::of(v));
           },
@@ -986,7 +1008,8 @@ void planar_apply(const Slab& slab, const Operand& dy, const Operand& x, const O
           [&](i64 i, i64 count) {
             const V v = load_some(p + i, count);
             const V rv = gate == Gate::residual ? load_some(r + i, count) : V{};
-            const P dz = gated<T, P, form, gate>(load_some(g + i, count), v, apply.normal, rv, bits, i, count, f);
+            const P dz =
+                gated<T, P, form, gate>(load_some(g + i, count), v, apply.normal, rv, bits.from, bits(i), count, f);
             if (out) store_some(out + i, dz.rounded(), count);
             return apply(dz, P::of(v));
           });

@@ -45,10 +45,11 @@ struct KernelFusion {
   Activation activation;
   double slope;
   Operand residual;
-  uint8_t* signs;                       // at the slab's first run
-  int64_t signs_sample, signs_channel;  // strides of runs in bytes
-  bool stream;                          // write around the cache
-  bool near;                            // that of the plan
+  uint8_t* signs;         // at the slab's first bit
+  int64_t signs_sample;   // their strides: in bytes
+  int64_t signs_channel;  // and, of planes, in bits
+  bool stream;            // write around the cache
+  bool near;              // that of the plan
 };
 
 struct Kernels {

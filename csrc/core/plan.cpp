@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <numeric>
+
 #include "ranges.h"
 
 namespace batchnorm {
@@ -33,7 +35,7 @@ int64_t flat_channels(int64_t inner) {
   return most / whole * whole;
 }
 
-Plan::Plan(const Shape& s, bool one_phase, bool costly)
+Plan::Plan(const Shape& s, bool one_phase, bool costly, bool signs)
     : shape(s),
       one_phase(one_phase),
       serial(is_small(s, costly ? kCostly : 1)),
@@ -42,16 +44,19 @@ Plan::Plan(const Shape& s, bool one_phase, bool costly)
   const int64_t pool = std::min(s.pool_size, s.samples);
   block = pool;
   inner_block = s.inner;
-  s.order == Order::planar ? cut_planar(pool) : cut_interleaved(pool);
+  s.order == Order::planar ? cut_planar(pool, signs) : cut_interleaved(pool);
   if (whole) segment = std::max<int64_t>(1, ceil_div(s.pools(), kMaxSegments));
 }
 
-void Plan::cut_planar(int64_t pool) {
+void Plan::cut_planar(int64_t pool, bool signs) {
   const Shape& s = shape;
   const Caches& cache = caches();
   const int64_t bytes = element_size(s.dtype), pools = s.pools();
   const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
   const int64_t plane = plane_bytes(s);
+  // Channels whose signs fill whole bytes.
+  const int64_t byte = signs ? 8 / std::gcd<int64_t>(signs_of_channel(), 8) : 1;
+  const auto fill_bytes = [&] { group = std::min(ceil_div(group, byte) * byte, std::max<int64_t>(s.channels, 1)); };
   // In the caches planes of some vectors are better walked one by one: their coefficients stay in registers. If there
   // is one phase, rows are as good, unless planes are of whole vectors.
   const bool apart = near && s.inner >= kFlatNear && (!one_phase || s.inner % kVector == 0);
@@ -61,8 +66,9 @@ void Plan::cut_planar(int64_t pool) {
   // Whole pieces for all threads, whose two phases in one walk are worth more than long strips; not of short planes,
   // unless they lie in the caches.
   if (!is_small(s) && (!flat || near) && pools == 1) group = std::min(group, ceil_div(s.channels, 8));
+  fill_bytes();
   groups = ceil_div(s.channels, group);
-  whole = plane * pool <= budget && (pools * groups >= 8 || is_small(s));
+  whole = group * plane * pool <= budget && (pools * groups >= 8 || is_small(s));
   // Not in strips too short for prefetchers.
   if (flat && !near && group < s.channels && group * plane < kRunBytes / 4) whole = whole && is_small(s);
   // Zeros are written in the order of memory, where what is valid stays in the last cache from phase to phase.
@@ -75,6 +81,7 @@ void Plan::cut_planar(int64_t pool) {
   if (one_phase && !flat && !is_small(s)) together = std::min(together, ceil_div(s.channels * pool, kShares));
   group = std::clamp<int64_t>(together, 1, std::max<int64_t>(s.channels, 1));
   if (one_phase && !flat) group = evened(s.channels, ceil_div(s.channels, group), 1);
+  fill_bytes();
   groups = ceil_div(s.channels, group);
   const int64_t least = !flat ? 1 : one_phase ? 2 * kFlatSamples : 4 * kFlatSamples;
   block = std::clamp<int64_t>(std::max(least, kPieceBytes / (plane * group)), 1, std::max<int64_t>(pool, 1));

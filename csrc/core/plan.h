@@ -27,7 +27,7 @@ constexpr int64_t kCostly = 2;              // elements, that an exponential is 
 constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.
-constexpr int64_t kFlatInner = 256, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
+constexpr int64_t kFlatInner = kTogether, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
 
 // From how many samples on short planes are walked as rows: from fewer if a plane hardly fills a vector.
 inline int64_t flat_samples(int64_t inner) { return inner <= 16 ? 2 : inner <= 64 ? 4 : kFlatSamples; }
@@ -62,8 +62,8 @@ struct Plan {
   int64_t fewest = 0;                         // values of the smallest pool
 
   // Where there is but one phase, nothing is walked twice: pieces are runs of memory. A costly activation is worth
-  // threads sooner.
-  explicit Plan(const Shape&, bool one_phase = false, bool costly = false);
+  // threads sooner. With signs each piece begins at a whole byte of theirs.
+  explicit Plan(const Shape&, bool one_phase = false, bool costly = false, bool signs = false);
 
   int64_t pieces_a_pool() const { return groups * blocks * inner_blocks; }
   int64_t pieces() const { return shape.pools() * pieces_a_pool(); }
@@ -117,6 +117,12 @@ struct Plan {
     if (counts) return int64_t(counts[pool]);
     return std::min(shape.pool_size, shape.samples - pool * shape.pool_size) * shape.inner;
   }
+  // Bits from one channel's signs to the next: of one element, or of a plane, which is filled up to bytes if it is
+  // long.
+  int64_t signs_of_channel() const {
+    if (shape.order == Order::interleaved) return 1;
+    return shape.inner <= kTogether ? shape.inner : ceil_div(shape.inner, 8) * 8;
+  }
   // The first position of a pool.
   int64_t pool_begin(int64_t pool) const { return std::min(pool * shape.pool_size, shape.samples) * shape.inner; }
   // Whether a pool counts as one of few values; where the coefficients' type hangs on it, as the smallest of all pools.
@@ -137,7 +143,7 @@ struct Plan {
   Slab slab(const Piece& p) const { return {p.samples, p.channels, p.inner, few(p.pool)}; }
 
  private:
-  void cut_planar(int64_t pool);
+  void cut_planar(int64_t pool, bool signs);
   void cut_interleaved(int64_t pool);
 };
 

@@ -45,7 +45,7 @@ struct Steps {
   bool large, stream;  // around the cache go zeros; elements
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
-      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation)),
+      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation), f.signs),
         scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
         row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
@@ -76,21 +76,21 @@ struct Steps {
   // The fusion from a piece's first element on.
   KernelFusion fused(const Piece& p) const {
     KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream, plan.near};
-    if (fusion.signs) {
-      const bool planar = plan.shape.order == Order::planar;
-      const int64_t signs_run = ceil_div(planar ? plan.shape.inner : plan.shape.channels, 8);
-      f.signs_sample = planar ? signs_run * plan.shape.channels : signs_run;
-      f.signs_channel = planar ? signs_run : 0;
-      f.signs =
-          fusion.signs + p.sample * f.signs_sample + (planar ? p.channel * signs_run + p.first / 8 : p.channel / 8);
+    if (has_signs()) {
+      const int64_t channel = plan.signs_of_channel();
+      f.signs_sample = ceil_div(plan.shape.channels * channel, 8);
+      f.signs_channel = channel;
+      f.signs = fusion.signs + p.sample * f.signs_sample + (p.channel * channel + p.first) / 8;
     }
     return f;
   }
   KernelFusion fused(const LongRows& r) const {
     KernelFusion f = fused(r.piece);
     f.residual.sample_stride *= r.times;
+    f.signs_sample *= r.times;
     return f;
   }
+  bool has_signs() const { return fusion.signs != nullptr; }
 
   // A value of each channel, from which all others are taken: the first, or where sums have no digits to spare the
   // median of three, lest an outlier is taken from all.
@@ -165,7 +165,7 @@ struct Steps {
     std::fill_n(w.first, 2 * w.piece.channels, 0.0);
     for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
       in_long_rows(
-          plan, v, slab, {x}, nullptr,
+          plan, v, slab, {x}, false,
           [&](const LongRows& r) {
             Columns columns(coefficients, w.k(), r);
             fold_columns(coefficients, r, w, [&](double* sums) {
@@ -184,7 +184,7 @@ struct Steps {
     const NormalizeCoefficients k = w.k().normalize(w.slot);
     for_valid_slabs(plan, w.piece, [&](const Piece& v, const Slab& slab) {
       in_long_rows(
-          plan, v, slab, {dy, x, kept, fusion.residual}, fusion.signs,
+          plan, v, slab, {dy, x, kept, fusion.residual}, has_signs(),
           [&](const LongRows& r) {
             Columns columns(coefficients, w.k(), r);
             fold_columns(coefficients, r, w, [&](double* sums) {
@@ -284,7 +284,7 @@ struct Steps {
         plan, w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_long_rows(
-              plan, v, slab, {x, y, fusion.residual}, fusion.signs,
+              plan, v, slab, {x, y, fusion.residual}, has_signs(),
               [&](const LongRows& r) {
                 Columns columns(coefficients, w.k(), r);
                 row_kernels.normalize(r.slab, r.operand(plan, x), r.operand(plan, y), columns.normalize(k, true, false),
@@ -325,7 +325,7 @@ struct Steps {
         plan, w.piece,
         [&](const Piece& v, const Slab& slab) {
           in_long_rows(
-              plan, v, slab, {from, x, dx, of_residual, residual}, fusion.signs,
+              plan, v, slab, {from, x, dx, of_residual, residual}, has_signs(),
               [&](const LongRows& r) {
                 Columns columns(coefficients, w.k(), r);
                 row_kernels.apply(r.slab, r.operand(plan, from), r.operand(plan, x), r.operand(plan, dx),
@@ -466,7 +466,10 @@ void nothing(const Work&) {}
 
 // ---------------------------------------------------------------------------------------------- verbs
 size_t workspace_size(const Shape& shape) {
-  return size_t(std::max(Scratch::size(Plan(shape)), Scratch::size(Plan(shape, true))));
+  int64_t most = 0;
+  for (const bool one_phase : {false, true})
+    for (const bool signs : {false, true}) most = std::max(most, Scratch::size(Plan(shape, one_phase, false, signs)));
+  return size_t(most);
 }
 
 void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {

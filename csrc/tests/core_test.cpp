@@ -265,11 +265,16 @@ void short_runs() {
           examine({interleaved(dtype, 1400, channels, pool), Layout(k % 4), fused, k});
         }
     }
-  for (Dtype dtype : kDtypes)
+  const Fused plain[] = {{}, {Activation::relu}, {Activation::silu, true}};
+  const Fused signs{Activation::relu, true, true};
+  for (Dtype dtype : kDtypes) {
     for (const Shape& s :
          {planar(dtype, 9, 60, 144, 9), planar(dtype, 40, 130, 25, 20), interleaved(dtype, 24000, 3, 24000)})
-      for (const Fused& fused : {Fused{}, Fused{Activation::relu}, Fused{Activation::silu, true}})
-        examine_partitions({s, Layout(++k % 2), fused, k});
+      for (const Fused& fused : plain) examine_partitions({s, Layout(++k % 2), fused, k});
+    for (const Shape& s :
+         {planar(dtype, 9, 60, 100, 9), planar(dtype, 12, 171, 9, 12), interleaved(dtype, 2000, 16, 2000)})
+      examine_partitions({s, Layout(++k % 2), signs, k});
+  }
   test_caches = kOrdinaryCaches;
 }
 

@@ -153,14 +153,19 @@ struct Problem {
           if (is_valid(n, i)) f(n, channel, i);
   }
 
-  // Each run starts at a whole byte.
-  int64_t run_bytes() const { return ((c.shape.order == Order::planar ? c.shape.inner : c.shape.channels) + 7) / 8; }
-  int64_t sign_bytes() const {
-    return c.shape.samples * (c.shape.order == Order::planar ? c.shape.channels : 1) * run_bytes();
+  // Each run starts at a whole byte: a row, a long plane, or a sample's short planes together.
+  bool is_together() const { return c.shape.order == Order::planar && c.shape.inner <= batchnorm::kTogether; }
+  int64_t runs() const {
+    return c.shape.samples * (c.shape.order == Order::planar && !is_together() ? c.shape.channels : 1);
   }
+  int64_t run_bytes() const { return (c.shape.samples * c.shape.channels * c.shape.inner / runs() + 7) / 8; }
+  int64_t sign_bytes() const { return runs() ? runs() * run_bytes() : 0; }
   bool sign(const std::vector<uint8_t>& bits, int64_t n, int64_t channel, int64_t i) const {
-    const bool planar = c.shape.order == Order::planar;
-    const int64_t run = planar ? n * c.shape.channels + channel : n, at = planar ? i : channel;
+    int64_t run = n, at = channel;
+    if (is_together())
+      at = channel * c.shape.inner + i;
+    else if (c.shape.order == Order::planar)
+      run = n * c.shape.channels + channel, at = i;
     return bits[size_t(run * run_bytes() + at / 8)] >> (at % 8) & 1;
   }
 
