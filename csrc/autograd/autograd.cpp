@@ -48,6 +48,11 @@ const batchnorm::Operators* operators = nullptr;
 // ---------------------------------------------------------------------------------------------- tensors
 Stable lend(const at::Tensor& t) { return Stable(torch::aot_inductor::new_tensor_handle(at::Tensor(t))); }
 OptionalStable lend_if(const at::Tensor& t) { return t.defined() ? OptionalStable(lend(t)) : std::nullopt; }
+std::vector<Stable> lend_all(const std::vector<at::Tensor>& tensors) {
+  std::vector<Stable> lent;
+  for (const at::Tensor& each : tensors) lent.push_back(lend(each));
+  return lent;
+}
 at::Tensor take(const Stable& t) { return *torch::aot_inductor::tensor_handle_to_tensor_pointer(t.get()); }
 // Without the dispatcher, which takes longer than to fill a small vector.
 at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype = at::kDouble) {
@@ -1216,23 +1221,25 @@ std::vector<int64_t> sizes_together(const std::vector<at::Tensor>& parts, int64_
 at::Tensor normalize_parts(const std::vector<at::Tensor>& parts, const at::Tensor& weight, const at::Tensor& bias,
                            const at::Tensor& mean, const at::Tensor& var, const Settings& settings, bool are_measured,
                            at::Tensor y) {
+  std::vector<bool> known;
   int64_t channel = 0;
   for (const at::Tensor& part : parts) {
-    const bool known = are_measured || (!part.is_inference() && measured.copy_to(part, channel, mean, var));
-    operators->forward_part({.x = lend(part),
-                             .channel = channel,
-                             .is_measured = known,
-                             .y = lend(y),
-                             .mean = lend(mean),
-                             .var = lend(var),
-                             .weight = lend_if(weight),
-                             .bias = lend_if(bias),
-                             .eps = settings.eps,
-                             .activation = settings.activation,
-                             .slope = settings.slope});
-    if (!known && !part.is_inference()) measured.remember(part, channel, mean, var);
+    known.push_back(are_measured || (!part.is_inference() && measured.copy_to(part, channel, mean, var)));
     channel += part.size(1);
   }
+  operators->forward_parts({.parts = lend_all(parts),
+                            .are_measured = known,
+                            .y = lend(y),
+                            .mean = lend(mean),
+                            .var = lend(var),
+                            .weight = lend_if(weight),
+                            .bias = lend_if(bias),
+                            .eps = settings.eps,
+                            .activation = settings.activation,
+                            .slope = settings.slope});
+  channel = 0;
+  for (size_t i = 0; i < parts.size(); channel += parts[i++].size(1))
+    if (!known[i] && !parts[i].is_inference()) measured.remember(parts[i], channel, mean, var);
   return y;
 }
 
@@ -1255,7 +1262,6 @@ struct PartsSource : Source {
 // The gradients of the parts, of gamma and of beta.
 struct BatchNormPartsBackward : OfBatchNorm {
   std::vector<SavedVariable> parts;
-  std::vector<int64_t> channels;  // of each part
   SavedVariable weight, bias;
   at::Tensor mean, var;
 
@@ -1285,25 +1291,23 @@ struct BatchNormPartsBackward : OfBatchNorm {
       return together(dy[0], tensors, gamma, beta, mean, var, settings, wanted());
     const at::Tensor upstream = dy[0].contiguous();
     at::Tensor sums = at::empty({2, mean.numel()}, mean.options());
-    int64_t channel = 0;
-    for (size_t i = 0; i < tensors.size(); channel += channels[i++]) {
-      const bool want_x = task_should_compute_output(i);
-      const auto dx = operators->backward_part({.dy = lend(upstream),
-                                                .x = lend(tensors[i]),
-                                                .channel = channel,
-                                                .mean = lend(mean),
-                                                .var = lend(var),
-                                                .weight = lend_if(gamma),
-                                                .bias = lend_if(beta),
-                                                .eps = settings.eps,
-                                                .activation = settings.activation,
-                                                .slope = settings.slope,
-                                                .population = settings.population,
-                                                .want_x = want_x,
-                                                .d_weight = sums.data_ptr<double>(),
-                                                .d_bias = sums.data_ptr<double>() + mean.numel()});
-      if (want_x) results[i] = take(dx);
-    }
+    std::vector<bool> wanted(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) wanted[i] = task_should_compute_output(i);
+    const auto gradients = operators->backward_parts({.dy = lend(upstream),
+                                                      .parts = lend_all(tensors),
+                                                      .mean = lend(mean),
+                                                      .var = lend(var),
+                                                      .weight = lend_if(gamma),
+                                                      .bias = lend_if(beta),
+                                                      .eps = settings.eps,
+                                                      .activation = settings.activation,
+                                                      .slope = settings.slope,
+                                                      .population = settings.population,
+                                                      .wanted = wanted,
+                                                      .d_weight = sums.data_ptr<double>(),
+                                                      .d_bias = sums.data_ptr<double>() + mean.numel()});
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (gradients[i]) results[i] = take(*gradients[i]);
     for (size_t i : {0, 1}) {
       const at::Tensor& parameter = i ? beta : gamma;
       if (parameter.defined() && task_should_compute_output(parts.size() + i))
@@ -1419,10 +1423,7 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
     node->set_next_edges(torch::autograd::collect_next_edges(at::TensorList(parts), a.weight, a.bias));
     node->settings = settings;
     node->version = int64_t(y._version());
-    for (const at::Tensor& each : parts) {
-      node->parts.emplace_back(each, false);
-      node->channels.push_back(each.size(1));
-    }
+    for (const at::Tensor& each : parts) node->parts.emplace_back(each, false);
     node->weight = SavedVariable(a.weight, false);
     node->bias = SavedVariable(a.bias, false);
     node->mean = mean;

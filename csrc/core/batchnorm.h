@@ -64,6 +64,9 @@ struct Parallel {
   void* self;
 };
 
+// Whether a tensor is worth several threads; smaller ones stay on the caller's.
+bool takes_threads(const Shape&);
+
 // Doubles of scratch memory that any verb needs for this shape.
 size_t workspace_size(const Shape& shape);
 

@@ -29,6 +29,8 @@ int64_t plane_bytes(const Shape& s) {
 
 }  // namespace
 
+bool takes_threads(const Shape& shape) { return !is_small(shape); }
+
 int64_t flat_channels(int64_t inner) {
   int64_t most = kFlatColumns / inner, whole = 32;
   while (whole > most) whole /= 2;

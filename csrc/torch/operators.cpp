@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -240,6 +241,10 @@ struct Threads {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   }
   static batchnorm::Parallel parallel() { return {&Threads::run, nullptr}; }
+  static batchnorm::Parallel none() {
+    return {[](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, count); },
+            nullptr};
+  }
 };
 
 // The input of a call, and the order that it is walked in: that of the results. Other operands are brought into it.
@@ -579,6 +584,7 @@ std::tuple<Tensor, Tensor> backward_merged(const batchnorm::BackwardMergedArgume
   return {dx, d_residual ? *d_residual : empty_of({0}, a.x.scalar_type())};
 }
 
+// ---------------------------------------------------------------------------------------------- inputs in parts
 // What belongs to the channels from `channel` on.
 batchnorm::Operand from_channel(batchnorm::Operand all, int64_t channel, const Tensor& t) {
   all.data = static_cast<char*>(all.data) + channel * all.channel_stride * int64_t(t.element_size());
@@ -595,31 +601,82 @@ batchnorm::Fusion activation_alone(int64_t activation, double slope) {
   return f;
 }
 
-void forward_part(const batchnorm::ForwardPart& a) {
-  Call call(a.x, 0);
-  const batchnorm::Operand y = from_channel(call.write(a.y), a.channel, a.y);
-  const batchnorm::Vector gamma = from_channel(a.weight, a.channel), beta = from_channel(a.bias, a.channel);
+// A call for each part of an input.
+class PartCalls {
+ public:
+  explicit PartCalls(const std::vector<Tensor>& parts) {
+    int64_t channel = 0;
+    for (const Tensor& part : parts) {
+      calls_.emplace_back(part, 0);
+      channels_.push_back(channel);
+      channel += part.size(1);
+    }
+  }
+  const Call& operator[](size_t i) const { return calls_[i]; }
+
+  // run(i, channel, call, parallel) for each part i, whose first channel is given. Parts that are worth all threads
+  // have them in turn; of the others each thread takes some.
+  template <class Run>
+  void each(const Run& run) {
+    std::vector<size_t> small;
+    batchnorm::Shape together = calls_[0].shape;
+    together.channels = 0;
+    for (size_t i = 0; i < calls_.size(); ++i) {
+      if (batchnorm::takes_threads(calls_[i].shape)) {
+        run(i, channels_[i], calls_[i], Threads::parallel());
+        continue;
+      }
+      small.push_back(i);
+      together.channels += calls_[i].shape.channels;
+    }
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) run(small[k], channels_[small[k]], calls_[small[k]], Threads::none());
+    };
+    const auto count = int64_t(small.size());
+    if (batchnorm::takes_threads(together))
+      torch::stable::parallel_for(0, count, 1, some);
+    else
+      some(0, count);
+  }
+
+ private:
+  std::deque<Call> calls_;
+  std::vector<int64_t> channels_;
+};
+
+void forward_parts(const batchnorm::ForwardParts& a) {
+  PartCalls calls(a.parts);
+  const batchnorm::Operand y = calls[0].write(a.y);
   const batchnorm::Fusion fusion = activation_alone(a.activation, a.slope);
-  double *mean = doubles_of(a.mean) + a.channel, *var = doubles_of(a.var) + a.channel;
-  if (a.is_measured)
-    batchnorm::normalize(call.shape, call.input(), y, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
-                         Threads::parallel());
-  else
-    batchnorm::forward(call.shape, call.input(), y, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
-                       Threads::parallel());
+  calls.each([&](size_t i, int64_t channel, const Call& call, batchnorm::Parallel parallel) {
+    const batchnorm::Operand to = from_channel(y, channel, a.y);
+    const batchnorm::Vector gamma = from_channel(a.weight, channel), beta = from_channel(a.bias, channel);
+    double *mean = doubles_of(a.mean) + channel, *var = doubles_of(a.var) + channel;
+    if (a.are_measured[i])
+      batchnorm::normalize(call.shape, call.input(), to, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
+                           parallel);
+    else
+      batchnorm::forward(call.shape, call.input(), to, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
+                         parallel);
+  });
 }
 
-Tensor backward_part(const batchnorm::BackwardPart& a) {
-  Call call(a.x, 0);
-  OptionalTensor dx;
-  if (a.want_x) dx = call.empty();
-  const batchnorm::Operand dy = from_channel(call.write(a.dy), a.channel, a.dy);
-  batchnorm::backward(call.shape, dy, call.input(), dx ? call.write(*dx) : batchnorm::Operand{}, {},
-                      doubles_of(a.mean) + a.channel, doubles_of(a.var) + a.channel, from_channel(a.weight, a.channel),
-                      from_channel(a.bias, a.channel), a.eps, activation_alone(a.activation, a.slope), a.population,
-                      nullptr, nullptr, a.d_weight + a.channel, a.d_bias + a.channel, call.workspace(),
-                      Threads::parallel());
-  return dx ? *dx : empty_of({0}, a.x.scalar_type());
+std::vector<OptionalTensor> backward_parts(const batchnorm::BackwardParts& a) {
+  PartCalls calls(a.parts);
+  std::vector<OptionalTensor> gradients(a.parts.size());
+  for (size_t i = 0; i < a.parts.size(); ++i)
+    if (a.wanted[i]) gradients[i] = calls[i].empty();
+  const batchnorm::Operand dy = calls[0].write(a.dy);
+  const batchnorm::Fusion fusion = activation_alone(a.activation, a.slope);
+  calls.each([&](size_t i, int64_t channel, const Call& call, batchnorm::Parallel parallel) {
+    const OptionalTensor& dx = gradients[i];
+    batchnorm::backward(call.shape, from_channel(dy, channel, a.dy), call.input(),
+                        dx ? call.write(*dx) : batchnorm::Operand{}, {}, doubles_of(a.mean) + channel,
+                        doubles_of(a.var) + channel, from_channel(a.weight, channel), from_channel(a.bias, channel),
+                        a.eps, fusion, a.population, nullptr, nullptr, a.d_weight + channel, a.d_bias + channel,
+                        call.workspace(), parallel);
+  });
+  return gradients;
 }
 
 void normalize_into(const batchnorm::NormalizeArguments& a, const Tensor& y) {
@@ -754,8 +811,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
   static const batchnorm::Operators operators{
-      &forward_into,      &normalize,      &gradients,    &moments,       &backward_reduce, &backward_apply,
-      &update_statistics, &normalize_into, &forward_part, &backward_part, &advise};
+      &forward_into,      &normalize,      &gradients,     &moments,        &backward_reduce, &backward_apply,
+      &update_statistics, &normalize_into, &forward_parts, &backward_parts, &advise};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

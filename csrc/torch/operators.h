@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace batchnorm {
 
@@ -150,12 +151,10 @@ struct BackwardOutArguments {
   double slope;
 };
 
-// An input that lies in parts, one after the other along the channels: each call takes one of them. y, dy, parameters
-// and statistics are of all channels, and its own begin at `channel`.
-struct ForwardPart {
-  Tensor x;
-  int64_t channel;
-  bool is_measured;  // whether mean and var hold its statistics already
+// An input that lies in parts, one after the other along the channels. All else is of all channels.
+struct ForwardParts {
+  std::vector<Tensor> parts;
+  std::vector<bool> are_measured;  // whether mean and var hold the statistics of a part already
   Tensor y, mean, var;
   OptionalTensor weight, bias;
   double eps;
@@ -163,15 +162,16 @@ struct ForwardPart {
   double slope;
 };
 
-struct BackwardPart {
-  Tensor dy, x;
-  int64_t channel;
+struct BackwardParts {
+  Tensor dy;
+  std::vector<Tensor> parts;
   Tensor mean, var;
   OptionalTensor weight, bias;
   double eps;
   int64_t activation;
   double slope;
-  bool population, want_x;
+  bool population;
+  std::vector<bool> wanted;  // of which parts the gradient is
   double *d_weight, *d_bias;
 };
 
@@ -188,9 +188,9 @@ struct Operators {
   void (*update_statistics)(const UpdateStatisticsArguments&);
   // Into a tensor that lies as a result does; it may be the residual.
   void (*normalize_into)(const NormalizeArguments&, const Tensor& y);
-  void (*forward_part)(const ForwardPart&);
-  Tensor (*backward_part)(const BackwardPart&);  // dx
-  void (*advise)(const Tensor&);                 // asks for huge pages where a result is large
+  void (*forward_parts)(const ForwardParts&);
+  std::vector<OptionalTensor> (*backward_parts)(const BackwardParts&);  // the parts' gradients, where wanted
+  void (*advise)(const Tensor&);                                        // asks for huge pages where a result is large
 };
 
 }  // namespace batchnorm

@@ -70,6 +70,24 @@ def test_what_is_measured_once_has_the_same_bits():
         torch.testing.assert_close(ours[0], first[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_small_parts_with_the_same_bits(dtype: torch.dtype):
+    """Parts that are worth all threads, and such as one thread takes whole; the latter are together worth more."""
+    widths = (64, 32, 32, 200, 32, 1, 32, 32, 32, 32)
+    parts = [normal(8, c, 6, 6, seed=k).to(dtype).requires_grad_(k != 2) for k, c in enumerate(widths)]
+    layer, threads = bn.BatchNorm2d(sum(widths), activation="relu"), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(step(layer, [part.detach().requires_grad_(part.requires_grad) for part in parts], True))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0], step(layer, parts, False), rtol=2 * eps, atol=2 * eps)
+
+
 def test_what_cannot_be_read_in_parts_is_left():
     layer, parts = layer_of(), parts_of(5, 3)
     before = [buffer.clone() for buffer in layer.buffers()]
