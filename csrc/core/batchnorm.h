@@ -38,6 +38,9 @@ struct Shape {
 struct Operand {
   void* data = nullptr;
   int64_t sample_stride = 0, channel_stride = 0;
+  // For y of interleaved input that is to lie in planar order: so many rows are one sample of it, and its strides are
+  // those of planar order.
+  int64_t places = 0;
   explicit operator bool() const { return data != nullptr; }
 };
 
@@ -98,6 +101,14 @@ void backward(const Shape&, const Operand& dy, const Operand& x, const Operand& 
               const double* mean, const double* var, Vector gamma, Vector beta, double eps, const Fusion&,
               bool population, double* sum_dz, double* sum_dz_centered, double* d_gamma, double* d_beta,
               double* workspace, Parallel);
+
+// Matrices, one a sample, whose rows become columns; elements of 2, 4 or 8 bytes.
+struct Matrix {
+  void* data;
+  int64_t sample_stride, row_stride;  // in elements
+};
+void transpose(int64_t size, int64_t samples, int64_t rows, int64_t columns, const Matrix& from, const Matrix& to,
+               Parallel);
 
 // The instruction set in use, and the choice of another (for tests): returns whether the machine has it.
 const char* instruction_set();

@@ -3,6 +3,7 @@
 
 #include "columns.h"
 #include "ranges.h"
+#include "transpose.h"
 
 namespace batchnorm {
 namespace {
@@ -272,7 +273,52 @@ struct Steps {
                        k.at(5, w.slot));
   }
 
+  // Rows whose results lie in planar order: a tile of them at a time, out of the first cache.
+  void normalize_across(const Work& w, const Operand& x, const Operand& y) const {
+    alignas(64) char values[kTileBytes];
+    const int64_t size = element_size(plan.shape.dtype), height = tile_rows(size);
+    const auto for_tiles = [&](const Piece& rows, const auto& fill) {
+      for (int64_t n = rows.sample, end = rows.sample + rows.samples, next; n < end; n = next) {
+        const int64_t sample = n / y.places, place = n % y.places;
+        next = std::min({n + height, end, (sample + 1) * y.places});
+        for (int64_t c = 0; c < rows.channels; c += kTileColumns) {
+          Piece tile = rows;
+          tile.sample = n;
+          tile.samples = next - n;
+          tile.channel += c;
+          tile.channels = std::min(kTileColumns, rows.channels - c);
+          fill(tile, w.slot + c);
+          char* const to =
+              static_cast<char*>(y.data) + (sample * y.sample_stride + tile.channel * y.channel_stride + place) * size;
+          if (!large) {
+            transpose_tile(size, tile.samples, tile.channels, values, kTileColumns, to, y.channel_stride);
+            continue;
+          }
+          alignas(64) char columns[kTileBytes];
+          transpose_tile(size, tile.samples, tile.channels, values, kTileColumns, columns, height);
+          for (int64_t k = 0; k < tile.channels; ++k)
+            write(to + k * y.channel_stride * size, columns + k * height * size, tile.samples * size, true);
+        }
+      }
+    };
+    for_slabs(
+        plan, w.piece,
+        [&](const Piece& v, const Slab&) {
+          for_tiles(v, [&](const Piece& tile, int64_t slot) {
+            KernelFusion f = fused(tile);
+            f.stream = false;
+            kernels.normalize(plan.slab(tile), plan.operand(x, tile), {values, kTileColumns, 1}, w.k().normalize(slot),
+                              f);
+          });
+        },
+        [&](const Piece& gap) {
+          std::memset(values, 0, sizeof values);
+          for_tiles(gap, [](const Piece&, int64_t) {});
+        });
+  }
+
   void normalize(const Work& w, const Operand& x, const Operand& y) const {
+    if (y.places) return normalize_across(w, x, y);
     if (is_padded())
       return for_padded_planes(
           plan, w.piece, y, {}, large,

@@ -162,6 +162,9 @@ std::optional<Walk> planar_walk(const Tensor& t) {
   return Walk{batchnorm::Order::planar, t.stride(0), t.stride(1)};
 }
 
+// Whether a tensor lies in rows alone.
+bool lies_in_rows(const Tensor& t) { return t.size(1) > 1 && interleaved_walk(t) && !planar_walk(t); }
+
 std::optional<Walk> walk_as(const Tensor& t, batchnorm::Order order) {
   return order == batchnorm::Order::planar ? planar_walk(t) : interleaved_walk(t);
 }
@@ -247,14 +250,16 @@ struct Threads {
   }
 };
 
-// The input of a call, and the order that it is walked in: that of the results. Other operands are brought into it.
+// The input of a call, and the order that it is walked in: that of the results, or its own (`along`) if it lies in rows
+// and they do not, as those of (N, C, L) never do. Other operands are brought into it.
 class Call {
  public:
-  Call(const Tensor& x, int64_t pool_size, const OptionalTensor& mask = std::nullopt)
+  Call(const Tensor& x, int64_t pool_size, const OptionalTensor& mask = std::nullopt, bool along = false)
       : x_(x), format_(suggested_format(x)) {
     const int64_t samples = x.size(0), inner = inner_of(x);
     const int64_t pool = pool_size <= 0 || pool_size >= samples ? samples : pool_size;
-    const bool rows = inner == 1 || (format_ != MemoryFormat::Contiguous && x.size(1) > 1);
+    is_across_ = along && inner > 1 && format_ == MemoryFormat::Contiguous && lies_in_rows(x);
+    const bool rows = inner == 1 || is_across_ || (format_ != MemoryFormat::Contiguous && x.size(1) > 1);
     shape.order = rows ? batchnorm::Order::interleaved : batchnorm::Order::planar;
     shape.dtype = dtype_of(x);
     shape.channels = x.size(1);
@@ -280,23 +285,26 @@ class Call {
   batchnorm::Operand read(const OptionalTensor& t) {
     if (!t) return {};
     if (auto walk = walk_as(*t, shape.order)) return operand(*t, *walk);
-    Tensor copy = empty();
-    if (!fill(copy, *t)) torch::stable::copy_(copy, *t);
+    Tensor copy = empty_in_order();
+    if (!fill(copy, *t) && !transpose(copy, *t)) torch::stable::copy_(copy, *t);
     kept_.push_back(copy);
     return operand(copy, *walk_as(copy, shape.order));
   }
 
   // A result: of the shape, dtype and memory format of x.
-  Tensor empty() const {
-    Tensor t = empty_as(x_, format_);
-    advised_ += huge_pages.advise(t);
-    return t;
+  Tensor empty() const { return empty_as_advised(format_); }
+  // What lies in the order of the walk, as gradients may.
+  Tensor empty_in_order() const { return empty_as_advised(order_format()); }
+  // Whether a tensor lies in memory as one of these would.
+  bool is_as_result(const Tensor& t) const { return is_in(format_, t); }
+  bool is_in_order(const Tensor& t) const { return is_in(order_format(), t); }
+  batchnorm::Operand write(const Tensor& t) const {
+    if (!is_across_) return write_in_order(t);
+    batchnorm::Operand o = operand(t, *planar_walk(t));
+    o.places = inner_of(t);
+    return o;
   }
-  // Whether a tensor lies in memory as a result would.
-  bool is_as_result(const Tensor& t) const {
-    return t.scalar_type() == x_.scalar_type() && t.dim() <= Dense::most && Dense(x_, format_).is_that_of(t);
-  }
-  batchnorm::Operand write(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
+  batchnorm::Operand write_in_order(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
 
   Tensor statistics() const {
     Tensor t = empty_of({shape.pools(), shape.channels}, ScalarType::Double);
@@ -305,6 +313,34 @@ class Call {
   }
 
  private:
+  MemoryFormat order_format() const { return is_across_ ? MemoryFormat::ChannelsLast : format_; }
+  Tensor empty_as_advised(MemoryFormat format) const {
+    Tensor t = empty_as(x_, format);
+    advised_ += huge_pages.advise(t);
+    return t;
+  }
+  bool is_in(MemoryFormat format, const Tensor& t) const {
+    return t.scalar_type() == x_.scalar_type() && t.dim() <= Dense::most && Dense(x_, format).is_that_of(t);
+  }
+
+  // Copies a tensor that lies in the other order.
+  bool transpose(const Tensor& copy, const Tensor& t) const {
+    const bool to_rows = shape.order == batchnorm::Order::interleaved;
+    const auto from = walk_as(t, to_rows ? batchnorm::Order::planar : batchnorm::Order::interleaved);
+    if (!from || t.numel() == 0 || t.scalar_type() != copy.scalar_type()) return false;
+    const Walk to = *walk_as(copy, shape.order);
+    const int64_t inner = inner_of(t), channels = t.size(1);
+    const auto matrix = [&](const Tensor& of, const Walk& walk) {
+      return walk.order == batchnorm::Order::planar
+                 ? batchnorm::Matrix{of.data_ptr(), walk.sample_stride, walk.channel_stride}
+                 : batchnorm::Matrix{of.data_ptr(), walk.sample_stride * inner, walk.sample_stride};
+    };
+    batchnorm::transpose(int64_t(t.element_size()), t.size(0), to_rows ? channels : inner, to_rows ? inner : channels,
+                         matrix(t, *from), matrix(copy, to),
+                         batchnorm::takes_threads(shape) ? Threads::parallel() : Threads::none());
+    return true;
+  }
+
   // The runs of true in a mask (N, *space), each within a sample.
   void set_valid(const Tensor& mask, int64_t samples, int64_t inner) {
     if (mask.scalar_type() != ScalarType::Bool || mask.numel() != samples * inner)
@@ -329,6 +365,7 @@ class Call {
 
   Tensor x_;
   MemoryFormat format_;
+  bool is_across_;  // walked in rows, though results are planar
   batchnorm::Operand input_;
   std::unique_ptr<double[]> workspace_;
   std::vector<Tensor> kept_;
@@ -394,9 +431,12 @@ struct Affine {
   batchnorm::Vector beta() const { return vector_of(bias); }
 };
 
+// Whether an operand, if there is one, can be read in rows where it lies.
+bool is_in_rows(const OptionalTensor& t) { return !t || interleaved_walk(*t); }
+
 // ---------------------------------------------------------------------------------------------- the operators
 std::tuple<Tensor, Tensor> moments(const batchnorm::MomentsArguments& a) {
-  Call call(a.x, a.pool_size, a.mask);
+  Call call(a.x, a.pool_size, a.mask, true);
   Tensor mean = call.statistics(), m2 = call.statistics();
   batchnorm::moments(call.shape, call.input(), doubles_of(mean), doubles_of(m2), call.workspace(), Threads::parallel());
   return {mean, m2};
@@ -404,7 +444,7 @@ std::tuple<Tensor, Tensor> moments(const batchnorm::MomentsArguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const batchnorm::ForwardArguments& a,
                                                         const OptionalTensor& given) {
-  Call call(a.x, a.pool_size, a.mask);
+  Call call(a.x, a.pool_size, a.mask, !a.save_signs && is_in_rows(a.residual));
   Tensor y = given && call.is_as_result(*given) ? *given : call.empty();
   Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(a.x, a.save_signs);
   const Affine affine(call, a, a.residual, signs);
@@ -418,7 +458,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const batchnorm::ForwardArgum
 }
 
 std::tuple<Tensor, Tensor> normalize(const batchnorm::NormalizeArguments& a) {
-  Call call(a.x, a.pool_size, a.mask);
+  Call call(a.x, a.pool_size, a.mask, !a.save_signs && is_in_rows(a.residual));
   Tensor y = call.empty(), signs = make_signs(a.x, a.save_signs);
   const Affine affine(call, a, a.residual, signs);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
@@ -463,21 +503,22 @@ Tensor parameter_gradient(const OptionalTensor& parameter, const double* gradien
 }
 
 // The gradients with respect to x, residual, weight and bias; those not wanted, and those of absent parameters, are
-// empty tensors.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardArguments& a, bool over_dy,
+// empty tensors. `in_order` allows gradients of the values to lie as x and dy do, and not as a result.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardArguments& a, bool over_dy, bool in_order,
                                                      bool want_parameters) {
-  Call call(a.x, a.pool_size, a.mask);
+  const bool along = in_order && !(a.signs && a.signs->numel()) && is_in_rows(a.dy) && is_in_rows(a.residual);
+  Call call(a.x, a.pool_size, a.mask, along);
   const auto nothing = [&] { return empty_of({0}, a.x.scalar_type()); };
-  const bool over = over_dy && !a.mask && call.is_as_result(a.dy);
+  const bool over = over_dy && !a.mask && call.is_in_order(a.dy);
   OptionalTensor dx, d_residual;
-  if (a.want_residual) d_residual = over ? a.dy : call.empty();
-  if (a.want_x || a.want_residual) dx = over && !a.want_residual ? a.dy : call.empty();
+  if (a.want_residual) d_residual = over ? a.dy : call.empty_in_order();
+  if (a.want_x || a.want_residual) dx = over && !a.want_residual ? a.dy : call.empty_in_order();
   const Affine affine(call, a, a.residual, a.signs);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   std::vector<double> gradients(2 * call.shape.channels);
   double *d_gamma = gradients.data(), *d_beta = d_gamma + call.shape.channels;
-  batchnorm::backward(call.shape, call.read(a.dy), call.input(), dx ? call.write(*dx) : batchnorm::Operand{},
-                      d_residual ? call.write(*d_residual) : batchnorm::Operand{}, mean.data(), var.data(),
+  const auto write = [&](const OptionalTensor& t) { return t ? call.write_in_order(*t) : batchnorm::Operand{}; };
+  batchnorm::backward(call.shape, call.read(a.dy), call.input(), write(dx), write(d_residual), mean.data(), var.data(),
                       affine.gamma(), affine.beta(), a.eps, affine.fusion, a.population, nullptr, nullptr,
                       want_parameters ? d_gamma : nullptr, d_beta, call.workspace(), Threads::parallel());
   const auto parameter = [&](const OptionalTensor& of, const double* gradient) {
@@ -487,8 +528,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardAr
           parameter(a.bias, d_beta)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> eager_gradients(const batchnorm::BackwardArguments& a, bool over_dy,
+                                                           bool want_parameters) {
+  return gradients(a, over_dy, true, want_parameters);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const batchnorm::BackwardArguments& a) {
-  return gradients(a, false, a.weight || a.bias);
+  return gradients(a, false, false, a.weight || a.bias);
 }
 
 // ---------------------------------------------------------------------------------------------- merged over ranks
@@ -680,7 +726,7 @@ std::vector<OptionalTensor> backward_parts(const batchnorm::BackwardParts& a) {
 }
 
 void normalize_into(const batchnorm::NormalizeArguments& a, const Tensor& y) {
-  Call call(a.x, a.pool_size, a.mask);
+  Call call(a.x, a.pool_size, a.mask, is_in_rows(a.residual));
   const Affine affine(call, a, a.residual, std::nullopt);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   batchnorm::normalize(call.shape, call.input(), call.write(y), mean.data(), var.data(), affine.gamma(), affine.beta(),
@@ -811,8 +857,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
   static const batchnorm::Operators operators{
-      &forward_into,      &normalize,      &gradients,     &moments,        &backward_reduce, &backward_apply,
-      &update_statistics, &normalize_into, &forward_parts, &backward_parts, &advise};
+      &forward_into,      &normalize,      &eager_gradients, &moments,        &backward_reduce, &backward_apply,
+      &update_statistics, &normalize_into, &forward_parts,   &backward_parts, &advise};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

@@ -180,7 +180,8 @@ struct Operators {
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*forward)(const ForwardArguments&, const OptionalTensor& y);
   std::tuple<Tensor, Tensor> (*normalize)(const NormalizeArguments&);  // y, signs
   // dx, d_residual, d_weight, d_bias. If nobody else reads dy (`over_dy`), the residual's gradient, or else dx,
-  // takes its place if dy lies in memory as it would. Without `want_parameters` the last two are empty.
+  // takes its place if dy lies in memory as it would. They lie as x and dy do, if these lie alike. Without
+  // `want_parameters` the last two are empty.
   std::tuple<Tensor, Tensor, Tensor, Tensor> (*backward)(const BackwardArguments&, bool over_dy, bool want_parameters);
   std::tuple<Tensor, Tensor> (*moments)(const MomentsArguments&);                 // mean, m2
   std::tuple<Tensor, Tensor> (*backward_reduce)(const BackwardReduceArguments&);  // sums of dz and of dz (x - mean)
