@@ -39,8 +39,8 @@ struct Operand {
   void* data = nullptr;
   int64_t sample_stride = 0, channel_stride = 0;
   // For y of interleaved input that is to lie in planar order: so many rows are one sample of it, and its strides are
-  // those of planar order.
-  int64_t places = 0;
+  // those of planar order. Then x, too, may have rows of several samples beside one another, which are `outer` apart.
+  int64_t places = 0, outer = 0;
   explicit operator bool() const { return data != nullptr; }
 };
 

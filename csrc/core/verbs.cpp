@@ -287,7 +287,7 @@ struct Steps {
           tile.samples = next - n;
           tile.channel += c;
           tile.channels = std::min(kTileColumns, rows.channels - c);
-          fill(tile, w.slot + c);
+          fill(tile, w.slot + c, sample * x.outer + place * x.sample_stride + tile.channel);
           char* const to =
               static_cast<char*>(y.data) + (sample * y.sample_stride + tile.channel * y.channel_stride + place) * size;
           if (!large) {
@@ -304,16 +304,17 @@ struct Steps {
     for_slabs(
         plan, w.piece,
         [&](const Piece& v, const Slab&) {
-          for_tiles(v, [&](const Piece& tile, int64_t slot) {
+          for_tiles(v, [&](const Piece& tile, int64_t slot, int64_t at) {
+            Operand from = plan.operand(x, tile);
+            if (x.places) from.data = static_cast<char*>(x.data) + at * size;
             KernelFusion f = fused(tile);
             f.stream = false;
-            kernels.normalize(plan.slab(tile), plan.operand(x, tile), {values, kTileColumns, 1}, w.k().normalize(slot),
-                              f);
+            kernels.normalize(plan.slab(tile), from, {values, kTileColumns, 1}, w.k().normalize(slot), f);
           });
         },
         [&](const Piece& gap) {
           std::memset(values, 0, sizeof values);
-          for_tiles(gap, [](const Piece&, int64_t) {});
+          for_tiles(gap, [](const Piece&, int64_t, int64_t) {});
         });
   }
 

@@ -543,6 +543,112 @@ struct Line {
   double operator[](int64_t k) const { return is_planar() ? tensor.get(0, 0, k) : tensor.get(0, k, 0); }
 };
 
+// What a verb writes across, into planes, has the bits that it has in rows, whatever the partition; nothing beside the
+// planes is written. Rows of x come sample after sample, or place after place, as the rows of a batch of sequences do.
+std::string across_fault(Dtype dtype, int64_t samples, int64_t channels, int64_t inner, uint64_t k) {
+  Random random(k);
+  const int64_t rows = samples * inner;
+  Shape s = interleaved(dtype, rows, channels, k % 3 ? rows : std::max<int64_t>(1, rows / 3));
+  std::vector<batchnorm::Range> valid;
+  for (int64_t at = random.below(3); k % 4 == 0 && at < rows; at += 2 + random.below(2 * inner)) {
+    valid.push_back({at, std::min(rows, at + 1 + random.below(inner))});
+    at = valid.back().end;
+  }
+  if (!valid.empty()) s.valid = valid.data(), s.valid_count = int64_t(valid.size());
+  const Layout layout = Layout(k % 4);
+  const Tensor x(s, layout, k), residual(s, layout, k + 1), of_all(s, Layout::dense, k),
+      of_elements(s, Layout::dense, k);
+  const Tensor turned(interleaved(dtype, rows, channels, rows), layout, k);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < channels; ++c) {
+      x.set(row, c, 0, random.normal());
+      residual.set(row, c, 0, random.normal());
+      turned.set(row % inner * samples + row / inner, c, 0, x.get(row, c, 0));
+    }
+  Fusion f;
+  f.activation = k % 2 ? Activation::relu : Activation::silu;
+  if (k % 5 == 1) f.residual = residual.operand();
+  const Doubles mean(s.pools() * channels), var(s.pools() * channels), work(int64_t(batchnorm::workspace_size(s)));
+  Partition one;
+  batchnorm::forward(s, x.operand(), of_all.operand(), mean.data(), var.data(), {}, {}, 1e-5, f, work.data(),
+                     one.parallel());
+  batchnorm::normalize(s, x.operand(), of_elements.operand(), mean.data(), var.data(), {}, {}, 1e-5, f, work.data(),
+                       one.parallel());
+  Operand by_place = turned.operand();
+  by_place.places = inner;
+  by_place.outer = by_place.sample_stride;
+  by_place.sample_stride *= samples;
+  enum Way { all, elements, by_places };
+  for (const auto& [way, how] :
+       {std::pair{all, "forward"}, {elements, "normalize"}, {by_places, "normalize by places"}}) {
+    if (way == by_places && f.residual) continue;
+    for (Partition partition : {Partition{1}, {3, true}, {1 << 30, false}}) {
+      const Tensor planes(planar(dtype, samples, channels, inner, samples), Layout((k + 1) % 4), k + 2);
+      Operand to = planes.operand();
+      to.places = inner;
+      const Doubles again(s.pools() * channels), spread(s.pools() * channels);
+      if (way == all)
+        batchnorm::forward(s, x.operand(), to, again.data(), spread.data(), {}, {}, 1e-5, f, work.data(),
+                           partition.parallel());
+      else
+        batchnorm::normalize(s, way == by_places ? by_place : x.operand(), to, mean.data(), var.data(), {}, {}, 1e-5, f,
+                             work.data(), partition.parallel());
+      const std::string at = std::string(" by ") + how + " in " + std::to_string(partition.ranges) + " ranges";
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t c = 0; c < channels; ++c)
+          if (planes.get(row / inner, c, row % inner) != (way == all ? of_all : of_elements).get(row, c, 0))
+            return "other bits across" + at;
+      if (!planes.guards_intact()) return "written beside the planes" + at;
+    }
+  }
+  return "";
+}
+
+void across() {
+  uint64_t k = 0;
+  for (const char* name : instruction_sets())
+    for (Dtype dtype : kDtypes)
+      for (const auto& [samples, channels, inner] :
+           {std::tuple{1, 1, 2}, {3, 5, 7}, {2, 33, 64}, {4, 31, 65}, {3, 70, 129}, {2, 9, 300}, {40, 3, 9}})
+        for (const batchnorm::Caches& caches : {kOrdinaryCaches, kTinyCaches}) {
+          test_caches = caches;
+          batchnorm::select_instruction_set(name);
+          now = std::string(name) + " across " + format_of(dtype).name + " samples " + std::to_string(samples) +
+                " channels " + std::to_string(channels) + " places " + std::to_string(inner);
+          tally(across_fault(dtype, samples, channels, inner, ++k));
+        }
+  test_caches = kOrdinaryCaches;
+}
+
+// Rows become columns, in tiles of every size, and nothing else is written.
+template <class T>
+std::string transposition_fault(int64_t samples, int64_t rows, int64_t columns, uint64_t k) {
+  const int64_t from_row = columns + int64_t(k % 3), to_row = rows + int64_t(k % 4);
+  std::vector<T> from(size_t(samples * rows * from_row)), to(size_t(samples * columns * to_row + 1), T(99));
+  for (size_t i = 0; i < from.size(); ++i) from[i] = T(i * 40503 + k);
+  std::vector<T> right = to;
+  for (int64_t n = 0; n < samples; ++n)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        right[size_t((n * columns + c) * to_row + r)] = from[size_t((n * rows + r) * from_row + c)];
+  Partition partition{3, true};
+  batchnorm::transpose(sizeof(T), samples, rows, columns, {from.data(), rows * from_row, from_row},
+                       {to.data(), columns * to_row, to_row}, partition.parallel());
+  return to == right ? "" : "not the columns";
+}
+
+void transpositions() {
+  uint64_t k = 0;
+  for (int64_t rows : {1, 3, 8, 16, 31, 64, 130, 257, 300})
+    for (int64_t columns : {1, 2, 7, 8, 33, 64, 100}) {
+      now = "a transposition of " + std::to_string(rows) + " x " + std::to_string(columns);
+      const int64_t samples = 1 + int64_t(++k % 3);
+      tally(transposition_fault<uint16_t>(samples, rows, columns, k));
+      tally(transposition_fault<uint32_t>(samples, rows, columns, k));
+      tally(transposition_fault<uint64_t>(samples, rows, columns, k));
+    }
+}
+
 // At the corners of the piecewise activations, z being x exactly: the value and the derivative that torch takes, and a
 // sign that agrees. A closed gate holds infinity back.
 std::string corner_fault(Order order, Dtype dtype, Activation a, bool residual) {
@@ -618,11 +724,20 @@ void selection(const std::string& at_load) {
 // All parts, or the one that is named.
 int main(int count, char** arguments) {
   using namespace test;
-  const std::pair<const char*, void (*)()> parts[] = {
-      {"lengths", lengths}, {"places", places},           {"masks", masks},
-      {"large", large},     {"short_runs", short_runs},   {"counts", counts},
-      {"values", values},   {"empties", empties},         {"activations", activations},
-      {"corners", corners}, {"conversions", conversions}, {"nonfinite", nonfinite}};
+  const std::pair<const char*, void (*)()> parts[] = {{"lengths", lengths},
+                                                      {"places", places},
+                                                      {"masks", masks},
+                                                      {"large", large},
+                                                      {"short_runs", short_runs},
+                                                      {"counts", counts},
+                                                      {"values", values},
+                                                      {"empties", empties},
+                                                      {"activations", activations},
+                                                      {"corners", corners},
+                                                      {"conversions", conversions},
+                                                      {"nonfinite", nonfinite},
+                                                      {"across", across},
+                                                      {"transpositions", transpositions}};
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "while checking %s\n", now.c_str()); });

@@ -162,11 +162,26 @@ std::optional<Walk> planar_walk(const Tensor& t) {
   return Walk{batchnorm::Order::planar, t.stride(0), t.stride(1)};
 }
 
-// Whether a tensor lies in rows alone.
-bool lies_in_rows(const Tensor& t) { return t.size(1) > 1 && interleaved_walk(t) && !planar_walk(t); }
+// Rows that lie side by side over the samples, place after place, as in (time, batch, channels).
+std::optional<Walk> place_first_walk(const Tensor& t) {
+  if (t.size(1) > 1 && t.stride(1) != 1) return std::nullopt;
+  if (joined_stride(t, 2, t.dim(), -2) != t.size(0) * t.stride(0)) return std::nullopt;
+  return Walk{batchnorm::Order::interleaved, t.stride(0), 1};
+}
 
-std::optional<Walk> walk_as(const Tensor& t, batchnorm::Order order) {
-  return order == batchnorm::Order::planar ? planar_walk(t) : interleaved_walk(t);
+// In which order a tensor is walked: planes; rows, sample after sample or place after place.
+enum class Lie { planes, rows, places };
+
+std::optional<Walk> walk_in(const Tensor& t, Lie lie) {
+  if (lie == Lie::planes) return planar_walk(t);
+  return lie == Lie::rows ? interleaved_walk(t) : place_first_walk(t);
+}
+// How a tensor lies, where it can't be walked in planes.
+std::optional<Lie> rows_of(const Tensor& t) {
+  if (t.size(1) == 1 || planar_walk(t)) return std::nullopt;
+  if (interleaved_walk(t)) return Lie::rows;
+  if (place_first_walk(t)) return Lie::places;
+  return std::nullopt;
 }
 
 // The memory format that torch gives the results of its own batch normalization: channels last where x is, else
@@ -186,22 +201,23 @@ MemoryFormat suggested_format(const Tensor& t) {
   return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
-// Sizes of a tensor, and the strides of a dense one of them in a memory format.
+// Sizes of a tensor, and the strides of a dense one of them.
 struct Dense {
   static constexpr int64_t most = 16;
   int64_t dim, sizes[most], strides[most];
 
-  Dense(const Tensor& t, MemoryFormat format) : dim(t.dim()) {
+  Dense(const Tensor& t, Lie lie) : dim(t.dim()) {
     int64_t next = 1;
     for (int64_t i = 0; i < dim; ++i) sizes[i] = t.size(i);
     auto place = [&](int64_t axis) {
       strides[axis] = next;
       next *= std::max<int64_t>(sizes[axis], 1);
     };
-    if (format != MemoryFormat::Contiguous) place(1);
+    if (lie != Lie::planes) place(1);
+    if (lie == Lie::places) place(0);
     for (int64_t i = dim - 1; i > 1; --i) place(i);
-    if (format == MemoryFormat::Contiguous && dim > 1) place(1);
-    place(0);
+    if (lie == Lie::planes && dim > 1) place(1);
+    if (lie != Lie::places) place(0);
   }
 
   // Whether a tensor is one of these; the stride of an axis of one element says nothing.
@@ -213,9 +229,9 @@ struct Dense {
   }
 };
 
-Tensor empty_as(const Tensor& t, MemoryFormat format) {
+Tensor empty_as(const Tensor& t, Lie lie) {
   if (t.dim() > Dense::most) return torch::stable::empty(t.sizes(), t.scalar_type());
-  const Dense dense(t, format);
+  const Dense dense(t, lie);
   return empty_strided(dense.sizes, dense.strides, dense.dim, t.scalar_type());
 }
 
@@ -250,16 +266,28 @@ struct Threads {
   }
 };
 
-// The input of a call, and the order that it is walked in: that of the results, or its own (`along`) if it lies in rows
-// and they do not, as those of (N, C, L) never do. Other operands are brought into it.
+// The order of an input whose results would lie in another, if the other operands lie in it, too.
+std::optional<Lie> own_order(const Tensor& x, std::initializer_list<OptionalTensor> others) {
+  const auto lie = rows_of(x);
+  for (const OptionalTensor& t : others)
+    if (lie && t && !walk_in(*t, *lie)) return std::nullopt;
+  return lie;
+}
+
+// The input of a call, and the order that it is walked in: that of the results, or its own, if that is allowed
+// (`along`). (N, C, L) in rows has planar results, as torch has them. Other operands are brought into the order of the
+// walk.
 class Call {
  public:
-  Call(const Tensor& x, int64_t pool_size, const OptionalTensor& mask = std::nullopt, bool along = false)
-      : x_(x), format_(suggested_format(x)) {
+  Call(const Tensor& x, int64_t pool_size, const OptionalTensor& mask = std::nullopt,
+       std::optional<Lie> along = std::nullopt)
+      : x_(x), result_(suggested_format(x) == MemoryFormat::Contiguous ? Lie::planes : Lie::rows), lie_(result_) {
     const int64_t samples = x.size(0), inner = inner_of(x);
     const int64_t pool = pool_size <= 0 || pool_size >= samples ? samples : pool_size;
-    is_across_ = along && inner > 1 && format_ == MemoryFormat::Contiguous && lies_in_rows(x);
-    const bool rows = inner == 1 || is_across_ || (format_ != MemoryFormat::Contiguous && x.size(1) > 1);
+    const bool is_one_pool = pool == samples && !mask;
+    if (result_ == Lie::planes && inner > 1 && along && (*along == Lie::rows || is_one_pool)) lie_ = *along;
+    const bool rows = inner == 1 || (lie_ != Lie::planes && x.size(1) > 1);
+    if (inner == 1 && lie_ == Lie::planes) lie_ = Lie::rows;
     shape.order = rows ? batchnorm::Order::interleaved : batchnorm::Order::planar;
     shape.dtype = dtype_of(x);
     shape.channels = x.size(1);
@@ -284,27 +312,38 @@ class Call {
   // An operand that is read; copied where it lies in another order.
   batchnorm::Operand read(const OptionalTensor& t) {
     if (!t) return {};
-    if (auto walk = walk_as(*t, shape.order)) return operand(*t, *walk);
+    if (auto walk = walk_in(*t, lie_)) return operand(*t, *walk);
     Tensor copy = empty_in_order();
     if (!fill(copy, *t) && !transpose(copy, *t)) torch::stable::copy_(copy, *t);
     kept_.push_back(copy);
-    return operand(copy, *walk_as(copy, shape.order));
+    return write_in_order(copy);
   }
 
   // A result: of the shape, dtype and memory format of x.
-  Tensor empty() const { return empty_as_advised(format_); }
+  Tensor empty() const { return empty_lying(result_); }
   // What lies in the order of the walk, as gradients may.
-  Tensor empty_in_order() const { return empty_as_advised(order_format()); }
+  Tensor empty_in_order() const { return empty_lying(lie_); }
   // Whether a tensor lies in memory as one of these would.
-  bool is_as_result(const Tensor& t) const { return is_in(format_, t); }
-  bool is_in_order(const Tensor& t) const { return is_in(order_format(), t); }
+  bool is_as_result(const Tensor& t) const { return lies(t, result_); }
+  bool is_in_order(const Tensor& t) const { return lies(t, lie_); }
+  batchnorm::Operand write_in_order(const Tensor& t) const { return operand(t, *walk_in(t, lie_)); }
   batchnorm::Operand write(const Tensor& t) const {
-    if (!is_across_) return write_in_order(t);
+    if (!is_across()) return write_in_order(t);
     batchnorm::Operand o = operand(t, *planar_walk(t));
     o.places = inner_of(t);
     return o;
   }
-  batchnorm::Operand write_in_order(const Tensor& t) const { return operand(t, *walk_as(t, shape.order)); }
+
+  // Whether the input is walked in rows, though results are planar.
+  bool is_across() const {
+    return result_ == Lie::planes && shape.order == batchnorm::Order::interleaved && inner_of(x_) > 1;
+  }
+  bool is_place_first() const { return lie_ == Lie::places; }
+  // Whose rows come sample after sample, as those of results do.
+  batchnorm::Operand input_by_samples() const {
+    if (!is_place_first()) return input_;
+    return {input_.data, x_.size(0) * input_.sample_stride, 1, inner_of(x_), input_.sample_stride};
+  }
 
   Tensor statistics() const {
     Tensor t = empty_of({shape.pools(), shape.channels}, ScalarType::Double);
@@ -313,22 +352,21 @@ class Call {
   }
 
  private:
-  MemoryFormat order_format() const { return is_across_ ? MemoryFormat::ChannelsLast : format_; }
-  Tensor empty_as_advised(MemoryFormat format) const {
-    Tensor t = empty_as(x_, format);
+  Tensor empty_lying(Lie lie) const {
+    Tensor t = empty_as(x_, lie);
     advised_ += huge_pages.advise(t);
     return t;
   }
-  bool is_in(MemoryFormat format, const Tensor& t) const {
-    return t.scalar_type() == x_.scalar_type() && t.dim() <= Dense::most && Dense(x_, format).is_that_of(t);
+  bool lies(const Tensor& t, Lie lie) const {
+    return t.scalar_type() == x_.scalar_type() && t.dim() <= Dense::most && Dense(x_, lie).is_that_of(t);
   }
 
   // Copies a tensor that lies in the other order.
   bool transpose(const Tensor& copy, const Tensor& t) const {
-    const bool to_rows = shape.order == batchnorm::Order::interleaved;
-    const auto from = walk_as(t, to_rows ? batchnorm::Order::planar : batchnorm::Order::interleaved);
-    if (!from || t.numel() == 0 || t.scalar_type() != copy.scalar_type()) return false;
-    const Walk to = *walk_as(copy, shape.order);
+    if (lie_ == Lie::places) return false;
+    const bool to_rows = lie_ == Lie::rows;
+    const auto from = walk_in(t, to_rows ? Lie::planes : Lie::rows), to = walk_in(copy, lie_);
+    if (!from || !to || t.numel() == 0 || t.scalar_type() != copy.scalar_type()) return false;
     const int64_t inner = inner_of(t), channels = t.size(1);
     const auto matrix = [&](const Tensor& of, const Walk& walk) {
       return walk.order == batchnorm::Order::planar
@@ -336,7 +374,7 @@ class Call {
                  : batchnorm::Matrix{of.data_ptr(), walk.sample_stride * inner, walk.sample_stride};
     };
     batchnorm::transpose(int64_t(t.element_size()), t.size(0), to_rows ? channels : inner, to_rows ? inner : channels,
-                         matrix(t, *from), matrix(copy, to),
+                         matrix(t, *from), matrix(copy, *to),
                          batchnorm::takes_threads(shape) ? Threads::parallel() : Threads::none());
     return true;
   }
@@ -364,8 +402,7 @@ class Call {
   }
 
   Tensor x_;
-  MemoryFormat format_;
-  bool is_across_;  // walked in rows, though results are planar
+  Lie result_, lie_;  // of results, and of the walk
   batchnorm::Operand input_;
   std::unique_ptr<double[]> workspace_;
   std::vector<Tensor> kept_;
@@ -431,12 +468,15 @@ struct Affine {
   batchnorm::Vector beta() const { return vector_of(bias); }
 };
 
-// Whether an operand, if there is one, can be read in rows where it lies.
-bool is_in_rows(const OptionalTensor& t) { return !t || interleaved_walk(*t); }
+// The order in which an input can be read to write its results in theirs.
+std::optional<Lie> order_across(const Tensor& x, const OptionalTensor& residual, bool saves_signs) {
+  const auto lie = saves_signs ? std::nullopt : own_order(x, {residual});
+  return residual && lie == Lie::places ? std::nullopt : lie;
+}
 
 // ---------------------------------------------------------------------------------------------- the operators
 std::tuple<Tensor, Tensor> moments(const batchnorm::MomentsArguments& a) {
-  Call call(a.x, a.pool_size, a.mask, true);
+  Call call(a.x, a.pool_size, a.mask, own_order(a.x, {}));
   Tensor mean = call.statistics(), m2 = call.statistics();
   batchnorm::moments(call.shape, call.input(), doubles_of(mean), doubles_of(m2), call.workspace(), Threads::parallel());
   return {mean, m2};
@@ -444,12 +484,20 @@ std::tuple<Tensor, Tensor> moments(const batchnorm::MomentsArguments& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const batchnorm::ForwardArguments& a,
                                                         const OptionalTensor& given) {
-  Call call(a.x, a.pool_size, a.mask, !a.save_signs && is_in_rows(a.residual));
+  Call call(a.x, a.pool_size, a.mask, order_across(a.x, a.residual, a.save_signs));
   Tensor y = given && call.is_as_result(*given) ? *given : call.empty();
   Tensor mean = call.statistics(), var = call.statistics(), signs = make_signs(a.x, a.save_signs);
   const Affine affine(call, a, a.residual, signs);
-  batchnorm::forward(call.shape, call.input(), call.write(y), doubles_of(mean), doubles_of(var), affine.gamma(),
-                     affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
+  if (!call.is_place_first()) {
+    batchnorm::forward(call.shape, call.input(), call.write(y), doubles_of(mean), doubles_of(var), affine.gamma(),
+                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
+    return {y, mean, var, signs};
+  }
+  batchnorm::moments(call.shape, call.input(), doubles_of(mean), doubles_of(var), call.workspace(),
+                     Threads::parallel());
+  for (int64_t c = 0; c < call.shape.channels; ++c) doubles_of(var)[c] /= double(call.shape.samples);
+  batchnorm::normalize(call.shape, call.input_by_samples(), call.write(y), doubles_of(mean), doubles_of(var),
+                       affine.gamma(), affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
   return {y, mean, var, signs};
 }
 
@@ -458,12 +506,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const batchnorm::ForwardArgum
 }
 
 std::tuple<Tensor, Tensor> normalize(const batchnorm::NormalizeArguments& a) {
-  Call call(a.x, a.pool_size, a.mask, !a.save_signs && is_in_rows(a.residual));
+  Call call(a.x, a.pool_size, a.mask, order_across(a.x, a.residual, a.save_signs));
   Tensor y = call.empty(), signs = make_signs(a.x, a.save_signs);
   const Affine affine(call, a, a.residual, signs);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
-  batchnorm::normalize(call.shape, call.input(), call.write(y), mean.data(), var.data(), affine.gamma(), affine.beta(),
-                       a.eps, affine.fusion, call.workspace(), Threads::parallel());
+  batchnorm::normalize(call.shape, call.input_by_samples(), call.write(y), mean.data(), var.data(), affine.gamma(),
+                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
   return {y, signs};
 }
 
@@ -506,8 +554,8 @@ Tensor parameter_gradient(const OptionalTensor& parameter, const double* gradien
 // empty tensors. `in_order` allows gradients of the values to lie as x and dy do, and not as a result.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const batchnorm::BackwardArguments& a, bool over_dy, bool in_order,
                                                      bool want_parameters) {
-  const bool along = in_order && !(a.signs && a.signs->numel()) && is_in_rows(a.dy) && is_in_rows(a.residual);
-  Call call(a.x, a.pool_size, a.mask, along);
+  const bool has_signs = a.signs && a.signs->numel() > 0;  // which lie in the order of the result
+  Call call(a.x, a.pool_size, a.mask, in_order && !has_signs ? own_order(a.x, {a.dy, a.residual}) : std::nullopt);
   const auto nothing = [&] { return empty_of({0}, a.x.scalar_type()); };
   const bool over = over_dy && !a.mask && call.is_in_order(a.dy);
   OptionalTensor dx, d_residual;
@@ -726,11 +774,11 @@ std::vector<OptionalTensor> backward_parts(const batchnorm::BackwardParts& a) {
 }
 
 void normalize_into(const batchnorm::NormalizeArguments& a, const Tensor& y) {
-  Call call(a.x, a.pool_size, a.mask, is_in_rows(a.residual));
+  Call call(a.x, a.pool_size, a.mask, order_across(a.x, a.residual, false));
   const Affine affine(call, a, a.residual, std::nullopt);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
-  batchnorm::normalize(call.shape, call.input(), call.write(y), mean.data(), var.data(), affine.gamma(), affine.beta(),
-                       a.eps, affine.fusion, call.workspace(), Threads::parallel());
+  batchnorm::normalize(call.shape, call.input_by_samples(), call.write(y), mean.data(), var.data(), affine.gamma(),
+                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
 }
 
 void advise(const Tensor& t) { huge_pages.advise(t); }
