@@ -19,9 +19,13 @@ FUSIONS = ("bn", "bn+relu", "bn+add+relu")
 EPS = 1e-5
 
 
+LYING = ("sequences", "time first", "channels_last, dy planar", "planar, dy channels_last")
+"""Orders that networks come to: (N, C, L) views of tensors (N, L, C) and (L, N, C); gradients in another order than x."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One problem: `order` is "planar" (N, C, ...), "channels_last", or "dense" (N, C)."""
+    """One problem: `order` is "planar" (N, C, ...), "channels_last", "dense" (N, C), or one of `LYING`."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -82,10 +86,21 @@ def _draw(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
 def draw(case: Case) -> Data:
     """The same numbers for every order and fusion."""
     x, residual, dy, weight, bias = _draw(case.shape, case.torch_dtype)
-    if case.order == "channels_last":
-        last = torch.channels_last if len(case.shape) == 4 else torch.channels_last_3d
-        x, residual, dy = (t.to(memory_format=last) for t in (x, residual, dy))
+    last = torch.channels_last if len(case.shape) == 4 else torch.channels_last_3d
+    if case.order.startswith("channels_last"):
+        x, residual = (t.to(memory_format=last) for t in (x, residual))
+    if case.order in ("channels_last", "planar, dy channels_last"):
+        dy = dy.to(memory_format=last)
+    if case.order in ("sequences", "time first"):
+        x, residual, dy = (turned(turned(t, case.order).contiguous(), case.order, back=True) for t in (x, residual, dy))
     return Data(x, residual, dy, weight, bias)
+
+
+def turned(t: Tensor, order: str, back: bool = False) -> Tensor:
+    """(N, C, L) as (N, L, C) or (L, N, C), or these as that."""
+    if order == "sequences":
+        return t.transpose(1, 2)
+    return t.permute(1, 2, 0) if back else t.permute(2, 0, 1)
 
 
 def orders(shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from .tables import (
     LAYER_BLOCKS,
     LIMITS,
     NETWORK_BLOCKS,
+    ORDER_BLOCKS,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ MARKERS = {"torch": "o", "ours": "s", "ours fused": "D", "compile": "^", "jax": 
 NEUTRAL = "#808080"  # for text and rules: readable on white and on black
 APART = {
     "networks": NETWORK_BLOCKS, "alone": ALONE_BLOCKS, "activations": ACTIVATION_BLOCKS, "layers": LAYER_BLOCKS,
-    "compiled": COMPILED_BLOCKS,
+    "compiled": COMPILED_BLOCKS, "orders": ORDER_BLOCKS,
 }  # fmt: skip
 """Whose rows lie in folders of their own, by the folders' names."""
 STYLE: dict[Any, Any] = {

@@ -54,6 +54,11 @@ def _activations(quick: bool) -> list[Job]:
     return [partial(wall.measure, case, contestants, seconds, "activations") for case in wall.activation_cases(quick)]
 
 
+def _orders(quick: bool) -> list[Job]:
+    contestants, seconds = ("torch", "ours fused"), 0.3 if quick else 1.0
+    return [partial(wall.measure, case, contestants, seconds, "orders") for case in wall.order_cases(quick)]
+
+
 def _layers(quick: bool) -> list[Job]:
     drawn = layers.cases(0, 5) if quick else layers.cases(0, 300)
     return [partial(wall.measure, case, ("torch", "ours fused"), 0.2, "layers", mode) for case, mode in drawn]
@@ -132,6 +137,7 @@ SUITES: dict[str, Suite] = {
     "wall": Suite(_wall),
     "activations": Suite(_activations),
     "layers": Suite(_layers, kernels.REUSING),
+    "orders": Suite(_orders, kernels.REUSING),
     "step": Suite(_step),
     "memory": Suite(_memory),
     "networks": Suite(_networks),

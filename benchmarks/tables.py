@@ -91,16 +91,33 @@ def wall(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+_PHASES = ("forward", "backward", "forward+backward")
+
+
+def _by_phase(rows: Sequence[Row], suite: str) -> list[tuple[Row, list[str]]]:
+    """The cases of a suite, and how many times as fast as torch each phase of ours is."""
+    found = []
+    for row in _of(rows, suite=suite, contestant="ours fused", direction="forward+backward"):
+        key = {k: row[k] for k in ("suite", "shape", "dtype", "order", "fusion", "contestant")}
+        by = {r["direction"]: r.get("x_torch") for r in _of(rows, **key)}
+        found.append((row, [_number(by.get(phase)) for phase in _PHASES]))
+    return found
+
+
 def activations(rows: Sequence[Row]) -> str:
     """Every activation fused into training: times as fast as torch."""
     header = ("activation", "shape", "dtype", "order", "forward, x torch", "backward, x torch", "both, x torch")
-    lines = []
-    for row in _of(rows, suite="activations", contestant="ours fused", direction="forward+backward"):
-        key = {k: row[k] for k in ("suite", "shape", "dtype", "order", "fusion", "contestant")}
-        by = {r["direction"]: r.get("x_torch") for r in _of(rows, **key)}
-        figures = map(_number, (by.get("forward"), by.get("backward"), by.get("forward+backward")))
-        lines.append((row["fusion"].removeprefix("bn+"), *_case(row), *figures))
-    return table(header, lines)
+    found = _by_phase(rows, "activations")
+    return table(header, [(row["fusion"].removeprefix("bn+"), *_case(row), *figures) for row, figures in found])
+
+
+def orders(rows: Sequence[Row]) -> str:
+    """Inputs and gradients in other orders than results have: times as fast as torch."""
+    header = ("order", "shape", "dtype", "ours, ms", "forward, x torch", "backward, x torch", "both, x torch")
+    found = _by_phase(rows, "orders")
+    return table(
+        header, [(r["order"], tuple(r["shape"]), r["dtype"], _number(r["ms"]), *figures) for r, figures in found]
+    )
 
 
 def _whole(row: Row) -> bool:
@@ -301,6 +318,9 @@ NETWORK_BLOCKS = {"networks": networks, "resident": resident, "networks environm
 
 ACTIVATION_BLOCKS = {"activations": activations, "activations environment": environment}
 """Those of all activations, in docs/performance.md, whose rows are kept by themselves."""
+
+ORDER_BLOCKS = {"orders": orders, "orders environment": environment}
+"""Those of orders in memory, in docs/performance.md, whose rows are kept by themselves."""
 
 LAYER_BLOCKS = {"layers": layers, "slow layers": slow_layers, "layers environment": environment}
 """Those of layers drawn at random, in docs/performance.md, whose rows are kept by themselves."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import batchnorm
 
 from . import oracle
-from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, SMALL, Case, Data, draw, grid
+from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, LYING, SMALL, Case, Data, draw, grid, turned
 from .rows import Row, compare
 from .timing import PAUSE, Phases, alternate
 
@@ -107,6 +107,25 @@ class Frozen(Step):
         return result
 
 
+class Turned(Step):
+    """The same of a leaf (N, L, C) or (L, N, C), which is seen as (N, C, L) for the layer, and so is its gradient."""
+
+    def __init__(self, name: str, case: Case, data: Data) -> None:
+        super().__init__(name, case, data)
+        self.layer, self.module = self.module, self._module
+        self.inputs = tuple(turned(t.detach(), case.order).requires_grad_() for t in self.inputs)
+        self.leaves = [*self.inputs, *self.layer.parameters()]
+        self.dy = turned(self.dy, case.order)
+
+    def _module(self, *inputs: Tensor) -> Tensor:
+        order = self.case.order
+        return turned(self.layer(*(turned(t, order, back=True) for t in inputs)), order)
+
+    def result(self) -> dict[str, Tensor]:
+        found = super().result()
+        return {k: t if t.ndim == 1 else turned(t, self.case.order, back=True) for k, t in found.items()}
+
+
 class Inference:
     """One module in evaluation mode, without gradients."""
 
@@ -134,7 +153,8 @@ def measure(
     inference = mode == "inference"
     if mode == "frozen":
         columns["mode"] = mode
-    make = {"training": Step, "inference": Inference, "frozen": Frozen}[mode]
+    step = Turned if case.order in ("sequences", "time first") else Step
+    make = {"training": step, "inference": Inference, "frozen": Frozen}[mode]
     runs: dict[str, Callable[[], Phases]] = {}
     errors = {}
     for name in contestants:
@@ -167,6 +187,14 @@ def activation_cases(quick: bool) -> list[Case]:
     """Every activation, fused into training."""
     activations, shapes = (("relu6", "silu"), OF_NETWORKS[1:2]) if quick else (ACTIVATIONS, OF_NETWORKS)
     return grid(shapes, ("float32", "bfloat16"), [f"bn+{each}" for each in activations])
+
+
+def order_cases(quick: bool) -> list[Case]:
+    """BN + ReLU of inputs and gradients in orders that are not those of torch's results."""
+    sequences, images = ((64, 256, 400), (8, 512, 128), (32, 64, 50)), ((16, 64, 56, 56), (8, 512, 7, 7))
+    shapes = (sequences[1:2], images[1:]) if quick else (sequences, images)
+    pairs = [(order, shape) for order in LYING for shape in shapes[order not in LYING[:2]]]
+    return [Case(shape, dtype, order, "bn+relu") for order, shape in pairs for dtype in ("float32", "bfloat16")]
 
 
 def cases(quick: bool) -> list[tuple[Case, tuple[str, ...], str]]:

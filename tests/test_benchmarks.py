@@ -38,7 +38,7 @@ from benchmarks import (
     wall,
     whole,
 )
-from benchmarks.cases import FUSIONS, Case, draw, grid
+from benchmarks.cases import FUSIONS, LYING, Case, draw, grid
 
 ROOT = Path(__file__).parent.parent
 SMALL = (6, 5, 4, 3)
@@ -541,6 +541,27 @@ def test_activations_are_measured_and_shown():
         found = wall.Apart(nn.Identity(), activation)(torch.linspace(-4, 7, 30))
         true = reference.activation(np.linspace(-4, 7, 30), activation)
         np.testing.assert_allclose(found.numpy(), true, atol=1e-6)
+
+
+def test_orders_are_what_they_are_called_and_shown():
+    found = {case.order for case in wall.order_cases(False)}
+    assert found == set(LYING)
+    rows = []
+    for order in LYING:
+        case = Case((4, 8, 6) if "dy" not in order else (4, 8, 6, 6), "float32", order, "bn+relu")
+        data = draw(case)
+        if order == "sequences":
+            assert data.x.transpose(1, 2).is_contiguous() and data.dy.transpose(1, 2).is_contiguous()
+        elif order == "time first":
+            assert data.x.permute(2, 0, 1).is_contiguous() and data.dy.permute(2, 0, 1).is_contiguous()
+        else:
+            lies = [t.is_contiguous(memory_format=torch.channels_last) for t in (data.x, data.dy)]
+            assert lies == [order.startswith("channels_last"), order.endswith("channels_last")]
+        torch.testing.assert_close(data.x.contiguous(), draw(Case(case.shape)).x)
+        rows += wall.measure(case, ("torch", "ours fused"), 0.01, "orders")
+    assert not any("absent" in row for row in rows)
+    for order in LYING:
+        assert f"| {order} | (4, 8, 6" in tables.orders(rows)
 
 
 def test_layers_are_drawn_again_by_their_seed_and_shown():
