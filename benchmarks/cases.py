@@ -20,7 +20,7 @@ EPS = 1e-5
 
 
 LYING = ("sequences", "time first", "channels_last, dy planar", "planar, dy channels_last")
-"""Orders that networks come to: (N, C, L) views of tensors (N, L, C) and (L, N, C); gradients in another order than x."""
+"""Orders that networks come to: (N, C, L) views of (N, L, C) and of (L, N, C); gradients in another order than x."""
 
 
 @dataclass(frozen=True)

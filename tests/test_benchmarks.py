@@ -551,9 +551,9 @@ def test_orders_are_what_they_are_called_and_shown():
         case = Case((4, 8, 6) if "dy" not in order else (4, 8, 6, 6), "float32", order, "bn+relu")
         data = draw(case)
         if order == "sequences":
-            assert data.x.transpose(1, 2).is_contiguous() and data.dy.transpose(1, 2).is_contiguous()
+            assert all(t.transpose(1, 2).is_contiguous() for t in (data.x, data.dy))
         elif order == "time first":
-            assert data.x.permute(2, 0, 1).is_contiguous() and data.dy.permute(2, 0, 1).is_contiguous()
+            assert all(t.permute(2, 0, 1).is_contiguous() for t in (data.x, data.dy))
         else:
             lies = [t.is_contiguous(memory_format=torch.channels_last) for t in (data.x, data.dy)]
             assert lies == [order.startswith("channels_last"), order.endswith("channels_last")]

@@ -74,7 +74,9 @@ def test_every_order_gives_what_planes_give(order: str, shape: tuple[int, ...], 
 
 @pytest.mark.parametrize("order", ["sequences", "time first"])
 @pytest.mark.parametrize(
-    "options", [{}, {"ghost_size": 4}, {"channel_groups": 4}, {"renorm": bn.Renorm()}], ids=lambda o: next(iter(o), "plain")
+    "options",
+    [{}, {"ghost_size": 4}, {"channel_groups": 4}, {"renorm": bn.Renorm()}],
+    ids=lambda options: next(iter(options), "plain"),
 )
 def test_options_and_padding_read_every_order(order: str, options: dict[str, Any]):
     shape, lay, planes = (8, 64, 50), ORDERS[order], ORDERS["planes"]
@@ -85,9 +87,7 @@ def test_options_and_padding_read_every_order(order: str, options: dict[str, Any
         valid = torch.rand(8, 50, generator=torch.Generator().manual_seed(7)) < 0.6
         calls += [{"lengths": torch.tensor([50, 1, 3, 25, 50, 49, 2, 30])}, {"mask": valid}]
     for call in calls:
-        assert_same(
-            step(layer, lay, lay, x, None, **call), step(layer, planes, planes, x, None, **call), torch.float32
-        )
+        assert_same(step(layer, lay, lay, x, None, **call), step(layer, planes, planes, x, None, **call), torch.float32)
 
 
 @compiled_call
