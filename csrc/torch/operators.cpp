@@ -201,6 +201,10 @@ MemoryFormat suggested_format(const Tensor& t) {
   return t.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
+Lie order_of_results(const Tensor& x) {
+  return suggested_format(x) == MemoryFormat::Contiguous ? Lie::planes : Lie::rows;
+}
+
 // Sizes of a tensor, and the strides of a dense one of them.
 struct Dense {
   static constexpr int64_t most = 16;
@@ -281,7 +285,7 @@ class Call {
  public:
   Call(const Tensor& x, int64_t pool_size, const OptionalTensor& mask = std::nullopt,
        std::optional<Lie> along = std::nullopt)
-      : x_(x), result_(suggested_format(x) == MemoryFormat::Contiguous ? Lie::planes : Lie::rows), lie_(result_) {
+      : x_(x), result_(order_of_results(x)), lie_(result_) {
     const int64_t samples = x.size(0), inner = inner_of(x);
     const int64_t pool = pool_size <= 0 || pool_size >= samples ? samples : pool_size;
     const bool is_one_pool = pool == samples && !mask;
@@ -327,6 +331,7 @@ class Call {
   bool is_as_result(const Tensor& t) const { return lies(t, result_); }
   bool is_in_order(const Tensor& t) const { return lies(t, lie_); }
   batchnorm::Operand write_in_order(const Tensor& t) const { return operand(t, *walk_in(t, lie_)); }
+  // Across the order of the walk, where it is not that of results.
   batchnorm::Operand write(const Tensor& t) const {
     if (!is_across()) return write_in_order(t);
     batchnorm::Operand o = operand(t, *planar_walk(t));
@@ -756,10 +761,11 @@ void forward_parts(const batchnorm::ForwardParts& a) {
 }
 
 std::vector<OptionalTensor> backward_parts(const batchnorm::BackwardParts& a) {
-  PartCalls calls(a.parts);
+  // Gradients outlive the calls, whose scratch memory would leave gaps between them.
   std::vector<OptionalTensor> gradients(a.parts.size());
   for (size_t i = 0; i < a.parts.size(); ++i)
-    if (a.wanted[i]) gradients[i] = calls[i].empty();
+    if (a.wanted[i]) gradients[i] = empty_as(a.parts[i], order_of_results(a.parts[i]));
+  PartCalls calls(a.parts);
   const batchnorm::Operand dy = calls[0].write(a.dy);
   const batchnorm::Fusion fusion = activation_alone(a.activation, a.slope);
   calls.each([&](size_t i, int64_t channel, const Call& call, batchnorm::Parallel parallel) {
