@@ -291,7 +291,7 @@ class Call {
     const bool is_one_pool = pool == samples && !mask;
     if (result_ == Lie::planes && inner > 1 && along && (*along == Lie::rows || is_one_pool)) lie_ = *along;
     const bool rows = inner == 1 || (lie_ != Lie::planes && x.size(1) > 1);
-    if (inner == 1 && lie_ == Lie::planes) lie_ = Lie::rows;
+    if (rows != (lie_ != Lie::planes)) lie_ = rows ? Lie::rows : Lie::planes;  // which are one then
     shape.order = rows ? batchnorm::Order::interleaved : batchnorm::Order::planar;
     shape.dtype = dtype_of(x);
     shape.channels = x.size(1);
@@ -326,10 +326,10 @@ class Call {
   // A result: of the shape, dtype and memory format of x.
   Tensor empty() const { return empty_lying(result_); }
   // What lies in the order of the walk, as gradients may.
-  Tensor empty_in_order() const { return empty_lying(lie_); }
+  Tensor empty_in_order() const { return empty_lying(is_across() ? lie_ : result_); }
   // Whether a tensor lies in memory as one of these would.
   bool is_as_result(const Tensor& t) const { return lies(t, result_); }
-  bool is_in_order(const Tensor& t) const { return lies(t, lie_); }
+  bool is_in_order(const Tensor& t) const { return lies(t, is_across() ? lie_ : result_); }
   batchnorm::Operand write_in_order(const Tensor& t) const { return operand(t, *walk_in(t, lie_)); }
   // Across the order of the walk, where it is not that of results.
   batchnorm::Operand write(const Tensor& t) const {

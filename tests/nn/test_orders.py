@@ -90,6 +90,23 @@ def test_options_and_padding_read_every_order(order: str, options: dict[str, Any
         assert_same(step(layer, lay, lay, x, None, **call), step(layer, planes, planes, x, None, **call), torch.float32)
 
 
+@pytest.mark.parametrize("lies", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(6, 1, 5, 7), (6, 3, 1, 1), (1, 4, 5, 7), (6, 4, 5, 7)], ids=str)
+def test_images_of_one_channel_or_place_are_in_both_orders(shape: tuple[int, ...], lies: torch.memory_format):
+    x, residual = (normal(*shape, seed=k).to(memory_format=lies) for k in (5, 6))
+    layer = bn.BatchNorm2d(shape[1], activation="relu")
+    double = nn.BatchNorm2d(shape[1]).double()
+    for dy_lies in (torch.contiguous_format, torch.channels_last):
+        dy = normal(*shape, seed=9).to(memory_format=dy_lies)
+        inputs = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        y, true = layer(*inputs), torch.relu(double(wide[0]) + wide[1])
+        torch.testing.assert_close(y, true.float(), rtol=1e-6, atol=1e-6)
+        found, expected = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(true, wide, dy.double())
+        torch.testing.assert_close(found, tuple(t.float() for t in expected), rtol=1e-5, atol=1e-5)
+        assert min(shape[1:]) == 1 or y.stride() == nn.BatchNorm2d(shape[1])(x).stride()
+
+
 @compiled_call
 @pytest.mark.parametrize("order", ["sequences", "time first"])
 def test_gradients_lie_as_the_input_and_take_the_place_of_the_output_s(order: str):
