@@ -491,6 +491,30 @@ def test_by_torch_it_is_what_torch_computes(activation: str | None, training: bo
 
 
 @pytest.mark.usefixtures("_by_torch")
+@pytest.mark.parametrize("training", [True, False])
+def test_by_torch_no_gradient_is_left_where_it_errs(training: bool):
+    """Axes of one element, of whose free strides torch 2.13 infers another order than the tensor's."""
+    sequences = normal(8, 20, 3)
+    for see in (
+        lambda x: x.unsqueeze(-1).permute(0, 2, 3, 1),
+        lambda x: x.unsqueeze(-1).permute(0, 2, 1, 3),
+        lambda x: x[:1].unsqueeze(-1).permute(0, 2, 3, 1),
+    ):
+        found = []
+        for layer, x in (
+            (bn.BatchNorm2d(3), sequences.clone()),
+            (nn.BatchNorm2d(3).double(), sequences.double()),
+        ):
+            image = (
+                see(x.requires_grad_()) if layer.weight.dtype == torch.float32 else see(x.requires_grad_()).contiguous()
+            )
+            y = layer.train(training)(image).flatten(1)
+            (y * torch.arange(60.0, dtype=y.dtype).sin()).square().sum().backward()
+            found.append([x.grad, *(p.grad for p in layer.parameters())])
+        torch.testing.assert_close(found[0], [t.float() for t in found[1]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_by_torch")
 def test_by_torch_a_layer_may_train_between_forward_and_backward():
     layer, x = bn.BatchNorm1d(3), normal(6, 3).requires_grad_()
     layer.running_var.fill_(4.0)

@@ -46,6 +46,10 @@ def by_torch(
         return None
     if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
         return None
+    if x.ndim > 3 and torch.is_grad_enabled() and (x.shape[0] == 1 or 1 in x.shape[2:]):
+        # Strides of an axis of one element are free, and by them torch 2.13 takes x or dy for planes or for channels
+        # last: where it errs, all gradients of its operator are wrong.
+        return None
     if activation is not None and activation not in ACTIVATIONS:
         return None
     if not use_batch:
