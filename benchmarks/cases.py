@@ -19,7 +19,8 @@ FUSIONS = ("bn", "bn+relu", "bn+add+relu")
 EPS = 1e-5
 
 
-LYING = ("sequences", "time first", "channels_last, dy planar", "planar, dy channels_last")
+TURNED = ("sequences", "time first")
+LYING = (*TURNED, "channels_last, dy planar", "planar, dy channels_last")
 """Orders that networks come to: (N, C, L) views of (N, L, C) and of (L, N, C); gradients in another order than x."""
 
 
@@ -91,7 +92,7 @@ def draw(case: Case) -> Data:
         x, residual = (t.to(memory_format=last) for t in (x, residual))
     if case.order in ("channels_last", "planar, dy channels_last"):
         dy = dy.to(memory_format=last)
-    if case.order in ("sequences", "time first"):
+    if case.order in TURNED:
         x, residual, dy = (turned(turned(t, case.order).contiguous(), case.order, back=True) for t in (x, residual, dy))
     return Data(x, residual, dy, weight, bias)
 

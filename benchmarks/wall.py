@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import batchnorm
 
 from . import oracle
-from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, LYING, SMALL, Case, Data, draw, grid, turned
+from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, LYING, SMALL, TURNED, Case, Data, draw, grid, turned
 from .rows import Row, compare
 from .timing import PAUSE, Phases, alternate
 
@@ -153,7 +153,7 @@ def measure(
     inference = mode == "inference"
     if mode == "frozen":
         columns["mode"] = mode
-    step = Turned if case.order in ("sequences", "time first") else Step
+    step = Turned if case.order in TURNED else Step
     make = {"training": step, "inference": Inference, "frozen": Frozen}[mode]
     runs: dict[str, Callable[[], Phases]] = {}
     errors = {}
@@ -193,7 +193,7 @@ def order_cases(quick: bool) -> list[Case]:
     """BN + ReLU of inputs and gradients in orders that are not those of torch's results."""
     sequences, images = ((64, 256, 400), (8, 512, 128), (32, 64, 50)), ((16, 64, 56, 56), (8, 512, 7, 7))
     shapes = (sequences[1:2], images[1:]) if quick else (sequences, images)
-    pairs = [(order, shape) for order in LYING for shape in shapes[order not in LYING[:2]]]
+    pairs = [(order, shape) for order in LYING for shape in shapes[order not in TURNED]]
     return [Case(shape, dtype, order, "bn+relu") for order, shape in pairs for dtype in ("float32", "bfloat16")]
 
 

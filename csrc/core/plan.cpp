@@ -1,7 +1,5 @@
 #include "plan.h"
 
-#include <numeric>
-
 #include "ranges.h"
 
 namespace batchnorm {
@@ -56,8 +54,7 @@ void Plan::cut_planar(int64_t pool, bool signs) {
   const int64_t bytes = element_size(s.dtype), pools = s.pools();
   const int64_t budget = std::max(cache.l2 * 6 / 10, cache.l3 / 8);
   const int64_t plane = plane_bytes(s);
-  // Channels whose signs fill whole bytes.
-  const int64_t byte = signs ? 8 / std::gcd<int64_t>(signs_of_channel(), 8) : 1;
+  const int64_t byte = signs ? channels_of_bytes(s) : 1;
   const auto fill_bytes = [&] { group = std::min(ceil_div(group, byte) * byte, std::max<int64_t>(s.channels, 1)); };
   // In the caches planes of some vectors are better walked one by one: their coefficients stay in registers. If there
   // is one phase, rows are as good, unless planes are of whole vectors.

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "dtypes.h"
 #include "kernels.h"
@@ -39,6 +40,14 @@ inline int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 5 * kSer
 inline bool is_small(const Shape& s, int64_t times = 1) {
   return times * s.samples * s.channels * s.inner < serial_elements(s.dtype);
 }
+
+// Bits from one channel's signs to the next: of one element, or of a plane, which is filled up to bytes if it is long.
+inline int64_t signs_of_channel(const Shape& s) {
+  if (s.order == Order::interleaved) return 1;
+  return s.inner <= kTogether ? s.inner : ceil_div(s.inner, 8) * 8;
+}
+// Channels of planes whose signs fill whole bytes.
+inline int64_t channels_of_bytes(const Shape& s) { return 8 / std::gcd<int64_t>(signs_of_channel(s), 8); }
 
 // Channels whose short planes are walked as one row: of whole lines of the cache, where that can be.
 int64_t flat_channels(int64_t inner);
@@ -117,12 +126,6 @@ struct Plan {
     if (counts) return int64_t(counts[pool]);
     return std::min(shape.pool_size, shape.samples - pool * shape.pool_size) * shape.inner;
   }
-  // Bits from one channel's signs to the next: of one element, or of a plane, which is filled up to bytes if it is
-  // long.
-  int64_t signs_of_channel() const {
-    if (shape.order == Order::interleaved) return 1;
-    return shape.inner <= kTogether ? shape.inner : ceil_div(shape.inner, 8) * 8;
-  }
   // The first position of a pool.
   int64_t pool_begin(int64_t pool) const { return std::min(pool * shape.pool_size, shape.samples) * shape.inner; }
   // Whether a pool counts as one of few values; where the coefficients' type hangs on it, as the smallest of all pools.
@@ -147,15 +150,19 @@ struct Plan {
   void cut_interleaved(int64_t pool);
 };
 
-// f(begin, end) on a partition of [0, count), by all threads where the tensor is worth them.
+// f(begin, end) on a partition of [0, count).
+template <class F>
+void for_each(int64_t count, Parallel parallel, const F& f) {
+  auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
+  parallel.run(parallel.self, count, body, const_cast<void*>(static_cast<const void*>(&f)));
+}
+// The same, by all threads where the tensor is worth them.
 template <class F>
 void for_each(const Plan& plan, int64_t count, Parallel parallel, const F& f) {
-  auto body = [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); };
-  void* context = const_cast<void*>(static_cast<const void*>(&f));
   if (count <= 1 || plan.serial)
-    body(context, 0, count);
+    f(0, count);
   else
-    parallel.run(parallel.self, count, body, context);
+    for_each(count, parallel, f);
 }
 
 }  // namespace batchnorm

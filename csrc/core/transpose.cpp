@@ -1,10 +1,9 @@
 #include "transpose.h"
 
-#include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "batchnorm.h"
+#include "plan.h"
 
 namespace batchnorm {
 namespace {
@@ -68,22 +67,18 @@ void transpose_tile(int64_t size, int64_t rows, int64_t columns, const void* fro
 
 void transpose(int64_t size, int64_t samples, int64_t rows, int64_t columns, const Matrix& from, const Matrix& to,
                Parallel parallel) {
-  const int64_t height = tile_rows(size), tiles = (rows + height - 1) / height;
-  const auto body = [&](int64_t begin, int64_t end) {
+  const int64_t height = tile_rows(size), tiles = ceil_div(rows, height);
+  for_each(samples * tiles, parallel, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t n = k / tiles, row = k % tiles * height, count = std::min(height, rows - row);
+      const char* const source =
+          static_cast<const char*>(from.data) + (n * from.sample_stride + row * from.row_stride) * size;
+      char* const target = static_cast<char*>(to.data) + (n * to.sample_stride + row) * size;
       for (int64_t c = 0; c < columns; c += kTileColumns)
-        transpose_tile(
-            size, count, std::min(kTileColumns, columns - c),
-            static_cast<const char*>(from.data) + (n * from.sample_stride + row * from.row_stride + c) * size,
-            from.row_stride, static_cast<char*>(to.data) + (n * to.sample_stride + c * to.row_stride + row) * size,
-            to.row_stride);
+        transpose_tile(size, count, std::min(kTileColumns, columns - c), source + c * size, from.row_stride,
+                       target + c * to.row_stride * size, to.row_stride);
     }
-  };
-  parallel.run(
-      parallel.self, samples * tiles,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const decltype(body)*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  });
 }
 
 }  // namespace batchnorm

@@ -78,7 +78,7 @@ struct Steps {
   KernelFusion fused(const Piece& p) const {
     KernelFusion f{fusion.activation, fusion.slope, plan.operand(fusion.residual, p), nullptr, 0, 0, stream, plan.near};
     if (has_signs()) {
-      const int64_t channel = plan.signs_of_channel();
+      const int64_t channel = signs_of_channel(plan.shape);
       f.signs_sample = ceil_div(plan.shape.channels * channel, 8);
       f.signs_channel = channel;
       f.signs = fusion.signs + p.sample * f.signs_sample + (p.channel * channel + p.first) / 8;
@@ -513,10 +513,11 @@ void nothing(const Work&) {}
 
 // ---------------------------------------------------------------------------------------------- verbs
 size_t workspace_size(const Shape& shape) {
-  int64_t most = 0;
-  for (const bool one_phase : {false, true})
-    for (const bool signs : {false, true}) most = std::max(most, Scratch::size(Plan(shape, one_phase, false, signs)));
-  return size_t(most);
+  const auto size = [&](bool signs) {
+    return std::max(Scratch::size(Plan(shape, false, false, signs)), Scratch::size(Plan(shape, true, false, signs)));
+  };
+  const bool signs_cut_anew = shape.order == Order::planar && !shape.valid && channels_of_bytes(shape) > 1;
+  return size_t(signs_cut_anew ? std::max(size(false), size(true)) : size(false));
 }
 
 void moments(const Shape& shape, const Operand& x, double* mean, double* m2, double* workspace, Parallel parallel) {
