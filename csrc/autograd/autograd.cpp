@@ -5,7 +5,9 @@
 #include "python.h"  // first, as Python asks
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <c10/core/Allocator.h>
@@ -1396,11 +1398,16 @@ bool fit_together(const std::vector<at::Tensor>& parts) {
   return true;
 }
 
-// Of the shape and dtype that the parts have together, without memory: for checks alone.
+// Like x but for its sizes, without memory: for checks alone.
+at::Tensor without_memory(const at::Tensor& x, at::IntArrayRef sizes) {
+  return at::empty({1}, x.options().requires_grad(false)).expand(sizes);
+}
+
+// The same of the parts together.
 at::Tensor as_together(const std::vector<at::Tensor>& parts) {
   int64_t channels = 0;
   for (const at::Tensor& each : parts) channels += each.size(1);
-  return at::empty({1}, parts[0].options().requires_grad(false)).expand(sizes_together(parts, channels));
+  return without_memory(parts[0], sizes_together(parts, channels));
 }
 
 at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& parts) {
@@ -1445,6 +1452,8 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
   if (a.update) update(a, mean, var, a.values());
   return y;
 }
+
+#include "depthwise.h"  // of this namespace
 
 // ---------------------------------------------------------------------------------------------- Python
 // Reads a plain tensor, or None; false for anything else.
@@ -1515,13 +1524,37 @@ bool read_beside(PyObject* given, Arguments& a) {
   return !a.renorm.has_limits || (read(each(kLargestR), a.renorm.r_max) && read(each(kLargestD), a.renorm.d_max));
 }
 
+// A tuple of as many numbers as there are axes of space.
+bool read(PyObject* given, std::vector<int64_t>& numbers) {
+  if (!PyTuple_Check(given)) return false;
+  numbers.resize(size_t(PyTuple_Size(given)));
+  for (size_t i = 0; i < numbers.size(); ++i)
+    if (!read(PyTuple_GetItem(given, Py_ssize_t(i)), numbers[i])) return false;
+  return true;
+}
+
+// What goes through a depthwise convolution first: x, kernels, bias, stride, padding, dilation.
+bool read_convolution(PyObject* given, Convolution& c) {
+  enum { kInput, kKernels, kKernelBias, kStride, kPadding, kDilation, kConvolutionCount };
+  if (PyTuple_Size(given) != kConvolutionCount) return false;
+  const auto each = [&](Py_ssize_t i) { return PyTuple_GetItem(given, i); };
+  return read(each(kInput), c.x) && read(each(kKernels), c.kernels) && read(each(kKernelBias), c.bias) &&
+         read(each(kStride), c.stride) && read(each(kPadding), c.padding) && read(each(kDilation), c.dilation) &&
+         c.fit();
+}
+
 PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   Arguments a;
   double momentum = 0;
   TORCH_CHECK(count == kCount, "batchnorm: expected ", int(kCount), " arguments, got ", count);
   if (is_watched()) Py_RETURN_NONE;
   std::vector<at::Tensor> parts;
-  if (PyList_Check(given[kX]) ? !read_parts(given[kX], parts) : !read(given[kX], a.x)) Py_RETURN_NONE;
+  std::optional<Convolution> convolution;
+  if (PyTuple_Check(given[kX])) convolution.emplace();
+  if (convolution                ? !read_convolution(given[kX], *convolution)
+      : PyList_Check(given[kX]) ? !read_parts(given[kX], parts)
+                                 : !read(given[kX], a.x))
+    Py_RETURN_NONE;
   if (!read(given[kResidual], a.residual) || !read(given[kWeight], a.weight) || !read(given[kBias], a.bias) ||
       !read(given[kRunningMean], a.running_mean) || !read(given[kRunningVar], a.running_var) ||
       !read(given[kNumBatchesTracked], a.batches) || !read(given[kCarry], a.carry))
@@ -1541,16 +1574,20 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   a.settings.population = !a.use_batch;
   if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
   if (!parts.empty()) a.x = as_together(parts);
-  if (!a.fit() || (!parts.empty() && !a.is_alone()) || !a.make_mask()) Py_RETURN_NONE;
+  if (convolution) a.x = without_memory(convolution->x, convolution->sizes());
+  if (!a.fit() || ((convolution || !parts.empty()) && !a.is_alone()) || !a.make_mask()) Py_RETURN_NONE;
   at::Tensor y;
   {
     python::OthersMayRun released;
     if (remakes && at::GradMode::is_enabled()) {
       for (const at::Tensor& each : parts) forget_outputs(each);
-      if (parts.empty()) forget_outputs(a.x);
+      if (convolution)
+        forget_outputs(convolution->x);
+      else if (parts.empty())
+        forget_outputs(a.x);
       forget_outputs(a.residual);
     }
-    y = parts.empty() ? forward(a) : forward_parts(a, parts);
+    y = convolution ? forward_convolved(a, *convolution) : parts.empty() ? forward(a) : forward_parts(a, parts);
   }
   return THPVariable_Wrap(std::move(y));
 }

@@ -61,62 +61,6 @@ INLINE void prefetch(const Slab& slab, const Operand& o, i64 k, i64 c) {
   for (i64 i = 0; i < bytes && i < most; i += line) __builtin_prefetch(p + i);
 }
 
-#if VB == 32
-// The mask of the first `count` of eight 32-bit lanes.
-INLINE __m256i first_lanes(i64 count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-#endif
-
-// The first `count` elements at p; the other lanes are zeros.
-template <class T>
-INLINE typename Lane<T>::V load_some(const T* p, i64 count) {
-#if VB == 64
-  if constexpr (sizeof(T) == 2) return Lane<T>::widened(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
-  if constexpr (sizeof(T) == 4) return (f32)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
-  if constexpr (sizeof(T) == 8) return (f64)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
-#elif VB == 32
-  if constexpr (sizeof(T) == 4) return (f32)_mm256_maskload_ps(reinterpret_cast<const float*>(p), first_lanes(count));
-  if constexpr (sizeof(T) == 8)
-    return (f64)_mm256_maskload_pd(reinterpret_cast<const double*>(p), first_lanes(2 * count));
-  if constexpr (sizeof(T) == 2) {
-    // Out of words, because a vector that is read behind single elements waits until all are in memory.
-    const T* const q = p + (count & 4);
-    uint64_t rest = count & 2 ? load_bytes<uint32_t>(q) : 0;
-    if (count & 1) rest |= uint64_t(load_bytes<uint16_t>(q + (count & 2))) << (count & 2) * 16;
-    const uint64_t four = count & 4 ? load_bytes<uint64_t>(p) : rest;
-    const __m128i all = _mm_set_epi64x(int64_t(count & 4 ? rest : 0), int64_t(four));
-    T values[Lane<T>::width];
-    store_bytes(values, all);
-    return Lane<T>::load(values);
-  }
-#else
-  T values[Lane<T>::width] = {};
-  for (i64 i = 0; i < count; ++i) values[i] = p[i];
-  return Lane<T>::load(values);
-#endif
-}
-template <class T>
-INLINE void store_some(T* p, typename Lane<T>::V v, i64 count) {
-#if VB == 64
-  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), Lane<T>::narrowed(v));
-  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
-  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
-#else
-  T values[Lane<T>::width];
-  Lane<T>::store(values, v);
-  const T* from = values;
-  const auto copy = [&](auto bytes) {
-    std::memcpy(p, from, bytes);
-    p += i64(bytes / sizeof(T));
-    from += i64(bytes / sizeof(T));
-  };
-  if (count & 4) copy(std::integral_constant<size_t, 4 * sizeof(T)>{});
-  if (count & 2) copy(std::integral_constant<size_t, 2 * sizeof(T)>{});
-  if (count & 1) copy(std::integral_constant<size_t, sizeof(T)>{});
-#endif
-}
-
 // All but the first `skip` lanes.
 template <class T>
 INLINE void store_from(T* p, typename Lane<T>::V v, int skip) {

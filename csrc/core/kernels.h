@@ -99,12 +99,17 @@ struct CoefficientKernels {
   void (*fold)(int64_t channels, int64_t each, int64_t times, const double* from, double* to);
 };
 
+struct DepthwiseKernels;  // lattice.h
+
 // [order][dtype]
 struct KernelTable {
   const Kernels* of[2];
   const CoefficientKernels* coefficients;  // in float32, in float64
+  const DepthwiseKernels* depthwise;       // [dtype]
   int64_t lanes;                           // float32 values in a vector
 };
+
+const KernelTable& kernel_table();  // dispatch.cpp: that of the instruction set in use
 
 const KernelTable* kernels_baseline();
 const KernelTable* kernels_avx2();

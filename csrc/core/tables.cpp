@@ -1,15 +1,17 @@
 // The table of one instruction set: its kernels by memory order and dtype. Like kernels.cpp, compiled once for each
 // set.
 #include "kernels.h"
+#include "lattice.h"
 
 namespace batchnorm::BATCHNORM_ISA {
 
 extern const Kernels planar_kernels[4], interleaved_kernels[4];
 extern const CoefficientKernels coefficients[2];
+extern const DepthwiseKernels depthwise[4];
 
 namespace {
 
-const KernelTable table = {{planar_kernels, interleaved_kernels}, coefficients, BATCHNORM_VECTOR_BYTES / 4};
+const KernelTable table = {{planar_kernels, interleaved_kernels}, coefficients, depthwise, BATCHNORM_VECTOR_BYTES / 4};
 
 }  // namespace
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/depthwise.h"
+
 namespace batchnorm {
 
 using Tensor = torch::stable::Tensor;
@@ -192,6 +194,9 @@ struct Operators {
   void (*forward_parts)(const ForwardParts&);
   std::vector<OptionalTensor> (*backward_parts)(const BackwardParts&);  // the parts' gradients, where wanted
   void (*advise)(const Tensor&);                                        // asks for huge pages where a result is large
+  decltype(&batchnorm::depthwise_workspace_size) depthwise_workspace_size;
+  decltype(&batchnorm::depthwise_forward) depthwise_forward;
+  decltype(&batchnorm::depthwise_backward) depthwise_backward;
 };
 
 }  // namespace batchnorm

@@ -67,9 +67,18 @@ class BatchNorm(ConfiguredLayer):
 
     def forward_parts(self, parts: list[Tensor]) -> Tensor | None:
         """`forward` of `torch.cat(parts, 1)`, which is not made; None, with nothing done, if it cannot do without."""
-        if self._call_size != 0 or self._varies or type(self).forward is not BatchNorm.forward:
+        return in_one_call(self, parts, None, 0) if self._is_simple() else None
+
+    def forward_depthwise(self, conv: nn.Module, padding: tuple[int, ...] | None, x: Tensor) -> Tensor | None:
+        """`forward` of a depthwise convolution of x, which lies in no memory; None, with nothing done, if it must."""
+        weight = conv._parameters.get("weight")  # a parametrized one is not there
+        if weight is None or not self._is_simple():
             return None
-        return in_one_call(self, parts, None, 0)
+        convolution = (x, weight, conv._parameters.get("bias"), conv.stride, padding, conv.dilation)
+        return in_one_call(self, convolution, None, 0)
+
+    def _is_simple(self) -> bool:
+        return self._call_size == 0 and not self._varies and type(self).forward is BatchNorm.forward
 
     def _normalize(self, batch: Batch) -> Any:
         """The output that belongs to the input: the pool, the source and the population, one after the other."""

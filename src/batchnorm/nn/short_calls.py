@@ -52,7 +52,7 @@ def batch_at_once(layer: BatchNorm, batch: Batch) -> Tensor | None:
 
 def in_one_call(
     layer: BatchNorm,
-    x: Tensor | list[Tensor],
+    x: ops.Input,
     residual: Tensor | None,
     pool_size: int,
     valid: Valid | None = None,

@@ -35,6 +35,13 @@ class Normalized(NamedTuple):
     counts: Tensor | None = None
 
 
+Convolution = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any]
+"""x, kernels, bias, stride, padding and dilation of a depthwise convolution."""
+
+Input = Tensor | list[Tensor] | Convolution
+"""The input of a call: as it is; parts of it along the channels; or what a depthwise convolution makes it of."""
+
+
 class Beside(NamedTuple):
     """What few calls in C++ have: which positions are valid, channels that share statistics, or renormalization.
 
@@ -58,7 +65,7 @@ class Beside(NamedTuple):
 
 
 def in_one_call(
-    x: Tensor | list[Tensor],
+    x: Input,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -80,7 +87,7 @@ def in_one_call(
 ) -> Tensor | None:
     """A plain eager call on the CPU as one call of C++: y, or None, with nothing done, where this is no such call.
 
-    x may be parts along the channels. ``keep`` says whether the output is kept for the backward (None: except in
+    ``keep`` says whether the output is kept for the backward (None: except in
     `recompute_outputs`); ``unbiased``, which variance the running one takes in; ``skipped`` counts the batches that are
     refused because they are not finite (None: none are); ``beside`` holds what few calls have.
 
@@ -90,7 +97,7 @@ def in_one_call(
     if is_compiled():
         return None
     if cpu.call is None:
-        if pool_size or isinstance(x, list) or skipped is not None or beside is not None:
+        if pool_size or not isinstance(x, Tensor) or skipped is not None or beside is not None:
             return None
         if not (unbiased and x.numel() < cpu.torch_below):
             return None

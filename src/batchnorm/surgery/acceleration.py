@@ -20,7 +20,7 @@ from batchnorm.errors import InputError, SurgeryError
 from batchnorm.kernels import aten
 from batchnorm.nn import foreign
 from batchnorm.nn.outside import GUARDED, has_hooks
-from batchnorm.surgery import activations, concatenations
+from batchnorm.surgery import activations, concatenations, depthwise
 from batchnorm.surgery.activations import Activation
 from batchnorm.surgery.capture import Follower, capture, traced_without_draws
 from batchnorm.surgery.comparison import (
@@ -219,9 +219,13 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
         steps.append(Step(f"{name}: computed by the layer before", replacing(net, module, stand_in)))
     for name, forward in fusions.forwards.items():
         steps.append(Step(f"{name or 'the network'}: calls fused layers", _generated(net.get_submodule(name), forward)))
+    for name in sorted(fusions.paired):
+        module = net.get_submodule(name)
+        steps.append(Step(f"{name or 'the network'}: calls convolutions with their layers", _paired(module)))
     original = copy_of(net)
     plan = Plan(net, steps, lambda: _verify(original, net, given, seeds), skipped=skipped | fusions.refused)
-    told = {name: fusions.told(name) for name in layers if name in fusions.fused.keys() | fusions.sums | fusions.joined}
+    taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved
+    told = {name: fusions.told(name) for name in layers if name in taking}
     swapped = [name for name in swapped if name not in told]
     return plan, Acceleration(told, tuple(swapped), skipped, fusions.refused)
 
@@ -282,6 +286,8 @@ class Fusions:
         fused: the activation that each layer takes in.
         sums: the layers that take an addition in.
         joined: the layers that read the parts of a concatenation.
+        convolved: the layers that take in the depthwise convolution before them.
+        paired: containers that call such a convolution and the layer behind it at once.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
         refused: modules whose forward could not be generated anew although there is something to fuse, and why.
@@ -294,8 +300,10 @@ class Fusions:
     fused: dict[str, Activation] = field(default_factory=dict)
     sums: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=set)
+    convolved: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    paired: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     draws: bool = False
@@ -321,6 +329,16 @@ class Fusions:
                 self.refused[name] = _CHANGES
             elif name in inputs and name not in runs.changing:
                 self.rewrite(name, module, inputs[name], {layer for layer in free if runs.as_often(layer, name)}, names)
+        self.pair(names)
+
+    def pair(self, names: dict[int, str]) -> None:
+        """Depthwise convolutions and the layers behind them, in containers that call one module after the other."""
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+                found = depthwise.pairs_in(module, self.is_candidate(names))
+                if found and not has_hooks(module):
+                    self.paired.add(name)
+                    self.convolved |= {names[id(layer)] for layer in found}
 
     def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
         """The network's data flow in evaluation and in training mode, as far as it can be captured."""
@@ -393,6 +411,7 @@ class Fusions:
         activation = self.fused.get(name)
         parts = (
             ["a concatenation"] * (name in self.joined)
+            + ["a depthwise convolution"] * (name in self.convolved)
             + ["an addition"] * (name in self.sums)
             + ([] if activation is None else [activation.name])
         )
@@ -417,8 +436,10 @@ class Fusions:
             layer = names.get(id(module.get_submodule(str(node.target)))) if node.op == "call_module" else None
             if layer in free - self.taken and _pattern(module, node) is not None:
                 found[layer] = node
-        joined = concatenations.readers(module, graph, lambda each: names.get(id(each)) in self.candidates)
-        if not found and not joined:
+        is_ours = self.is_candidate(names)
+        joined = concatenations.readers(module, graph, is_ours)
+        convolved = [n for n in depthwise.readers(module, graph, is_ours) if not _lie_in_one(module, n, n.args[0])]
+        if not found and not joined and not convolved:
             return
         if str(graphs[0]) != str(graphs[1]):
             self.refused[name] = "its forward is another one in training mode"
@@ -434,9 +455,33 @@ class Fusions:
         for node in set(joined) - set(found.values()):
             self.joined.add(names[id(module.get_submodule(str(node.target)))])
             concatenations.hand_in_parts(graph, node)
+        self.take_in_convolutions(module, graph, names)
         graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
         graph.lint()
         self.forwards[name] = type(fx.GraphModule(module, graph)).forward
+
+
+    def is_candidate(self, names: dict[int, str]) -> Callable[[Any], bool]:
+        return lambda module: names.get(id(module)) in self.candidates
+
+    def take_in_convolutions(self, module: nn.Module, graph: fx.Graph, names: dict[int, str]) -> None:
+        """The depthwise convolutions before layers, also where an activation behind the layer is a call."""
+        for node in depthwise.readers(module, graph, self.is_candidate(names)):
+            self.convolved.add(names[id(module.get_submodule(str(node.target)))])
+            depthwise.fuse(graph, node, node.args[0], str(node.target))
+        for node in list(graph.nodes):
+            if node.op != "call_function" or node.target is not normalized:
+                continue
+            layer, before, residual, *activation = node.args
+            if residual is None and depthwise.reads_depthwise(module, before):
+                self.convolved.add(names[id(module.get_submodule(str(layer.target)))])
+                depthwise.fuse(graph, node, before, str(layer.target), *activation)
+
+
+def _lie_in_one(module: nn.Module, *nodes: Any) -> bool:
+    """Whether the modules that two nodes call lie in one container, which can call them at once itself."""
+    above = {str(node.target).rpartition(".")[0] for node in nodes}
+    return len(above) == 1 and isinstance(module.get_submodule(above.pop()), nn.Sequential)
 
 
 def _above(name: str) -> Iterator[str]:
@@ -629,6 +674,15 @@ def _generated(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], N
             "__reduce_ex__": _no_pickle,
         }
         module.__class__ = type(f"Accelerated{kind.__name__}", (kind,), members)
+
+    return do
+
+
+def _paired(module: nn.Module) -> Callable[[], None]:
+    """Let a container call each depthwise convolution and the layer behind it at once."""
+
+    def do() -> None:
+        module.__class__ = depthwise.in_pairs(type(module))
 
     return do
 

@@ -1,0 +1,347 @@
+// Depthwise convolutions with their normalization: chunks of channels, each convolved into the cache and walked there
+// by the verbs. Short planes, and those whose channels lie side by side, are turned into rows of channels; long ones are
+// walked one by one.
+#include "depthwise.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "dtypes.h"
+#include "kernels.h"
+#include "lattice.h"
+#include "plan.h"
+
+namespace batchnorm {
+
+Lattice::Lattice(const Depthwise& d, int64_t samples) : d(d), taps(d.taps()) {
+  const auto values = [&](int axis) {  // of a phase, so that all phases together cover the plane
+    const int64_t stride = d.stride[axis];
+    return std::max(d.out[axis] + (d.kernel[axis] - 1) * d.dilation[axis] / stride,
+                    ceil_div(d.size[axis] + d.padding[axis], stride));
+  };
+  rows = values(0);
+  pitch = values(1);
+  plane = rows * pitch;
+  phases = d.stride[0] * d.stride[1];
+  group = std::clamp<int64_t>(kRun / plane, 1, samples);
+  reach = 0;
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t row = t / d.kernel[1] * d.dilation[0], column = t % d.kernel[1] * d.dilation[1];
+    phase_of[t] = row % d.stride[0] * d.stride[1] + column % d.stride[1];
+    shift[t] = row / d.stride[0] * pitch + column / d.stride[1];
+    reach = std::max(reach, shift[t]);
+  }
+  phase = ceil_div(group * plane + reach + kSlack, 16) * 16 + 16;
+  for (int64_t t = 0; t < taps; ++t) at[t] = phase_of[t] * phase + shift[t];
+}
+
+namespace {
+
+int64_t lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+Parallel alone() {
+  return {[](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, count); },
+          nullptr};
+}
+
+// A call: how its channels are cut into chunks, which hang on the shape alone, and the memory of a thread.
+class Call {
+ public:
+  Call(const Shape& s, const Depthwise& d)
+      : shape_(s),
+        d_(d),
+        kernels_(kernel_table().depthwise[int(s.dtype)]),
+        lattice_(d, s.samples),
+        size_(element_size(s.dtype)),
+        wide_(size_ == 8 ? 8 : 4) {
+    const int64_t lanes = kernels_.lanes, outputs = 2 * s.samples * s.inner * size_;
+    const bool strides = d.stride[0] > 1 || d.stride[1] > 1;  // which rows of channels take more easily
+    in_rows_ = s.channels >= 2 * lanes && lanes * outputs <= (strides ? 4 : 2) * caches().l2;
+    const int64_t each = outputs + s.samples * input_places() * size_;
+    const int64_t fit = caches().l2 / 2 / std::max<int64_t>(each, 1), share = s.channels / 32;
+    if (in_rows_) {
+      chunk_ = std::max(std::min(fit, share) / lanes, int64_t(1)) * lanes;
+      chunk_ = std::min(chunk_, ceil_div(s.channels, lanes) * lanes);
+      group_ = std::clamp<int64_t>(caches().l2 / 4 / (input_places() * chunk_ * size_), 1, s.samples);
+    } else {
+      chunk_ = std::clamp<int64_t>(std::min(fit, share), 1, s.channels);
+      group_ = lattice_.group;
+    }
+    const int64_t last = s.channels % chunk_, kernels = in_rows_ ? chunk_ : 1;
+    verbs_ = lines(8 * int64_t(std::max(workspace_size(walked(std::min(chunk_, s.channels))),
+                                        last ? workspace_size(walked(last)) : 0)));
+    values_ = lines(s.samples * chunk_ * s.inner * size_);
+    inputs_ = in_rows_ ? lines(group_ * chunk_ * input_places() * size_) : 0;
+    weights_ = lines((lattice_.taps + 1) * kernels * wide_);
+    sums_ = in_rows_ ? lines((lattice_.taps + 1) * chunk_ * 8) : 0;
+    planes_ = in_rows_ ? 0 : lines(lattice_.scratch_size() * wide_);
+  }
+
+  int64_t chunks() const { return ceil_div(shape_.channels, chunk_); }
+  int64_t bytes() const { return verbs_ + 2 * values_ + inputs_ + weights_ + sums_ + planes_; }
+
+  // The memory of one thread.
+  struct Memory {
+    double* verbs;
+    char *z, *dz;  // of the chunk's outputs
+    char* x;        // in rows: of its inputs, those of a group of samples
+    char* weights;  // taps and bias, of as many channels as are walked at once
+    double* sums;   // their gradients, in rows
+    char* planes;   // else: of the kernels
+  };
+
+  // f(first channel, channels, memory) for each chunk, on so many threads.
+  template <class F>
+  void each(void* workspace, int64_t threads, Parallel parallel, const F& f) const {
+    const int64_t all = chunks(), workers = std::min(threads, all);
+    const auto work = [&](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) {
+        char* next = static_cast<char*>(workspace) + w * bytes();
+        const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes); };
+        Memory m;
+        m.verbs = reinterpret_cast<double*>(take(verbs_));
+        m.z = take(values_);
+        m.dz = take(values_);
+        m.x = take(inputs_);
+        m.weights = take(weights_);
+        m.sums = reinterpret_cast<double*>(take(sums_));
+        m.planes = take(planes_);
+        std::memset(m.z, 0, size_t(2 * values_ + inputs_ + weights_));
+        std::memset(m.planes, 0, size_t(planes_));
+        for (int64_t k = w * all / workers; k < (w + 1) * all / workers; ++k)
+          f(k * chunk_, std::min(chunk_, shape_.channels - k * chunk_), m);
+      }
+    };
+    workers <= 1 ? work(0, workers) : for_each(workers, parallel, work);
+  }
+
+  // What the verbs walk: so many channels of the output.
+  Shape walked(int64_t channels) const {
+    Shape s = shape_;
+    s.channels = channels;
+    if (!in_rows_) return s;
+    s.order = Order::interleaved;
+    s.samples *= s.inner;
+    s.pool_size = s.samples;
+    s.inner = 1;
+    return s;
+  }
+
+  // A chunk's values in its memory.
+  Operand chunk(char* values, int64_t channels) const {
+    if (in_rows_) return {values, chunk_, 1};
+    return {values, channels * shape_.inner, shape_.inner};
+  }
+  Operand result(const Operand& y, int64_t channel) const {
+    Operand to = from(y, channel);
+    if (in_rows_) to.places = shape_.inner;
+    return to;
+  }
+  Operand from(const Operand& o, int64_t channel) const {
+    Operand part = o;
+    if (o) part.data = static_cast<char*>(o.data) + channel * o.channel_stride * size_;
+    return part;
+  }
+  static Vector from(const Vector& v, int64_t channel) {
+    return v.data ? Vector{static_cast<const char*>(v.data) + channel * element_size(v.dtype), v.dtype} : v;
+  }
+
+  // Planes of so many places as rows of a chunk, and back; those of some samples.
+  void turn(const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples, int64_t places,
+            char* rows) const {
+    transpose(size_, samples, channels, places, matrices(planes, channel, sample), {rows, places * chunk_, chunk_},
+              alone());
+  }
+  void turn_back(char* rows, const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples,
+                 int64_t places) const {
+    transpose(size_, samples, places, channels, {rows, places * chunk_, chunk_}, matrices(planes, channel, sample),
+              alone());
+  }
+  void turn_gradient(const Operand& dy, int64_t channel, int64_t channels, char* rows) const {
+    turn(dy, channel, channels, 0, shape_.samples, shape_.inner, rows);
+  }
+
+  // z of a chunk.
+  void convolve(const DepthwiseInput& in, int64_t channel, int64_t channels, const Memory& m) const {
+    if (in_rows_) {
+      read_weights(in, channel, channels, m);
+      for_groups([&](int64_t n, int64_t samples) {
+        turn(in.x, channel, channels, n, samples, input_places(), m.x);
+        for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
+          kernels_.convolve_rows(d_, samples, rows(m.x, 0, c, input_places()), k.weights, in.bias ? k.bias : nullptr,
+                                 rows(m.z, n, c, shape_.inner));
+        });
+      });
+      return;
+    }
+    const Operand z = chunk(m.z, channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      read_weights(in, channel + c, 1, m);
+      for_groups([&](int64_t n, int64_t samples) {
+        kernels_.convolve(lattice_, samples, planes(in.x, n, channel + c), m.weights, in.bias ? bias(m, 0) : nullptr,
+                          planes(z, n, c), m.planes);
+      });
+    }
+  }
+
+  // The gradients of a chunk's inputs and kernels, from that of z; in rows behind `convolve`.
+  void gradients(const DepthwiseInput& in, int64_t channel, int64_t channels, const DepthwiseGradients& to,
+                 const Memory& m) const {
+    const int64_t taps = lattice_.taps;
+    if (in_rows_) {
+      std::fill_n(m.sums, (taps + 1) * chunk_, 0.0);
+      for_groups([&](int64_t n, int64_t samples) {
+        if (group_ < shape_.samples && to.kernels) turn(in.x, channel, channels, n, samples, input_places(), m.x);
+        for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
+          const ChannelRows x = rows(m.x, 0, c, input_places());
+          kernels_.gradients_of_rows(d_, samples, x, k.weights, rows(m.dz, n, c, shape_.inner),
+                                     to.x ? x : ChannelRows{}, to.kernels ? k.sums : nullptr,
+                                     to.bias ? k.sums + taps * kernels_.lanes : nullptr);
+        });
+        if (to.x) turn_back(m.x, to.x, channel, channels, n, samples, input_places());
+      });
+      for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
+        const int64_t lanes = kernels_.lanes;
+        for (int64_t i = 0, at = channel + c; i < std::min(lanes, channels - c); ++i, ++at) {
+          for (int64_t t = 0; to.kernels && t < taps; ++t) to.kernels[at * taps + t] = k.sums[t * lanes + i];
+          if (to.bias) to.bias[at] = k.sums[taps * lanes + i];
+        }
+      });
+      return;
+    }
+    const Operand dz = chunk(m.dz, channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t k = channel + c;
+      read_weights(in, k, 1, m);
+      double* const d_kernel = to.kernels ? to.kernels + k * taps : nullptr;
+      double* const d_bias = to.bias ? to.bias + k : nullptr;
+      if (d_kernel) std::fill_n(d_kernel, taps, 0.0);
+      if (d_bias) *d_bias = 0;
+      for_groups([&](int64_t n, int64_t samples) {
+        kernels_.gradients(lattice_, samples, planes(in.x, n, k), m.weights, planes(dz, n, c), planes(to.x, n, k),
+                           d_kernel, d_bias, m.planes);
+      });
+    }
+  }
+
+  bool in_rows() const { return in_rows_; }
+
+ private:
+  int64_t input_places() const { return d_.size[0] * d_.size[1]; }
+
+  ChannelRows rows(char* values, int64_t sample, int64_t channel, int64_t places) const {
+    return {values + (sample * places * chunk_ + channel) * size_, places * chunk_, chunk_};
+  }
+  Matrix matrices(const Operand& planes, int64_t channel, int64_t sample) const {
+    return {static_cast<char*>(planes.data) + (sample * planes.sample_stride + channel * planes.channel_stride) * size_,
+            planes.sample_stride, planes.channel_stride};
+  }
+  Planes planes(const Operand& o, int64_t sample, int64_t channel) const {
+    if (!o) return {nullptr, 0};
+    return {static_cast<char*>(o.data) + (sample * o.sample_stride + channel * o.channel_stride) * size_,
+            o.sample_stride};
+  }
+
+  // Weights, bias and sums of the channels of one vector, or of one channel.
+  struct Kernel {
+    char *weights, *bias;
+    double* sums;
+  };
+  int64_t lanes() const { return in_rows_ ? kernels_.lanes : 1; }
+  char* bias(const Memory& m, int64_t channel) const {
+    return m.weights + ((lattice_.taps + 1) * channel + lattice_.taps * lanes()) * wide_;
+  }
+
+  // f(first channel, kernel) for each vector of a chunk's channels.
+  template <class F>
+  void for_vectors(int64_t channels, const Memory& m, const F& f) const {
+    const int64_t each = lattice_.taps + 1;
+    for (int64_t c = 0; c < channels; c += kernels_.lanes)
+      f(c, Kernel{m.weights + each * c * wide_, bias(m, c), m.sums + each * c});
+  }
+
+  // Kernels and biases of some channels in the type that is computed in, tap by tap.
+  void read_weights(const DepthwiseInput& in, int64_t channel, int64_t channels, const Memory& m) const {
+    const int64_t taps = lattice_.taps;
+    double values[kMostTaps];
+    const auto write = [&](char* to, int64_t i, double value) {
+      wide_ == 8 ? void(reinterpret_cast<double*>(to)[i] = value) : void(reinterpret_cast<float*>(to)[i] = float(value));
+    };
+    for (int64_t c = 0; c < ceil_div(channels, lanes()) * lanes(); ++c) {
+      const int64_t lane = c % lanes(), first = c - lane;
+      const auto read = [&](const void* from, int64_t count) {
+        if (c < channels)
+          convert(shape_.dtype, static_cast<const char*>(from) + (channel + c) * count * size_, count, values);
+        else
+          std::fill_n(values, count, 0.0);
+      };
+      read(in.kernels, taps);
+      for (int64_t t = 0; t < taps; ++t)
+        write(m.weights + (taps + 1) * first * wide_, t * lanes() + lane, values[t]);
+      if (!in.bias) continue;
+      read(in.bias, 1);
+      write(bias(m, first), lane, values[0]);
+    }
+  }
+
+  // f(first sample, samples) for each group of them.
+  template <class F>
+  void for_groups(const F& f) const {
+    for (int64_t n = 0; n < shape_.samples; n += group_) f(n, std::min(group_, shape_.samples - n));
+  }
+
+  Shape shape_;
+  Depthwise d_;
+  const DepthwiseKernels& kernels_;
+  Lattice lattice_;
+  int64_t size_, wide_;  // bytes of an element, and of a value that is computed with
+  bool in_rows_;
+  int64_t chunk_, group_;  // channels; samples
+  int64_t verbs_, values_, inputs_, weights_, sums_, planes_;  // bytes
+};
+
+}  // namespace
+
+size_t depthwise_workspace_size(const Shape& shape, const Depthwise& d, int64_t threads) {
+  const Call call(shape, d);
+  return size_t(std::min(threads, call.chunks()) * call.bytes());
+}
+
+void depthwise_forward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const Operand& y, double* mean,
+                       double* var, Vector gamma, Vector beta, double eps, const Fusion& fusion, bool population,
+                       void* workspace, int64_t threads, Parallel parallel) {
+  const Call call(shape, d);
+  call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
+    const Shape s = call.walked(channels);
+    const Operand z = call.chunk(m.z, channels), to = call.result(y, channel);
+    const Vector scale = call.from(gamma, channel), shift = call.from(beta, channel);
+    call.convolve(in, channel, channels, m);
+    if (population)
+      normalize(s, z, to, mean + channel, var + channel, scale, shift, eps, fusion, m.verbs, alone());
+    else
+      forward(s, z, to, mean + channel, var + channel, scale, shift, eps, fusion, m.verbs, alone());
+  });
+}
+
+void depthwise_backward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const Operand& dy,
+                        const double* mean, const double* var, Vector gamma, Vector beta, double eps,
+                        const Fusion& fusion, bool population, const DepthwiseGradients& to, void* workspace,
+                        int64_t threads, Parallel parallel) {
+  const Call call(shape, d);
+  call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
+    const Operand z = call.chunk(m.z, channels), dz = call.chunk(m.dz, channels);
+    Operand from = call.from(dy, channel);
+    call.convolve(in, channel, channels, m);
+    if (call.in_rows()) {
+      call.turn_gradient(dy, channel, channels, m.dz);
+      from = dz;
+    }
+    backward(call.walked(channels), from, z, dz, {}, mean + channel, var + channel, call.from(gamma, channel),
+             call.from(beta, channel), eps, fusion, population, nullptr, nullptr, to.gamma + channel,
+             to.beta + channel, m.verbs, alone());
+    call.gradients(in, channel, channels, to, m);
+  });
+}
+
+}  // namespace batchnorm
