@@ -66,6 +66,28 @@ struct Convolution {
   }
 };
 
+// Scratch memory that a thread keeps for its next call: pages that are there.
+class Workspace {
+ public:
+  struct Held {
+    std::unique_ptr<char[]> memory;
+    size_t bytes = 0;
+  };
+  Held take(size_t bytes) {
+    Held held = std::exchange(kept_, Held());
+    if (held.bytes < bytes) held = {std::unique_ptr<char[]>(new char[bytes]), bytes};
+    return held;
+  }
+  void give_back(Held&& held) {
+    constexpr size_t most = 16 << 20;
+    if (held.bytes <= most && held.bytes > kept_.bytes) kept_ = std::move(held);
+  }
+
+ private:
+  Held kept_;
+};
+thread_local Workspace workspace;
+
 // A call of the kernels: what they take besides the tensors that they write.
 class DepthwiseCall {
  public:
@@ -77,19 +99,22 @@ class DepthwiseCall {
     fusion_.activation = static_cast<batchnorm::Activation>(settings.activation);
     fusion_.slope = settings.slope;
     threads_ = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const size_t bytes = operators->depthwise_workspace_size(shape_, geometry_, threads_);
-    workspace_ = at::Tensor(at::detail::empty_cpu({int64_t(bytes)}, at::kByte));
+    workspace_ = workspace.take(operators->depthwise_workspace_size(shape_, geometry_, threads_));
   }
+  ~DepthwiseCall() { workspace.give_back(std::move(workspace_)); }
+  DepthwiseCall(const DepthwiseCall&) = delete;
 
   void forward(const at::Tensor& y) const {
     operators->depthwise_forward(shape_, geometry_, input(), planes(y), mean_.data_ptr<double>(),
                                  var_.data_ptr<double>(), vector(affine_.weight), vector(affine_.bias), settings_.eps,
-                                 fusion_, settings_.population, workspace_.data_ptr(), threads_, parallel());
+                                 fusion_, settings_.population, workspace_.memory.get(), threads_,
+                                 operators->parallel());
   }
   void backward(const at::Tensor& dy, const batchnorm::DepthwiseGradients& to) const {
     operators->depthwise_backward(shape_, geometry_, input(), planes(dy), mean_.data_ptr<double>(),
                                   var_.data_ptr<double>(), vector(affine_.weight), vector(affine_.bias), settings_.eps,
-                                  fusion_, settings_.population, to, workspace_.data_ptr(), threads_, parallel());
+                                  fusion_, settings_.population, to, workspace_.memory.get(), threads_,
+                                 operators->parallel());
   }
 
   static batchnorm::Operand planes(const at::Tensor& t) {
@@ -112,13 +137,6 @@ class DepthwiseCall {
   batchnorm::DepthwiseInput input() const {
     return {planes(c_.x), c_.kernels.const_data_ptr(), c_.bias.defined() ? c_.bias.const_data_ptr() : nullptr};
   }
-  static batchnorm::Parallel parallel() {
-    return {[](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
-              at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-            },
-            nullptr};
-  }
-
   const Convolution& c_;
   const at::Tensor &mean_, &var_;
   const Affine affine_;
@@ -127,7 +145,7 @@ class DepthwiseCall {
   batchnorm::Shape shape_{};
   batchnorm::Fusion fusion_;
   int64_t threads_;
-  at::Tensor workspace_;
+  Workspace::Held workspace_;
 };
 
 // What an output was made of. The input is a tensor that the node keeps for itself, or is made again, too.

@@ -40,6 +40,18 @@ namespace {
 
 int64_t lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
+// The convolution of the gradient with the kernel from its end, without steps.
+Depthwise backwards(const Depthwise& d) {
+  Depthwise back = d;
+  for (int axis : {0, 1}) {
+    back.size[axis] = d.out[axis];
+    back.out[axis] = d.size[axis];
+    back.stride[axis] = 1;
+    back.padding[axis] = std::max<int64_t>((d.kernel[axis] - 1) * d.dilation[axis] - d.padding[axis], 0);
+  }
+  return back;
+}
+
 Parallel alone() {
   return {[](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, count); },
           nullptr};
@@ -51,13 +63,15 @@ class Call {
   Call(const Shape& s, const Depthwise& d)
       : shape_(s),
         d_(d),
-        kernels_(kernel_table().depthwise[int(s.dtype)]),
+        of_planes_(kernel_table().depthwise_planes[int(s.dtype)]),
+        of_rows_(kernel_table().depthwise_rows[int(s.dtype)]),
         lattice_(d, s.samples),
+        back_(backwards(d), s.samples),
         size_(element_size(s.dtype)),
         wide_(size_ == 8 ? 8 : 4) {
-    const int64_t lanes = kernels_.lanes, outputs = 2 * s.samples * s.inner * size_;
+    const int64_t lanes = of_rows_.lanes, outputs = 2 * s.samples * s.inner * size_;
     const bool strides = d.stride[0] > 1 || d.stride[1] > 1;  // which rows of channels take more easily
-    in_rows_ = s.channels >= 2 * lanes && lanes * outputs <= (strides ? 4 : 2) * caches().l2;
+    in_rows_ = s.channels >= 2 * lanes && lanes * outputs <= (strides ? 4 : 1) * caches().l2;
     const int64_t each = outputs + s.samples * input_places() * size_;
     const int64_t fit = caches().l2 / 2 / std::max<int64_t>(each, 1), share = s.channels / 32;
     if (in_rows_) {
@@ -66,7 +80,7 @@ class Call {
       group_ = std::clamp<int64_t>(caches().l2 / 4 / (input_places() * chunk_ * size_), 1, s.samples);
     } else {
       chunk_ = std::clamp<int64_t>(std::min(fit, share), 1, s.channels);
-      group_ = lattice_.group;
+      group_ = std::min(lattice_.group, back_.group);
     }
     const int64_t last = s.channels % chunk_, kernels = in_rows_ ? chunk_ : 1;
     verbs_ = lines(8 * int64_t(std::max(workspace_size(walked(std::min(chunk_, s.channels))),
@@ -75,7 +89,8 @@ class Call {
     inputs_ = in_rows_ ? lines(group_ * chunk_ * input_places() * size_) : 0;
     weights_ = lines((lattice_.taps + 1) * kernels * wide_);
     sums_ = in_rows_ ? lines((lattice_.taps + 1) * chunk_ * 8) : 0;
-    planes_ = in_rows_ ? 0 : lines(lattice_.scratch_size() * wide_);
+    const int64_t planes = lattice_.is_unrolled() ? lattice_.input_size() + back_.input_size() : lattice_.scratch_size();
+    planes_ = in_rows_ ? 0 : lines(planes * wide_);
   }
 
   int64_t chunks() const { return ceil_div(shape_.channels, chunk_); }
@@ -107,7 +122,6 @@ class Call {
         m.weights = take(weights_);
         m.sums = reinterpret_cast<double*>(take(sums_));
         m.planes = take(planes_);
-        std::memset(m.z, 0, size_t(2 * values_ + inputs_ + weights_));
         std::memset(m.planes, 0, size_t(planes_));
         for (int64_t k = w * all / workers; k < (w + 1) * all / workers; ++k)
           f(k * chunk_, std::min(chunk_, shape_.channels - k * chunk_), m);
@@ -133,11 +147,6 @@ class Call {
     if (in_rows_) return {values, chunk_, 1};
     return {values, channels * shape_.inner, shape_.inner};
   }
-  Operand result(const Operand& y, int64_t channel) const {
-    Operand to = from(y, channel);
-    if (in_rows_) to.places = shape_.inner;
-    return to;
-  }
   Operand from(const Operand& o, int64_t channel) const {
     Operand part = o;
     if (o) part.data = static_cast<char*>(o.data) + channel * o.channel_stride * size_;
@@ -147,16 +156,31 @@ class Call {
     return v.data ? Vector{static_cast<const char*>(v.data) + channel * element_size(v.dtype), v.dtype} : v;
   }
 
-  // Planes of so many places as rows of a chunk, and back; those of some samples.
+  // Planes of so many places as rows of a chunk, and back; those of some samples. Short planes are turned in tiles of
+  // many channels.
   void turn(const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples, int64_t places,
-            char* rows) const {
-    transpose(size_, samples, channels, places, matrices(planes, channel, sample), {rows, places * chunk_, chunk_},
-              alone());
+            char* to) const {
+    const ChannelPlanes all = channel_planes(planes, channel, sample);
+    if (are_short(places))
+      return transpose(size_, samples, channels, places, {all.data, all.sample, all.channel},
+                       {to, places * chunk_, chunk_}, alone());
+    for (int64_t c = 0; c < channels; c += of_rows_.lanes)
+      of_rows_.turn(samples, std::min(of_rows_.lanes, channels - c), places,
+                    channel_planes(planes, channel + c, sample), rows(to, 0, c, places));
   }
-  void turn_back(char* rows, const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples,
+  void turn_back(char* from, const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples,
                  int64_t places) const {
-    transpose(size_, samples, places, channels, {rows, places * chunk_, chunk_}, matrices(planes, channel, sample),
-              alone());
+    const ChannelPlanes all = channel_planes(planes, channel, sample);
+    if (are_short(places))
+      return transpose(size_, samples, places, channels, {from, places * chunk_, chunk_},
+                       {all.data, all.sample, all.channel}, alone());
+    for (int64_t c = 0; c < channels; c += of_rows_.lanes)
+      of_rows_.turn_back(samples, std::min(of_rows_.lanes, channels - c), places, rows(from, 0, c, places),
+                         channel_planes(planes, channel + c, sample));
+  }
+  bool are_short(int64_t places) const { return places < 8 * of_rows_.lanes; }
+  void turn_result(const Operand& y, int64_t channel, int64_t channels, char* from) const {
+    turn_back(from, y, channel, channels, 0, shape_.samples, shape_.inner);
   }
   void turn_gradient(const Operand& dy, int64_t channel, int64_t channels, char* rows) const {
     turn(dy, channel, channels, 0, shape_.samples, shape_.inner, rows);
@@ -169,7 +193,7 @@ class Call {
       for_groups([&](int64_t n, int64_t samples) {
         turn(in.x, channel, channels, n, samples, input_places(), m.x);
         for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
-          kernels_.convolve_rows(d_, samples, rows(m.x, 0, c, input_places()), k.weights, in.bias ? k.bias : nullptr,
+          of_rows_.convolve(d_, samples, rows(m.x, 0, c, input_places()), k.weights, in.bias ? k.bias : nullptr,
                                  rows(m.z, n, c, shape_.inner));
         });
       });
@@ -179,7 +203,7 @@ class Call {
     for (int64_t c = 0; c < channels; ++c) {
       read_weights(in, channel + c, 1, m);
       for_groups([&](int64_t n, int64_t samples) {
-        kernels_.convolve(lattice_, samples, planes(in.x, n, channel + c), m.weights, in.bias ? bias(m, 0) : nullptr,
+        of_planes_.convolve(lattice_, samples, planes(in.x, n, channel + c), m.weights, in.bias ? bias(m, 0) : nullptr,
                           planes(z, n, c), m.planes);
       });
     }
@@ -195,14 +219,14 @@ class Call {
         if (group_ < shape_.samples && to.kernels) turn(in.x, channel, channels, n, samples, input_places(), m.x);
         for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
           const ChannelRows x = rows(m.x, 0, c, input_places());
-          kernels_.gradients_of_rows(d_, samples, x, k.weights, rows(m.dz, n, c, shape_.inner),
+          of_rows_.gradients(d_, samples, x, k.weights, rows(m.dz, n, c, shape_.inner),
                                      to.x ? x : ChannelRows{}, to.kernels ? k.sums : nullptr,
-                                     to.bias ? k.sums + taps * kernels_.lanes : nullptr);
+                                     to.bias ? k.sums + taps * of_rows_.lanes : nullptr);
         });
         if (to.x) turn_back(m.x, to.x, channel, channels, n, samples, input_places());
       });
       for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
-        const int64_t lanes = kernels_.lanes;
+        const int64_t lanes = of_rows_.lanes;
         for (int64_t i = 0, at = channel + c; i < std::min(lanes, channels - c); ++i, ++at) {
           for (int64_t t = 0; to.kernels && t < taps; ++t) to.kernels[at * taps + t] = k.sums[t * lanes + i];
           if (to.bias) to.bias[at] = k.sums[taps * lanes + i];
@@ -219,7 +243,7 @@ class Call {
       if (d_kernel) std::fill_n(d_kernel, taps, 0.0);
       if (d_bias) *d_bias = 0;
       for_groups([&](int64_t n, int64_t samples) {
-        kernels_.gradients(lattice_, samples, planes(in.x, n, k), m.weights, planes(dz, n, c), planes(to.x, n, k),
+        of_planes_.gradients(lattice_, back_, samples, planes(in.x, n, k), m.weights, planes(dz, n, c), planes(to.x, n, k),
                            d_kernel, d_bias, m.planes);
       });
     }
@@ -233,7 +257,7 @@ class Call {
   ChannelRows rows(char* values, int64_t sample, int64_t channel, int64_t places) const {
     return {values + (sample * places * chunk_ + channel) * size_, places * chunk_, chunk_};
   }
-  Matrix matrices(const Operand& planes, int64_t channel, int64_t sample) const {
+  ChannelPlanes channel_planes(const Operand& planes, int64_t channel, int64_t sample) const {
     return {static_cast<char*>(planes.data) + (sample * planes.sample_stride + channel * planes.channel_stride) * size_,
             planes.sample_stride, planes.channel_stride};
   }
@@ -248,7 +272,7 @@ class Call {
     char *weights, *bias;
     double* sums;
   };
-  int64_t lanes() const { return in_rows_ ? kernels_.lanes : 1; }
+  int64_t lanes() const { return in_rows_ ? of_rows_.lanes : 1; }
   char* bias(const Memory& m, int64_t channel) const {
     return m.weights + ((lattice_.taps + 1) * channel + lattice_.taps * lanes()) * wide_;
   }
@@ -257,7 +281,7 @@ class Call {
   template <class F>
   void for_vectors(int64_t channels, const Memory& m, const F& f) const {
     const int64_t each = lattice_.taps + 1;
-    for (int64_t c = 0; c < channels; c += kernels_.lanes)
+    for (int64_t c = 0; c < channels; c += of_rows_.lanes)
       f(c, Kernel{m.weights + each * c * wide_, bias(m, c), m.sums + each * c});
   }
 
@@ -293,8 +317,9 @@ class Call {
 
   Shape shape_;
   Depthwise d_;
-  const DepthwiseKernels& kernels_;
-  Lattice lattice_;
+  const DepthwisePlanes& of_planes_;
+  const DepthwiseRows& of_rows_;
+  Lattice lattice_, back_;  // of the convolution; of its gradient, where there are no steps
   int64_t size_, wide_;  // bytes of an element, and of a value that is computed with
   bool in_rows_;
   int64_t chunk_, group_;  // channels; samples
@@ -314,13 +339,14 @@ void depthwise_forward(const Shape& shape, const Depthwise& d, const DepthwiseIn
   const Call call(shape, d);
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
     const Shape s = call.walked(channels);
-    const Operand z = call.chunk(m.z, channels), to = call.result(y, channel);
+    const Operand z = call.chunk(m.z, channels), to = call.in_rows() ? z : call.from(y, channel);
     const Vector scale = call.from(gamma, channel), shift = call.from(beta, channel);
     call.convolve(in, channel, channels, m);
     if (population)
       normalize(s, z, to, mean + channel, var + channel, scale, shift, eps, fusion, m.verbs, alone());
     else
       forward(s, z, to, mean + channel, var + channel, scale, shift, eps, fusion, m.verbs, alone());
+    if (call.in_rows()) call.turn_result(y, channel, channels, m.z);
   });
 }
 

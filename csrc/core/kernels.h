@@ -99,13 +99,15 @@ struct CoefficientKernels {
   void (*fold)(int64_t channels, int64_t each, int64_t times, const double* from, double* to);
 };
 
-struct DepthwiseKernels;  // lattice.h
+struct DepthwisePlanes;  // lattice.h
+struct DepthwiseRows;
 
 // [order][dtype]
 struct KernelTable {
   const Kernels* of[2];
   const CoefficientKernels* coefficients;  // in float32, in float64
-  const DepthwiseKernels* depthwise;       // [dtype]
+  const DepthwisePlanes* depthwise_planes;  // [dtype]
+  const DepthwiseRows* depthwise_rows;
   int64_t lanes;                           // float32 values in a vector
 };
 

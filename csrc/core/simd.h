@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__AVX2__) || defined(__AVX512F__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -99,6 +100,16 @@ INLINE u16 low_halves(u32 v) {  // of values below 2^16
 #else
   return __builtin_convertvector(v, u16);
 #endif
+}
+
+// f(0), ..., f(N - 1), each a constant: the compiler keeps arrays in registers whose places are constants.
+template <class F, int... k>
+INLINE void times(std::integer_sequence<int, k...>, const F& f) {
+  (f(std::integral_constant<int, k>{}), ...);
+}
+template <int N, class F>
+INLINE void times(const F& f) {
+  times(std::make_integer_sequence<int, N>{}, f);
 }
 
 // ---- elements in memory as vectors: V of float32, or of float64 for float64

@@ -3,15 +3,21 @@
 #include "kernels.h"
 #include "lattice.h"
 
+// Planes begin anywhere: vectors of 64 bytes would cross lines of the cache at nearly each step.
+namespace batchnorm::BATCHNORM_PLANES_ISA {
+extern const DepthwisePlanes depthwise_planes[4];
+}
+
 namespace batchnorm::BATCHNORM_ISA {
 
 extern const Kernels planar_kernels[4], interleaved_kernels[4];
 extern const CoefficientKernels coefficients[2];
-extern const DepthwiseKernels depthwise[4];
+extern const DepthwiseRows depthwise_rows[4];
 
 namespace {
 
-const KernelTable table = {{planar_kernels, interleaved_kernels}, coefficients, depthwise, BATCHNORM_VECTOR_BYTES / 4};
+const KernelTable table = {{planar_kernels, interleaved_kernels}, coefficients, BATCHNORM_PLANES_ISA::depthwise_planes,
+                           depthwise_rows, BATCHNORM_VECTOR_BYTES / 4};
 
 }  // namespace
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -194,6 +194,7 @@ struct Operators {
   void (*forward_parts)(const ForwardParts&);
   std::vector<OptionalTensor> (*backward_parts)(const BackwardParts&);  // the parts' gradients, where wanted
   void (*advise)(const Tensor&);                                        // asks for huge pages where a result is large
+  Parallel (*parallel)();                                               // all threads of torch
   decltype(&batchnorm::depthwise_workspace_size) depthwise_workspace_size;
   decltype(&batchnorm::depthwise_forward) depthwise_forward;
   decltype(&batchnorm::depthwise_backward) depthwise_backward;
