@@ -471,16 +471,16 @@ class Scratch {
     return y;
   }
 
-  // Keeps the output of a convolution from the reader of what was made of it to the batch normalization before that,
-  // whose turn is next.
-  void hold(std::shared_ptr<const ConvolutionSource> of, const at::Tensor& x) {
+  // Keeps what was made of a source from the reader of what was made of it in turn to the batch normalization before
+  // that, whose turn is next.
+  void hold(std::shared_ptr<const void> of, const at::Tensor& x) {
     if (torch::autograd::get_current_graph_task_id() != task_ || task_ == -1) return;
     held_of_ = std::move(of);
     held_ = x;
   }
 
-  // What is held of a convolution, which is then held no more; else an undefined tensor.
-  at::Tensor take(const ConvolutionSource* of) {
+  // What is held of a source, which is then held no more; else an undefined tensor.
+  at::Tensor take(const void* of) {
     if (held_of_.get() != of || torch::autograd::get_current_graph_task_id() != task_) return {};
     held_of_.reset();
     return std::exchange(held_, at::Tensor());
@@ -488,7 +488,7 @@ class Scratch {
 
  private:
   c10::Storage storage_;
-  std::shared_ptr<const ConvolutionSource> held_of_;
+  std::shared_ptr<const void> held_of_;
   at::Tensor held_;
   int64_t task_ = -1;
 };
@@ -539,6 +539,7 @@ bool Source::is_unchanged() const {
 }
 
 at::Tensor Source::make() const {
+  if (at::Tensor held = scratch.take(this); held.defined()) return held;
   const at::Tensor from = of_x ? of_x->make() : x.tensor();
   const at::Tensor added = of_residual ? of_residual->make() : residual.tensor();
   // Over what was made for it, unless that is held.
@@ -1704,11 +1705,11 @@ PyObject* source(PyObject*, PyObject* t) {
   });
 }
 
-// remakes_input(a tensor): whether the batch normalization that has made it makes its own input again, too.
-PyObject* remakes_input(PyObject*, PyObject* t) {
-  if (!python::is_exact_tensor(t)) Py_RETURN_FALSE;
-  const OfBatchNorm* const node = node_of(python::tensor(t));
-  return PyBool_FromLong(node && node->of_x);
+// needs_convolution(a tensor): 1 if the batch normalization that has made it makes its own input again, too, by the
+// convolution before it; 2 if it has taken in that convolution; else 0.
+PyObject* needs_convolution(PyObject*, PyObject* t) {
+  const OfBatchNorm* const node = python::is_exact_tensor(t) ? node_of(python::tensor(t)) : nullptr;
+  return PyLong_FromLong(!node ? 0 : node->of_x ? 1 : dynamic_cast<const DepthwiseBatchNormBackward*>(node) ? 2 : 0);
 }
 
 // rebuild(what `source` returned): the output once more, or None where an operand has changed since.
@@ -1750,7 +1751,7 @@ PyMethodDef methods[] = {{"attach", method(attach), METH_FASTCALL, nullptr},
                          {"recompute", method(recompute), METH_FASTCALL, nullptr},
                          {"gradients_in_place", gradients_in_place, METH_NOARGS, nullptr},
                          {"source", source, METH_O, nullptr},
-                         {"remakes_input", remakes_input, METH_O, nullptr},
+                         {"needs_convolution", needs_convolution, METH_O, nullptr},
                          {"known_to_python", known_to_python, METH_NOARGS, nullptr},
                          {"rebuild", rebuild, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

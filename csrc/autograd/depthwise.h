@@ -153,6 +153,7 @@ struct ConvolvedSource : Source {
   std::shared_ptr<const Source> of_input;
   Convolution convolution;  // x is undefined
   Operand kernels, kernel_bias;
+  bool holds_input = false;  // for the node, which reads it next: it is so small that this moves no peak
 
   bool is_unchanged() const override {
     return Source::is_unchanged() && kernels.is_unchanged() && kernel_bias.is_unchanged() &&
@@ -161,6 +162,7 @@ struct ConvolvedSource : Source {
   at::Tensor make() const override {
     Convolution c = convolution;
     c.x = of_input ? of_input->make() : x.tensor();
+    if (of_input && holds_input) scratch.hold(of_input, c.x);
     c.kernels = kernels.tensor();
     c.bias = kernel_bias.tensor();
     Settings given = settings;
@@ -313,6 +315,7 @@ std::shared_ptr<const Source> source_of(const Arguments& a, const Convolution& c
   if (forgets_input) {
     source->of_input = before->source;
     source->depth = before->source->depth + 1;
+    source->holds_input = 2 * c.x.nbytes() <= largest;
   } else {
     source->x = Operand(c.x);
   }

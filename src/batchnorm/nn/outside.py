@@ -15,6 +15,9 @@ from torch import nn
 
 from batchnorm.errors import SurgeryError
 
+LOOKS_ON = "looks_on"
+"""The attribute of a hook of ours that looks at outputs alone, also at those of fused calls."""
+
 GUARDED = "_activation_is_guarded"
 """The attribute of a layer whose activation others compute if the layer is swapped."""
 
@@ -118,7 +121,17 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of anybody else."""
     registries = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     hooks = (hook for registry in registries for hook in registry.values())
-    return any(hook not in _OURS and not getattr(hook, "changes_nothing", False) for hook in hooks)
+    return any(
+        hook not in _OURS and not getattr(hook, "changes_nothing", False) and not getattr(hook, LOOKS_ON, False)
+        for hook in hooks
+    )
+
+
+def show(module: nn.Module, y: Any) -> None:
+    """Calls the hooks that look at an output of a module, where its forward was no call of it."""
+    for hook in module._forward_hooks.values():
+        if getattr(hook, LOOKS_ON, False):
+            hook(module, (), {}, y)
 
 
 def teach_fusers(pairs: dict[type[nn.Module], type[nn.Module]], as_torch: Callable[[Any], nn.Module]) -> None:

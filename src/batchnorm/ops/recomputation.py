@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import MethodWrapperType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,16 +166,28 @@ def _source(t: Tensor) -> InPython | InOneCall | None:
     return None
 
 
-def seconds_with_convolution(y: Tensor) -> float | None:
-    """The least of three times that it takes to make an output again, if a convolution is made for it; else None."""
-    if cpu.calls is None or not cpu.calls.remakes_input(y) or (held := cpu.calls.source(y)) is None:
+class Remade(NamedTuple):
+    """What making an output again takes, where a convolution is made for it.
+
+    Attributes:
+        seconds: the least of three times.
+        frees_input: whether the convolution is made again because its output is not kept either.
+    """
+
+    seconds: float
+    frees_input: bool
+
+
+def with_convolution(y: Tensor) -> Remade | None:
+    """What making an output again takes, if a convolution is made for it; else None."""
+    if cpu.calls is None or not (how := cpu.calls.needs_convolution(y)) or (held := cpu.calls.source(y)) is None:
         return None
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         cpu.calls.rebuild(held)
         seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+    return Remade(min(seconds), how == 1)
 
 
 class _Note:

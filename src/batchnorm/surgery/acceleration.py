@@ -127,7 +127,7 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
     plan, report = _planned(root, given)
     with transaction(root):
         plan.apply()
-        remade = remake_what_costs_little(root, given) if report.fused or report.swapped else {}
+        remade = remake_what_costs_little(root, given, report.convolved) if report.fused or report.swapped else {}
         order = None
         if channels_last is not False:
             order = lay_out(root, given, lambda a, b: _verify(a, b, given), only_if_faster=channels_last is None)
@@ -159,6 +159,7 @@ class Acceleration:
         unfused: the reason for each module whose own calls could not be fused, by name.
         remade: the bytes on the example of each output that is made again in the backward instead of kept, by the
             layer's name; `save_memory` chooses others.
+        convolved: the names of layers that take in the depthwise convolution before them.
         order: what became of the order of the convolutions' weights, where ``channels_last`` asked for another one.
     """
 
@@ -167,6 +168,7 @@ class Acceleration:
     kept: dict[str, str]
     unfused: dict[str, str]
     remade: dict[str, int] = field(default_factory=dict)
+    convolved: tuple[str, ...] = ()
     order: MemoryOrder | None = None
 
     def __str__(self) -> str:
@@ -227,7 +229,8 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
     taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved
     told = {name: fusions.told(name) for name in layers if name in taking}
     swapped = [name for name in swapped if name not in told]
-    return plan, Acceleration(told, tuple(swapped), skipped, fusions.refused)
+    convolved = tuple(name for name in layers if name in fusions.convolved)
+    return plan, Acceleration(told, tuple(swapped), skipped, fusions.refused, convolved=convolved)
 
 
 def _inside(net: nn.Module, layers: dict[str, Any], example: Example) -> dict[str, Activation | str | None]:

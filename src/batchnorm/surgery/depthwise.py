@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm.kernels import aten
 from batchnorm.nn import batch_norm as ours
-from batchnorm.nn.outside import has_hooks
+from batchnorm.nn.outside import has_hooks, show
 from batchnorm.surgery import activations
 
 
@@ -59,6 +59,8 @@ def normalized_convolution(conv: Any, layer: Any, x: Any, activation: str | None
         y = layer.forward_depthwise(conv, padding(conv), x)
     if y is None:
         y = layer(conv(x))
+    elif layer._forward_hooks:
+        show(layer, y)
     return y if computed else aten.activate(y, activation or "identity", slope)
 
 

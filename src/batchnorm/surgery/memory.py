@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.nn.batch_norm import BatchNorm
+from batchnorm.nn.outside import LOOKS_ON
 from batchnorm.ops.context import is_compiled
-from batchnorm.ops.recomputation import recompute_outputs, seconds_with_convolution
+from batchnorm.ops.recomputation import Remade, recompute_outputs, with_convolution
 from batchnorm.surgery.comparison import Example, copy_of, random_state_kept, run_example
 from batchnorm.surgery.modules import unwrap
 
@@ -138,11 +140,12 @@ _OPERATIONS_A_BYTE = 8
 
 
 @torch.no_grad()
-def remake_what_costs_little(root: nn.Module, example: Example) -> dict[str, int]:
+def remake_what_costs_little(root: nn.Module, example: Example, convolved: Collection[str] = ()) -> dict[str, int]:
     """Lets the largest outputs be made again whose making takes a small share of a step, by sizes alone.
 
     A step is taken as three times the products of convolutions and linear layers and six passes over what is
-    normalized; an output made again, as two passes over it. Outputs with a residual are kept.
+    normalized; an output made again, as two passes over it, or four with the depthwise convolution of the layers
+    ``convolved``. Outputs with a residual are kept.
 
     Returns:
         The bytes of each output that is made again, by the layer's name.
@@ -160,8 +163,9 @@ def remake_what_costs_little(root: nn.Module, example: Example) -> dict[str, int
         run_example(twin, example)
     left, remade = _SHARE * work[0], {}
     for name in sorted(sizes, key=lambda n: sizes[n], reverse=True):
-        if 2 * sizes[name] <= left:
-            left -= 2 * sizes[name]
+        cost = (4 if name in convolved else 2) * sizes[name]
+        if cost <= left:
+            left -= cost
             remade[name] = sizes[name]
     for name in remade:
         layer = root.get_submodule(name)
@@ -219,8 +223,9 @@ def _measured(root: nn.Module, names: list[str], example: Example) -> tuple[floa
     found = {}
     for name, (layout, has_residual, convolution) in noted.items():
         size = math.prod(layout.shape) * layout.dtype.itemsize
-        if convolution is not None:  # once for the output, and once for the input
-            found[name] = (2 * size, 2 * convolution)
+        if convolution is not None:  # once for the output, and once for the input, if that is freed, too
+            times = 2 if convolution.frees_input else 1
+            found[name] = (times * size, times * convolution.seconds)
             continue
         if layout not in known:
             known[layout] = _normalization(layout)
@@ -239,11 +244,11 @@ class Layout(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """The output of a layer; and the seconds in which it is made again, if a convolution is made for it."""
+    """The output of a layer; and what making it again takes, if a convolution is made for it."""
 
     layout: Layout
     has_residual: bool
-    convolution: float | None
+    convolution: Remade | None
 
 
 def _noting(noted: dict[str, Noted], name: str) -> Any:
@@ -251,8 +256,9 @@ def _noting(noted: dict[str, Noted], name: str) -> Any:
         if name not in noted and isinstance(y, Tensor) and not y.is_nested and y.ndim > 1:
             residual = args[1] if len(args) > 1 else kwargs.get("residual")
             layout = Layout(tuple(y.shape), y.stride(), y.dtype, y.device)
-            noted[name] = Noted(layout, residual is not None, seconds_with_convolution(y))
+            noted[name] = Noted(layout, residual is not None, with_convolution(y))
 
+    setattr(note, LOOKS_ON, True)
     return note
 
 
