@@ -1534,45 +1534,62 @@ bool read(PyObject* given, std::vector<int64_t>& numbers) {
   return true;
 }
 
-// What goes through a depthwise convolution first: x, kernels, bias, stride, padding, dilation.
-bool read_convolution(PyObject* given, Convolution& c) {
-  enum { kInput, kKernels, kKernelBias, kStride, kPadding, kDilation, kConvolutionCount };
+// What every call has of a layer, but for its input and what it adds.
+bool read_layer(PyObject* const* given, Arguments& a) {
+  double momentum = 0;
+  if (!read(given[kWeight], a.weight) || !read(given[kBias], a.bias) || !read(given[kRunningMean], a.running_mean) ||
+      !read(given[kRunningVar], a.running_var) || !read(given[kNumBatchesTracked], a.batches) ||
+      !read(given[kCarry], a.carry))
+    return false;
+  if (given[kMomentum] != Py_None) {
+    if (!read(given[kMomentum], momentum)) return false;
+    a.momentum = momentum;
+  }
+  if (!read(given[kEps], a.settings.eps) || !read(given[kActivation], a.settings.activation) ||
+      !read(given[kSlope], a.settings.slope))
+    return false;
+  a.use_batch = given[kUseBatch] == Py_True;
+  a.update = given[kUpdate] == Py_True;
+  if (given[kKeep] != Py_None) a.output = given[kKeep] == Py_True ? Arguments::kKept : Arguments::kMadeAgain;
+  a.unbiased = given[kUnbiased] == Py_True;
+  a.settings.population = !a.use_batch;
+  return read(given[kSkipped], a.skipped);
+}
+
+// The layer before a depthwise convolution: the arguments of a call whose input is that of the convolution.
+bool read_before(PyObject* given, Arguments& a, const at::Tensor& x) {
+  if (!PyTuple_Check(given) || PyTuple_Size(given) != kCount) return false;
+  PyObject* values[kCount];
+  for (Py_ssize_t i = 0; i < kCount; ++i) values[i] = PyTuple_GetItem(given, i);
+  if (!read_layer(values, a)) return false;
+  a.x = x;
+  return a.fit() && a.is_alone();
+}
+
+// What goes through a depthwise convolution first: x, kernels, bias, stride, padding, dilation; and the layer before
+// it, or None.
+bool read_convolution(PyObject* given, Convolution& c, std::optional<Arguments>& before) {
+  enum { kInput, kKernels, kKernelBias, kStride, kPadding, kDilation, kBefore, kConvolutionCount };
   if (PyTuple_Size(given) != kConvolutionCount) return false;
   const auto each = [&](Py_ssize_t i) { return PyTuple_GetItem(given, i); };
   return read(each(kInput), c.x) && read(each(kKernels), c.kernels) && read(each(kKernelBias), c.bias) &&
          read(each(kStride), c.stride) && read(each(kPadding), c.padding) && read(each(kDilation), c.dilation) &&
-         c.fit();
+         c.fit() && (each(kBefore) == Py_None || read_before(each(kBefore), before.emplace(), c.x));
 }
 
 PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   Arguments a;
-  double momentum = 0;
   TORCH_CHECK(count == kCount, "batchnorm: expected ", int(kCount), " arguments, got ", count);
   if (is_watched()) Py_RETURN_NONE;
   std::vector<at::Tensor> parts;
   std::optional<Convolution> convolution;
   if (PyTuple_Check(given[kX])) convolution.emplace();
-  if (convolution                ? !read_convolution(given[kX], *convolution)
+  std::optional<Arguments> before;
+  if (convolution               ? !read_convolution(given[kX], *convolution, before)
       : PyList_Check(given[kX]) ? !read_parts(given[kX], parts)
-                                 : !read(given[kX], a.x))
+                                : !read(given[kX], a.x))
     Py_RETURN_NONE;
-  if (!read(given[kResidual], a.residual) || !read(given[kWeight], a.weight) || !read(given[kBias], a.bias) ||
-      !read(given[kRunningMean], a.running_mean) || !read(given[kRunningVar], a.running_var) ||
-      !read(given[kNumBatchesTracked], a.batches) || !read(given[kCarry], a.carry))
-    Py_RETURN_NONE;
-  if (given[kMomentum] != Py_None) {
-    if (!read(given[kMomentum], momentum)) Py_RETURN_NONE;
-    a.momentum = momentum;
-  }
-  if (!read(given[kEps], a.settings.eps) || !read(given[kActivation], a.settings.activation) ||
-      !read(given[kSlope], a.settings.slope))
-    Py_RETURN_NONE;
-  a.use_batch = given[kUseBatch] == Py_True;
-  a.update = given[kUpdate] == Py_True;
-  if (given[kKeep] != Py_None) a.output = given[kKeep] == Py_True ? Arguments::kKept : Arguments::kMadeAgain;
-  a.unbiased = given[kUnbiased] == Py_True;
-  if (!read(given[kSkipped], a.skipped) || !read_beside(given[kBeside], a)) Py_RETURN_NONE;
-  a.settings.population = !a.use_batch;
+  if (!read(given[kResidual], a.residual) || !read_layer(given, a) || !read_beside(given[kBeside], a)) Py_RETURN_NONE;
   if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
   if (!parts.empty()) a.x = as_together(parts);
   if (convolution) a.x = without_memory(convolution->x, convolution->sizes());
@@ -1588,7 +1605,9 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
         forget_outputs(a.x);
       forget_outputs(a.residual);
     }
-    y = convolution ? forward_convolved(a, *convolution) : parts.empty() ? forward(a) : forward_parts(a, parts);
+    y = convolution     ? forward_convolved(a, *convolution, before ? &*before : nullptr)
+        : parts.empty() ? forward(a)
+                        : forward_parts(a, parts);
   }
   return THPVariable_Wrap(std::move(y));
 }

@@ -1,11 +1,19 @@
-// A depthwise convolution and the batch normalization of its output as one node: the output of the convolution is in no
-// memory but the caches, and the backward makes it again. A part of autograd.cpp.
+// A depthwise convolution and the batch normalization of its output as one node, and perhaps that of its input, too:
+// what lies between them is in no memory but the caches, and the backward makes it again. A part of autograd.cpp.
 
 // ---------------------------------------------------------------------------------------------- depthwise convolutions
+// A batch normalization with its statistics, or without one.
+struct Norm {
+  at::Tensor weight, bias, mean, var;
+  Settings settings{};
+  bool is_there() const { return mean.defined(); }
+};
+
 // What a call is given of it.
 struct Convolution {
   at::Tensor x, kernels, bias;
   std::vector<int64_t> stride, padding, dilation;
+  Norm before{};  // of x, perhaps
 
   // Whether the kernels take it. What does not fit goes through torch's convolution, which raises its errors.
   bool fit() const {
@@ -60,8 +68,8 @@ struct Convolution {
   }
 
   // By torch.
-  at::Tensor convolved() const {
-    return at::convolution(x, kernels, maybe(bias), stride, padding, dilation, /*transposed=*/false,
+  at::Tensor convolved(const at::Tensor& input) const {
+    return at::convolution(input, kernels, maybe(bias), stride, padding, dilation, /*transposed=*/false,
                            std::vector<int64_t>(stride.size(), 0), x.size(1));
   }
 };
@@ -91,30 +99,23 @@ thread_local Workspace workspace;
 // A call of the kernels: what they take besides the tensors that they write.
 class DepthwiseCall {
  public:
-  DepthwiseCall(const Convolution& c, const at::Tensor& mean, const at::Tensor& var, const Affine& affine,
-                const Settings& settings)
-      : c_(c), mean_(mean), var_(var), affine_(affine), settings_(settings), geometry_(c.geometry()) {
+  DepthwiseCall(const Convolution& c, const Norm& norm) : c_(c), geometry_(c.geometry()), norm_(read(norm)) {
     const int64_t inner = geometry_.out[0] * geometry_.out[1];
     shape_ = {batchnorm::Order::planar, dtype_of(c.x), c.x.size(0), c.x.size(1), inner, c.x.size(0)};
-    fusion_.activation = static_cast<batchnorm::Activation>(settings.activation);
-    fusion_.slope = settings.slope;
+    if (c.before.is_there()) before_ = read(c.before);
     threads_ = at::in_parallel_region() ? 1 : at::get_num_threads();
-    workspace_ = workspace.take(operators->depthwise_workspace_size(shape_, geometry_, threads_));
+    workspace_ = workspace.take(operators->depthwise_workspace_size(shape_, geometry_, before_.has_value(), threads_));
   }
   ~DepthwiseCall() { workspace.give_back(std::move(workspace_)); }
   DepthwiseCall(const DepthwiseCall&) = delete;
 
   void forward(const at::Tensor& y) const {
-    operators->depthwise_forward(shape_, geometry_, input(), planes(y), mean_.data_ptr<double>(),
-                                 var_.data_ptr<double>(), vector(affine_.weight), vector(affine_.bias), settings_.eps,
-                                 fusion_, settings_.population, workspace_.memory.get(), threads_,
-                                 operators->parallel());
+    operators->depthwise_forward(shape_, geometry_, input(), before(), norm_, planes(y), workspace_.memory.get(),
+                                 threads_, operators->parallel());
   }
   void backward(const at::Tensor& dy, const batchnorm::DepthwiseGradients& to) const {
-    operators->depthwise_backward(shape_, geometry_, input(), planes(dy), mean_.data_ptr<double>(),
-                                  var_.data_ptr<double>(), vector(affine_.weight), vector(affine_.bias), settings_.eps,
-                                  fusion_, settings_.population, to, workspace_.memory.get(), threads_,
-                                 operators->parallel());
+    operators->depthwise_backward(shape_, geometry_, input(), before(), norm_, planes(dy), to, workspace_.memory.get(),
+                                  threads_, operators->parallel());
   }
 
   static batchnorm::Operand planes(const at::Tensor& t) {
@@ -134,16 +135,23 @@ class DepthwiseCall {
   static batchnorm::Vector vector(const at::Tensor& t) {
     return t.defined() ? batchnorm::Vector{t.const_data_ptr(), dtype_of(t)} : batchnorm::Vector{};
   }
+  static batchnorm::DepthwiseNorm read(const Norm& n) {
+    batchnorm::Fusion fusion;
+    fusion.activation = static_cast<batchnorm::Activation>(n.settings.activation);
+    fusion.slope = n.settings.slope;
+    return {
+        n.mean.data_ptr<double>(), n.var.data_ptr<double>(), vector(n.weight), vector(n.bias), n.settings.eps, fusion,
+        n.settings.population};
+  }
+  const batchnorm::DepthwiseNorm* before() const { return before_ ? &*before_ : nullptr; }
   batchnorm::DepthwiseInput input() const {
     return {planes(c_.x), c_.kernels.const_data_ptr(), c_.bias.defined() ? c_.bias.const_data_ptr() : nullptr};
   }
   const Convolution& c_;
-  const at::Tensor &mean_, &var_;
-  const Affine affine_;
-  const Settings settings_;
   batchnorm::Depthwise geometry_;
+  batchnorm::DepthwiseNorm norm_;
+  std::optional<batchnorm::DepthwiseNorm> before_;
   batchnorm::Shape shape_{};
-  batchnorm::Fusion fusion_;
   int64_t threads_;
   Workspace::Held workspace_;
 };
@@ -151,33 +159,38 @@ class DepthwiseCall {
 // What an output was made of. The input is a tensor that the node keeps for itself, or is made again, too.
 struct ConvolvedSource : Source {
   std::shared_ptr<const Source> of_input;
-  Convolution convolution;  // x is undefined
-  Operand kernels, kernel_bias;
+  Convolution convolution;  // but for the tensors below
+  Operand kernels, kernel_bias, before_weight, before_bias;
   bool holds_input = false;  // for the node, which reads it next: it is so small that this moves no peak
 
   bool is_unchanged() const override {
     return Source::is_unchanged() && kernels.is_unchanged() && kernel_bias.is_unchanged() &&
-           (!of_input || of_input->is_unchanged());
+           before_weight.is_unchanged() && before_bias.is_unchanged() && (!of_input || of_input->is_unchanged());
   }
   at::Tensor make() const override {
+    if (at::Tensor held = scratch.take(this); held.defined()) return held;
     Convolution c = convolution;
-    c.x = of_input ? of_input->make() : x.tensor();
-    if (of_input && holds_input) scratch.hold(of_input, c.x);
+    c.x = of_x ? of_x->make() : of_input ? of_input->make() : x.tensor();
+    if (holds_input && of_x) scratch.hold(of_x, c.x);
+    if (holds_input && of_input) scratch.hold(of_input, c.x);
     c.kernels = kernels.tensor();
     c.bias = kernel_bias.tensor();
-    Settings given = settings;
-    given.population = true;  // by the statistics that the forward has found
+    c.before.weight = before_weight.tensor();
+    c.before.bias = before_bias.tensor();
+    Norm norm{weight.tensor(), bias.tensor(), mean, var, settings};
+    norm.settings.population = c.before.settings.population = true;  // by the statistics that the forward has found
     const at::Tensor y = fresh_like(c.x, c.sizes());
-    DepthwiseCall(c, mean, var, {weight.tensor(), bias.tensor()}, given).forward(y);
+    DepthwiseCall(c, norm).forward(y);
     return y;
   }
 };
 
-// The gradients of x, of the kernels and their bias, of gamma and beta.
+// The gradients of x, of the kernels and their bias, of gamma and beta; and of those of the normalization before.
 struct DepthwiseBatchNormBackward : OfBatchNorm {
-  enum { kX, kKernels, kKernelBias, kWeight, kBias, kCount };
+  enum { kX, kKernels, kKernelBias, kWeight, kBias, kBeforeWeight, kBeforeBias, kCount };
   SavedVariable saved[kCount];
-  at::Tensor mean, var;
+  at::Tensor mean, var, before_mean, before_var;
+  Settings before{};
   std::vector<int64_t> stride, padding, dilation;
 
   std::string name() const override { return "DepthwiseBatchNormBackward"; }
@@ -186,17 +199,19 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& each : saved) each.reset_data();
     source.reset();
+    of_x.reset();
   }
 
   variable_list apply(variable_list&& dy) override {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!dy[0].defined()) return variable_list(kCount);
-    const variable_list tensors = unpacked();
-    if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) ||
-        !std::all_of(tensors.begin(), tensors.end(), is_plain))
-      return composed(dy[0], convolution_of(tensors), {tensors[kWeight], tensors[kBias]}, mean, var, settings,
-                      wanted());
-    return by_kernels(std::move(dy[0]), tensors, wanted());
+    const variable_list t = unpacked();
+    const Convolution c = convolution_of(t);
+    const Norm norm{t[kWeight], t[kBias], mean, var, settings};
+    const bool are_plain = std::all_of(t.begin(), t.end(), is_plain);
+    if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) || !are_plain)
+      return composed(dy[0], c, norm, wanted());
+    return by_kernels(std::move(dy[0]), c, norm, wanted());
   }
 
   variable_list unpacked() const {
@@ -205,7 +220,13 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     return tensors;
   }
   Convolution convolution_of(const variable_list& t) const {
-    return {t[kX], t[kKernels], t[kKernelBias], stride, padding, dilation};
+    return {t[kX],
+            t[kKernels],
+            t[kKernelBias],
+            stride,
+            padding,
+            dilation,
+            {t[kBeforeWeight], t[kBeforeBias], before_mean, before_var, before}};
   }
   Wanted wanted() const {
     Wanted wanted(kCount);
@@ -213,16 +234,18 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     return wanted;
   }
 
-  variable_list by_kernels(at::Tensor&& dy, const variable_list& t, const Wanted& wanted) const {
-    Convolution c = convolution_of(t);
+  static variable_list by_kernels(at::Tensor&& dy, Convolution c, const Norm& norm, const Wanted& wanted) {
     c.x = c.x.contiguous();  // hooks on saved tensors may have changed its order
     c.kernels = c.kernels.contiguous();
-    const int64_t channels = mean.numel();
-    at::Tensor sums = at::empty({3, channels}, mean.options()), kernels = at::empty(c.kernels.sizes(), mean.options());
-    double* const sum = sums.data_ptr<double>();
-    batchnorm::DepthwiseGradients to{{}, nullptr, nullptr, sum, sum + channels};
+    const int64_t channels = norm.mean.numel();
+    const auto doubles = norm.mean.options();
+    enum { kGamma, kBeta, kConvolutionBias, kBeforeGamma, kBeforeBeta, kRows };
+    const at::Tensor sums = at::empty({kRows, channels}, doubles), kernels = at::empty(c.kernels.sizes(), doubles);
+    const auto row = [&](int64_t i) { return sums.data_ptr<double>() + i * channels; };
+    batchnorm::DepthwiseGradients to{{},         nullptr,           nullptr,         row(kGamma),
+                                     row(kBeta), row(kBeforeGamma), row(kBeforeBeta)};
     variable_list results(kCount);
-    if (wanted[kX]) {
+    if (wanted[kX] || wanted[kBeforeWeight] || wanted[kBeforeBias]) {
       // Each channel of dy is read before that of dx is written.
       const bool is_over = dy.is_contiguous() && dy.sizes() == c.x.sizes() && is_alone(dy);
       results[kX] = is_over ? dy : fresh_like(c.x, c.x.sizes());
@@ -230,61 +253,95 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
       to.x = DepthwiseCall::planes(results[kX]);
     }
     if (wanted[kKernels]) to.kernels = kernels.data_ptr<double>();
-    if (wanted[kKernelBias]) to.bias = sum + 2 * channels;
-    DepthwiseCall(c, mean, var, {t[kWeight], t[kBias]}, settings).backward(dy.contiguous(), to);
+    if (wanted[kKernelBias]) to.bias = row(kConvolutionBias);
+    DepthwiseCall(c, norm).backward(dy.contiguous(), to);
+    if (!wanted[kX]) results[kX] = at::Tensor();
     if (wanted[kKernels]) results[kKernels] = kernels.to(c.kernels.scalar_type());
-    const size_t rows[] = {kWeight, kBias, kKernelBias};
-    for (size_t i = 0; i < 3; ++i)
-      if (wanted[rows[i]]) results[rows[i]] = sums.select(0, int64_t(i)).to(t[rows[i]].scalar_type());
+    const std::tuple<size_t, int64_t, const at::Tensor&> parameters[] = {{kWeight, kGamma, norm.weight},
+                                                                         {kBias, kBeta, norm.bias},
+                                                                         {kKernelBias, kConvolutionBias, c.bias},
+                                                                         {kBeforeWeight, kBeforeGamma, c.before.weight},
+                                                                         {kBeforeBias, kBeforeBeta, c.before.bias}};
+    for (const auto& [which, of, parameter] : parameters)
+      if (wanted[which]) results[which] = sums.select(0, of).to(parameter.scalar_type());
     return results;
   }
 
-  // Through torch's convolution and the gradients of one layer, which are differentiable.
-  static variable_list composed(const at::Tensor& dy, const Convolution& c, const Affine& affine,
-                                const at::Tensor& mean, const at::Tensor& var, const Settings& settings,
-                                const Wanted& wanted) {
-    const bool want_input = wanted[kX] || wanted[kKernels] || wanted[kKernelBias];
-    const Saved all{c.convolved(), affine.weight, affine.bias, {}, {}, mean, var, {}, {}};
-    auto found = gradients(at::Tensor(dy), all, settings, {want_input, wanted[kWeight], wanted[kBias], false});
+  // Through torch's convolution and the gradients of one layer at a time, which are differentiable.
+  static variable_list composed(const at::Tensor& dy, const Convolution& c, const Norm& norm, const Wanted& wanted) {
+    const bool want_before = c.before.is_there() && (wanted[kX] || wanted[kBeforeWeight] || wanted[kBeforeBias]);
+    const bool want_input = wanted[kX] || want_before, want_z = want_input || wanted[kKernels] || wanted[kKernelBias];
+    const at::Tensor input = c.before.is_there() ? normalized_again(c.x, c.before) : c.x;
+    const auto of_norm = [](const at::Tensor& dy, const at::Tensor& x, const Norm& n, const Wanted& wanted) {
+      return gradients(at::Tensor(dy), {x, n.weight, n.bias, {}, {}, n.mean, n.var, {}, {}}, n.settings, wanted);
+    };
     variable_list results(kCount);
+    const auto found = of_norm(dy, c.convolved(input), norm, {want_z, wanted[kWeight], wanted[kBias], false});
     results[kWeight] = found[1];
     results[kBias] = found[2];
-    if (!want_input) return results;
+    if (!want_z) return results;
     const auto bias_sizes = c.bias.defined() ? at::OptionalIntArrayRef(c.bias.sizes()) : at::OptionalIntArrayRef();
     std::tie(results[kX], results[kKernels], results[kKernelBias]) =
-        at::convolution_backward(found[0], c.x, c.kernels, bias_sizes, c.stride, c.padding, c.dilation,
+        at::convolution_backward(found[0], input, c.kernels, bias_sizes, c.stride, c.padding, c.dilation,
                                  /*transposed=*/false, std::vector<int64_t>(c.stride.size(), 0), c.x.size(1),
-                                 {wanted[kX], wanted[kKernels], wanted[kKernelBias]});
+                                 {want_input, wanted[kKernels], wanted[kKernelBias]});
+    if (!want_before) return results;
+    const auto before =
+        of_norm(results[kX], c.x, c.before, {wanted[kX], wanted[kBeforeWeight], wanted[kBeforeBias], false});
+    results[kX] = before[0];
+    results[kBeforeWeight] = before[1];
+    results[kBeforeBias] = before[2];
     return results;
+  }
+
+  // The output of a normalization as a function of its input, by differentiable operations.
+  static at::Tensor normalized_again(const at::Tensor& x, const Norm& n) {
+    static const auto normalize = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::normalize_again", "");
+    torch::jit::Stack stack{x,
+                            maybe(n.weight),
+                            maybe(n.bias),
+                            n.mean,
+                            n.var,
+                            n.settings.eps,
+                            n.settings.activation,
+                            n.settings.slope,
+                            n.settings.population};
+    normalize.callBoxed(stack);
+    return stack[0].toTensor();
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable& each : saved) args.collect(each, false);
-    for (const at::Tensor* each : {&mean, &var}) args.collect(*each);
-    for (double each : {settings.eps, settings.slope}) args.collect(each);
-    args.collect(settings.activation);
-    args.collect(settings.population);
+    for (const at::Tensor* each : {&mean, &var, &before_mean, &before_var}) args.collect(*each);
+    for (const Settings* each : {&settings, &before}) {
+      args.collect(each->eps);
+      args.collect(each->slope);
+      args.collect(each->activation);
+      args.collect(each->population);
+    }
     for (const auto* each : {&stride, &padding, &dilation})
       for (int64_t number : *each) args.collect(number);
   }
 
   variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
     for (SavedVariable& each : saved) swap.before(each);
-    for (at::Tensor* each : {&mean, &var}) swap.before(*each);
+    for (at::Tensor* each : {&mean, &var, &before_mean, &before_var}) swap.before(*each);
     PackedArgs packed;
     packed.pack(unpacked());
-    packed.pack(variable_list{mean, var});
-    packed.pack(settings.eps);
-    packed.pack(settings.slope);
-    packed.pack(settings.activation);
-    packed.pack(settings.population);
+    packed.pack(variable_list{mean, var, before_mean, before_var});
+    for (const Settings* each : {&settings, &before}) {
+      packed.pack(each->eps);
+      packed.pack(each->slope);
+      packed.pack(each->activation);
+      packed.pack(each->population);
+    }
     packed.pack(wanted());
     packed.pack(int64_t(stride.size()));
     for (const auto* each : {&stride, &padding, &dilation})
       for (int64_t number : *each) packed.pack(number);
     auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
     for (SavedVariable& each : saved) swap.after(each);
-    for (at::Tensor* each : {&mean, &var}) swap.after(*each);
+    for (at::Tensor* each : {&mean, &var, &before_mean, &before_var}) swap.after(*each);
     return results;
   }
 
@@ -292,78 +349,105 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     PackedArgs packed(args);
     const auto t = packed.unpack<variable_list>();
     const auto statistics = packed.unpack<variable_list>();
-    Settings settings{};
-    settings.eps = packed.unpack<double>();
-    settings.slope = packed.unpack<double>();
-    settings.activation = packed.unpack<int64_t>();
-    settings.population = packed.unpack<bool>();
+    Settings settings[2] = {};
+    for (Settings& each : settings) {
+      each.eps = packed.unpack<double>();
+      each.slope = packed.unpack<double>();
+      each.activation = packed.unpack<int64_t>();
+      each.population = packed.unpack<bool>();
+    }
     const auto wanted = packed.unpack<Wanted>();
-    Convolution c{t[kX], t[kKernels], t[kKernelBias], {}, {}, {}};
+    Convolution c{t[kX], t[kKernels], t[kKernelBias], {}, {}, {}, {}};
+    c.before = {t[kBeforeWeight], t[kBeforeBias], statistics[2], statistics[3], settings[1]};
     const auto axes = packed.unpack<int64_t>();
     for (auto* each : {&c.stride, &c.padding, &c.dilation})
       for (int64_t i = 0; i < axes; ++i) each->push_back(packed.unpack<int64_t>());
     if (!dy[0].defined()) return variable_list(kCount);
-    return composed(dy[0], c, {t[kWeight], t[kBias]}, statistics[0], statistics[1], settings, wanted);
+    return composed(dy[0], c, {t[kWeight], t[kBias], statistics[0], statistics[1], settings[0]}, wanted);
   }
 };
 
-std::shared_ptr<const Source> source_of(const Arguments& a, const Convolution& c, const at::Tensor& mean,
-                                        const at::Tensor& var) {
+std::shared_ptr<const Source> source_of(const Convolution& c, const Norm& norm,
+                                        const std::shared_ptr<const ConvolutionSource>& of_x) {
   auto source = std::make_shared<ConvolvedSource>();
-  const OfBatchNorm* const before = c.x.is_view() ? nullptr : node_of(c.x);
-  const bool forgets_input = before && before->source && (before->forgets || recomputing > 0);
-  if (forgets_input) {
-    source->of_input = before->source;
-    source->depth = before->source->depth + 1;
+  const OfBatchNorm* const made = c.x.is_view() ? nullptr : node_of(c.x);
+  if (of_x) {
+    source->of_x = of_x;
+    source->holds_input = of_x->is_small;
+  } else if (made && made->source && (made->forgets || recomputing > 0)) {
+    source->of_input = made->source;
+    source->depth = made->source->depth + 1;
     source->holds_input = 2 * c.x.nbytes() <= largest;
   } else {
     source->x = Operand(c.x);
   }
-  source->convolution = {{}, {}, {}, c.stride, c.padding, c.dilation};
+  source->convolution = {
+      {}, {}, {}, c.stride, c.padding, c.dilation, {{}, {}, c.before.mean, c.before.var, c.before.settings}};
   source->kernels = copy_of(c.kernels);
   source->kernel_bias = copy_of(c.bias);
-  source->weight = copy_of(a.weight);
-  source->bias = copy_of(a.bias);
-  source->mean = mean;
-  source->var = var;
-  source->settings = a.settings;
+  source->before_weight = copy_of(c.before.weight);
+  source->before_bias = copy_of(c.before.bias);
+  source->weight = copy_of(norm.weight);
+  source->bias = copy_of(norm.bias);
+  source->mean = norm.mean;
+  source->var = norm.var;
+  source->settings = norm.settings;
   return source;
 }
 
-at::Tensor forward_convolved(const Arguments& a, const Convolution& c) {
+// A normalization of so many channels as a call asks for it: its statistics are the population's, or memory for those
+// of the batch.
+Norm norm_of(const Arguments& a) {
+  const auto statistic = [&](const at::Tensor& running) {
+    return a.use_batch ? fresh({1, a.x.size(1)}) : running.to(at::kDouble, false, true).view({1, -1});
+  };
+  return {a.weight, a.bias, statistic(a.running_mean), statistic(a.running_var), a.settings};
+}
+
+at::Tensor forward_convolved(const Arguments& a, Convolution c, const Arguments* before) {
   RECORD_FUNCTION("batchnorm::depthwise_batch_norm", c10::ArrayRef<const c10::IValue>());
-  const bool needs_graph = torch::autograd::compute_requires_grad(c.x, c.kernels, c.bias, a.weight, a.bias);
-  at::Tensor y, mean, var;
+  at::Tensor y;
+  Norm norm;
   {
     at::NoGradGuard no_grad;
-    const auto doubles = at::TensorOptions().dtype(at::kDouble);
-    const auto statistic = [&](const at::Tensor& running) {
-      return a.use_batch ? at::empty({1, c.x.size(1)}, doubles) : running.to(at::kDouble, false, true).view({1, -1});
-    };
-    mean = statistic(a.running_mean);
-    var = statistic(a.running_var);
-    y = needs_graph && a.is_in_context() ? blocks.output(c.x, c.sizes()) : at::Tensor();
+    norm = norm_of(a);
+    if (before) c.before = norm_of(*before);
+  }
+  const bool needs_graph =
+      torch::autograd::compute_requires_grad(c.x, c.kernels, c.bias, a.weight, a.bias, c.before.weight, c.before.bias);
+  {
+    at::NoGradGuard no_grad;
+    if (needs_graph && a.is_in_context()) y = blocks.output(c.x, c.sizes());
     if (!y.defined()) y = fresh_like(c.x, c.sizes());
-    DepthwiseCall(c, mean, var, {a.weight, a.bias}, a.settings).forward(y);
+    DepthwiseCall(c, norm).forward(y);
   }
   if (needs_graph) {
     auto node = make_node<DepthwiseBatchNormBackward>();
-    node->set_next_edges(torch::autograd::collect_next_edges(c.x, c.kernels, c.bias, a.weight, a.bias));
+    node->set_next_edges(
+        torch::autograd::collect_next_edges(c.x, c.kernels, c.bias, a.weight, a.bias, c.before.weight, c.before.bias));
     node->settings = a.settings;
     node->version = int64_t(y._version());
-    const at::Tensor* const tensors[] = {&c.x, &c.kernels, &c.bias, &a.weight, &a.bias};
+    const at::Tensor* const tensors[] = {&c.x,    &c.kernels,       &c.bias,       &a.weight,
+                                         &a.bias, &c.before.weight, &c.before.bias};
     for (size_t i = 0; i < DepthwiseBatchNormBackward::kCount; ++i) node->saved[i] = SavedVariable(*tensors[i], false);
-    node->mean = mean;
-    node->var = var;
+    node->mean = norm.mean;
+    node->var = norm.var;
+    node->before_mean = c.before.mean;
+    node->before_var = c.before.var;
+    node->before = c.before.settings;
     node->stride = c.stride;
     node->padding = c.padding;
     node->dilation = c.dilation;
     node->forgets = a.output == Arguments::kMadeAgain;
     remakes = remakes || node->forgets;
-    if (a.makes_again()) node->source = source_of(a, c, mean, var);
-    forget(node->saved[DepthwiseBatchNormBackward::kX], recomputing > 0 ? Forgets::every : Forgets::marked);
+    SavedVariable& x = node->saved[DepthwiseBatchNormBackward::kX];
+    if (before && a.is_in_context() && !x.has_hooks()) node->of_x = convolution_before(c.x);
+    if (node->of_x) x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x));
+    if (a.makes_again()) node->source = source_of(c, norm, node->of_x);
+    forget(x, recomputing > 0 ? Forgets::every : Forgets::marked);
     torch::autograd::set_history(y, node);
   }
-  if (a.update) update(a, mean, var, a.values());
+  if (a.update) update(a, norm.mean, norm.var, a.values());
+  if (before && before->update) update(*before, c.before.mean, c.before.var, before->values());
   return y;
 }

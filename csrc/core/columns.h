@@ -9,7 +9,6 @@
 
 namespace batchnorm {
 
-
 // A slab seen as rows that are longer than its own: a channel of the piece has `each` columns side by side, and all
 // channels come `times` over.
 struct LongRows {

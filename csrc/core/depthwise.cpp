@@ -1,6 +1,6 @@
 // Depthwise convolutions with their normalization: chunks of channels, each convolved into the cache and walked there
-// by the verbs. Short planes, and those whose channels lie side by side, are turned into rows of channels; long ones are
-// walked one by one.
+// by the verbs. Short planes, and those whose channels lie side by side, are turned into rows of channels; long ones
+// are walked one by one.
 #include "depthwise.h"
 
 #include <algorithm>
@@ -60,7 +60,7 @@ Parallel alone() {
 // A call: how its channels are cut into chunks, which hang on the shape alone, and the memory of a thread.
 class Call {
  public:
-  Call(const Shape& s, const Depthwise& d)
+  Call(const Shape& s, const Depthwise& d, bool has_before)
       : shape_(s),
         d_(d),
         of_planes_(kernel_table().depthwise_planes[int(s.dtype)]),
@@ -69,27 +69,36 @@ class Call {
         back_(backwards(d), s.samples),
         size_(element_size(s.dtype)),
         wide_(size_ == 8 ? 8 : 4) {
-    const int64_t lanes = of_rows_.lanes, outputs = 2 * s.samples * s.inner * size_;
+    const int64_t lanes = of_rows_.lanes, inputs = s.samples * input_places() * size_;
+    const int64_t outputs = 2 * s.samples * s.inner * size_;
     const bool strides = d.stride[0] > 1 || d.stride[1] > 1;  // which rows of channels take more easily
     in_rows_ = s.channels >= 2 * lanes && lanes * outputs <= (strides ? 4 : 1) * caches().l2;
-    const int64_t each = outputs + s.samples * input_places() * size_;
-    const int64_t fit = caches().l2 / 2 / std::max<int64_t>(each, 1), share = s.channels / 32;
+    const int64_t fit = caches().l2 / 2 / std::max<int64_t>(inputs + outputs, 1), share = s.channels / 32;
     if (in_rows_) {
       chunk_ = std::max(std::min(fit, share) / lanes, int64_t(1)) * lanes;
       chunk_ = std::min(chunk_, ceil_div(s.channels, lanes) * lanes);
       group_ = std::clamp<int64_t>(caches().l2 / 4 / (input_places() * chunk_ * size_), 1, s.samples);
+      if (has_before) group_ = s.samples;
     } else {
       chunk_ = std::clamp<int64_t>(std::min(fit, share), 1, s.channels);
       group_ = std::min(lattice_.group, back_.group);
     }
-    const int64_t last = s.channels % chunk_, kernels = in_rows_ ? chunk_ : 1;
-    verbs_ = lines(8 * int64_t(std::max(workspace_size(walked(std::min(chunk_, s.channels))),
-                                        last ? workspace_size(walked(last)) : 0)));
+    const int64_t kernels = in_rows_ ? chunk_ : 1;
+    size_t verbs = 0;
+    for (const int64_t channels : {std::min(chunk_, s.channels), s.channels % chunk_}) {
+      if (!channels) continue;
+      verbs = std::max(verbs, workspace_size(walked(channels)));
+      if (!has_before) continue;
+      for (const Shape& input : {input_in_planes(channels), input_walked(channels)})
+        verbs = std::max(verbs, workspace_size(input));
+    }
+    verbs_ = lines(8 * int64_t(verbs));
     values_ = lines(s.samples * chunk_ * s.inner * size_);
-    inputs_ = in_rows_ ? lines(group_ * chunk_ * input_places() * size_) : 0;
+    inputs_ = has_before ? lines(chunk_ * inputs) : in_rows_ ? lines(group_ * chunk_ * input_places() * size_) : 0;
     weights_ = lines((lattice_.taps + 1) * kernels * wide_);
     sums_ = in_rows_ ? lines((lattice_.taps + 1) * chunk_ * 8) : 0;
-    const int64_t planes = lattice_.is_unrolled() ? lattice_.input_size() + back_.input_size() : lattice_.scratch_size();
+    const int64_t planes =
+        lattice_.is_unrolled() ? lattice_.input_size() + back_.input_size() : lattice_.scratch_size();
     planes_ = in_rows_ ? 0 : lines(planes * wide_);
   }
 
@@ -99,8 +108,8 @@ class Call {
   // The memory of one thread.
   struct Memory {
     double* verbs;
-    char *z, *dz;  // of the chunk's outputs
-    char* x;        // in rows: of its inputs, those of a group of samples
+    char *z, *dz;   // of the chunk's outputs
+    char* x;        // of its inputs: those of a group of samples in rows; all where they are normalized first
     char* weights;  // taps and bias, of as many channels as are walked at once
     double* sums;   // their gradients, in rows
     char* planes;   // else: of the kernels
@@ -130,11 +139,23 @@ class Call {
     workers <= 1 ? work(0, workers) : for_each(workers, parallel, work);
   }
 
-  // What the verbs walk: so many channels of the output.
+  // What the verbs walk: so many channels of the output; of the input.
   Shape walked(int64_t channels) const {
     Shape s = shape_;
     s.channels = channels;
-    if (!in_rows_) return s;
+    return in_rows_ ? as_rows(s) : s;
+  }
+  Shape input_in_planes(int64_t channels) const {
+    Shape s = shape_;
+    s.channels = channels;
+    s.inner = input_places();
+    return s;
+  }
+  Shape input_walked(int64_t channels) const {
+    const Shape s = input_in_planes(channels);
+    return in_rows_ ? as_rows(s) : s;
+  }
+  static Shape as_rows(Shape s) {
     s.order = Order::interleaved;
     s.samples *= s.inner;
     s.pool_size = s.samples;
@@ -143,9 +164,10 @@ class Call {
   }
 
   // A chunk's values in its memory.
-  Operand chunk(char* values, int64_t channels) const {
+  Operand chunk(char* values, int64_t channels) const { return chunk(values, channels, shape_.inner); }
+  Operand chunk(char* values, int64_t channels, int64_t places) const {
     if (in_rows_) return {values, chunk_, 1};
-    return {values, channels * shape_.inner, shape_.inner};
+    return {values, channels * places, places};
   }
   Operand from(const Operand& o, int64_t channel) const {
     Operand part = o;
@@ -186,15 +208,34 @@ class Call {
     turn(dy, channel, channels, 0, shape_.samples, shape_.inner, rows);
   }
 
-  // z of a chunk.
-  void convolve(const DepthwiseInput& in, int64_t channel, int64_t channels, const Memory& m) const {
+  // The input of a chunk's convolution into its memory, normalized; by the statistics that a forward has found if
+  // there was one.
+  void normalize_input(const DepthwiseInput& in, const DepthwiseNorm& before, bool are_known, int64_t channel,
+                       int64_t channels, const Memory& m) const {
+    const Operand values = chunk(m.x, channels, input_places());
+    if (in_rows_) turn(in.x, channel, channels, 0, shape_.samples, input_places(), m.x);
+    normalize_by(before, are_known, input_walked(channels), in_rows_ ? values : from(in.x, channel), values, channel,
+                 m);
+  }
+  void normalize_by(const DepthwiseNorm& norm, bool are_known, const Shape& s, const Operand& x, const Operand& y,
+                    int64_t channel, const Memory& m) const {
+    double *const mean = norm.mean + channel, *const var = norm.var + channel;
+    const Vector gamma = from(norm.gamma, channel), beta = from(norm.beta, channel);
+    if (norm.population || are_known)
+      normalize(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, m.verbs, alone());
+    else
+      forward(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, m.verbs, alone());
+  }
+
+  // z of a chunk, out of x or (`is_ready`) of what `normalize_input` has left.
+  void convolve(const DepthwiseInput& in, bool is_ready, int64_t channel, int64_t channels, const Memory& m) const {
     if (in_rows_) {
       read_weights(in, channel, channels, m);
       for_groups([&](int64_t n, int64_t samples) {
-        turn(in.x, channel, channels, n, samples, input_places(), m.x);
+        if (!is_ready) turn(in.x, channel, channels, n, samples, input_places(), m.x);
         for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
           of_rows_.convolve(d_, samples, rows(m.x, 0, c, input_places()), k.weights, in.bias ? k.bias : nullptr,
-                                 rows(m.z, n, c, shape_.inner));
+                            rows(m.z, n, c, shape_.inner));
         });
       });
       return;
@@ -203,15 +244,15 @@ class Call {
     for (int64_t c = 0; c < channels; ++c) {
       read_weights(in, channel + c, 1, m);
       for_groups([&](int64_t n, int64_t samples) {
-        of_planes_.convolve(lattice_, samples, planes(in.x, n, channel + c), m.weights, in.bias ? bias(m, 0) : nullptr,
-                          planes(z, n, c), m.planes);
+        of_planes_.convolve(lattice_, samples, input_planes(in, is_ready, channels, channel, n, c, m), m.weights,
+                            in.bias ? bias(m, 0) : nullptr, planes(z, n, c), m.planes);
       });
     }
   }
 
-  // The gradients of a chunk's inputs and kernels, from that of z; in rows behind `convolve`.
-  void gradients(const DepthwiseInput& in, int64_t channel, int64_t channels, const DepthwiseGradients& to,
-                 const Memory& m) const {
+  // The gradients of a chunk's inputs and kernels, from that of z; behind `convolve`.
+  void gradients(const DepthwiseInput& in, bool is_ready, int64_t channel, int64_t channels,
+                 const DepthwiseGradients& to, const Memory& m) const {
     const int64_t taps = lattice_.taps;
     if (in_rows_) {
       std::fill_n(m.sums, (taps + 1) * chunk_, 0.0);
@@ -219,9 +260,8 @@ class Call {
         if (group_ < shape_.samples && to.kernels) turn(in.x, channel, channels, n, samples, input_places(), m.x);
         for_vectors(channels, m, [&](int64_t c, const Kernel& k) {
           const ChannelRows x = rows(m.x, 0, c, input_places());
-          of_rows_.gradients(d_, samples, x, k.weights, rows(m.dz, n, c, shape_.inner),
-                                     to.x ? x : ChannelRows{}, to.kernels ? k.sums : nullptr,
-                                     to.bias ? k.sums + taps * of_rows_.lanes : nullptr);
+          of_rows_.gradients(d_, samples, x, k.weights, rows(m.dz, n, c, shape_.inner), to.x ? x : ChannelRows{},
+                             to.kernels ? k.sums : nullptr, to.bias ? k.sums + taps * of_rows_.lanes : nullptr);
         });
         if (to.x) turn_back(m.x, to.x, channel, channels, n, samples, input_places());
       });
@@ -243,8 +283,8 @@ class Call {
       if (d_kernel) std::fill_n(d_kernel, taps, 0.0);
       if (d_bias) *d_bias = 0;
       for_groups([&](int64_t n, int64_t samples) {
-        of_planes_.gradients(lattice_, back_, samples, planes(in.x, n, k), m.weights, planes(dz, n, c), planes(to.x, n, k),
-                           d_kernel, d_bias, m.planes);
+        of_planes_.gradients(lattice_, back_, samples, input_planes(in, is_ready, channels, channel, n, c, m),
+                             m.weights, planes(dz, n, c), planes(to.x, n, k), d_kernel, d_bias, m.planes);
       });
     }
   }
@@ -260,6 +300,11 @@ class Call {
   ChannelPlanes channel_planes(const Operand& planes, int64_t channel, int64_t sample) const {
     return {static_cast<char*>(planes.data) + (sample * planes.sample_stride + channel * planes.channel_stride) * size_,
             planes.sample_stride, planes.channel_stride};
+  }
+  // The planes of channel c of a chunk.
+  Planes input_planes(const DepthwiseInput& in, bool is_ready, int64_t channels, int64_t channel, int64_t sample,
+                      int64_t c, const Memory& m) const {
+    return is_ready ? planes(chunk(m.x, channels, input_places()), sample, c) : planes(in.x, sample, channel + c);
   }
   Planes planes(const Operand& o, int64_t sample, int64_t channel) const {
     if (!o) return {nullptr, 0};
@@ -290,7 +335,8 @@ class Call {
     const int64_t taps = lattice_.taps;
     double values[kMostTaps];
     const auto write = [&](char* to, int64_t i, double value) {
-      wide_ == 8 ? void(reinterpret_cast<double*>(to)[i] = value) : void(reinterpret_cast<float*>(to)[i] = float(value));
+      wide_ == 8 ? void(reinterpret_cast<double*>(to)[i] = value)
+                 : void(reinterpret_cast<float*>(to)[i] = float(value));
     };
     for (int64_t c = 0; c < ceil_div(channels, lanes()) * lanes(); ++c) {
       const int64_t lane = c % lanes(), first = c - lane;
@@ -301,8 +347,7 @@ class Call {
           std::fill_n(values, count, 0.0);
       };
       read(in.kernels, taps);
-      for (int64_t t = 0; t < taps; ++t)
-        write(m.weights + (taps + 1) * first * wide_, t * lanes() + lane, values[t]);
+      for (int64_t t = 0; t < taps; ++t) write(m.weights + (taps + 1) * first * wide_, t * lanes() + lane, values[t]);
       if (!in.bias) continue;
       read(in.bias, 1);
       write(bias(m, first), lane, values[0]);
@@ -320,53 +365,57 @@ class Call {
   const DepthwisePlanes& of_planes_;
   const DepthwiseRows& of_rows_;
   Lattice lattice_, back_;  // of the convolution; of its gradient, where there are no steps
-  int64_t size_, wide_;  // bytes of an element, and of a value that is computed with
+  int64_t size_, wide_;     // bytes of an element, and of a value that is computed with
   bool in_rows_;
-  int64_t chunk_, group_;  // channels; samples
+  int64_t chunk_, group_;                                      // channels; samples
   int64_t verbs_, values_, inputs_, weights_, sums_, planes_;  // bytes
 };
 
 }  // namespace
 
-size_t depthwise_workspace_size(const Shape& shape, const Depthwise& d, int64_t threads) {
-  const Call call(shape, d);
+size_t depthwise_workspace_size(const Shape& shape, const Depthwise& d, bool has_before, int64_t threads) {
+  const Call call(shape, d, has_before);
   return size_t(std::min(threads, call.chunks()) * call.bytes());
 }
 
-void depthwise_forward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const Operand& y, double* mean,
-                       double* var, Vector gamma, Vector beta, double eps, const Fusion& fusion, bool population,
-                       void* workspace, int64_t threads, Parallel parallel) {
-  const Call call(shape, d);
+void depthwise_forward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const DepthwiseNorm* before,
+                       const DepthwiseNorm& norm, const Operand& y, void* workspace, int64_t threads,
+                       Parallel parallel) {
+  const Call call(shape, d, before);
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
-    const Shape s = call.walked(channels);
     const Operand z = call.chunk(m.z, channels), to = call.in_rows() ? z : call.from(y, channel);
-    const Vector scale = call.from(gamma, channel), shift = call.from(beta, channel);
-    call.convolve(in, channel, channels, m);
-    if (population)
-      normalize(s, z, to, mean + channel, var + channel, scale, shift, eps, fusion, m.verbs, alone());
-    else
-      forward(s, z, to, mean + channel, var + channel, scale, shift, eps, fusion, m.verbs, alone());
+    if (before) call.normalize_input(in, *before, false, channel, channels, m);
+    call.convolve(in, before, channel, channels, m);
+    call.normalize_by(norm, false, call.walked(channels), z, to, channel, m);
     if (call.in_rows()) call.turn_result(y, channel, channels, m.z);
   });
 }
 
-void depthwise_backward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const Operand& dy,
-                        const double* mean, const double* var, Vector gamma, Vector beta, double eps,
-                        const Fusion& fusion, bool population, const DepthwiseGradients& to, void* workspace,
+void depthwise_backward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const DepthwiseNorm* before,
+                        const DepthwiseNorm& norm, const Operand& dy, const DepthwiseGradients& to, void* workspace,
                         int64_t threads, Parallel parallel) {
-  const Call call(shape, d);
+  const Call call(shape, d, before);
+  const auto of_norm = [&](const DepthwiseNorm& n, const Shape& s, const Operand& dy, const Operand& x,
+                           const Operand& dx, double* gamma, double* beta, int64_t channel, const Call::Memory& m) {
+    backward(s, dy, x, dx, {}, n.mean + channel, n.var + channel, call.from(n.gamma, channel),
+             call.from(n.beta, channel), n.eps, n.fusion, n.population, nullptr, nullptr, gamma + channel,
+             beta + channel, m.verbs, alone());
+  };
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
     const Operand z = call.chunk(m.z, channels), dz = call.chunk(m.dz, channels);
     Operand from = call.from(dy, channel);
-    call.convolve(in, channel, channels, m);
+    if (before) call.normalize_input(in, *before, true, channel, channels, m);
+    call.convolve(in, before, channel, channels, m);
     if (call.in_rows()) {
       call.turn_gradient(dy, channel, channels, m.dz);
       from = dz;
     }
-    backward(call.walked(channels), from, z, dz, {}, mean + channel, var + channel, call.from(gamma, channel),
-             call.from(beta, channel), eps, fusion, population, nullptr, nullptr, to.gamma + channel,
-             to.beta + channel, m.verbs, alone());
-    call.gradients(in, channel, channels, to, m);
+    of_norm(norm, call.walked(channels), from, z, dz, to.gamma, to.beta, channel, m);
+    call.gradients(in, before, channel, channels, to, m);
+    if (!before || !to.x) return;
+    const Operand dx = call.from(to.x, channel);
+    of_norm(*before, call.input_in_planes(channels), dx, call.from(in.x, channel), dx, to.before_gamma, to.before_beta,
+            channel, m);
   });
 }
 

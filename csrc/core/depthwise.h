@@ -1,5 +1,6 @@
 // A depthwise convolution and the batch normalization of its output, some channels at a time: what the convolution
-// makes of them is normalized in the cache, and the backward makes it again instead of reading it.
+// makes of them is normalized in the cache, and the backward makes it again instead of reading it. So may be the batch
+// normalization of its input.
 #pragma once
 
 #include "batchnorm.h"
@@ -22,22 +23,31 @@ struct DepthwiseInput {
   const void *kernels, *bias;
 };
 
+// A batch normalization: by the given statistics of the population, or by the batch's, which a forward writes.
+struct DepthwiseNorm {
+  double *mean, *var;
+  Vector gamma, beta;
+  double eps;
+  Fusion fusion;  // without a residual
+  bool population;
+};
+
 struct DepthwiseGradients {
-  Operand x;                        // or absent
-  double *kernels, *bias;           // (channels, taps), (channels); or absent
-  double *gamma, *beta;             // (channels)
+  Operand x;                           // or absent
+  double *kernels, *bias;              // (channels, taps), (channels); or absent
+  double *gamma, *beta;                // (channels)
+  double *before_gamma, *before_beta;  // the same of the normalization before it, where x is not absent
 };
 
 // Bytes of scratch memory for so many threads. The shape is that of the output, all of whose samples are one pool.
-size_t depthwise_workspace_size(const Shape&, const Depthwise&, int64_t threads);
+size_t depthwise_workspace_size(const Shape&, const Depthwise&, bool has_before, int64_t threads);
 
-// y = activation(BN(depthwise(x))); with `population` by the given statistics, else by the batch's, which it writes.
-void depthwise_forward(const Shape&, const Depthwise&, const DepthwiseInput&, const Operand& y, double* mean,
-                       double* var, Vector gamma, Vector beta, double eps, const Fusion&, bool population,
-                       void* workspace, int64_t threads, Parallel);
+// y = norm(depthwise(before(x))), each normalization with its activation; `before` may be absent.
+void depthwise_forward(const Shape&, const Depthwise&, const DepthwiseInput&, const DepthwiseNorm* before,
+                       const DepthwiseNorm& norm, const Operand& y, void* workspace, int64_t threads, Parallel);
 
-void depthwise_backward(const Shape&, const Depthwise&, const DepthwiseInput&, const Operand& dy, const double* mean,
-                        const double* var, Vector gamma, Vector beta, double eps, const Fusion&, bool population,
-                        const DepthwiseGradients&, void* workspace, int64_t threads, Parallel);
+void depthwise_backward(const Shape&, const Depthwise&, const DepthwiseInput&, const DepthwiseNorm* before,
+                        const DepthwiseNorm& norm, const Operand& dy, const DepthwiseGradients&, void* workspace,
+                        int64_t threads, Parallel);
 
 }  // namespace batchnorm

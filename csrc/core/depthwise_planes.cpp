@@ -60,8 +60,8 @@ struct OfPlanes {
       store_some<S>(to + i, evens(low, high), n - i);
   }
 
-  // f(row of x, place of its run in the phases, the phase's columns [first, last), the first one's column of x) for each
-  // row of each phase that has values of x.
+  // f(row of x, place of its run in the phases, the phase's columns [first, last), the first one's column of x) for
+  // each row of each phase that has values of x.
   template <class F>
   static INLINE void for_rows(const Lattice& l, const F& f) {
     const Depthwise& d = l.d;
@@ -100,9 +100,7 @@ struct OfPlanes {
   }
 
   // What a walk may read behind the last sample: values of others, which may be no numbers.
-  static void clear_behind(const Lattice& l, S* behind) {
-    std::fill_n(behind, std::min(l.reach + Lattice::kSlack, l.plane), S(0));
-  }
+  static void clear_behind(const Lattice& l, S* behind) { std::fill_n(behind, l.reach + Lattice::kSlack, S(0)); }
 
   static INLINE T narrowed(S s) {
     if constexpr (sizeof(T) == sizeof(S)) return s;
@@ -227,7 +225,8 @@ struct OfPlanes {
   }
   static void add_all_products(i64 taps, const S* g, const S* from, const i64* shift, i64 count, double* sums) {
     for (i64 t = 0; t < taps;) {
-      const i64 left = taps - t, together = (left + (left + kAtOnce - 1) / kAtOnce - 1) / ((left + kAtOnce - 1) / kAtOnce);
+      const i64 left = taps - t,
+                together = (left + (left + kAtOnce - 1) / kAtOnce - 1) / ((left + kAtOnce - 1) / kAtOnce);
       const auto with = [&](auto f) { f(g, from, shift + t, count, sums + t); };
       switch (together) {
         case 1: with(add_products<1>); break;
@@ -295,12 +294,12 @@ struct OfPlanes {
     for (int i = 0; i < N; ++i)
       for (int j = 0; j < K; ++j)
         for (int p = 0; p < D::parts; ++p)
-          for (int lane = 0; lane < D::lanes; ++lane) sums[(row + i) * K + j] += total[(i * K + j) * D::parts + p][lane];
+          for (int lane = 0; lane < D::lanes; ++lane)
+            sums[(row + i) * K + j] += total[(i * K + j) * D::parts + p][lane];
   }
 
-  static void gradients_unrolled(const Lattice& l, const Lattice& back, i64 samples, const Planes& x,
-                                 const S* weights, const Planes& d_out, const Planes& dx, double* d_weights,
-                                 double* d_bias, S* input) {
+  static void gradients_unrolled(const Lattice& l, const Lattice& back, i64 samples, const Planes& x, const S* weights,
+                                 const Planes& d_out, const Planes& dx, double* d_weights, double* d_bias, S* input) {
     if (d_weights) read(l, samples, x, input);
     for (i64 n = 0; n < samples; ++n) {
       const T* const g = static_cast<const T*>(d_out.data) + n * d_out.stride;
@@ -324,8 +323,8 @@ struct OfPlanes {
     convolve_all_unrolled(back, samples, padded, turned, S(0), dx);
   }
 
-  static void gradients(const Lattice& l, const Lattice& back, i64 samples, Planes x, const void* weights,
-                        Planes d_out, Planes dx, double* d_weights, double* d_bias, void* scratch) {
+  static void gradients(const Lattice& l, const Lattice& back, i64 samples, Planes x, const void* weights, Planes d_out,
+                        Planes dx, double* d_weights, double* d_bias, void* scratch) {
     S* const input = static_cast<S*>(scratch);
     if (l.is_unrolled())
       return gradients_unrolled(l, back, samples, x, static_cast<const S*>(weights), d_out, dx, d_weights, d_bias,

@@ -134,7 +134,8 @@ struct OfRows {
         T* const to = at(out, n, r * d.out[1]);
         i64 c = 0;
         const auto one = [&](const Taps& columns) INLINED {
-          L::store(to + c * out.place, output(from + c * stride, row_step, step, rows, columns, weights, kernel, start));
+          L::store(to + c * out.place,
+                   output(from + c * stride, row_step, step, rows, columns, weights, kernel, start));
         };
         for (; c < inside.first; ++c) one(Taps(d, 1, c));
         for (; c + 4 <= inside.last; c += 4) {

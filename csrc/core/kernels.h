@@ -105,10 +105,10 @@ struct DepthwiseRows;
 // [order][dtype]
 struct KernelTable {
   const Kernels* of[2];
-  const CoefficientKernels* coefficients;  // in float32, in float64
+  const CoefficientKernels* coefficients;   // in float32, in float64
   const DepthwisePlanes* depthwise_planes;  // [dtype]
   const DepthwiseRows* depthwise_rows;
-  int64_t lanes;                           // float32 values in a vector
+  int64_t lanes;  // float32 values in a vector
 };
 
 const KernelTable& kernel_table();  // dispatch.cpp: that of the instruction set in use

@@ -33,7 +33,7 @@ struct Lattice {
   int64_t scratch_size() const { return input_size() + results_size() + reach_before() + run_size(); }
   int64_t reach_before() const { return (reach + kSlack - 1) / kSlack * kSlack; }
   static constexpr int64_t kSlack = 64;  // values that a walk may go too far
-  static constexpr int64_t kRows = 4;  // of the output, at a time
+  static constexpr int64_t kRows = 4;    // of the output, at a time
   static constexpr int64_t kRun = 4096;  // values of a group, if planes are short
 };
 
@@ -60,8 +60,8 @@ struct DepthwisePlanes {
   // out = bias + convolution of x. The scratch memory is zero at first, and only these write to it.
   void (*convolve)(const Lattice&, int64_t samples, Planes x, const void* weights, const void* bias, Planes out,
                    void* scratch);
-  // The gradient of x, or none; adds the gradient of the weights to d_weights, if there is a place for it. `back` is the
-  // lattice of the convolution that turns the gradient of an unrolled one back into that of x.
+  // The gradient of x, or none; adds the gradient of the weights to d_weights, if there is a place for it. `back` is
+  // the lattice of the convolution that turns the gradient of an unrolled one back into that of x.
   void (*gradients)(const Lattice&, const Lattice& back, int64_t samples, Planes x, const void* weights, Planes d_out,
                     Planes dx, double* d_weights, double* d_bias, void* scratch);
 };

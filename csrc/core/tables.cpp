@@ -16,8 +16,11 @@ extern const DepthwiseRows depthwise_rows[4];
 
 namespace {
 
-const KernelTable table = {{planar_kernels, interleaved_kernels}, coefficients, BATCHNORM_PLANES_ISA::depthwise_planes,
-                           depthwise_rows, BATCHNORM_VECTOR_BYTES / 4};
+const KernelTable table = {{planar_kernels, interleaved_kernels},
+                           coefficients,
+                           BATCHNORM_PLANES_ISA::depthwise_planes,
+                           depthwise_rows,
+                           BATCHNORM_VECTOR_BYTES / 4};
 
 }  // namespace
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -910,10 +910,21 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
 
 // For kernels/cpu.py, by ctypes.
 extern "C" __attribute__((visibility("default"))) const void* batchnorm_operators() {
-  static const batchnorm::Operators operators{
-      &forward_into,      &normalize,      &eager_gradients, &moments,        &backward_reduce, &backward_apply,
-      &update_statistics, &normalize_into, &forward_parts,   &backward_parts, &advise,
-      &Threads::parallel, &batchnorm::depthwise_workspace_size, &batchnorm::depthwise_forward, &batchnorm::depthwise_backward};
+  static const batchnorm::Operators operators{&forward_into,
+                                              &normalize,
+                                              &eager_gradients,
+                                              &moments,
+                                              &backward_reduce,
+                                              &backward_apply,
+                                              &update_statistics,
+                                              &normalize_into,
+                                              &forward_parts,
+                                              &backward_parts,
+                                              &advise,
+                                              &Threads::parallel,
+                                              &batchnorm::depthwise_workspace_size,
+                                              &batchnorm::depthwise_forward,
+                                              &batchnorm::depthwise_backward};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

@@ -152,8 +152,8 @@ def _plain_call(
     weight, bias, residual, eps, activation, slope = fusion
     updates = use_batch and running_mean is not None and running_var is not None
     y = ops.in_one_call(
-        x, residual, weight, bias, running_mean, running_var, None, momentum, eps, activation, slope,
-        use_batch, updates, 0, _fresh_carry(running_mean) if updates else None,
+        x, residual, weight, bias, running_mean, running_var, None,
+        _fresh_carry(running_mean) if updates else None, momentum, eps, activation, slope, use_batch, updates,
     )  # fmt: skip
     if y is not None:
         return y

@@ -17,7 +17,7 @@ from batchnorm.nn import buffers as layer_buffers
 from batchnorm.nn import options
 from batchnorm.nn.configured import ConfiguredLayer
 from batchnorm.nn.leaves import is_of_this_package, recorded_call
-from batchnorm.nn.short_calls import at_once, batch_at_once, in_one_call, in_one_node
+from batchnorm.nn.short_calls import at_once, batch_at_once, in_one_call, in_one_node, with_depthwise
 from batchnorm.ops.context import is_compiled, is_recorded, is_traced_by_jit
 from batchnorm.ops.fusion import Fusion
 from batchnorm.pools import Pool, is_alone, process_group
@@ -69,13 +69,18 @@ class BatchNorm(ConfiguredLayer):
         """`forward` of `torch.cat(parts, 1)`, which is not made; None, with nothing done, if it cannot do without."""
         return in_one_call(self, parts, None, 0) if self._is_simple() else None
 
-    def forward_depthwise(self, conv: nn.Module, padding: tuple[int, ...] | None, x: Tensor) -> Tensor | None:
-        """`forward` of a depthwise convolution of x, which lies in no memory; None, with nothing done, if it must."""
+    def forward_depthwise(
+        self, conv: Any, padding: tuple[int, ...] | None, x: Tensor, before: BatchNorm | None = None
+    ) -> Tensor | None:
+        """`forward` of a depthwise convolution of x, or of ``before(x)``; None, with nothing done, if it cannot do so.
+
+        What lies between them is in no memory.
+        """
         weight = conv._parameters.get("weight")  # a parametrized one is not there
-        if weight is None or not self._is_simple():
+        if weight is None or not self._is_simple() or not (before is None or before._is_simple()):
             return None
-        convolution = (x, weight, conv._parameters.get("bias"), conv.stride, padding, conv.dilation)
-        return in_one_call(self, convolution, None, 0)
+        convolution = (conv._parameters.get("bias"), conv.stride, padding, conv.dilation)
+        return with_depthwise(self, x, weight, convolution, before)
 
     def _is_simple(self) -> bool:
         return self._call_size == 0 and not self._varies and type(self).forward is BatchNorm.forward

@@ -5,7 +5,7 @@ Each gives what `BatchNorm._normalize` gives, or None if it cannot compute the l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -60,6 +60,17 @@ def in_one_call(
     """`forward` in one call of C++, or None where there is none for it; ``valid`` is None where all values are."""
     if is_compiled():  # no call of C++; to read the layer's settings alone would have Dynamo guard them
         return None
+    given = arguments(layer, x, residual, pool_size, valid)
+    y = None if given is None else ops.in_one_call(*given)
+    if y is not None and layer.updates_statistics:
+        layer_buffers.look_at_times(layer)
+    return y
+
+
+def arguments(
+    layer: BatchNorm, x: ops.Input, residual: Tensor | None, pool_size: int, valid: Valid | None = None
+) -> ops.Arguments | None:
+    """Those of the call in C++; None where there is none for the layer."""
     beside = None
     if pool_size or layer._varies or valid is not None:
         if isinstance(x, Tensor) and (x.ndim < 2 or x.shape[1] != layer.num_features):
@@ -89,12 +100,30 @@ def in_one_call(
             batches, skipped = (None if each is None else each[row] for each in (batches, skipped))
         if updates:
             momentum = momentum_of_next(layer.running, momentum, batches)
-    y = ops.in_one_call(
-        x, residual, weight, bias, mean, var, batches, momentum, layer.eps, layer.activation, layer.negative_slope,
-        use_batch, updates, pool_size, carry, layer.keeps_output, unbiased, skipped, beside,
+    return (
+        x, residual, weight, bias, mean, var, batches, carry, momentum, layer.eps, layer.activation,
+        layer.negative_slope, use_batch, updates, pool_size, layer.keeps_output, unbiased, skipped, beside,
     )  # fmt: skip
-    if updates and y is not None:
-        layer_buffers.look_at_times(layer)
+
+
+def with_depthwise(
+    layer: BatchNorm, x: Tensor, kernels: Tensor, convolution: tuple[Any, ...], before: BatchNorm | None
+) -> Tensor | None:
+    """`forward` of a depthwise convolution of x, or of ``before(x)``, in one call of C++; None where there is none.
+
+    The convolution: its bias, stride, padding and dilation.
+    """
+    if is_compiled():
+        return None
+    first = None
+    if before is not None:
+        given = arguments(before, x, None, 0)
+        first = None if given is None else ops.in_codes(given)
+        if first is None:
+            return None
+    y = in_one_call(layer, (x, kernels, *convolution, first), None, 0)
+    if y is not None and before is not None and before.updates_statistics:
+        layer_buffers.look_at_times(before)
     return y
 
 

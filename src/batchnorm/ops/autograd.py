@@ -194,6 +194,13 @@ def gradients_operator(a: Any) -> tuple[Tensor, ...]:
     return tuple(a.x.new_empty(0) if each is None else each for each in found)
 
 
+def normalized_again(a: Any) -> Tensor:
+    """activation(BN(x)) by operations that have derivatives; the statistics are given, or else those of x."""
+    mean, var = (a.mean, a.var) if a.population else aten.batch_statistics(a.x, Pools(a.x, 0, None))
+    activation = ACTIVATIONS[a.activation]
+    return aten.normalize(a.x, mean, var, a.weight, a.bias, None, 0, a.eps, activation, a.slope)
+
+
 def _renormalized_gradients(
     dy: Tensor, saved: _Saved, settings: Settings, factors: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:

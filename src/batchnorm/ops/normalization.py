@@ -35,8 +35,8 @@ class Normalized(NamedTuple):
     counts: Tensor | None = None
 
 
-Convolution = tuple[Tensor, Tensor, Tensor | None, Any, Any, Any]
-"""x, kernels, bias, stride, padding and dilation of a depthwise convolution."""
+Convolution = tuple[Any, ...]
+"""x, kernels, bias, stride, padding and dilation of a depthwise convolution, and `Arguments` of a layer before it."""
 
 Input = Tensor | list[Tensor] | Convolution
 """The input of a call: as it is; parts of it along the channels; or what a depthwise convolution makes it of."""
@@ -64,6 +64,18 @@ class Beside(NamedTuple):
     d_max: float | None = None
 
 
+Arguments = tuple[Any, ...]
+"""Those of `in_one_call`, in its order."""
+
+_ACTIVATION = 10
+
+
+def in_codes(arguments: Arguments) -> Arguments | None:
+    """The arguments as C++ takes them, with a number for the activation; None for one that it does not know."""
+    kind = _KINDS.get(arguments[_ACTIVATION])
+    return None if kind is None else (*arguments[:_ACTIVATION], kind, *arguments[_ACTIVATION + 1 :])
+
+
 def in_one_call(
     x: Input,
     residual: Tensor | None,
@@ -72,6 +84,7 @@ def in_one_call(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    carry: Tensor | None,
     momentum: float | None,
     eps: float,
     activation: str | None,
@@ -79,7 +92,6 @@ def in_one_call(
     use_batch: bool,
     update: bool,
     pool_size: int = 0,
-    carry: Tensor | None = None,
     keep: bool | None = None,
     unbiased: bool = True,
     skipped: Tensor | None = None,
@@ -87,9 +99,9 @@ def in_one_call(
 ) -> Tensor | None:
     """A plain eager call on the CPU as one call of C++: y, or None, with nothing done, where this is no such call.
 
-    ``keep`` says whether the output is kept for the backward (None: except in
-    `recompute_outputs`); ``unbiased``, which variance the running one takes in; ``skipped`` counts the batches that are
-    refused because they are not finite (None: none are); ``beside`` holds what few calls have.
+    ``keep`` says whether the output is kept for the backward (None: except in `recompute_outputs`); ``unbiased``, which
+    variance the running one takes in; ``skipped`` counts the batches that are refused because they are not finite
+    (None: none are); ``beside`` holds what few calls have.
 
     C++ raises no errors about its arguments: it returns None, and the way through Python raises them. If this torch has
     no such function in C++, torch's own operator takes small calls.

@@ -168,6 +168,7 @@ for _name, _function in _operators.items():
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     LIBRARY.impl(_name, by_name(_name, cuda.implementation(_name, _function)), "CUDA")
 LIBRARY.impl("gradients", by_name("gradients", autograd.gradients_operator), "CompositeImplicitAutograd")
+LIBRARY.impl("normalize_again", by_name("normalize_again", autograd.normalized_again), "CompositeImplicitAutograd")
 
 
 def _batching(name: str) -> None:

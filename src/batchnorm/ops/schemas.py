@@ -122,6 +122,13 @@ _define(
     f" {_MASK}, int groups=0, Tensor? factors=None",
     "(Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_residual)",
 )
+# The output of a batch normalization as a function of its input that has derivatives, for C++ as well.
+_define(
+    "normalize_again",
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, int activation, float slope,"
+    " bool population",
+    "Tensor",
+)
 # Raises, for C++, since an operand of an output that is to be made again has changed.
 _define("refuse", "Tensor mean", "Tensor mean_again")
 _define(

@@ -226,7 +226,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
         steps.append(Step(f"{name or 'the network'}: calls convolutions with their layers", _paired(module)))
     original = copy_of(net)
     plan = Plan(net, steps, lambda: _verify(original, net, given, seeds), skipped=skipped | fusions.refused)
-    taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved
+    taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved | fusions.before
     told = {name: fusions.told(name) for name in layers if name in taking}
     swapped = [name for name in swapped if name not in told]
     convolved = tuple(name for name in layers if name in fusions.convolved)
@@ -290,6 +290,7 @@ class Fusions:
         sums: the layers that take an addition in.
         joined: the layers that read the parts of a concatenation.
         convolved: the layers that take in the depthwise convolution before them.
+        before: those that are computed with the depthwise convolution behind them.
         paired: containers that call such a convolution and the layer behind it at once.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
@@ -304,6 +305,7 @@ class Fusions:
     sums: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=set)
     convolved: set[str] = field(default_factory=set)
+    before: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
     paired: set[str] = field(default_factory=set)
@@ -417,6 +419,7 @@ class Fusions:
             + ["a depthwise convolution"] * (name in self.convolved)
             + ["an addition"] * (name in self.sums)
             + ([] if activation is None else [activation.name])
+            + ["the depthwise convolution behind it"] * (name in self.before)
         )
         return " and ".join(parts)
 
@@ -441,7 +444,7 @@ class Fusions:
                 found[layer] = node
         is_ours = self.is_candidate(names)
         joined = concatenations.readers(module, graph, is_ours)
-        convolved = [n for n in depthwise.readers(module, graph, is_ours) if not _lie_in_one(module, n, n.args[0])]
+        convolved = [n for n in depthwise.readers(module, graph, is_ours) if not self.lie_in_one(module, n, names)]
         if not found and not joined and not convolved:
             return
         if str(graphs[0]) != str(graphs[1]):
@@ -469,22 +472,41 @@ class Fusions:
 
     def take_in_convolutions(self, module: nn.Module, graph: fx.Graph, names: dict[int, str]) -> None:
         """The depthwise convolutions before layers, also where an activation behind the layer is a call."""
-        for node in depthwise.readers(module, graph, self.is_candidate(names)):
-            self.convolved.add(names[id(module.get_submodule(str(node.target)))])
-            depthwise.fuse(graph, node, node.args[0], str(node.target))
+        is_ours = self.is_candidate(names)
+
+        def take(node: fx.Node, conv: Any, layer: str, activation: Sequence[Any] = ()) -> None:
+            before = depthwise.found_before(
+                module, conv.args[0], is_ours, lambda name: self.absorbs(module, name, names), normalized
+            )
+            self.convolved.add(names[id(module.get_submodule(layer))])
+            if before is not None:
+                self.before.add(names[id(module.get_submodule(before.layer))])
+            depthwise.fuse(graph, node, conv, layer, tuple(activation), before)
+
+        for node in depthwise.readers(module, graph, is_ours):
+            take(node, node.args[0], str(node.target))
         for node in list(graph.nodes):
-            if node.op != "call_function" or node.target is not normalized:
-                continue
-            layer, before, residual, *activation = node.args
-            if residual is None and depthwise.reads_depthwise(module, before):
-                self.convolved.add(names[id(module.get_submodule(str(layer.target)))])
-                depthwise.fuse(graph, node, before, str(layer.target), *activation)
+            if node.op == "call_function" and node.target is normalized:
+                layer, conv, residual, *activation = node.args
+                if residual is None and depthwise.reads_depthwise(module, conv):
+                    take(node, conv, str(layer.target), activation)
 
+    def lie_in_one(self, module: nn.Module, node: fx.Node, names: dict[int, str]) -> bool:
+        """Whether a layer, the convolution before it and what comes before that lie in one container.
 
-def _lie_in_one(module: nn.Module, *nodes: Any) -> bool:
-    """Whether the modules that two nodes call lie in one container, which can call them at once itself."""
-    above = {str(node.target).rpartition(".")[0] for node in nodes}
-    return len(above) == 1 and isinstance(module.get_submodule(above.pop()), nn.Sequential)
+        It can call them at once itself.
+        """
+        conv: Any = node.args[0]
+        before = depthwise.found_before(
+            module, conv.args[0], self.is_candidate(names), lambda name: self.absorbs(module, name, names), normalized
+        )
+        called = [str(node.target), str(conv.target)] + ([] if before is None else [before.layer, *before.stand_ins])
+        above = {name.rpartition(".")[0] for name in called}
+        return len(above) == 1 and isinstance(module.get_submodule(above.pop()), nn.Sequential)
+
+    def absorbs(self, module: nn.Module, name: str, names: dict[int, str]) -> bool:
+        """Whether a module of that name is computed by the layer before it."""
+        return names.get(id(module.get_submodule(name))) in self.absorbed
 
 
 def _above(name: str) -> Iterator[str]:
