@@ -14,6 +14,7 @@ from .tables import (
     ALONE_BLOCKS,
     BLOCKS,
     COMPILED_BLOCKS,
+    DEPTHWISE_BLOCKS,
     GPU_BLOCKS,
     LAYER_BLOCKS,
     LIMITS,
@@ -34,7 +35,7 @@ MARKERS = {"torch": "o", "ours": "s", "ours fused": "D", "compile": "^", "jax": 
 NEUTRAL = "#808080"  # for text and rules: readable on white and on black
 APART = {
     "networks": NETWORK_BLOCKS, "alone": ALONE_BLOCKS, "activations": ACTIVATION_BLOCKS, "layers": LAYER_BLOCKS,
-    "compiled": COMPILED_BLOCKS, "orders": ORDER_BLOCKS,
+    "compiled": COMPILED_BLOCKS, "orders": ORDER_BLOCKS, "depthwise": DEPTHWISE_BLOCKS,
 }  # fmt: skip
 """Whose rows lie in folders of their own, by the folders' names."""
 STYLE: dict[Any, Any] = {

@@ -10,6 +10,7 @@ from itertools import product
 from . import (
     calibration,
     compiled,
+    depthwise,
     growth,
     kernels,
     layers,
@@ -57,6 +58,10 @@ def _activations(quick: bool) -> list[Job]:
 def _orders(quick: bool) -> list[Job]:
     contestants, seconds = ("torch", "ours fused"), 0.3 if quick else 1.0
     return [partial(wall.measure, case, contestants, seconds, "orders") for case in wall.order_cases(quick)]
+
+
+def _depthwise(quick: bool) -> list[Job]:
+    return [partial(depthwise.measure, *case, 0.3 if quick else 1.0) for case in depthwise.cases(quick)]
 
 
 def _layers(quick: bool) -> list[Job]:
@@ -138,6 +143,7 @@ SUITES: dict[str, Suite] = {
     "activations": Suite(_activations),
     "layers": Suite(_layers, kernels.REUSING),
     "orders": Suite(_orders, kernels.REUSING),
+    "depthwise": Suite(_depthwise, kernels.REUSING),
     "step": Suite(_step),
     "memory": Suite(_memory),
     "networks": Suite(_networks),

@@ -120,6 +120,24 @@ def orders(rows: Sequence[Row]) -> str:
     )
 
 
+def depthwise(rows: Sequence[Row]) -> str:
+    """Depthwise convolutions and the layers around them: times as fast as torch."""
+    header = ("layers of", "shape", "kernel, stride", "order", "before", "torch, ms", "apart, x torch",
+              *(f"{phase}, x torch" for phase in ("forward", "backward", "both")))  # fmt: skip
+    lines = []
+    for row in _of(rows, suite="depthwise", contestant="at once", direction="forward+backward"):
+        key = {k: row[k] for k in ("suite", "shape", "order", "kernel", "stride", "before", "of")}
+        by = {(r["contestant"], r["direction"]): r for r in _of(rows, **key)}
+        figures = [by.get(("at once", phase), {}).get("x_torch") for phase in _PHASES]
+        apart, theirs = (by.get((name, "forward+backward"), {}) for name in ("ours", "torch"))
+        lines.append(
+            (row["of"], tuple(row["shape"]), f"{row['kernel']}, {row['stride']}", row["order"],
+             "BN" if row["before"] else "", _number(theirs.get("ms")), _number(apart.get("x_torch")),
+             *map(_number, figures))
+        )  # fmt: skip
+    return table(header, lines)
+
+
 def _whole(row: Row) -> bool:
     return row["suite"] == "layers" and row["direction"] in ("forward+backward", "inference") and "x_torch" in row
 
@@ -321,6 +339,9 @@ ACTIVATION_BLOCKS = {"activations": activations, "activations environment": envi
 
 ORDER_BLOCKS = {"orders": orders, "orders environment": environment}
 """Those of orders in memory, in docs/performance.md, whose rows are kept by themselves."""
+
+DEPTHWISE_BLOCKS = {"depthwise": depthwise, "depthwise environment": environment}
+"""Those of depthwise convolutions, in docs/performance.md, whose rows are kept by themselves."""
 
 LAYER_BLOCKS = {"layers": layers, "slow layers": slow_layers, "layers environment": environment}
 """Those of layers drawn at random, in docs/performance.md, whose rows are kept by themselves."""

@@ -21,6 +21,7 @@ from benchmarks import __main__ as command
 from benchmarks import (
     calibration,
     compiled,
+    depthwise,
     growth,
     kernels,
     layers,
@@ -597,3 +598,16 @@ def test_every_drawn_kind_of_layer_is_right(shape: tuple[int, ...]):
             assert not [
                 r["absent"] for r in wall.measure(case, ("torch", "ours fused"), 0, "layers", mode) if "absent" in r
             ]
+
+
+def test_depthwise_convolutions_are_measured_at_once_and_shown():
+    small = depthwise.Layers((2, 32, 6, 6), 3, 1, "relu6", "MobileNetV2")
+    rows = [row for before in (False, True) for row in depthwise.measure(small, "planar", before, 0.01)]
+    assert {row["contestant"] for row in rows} == {"torch", "ours", "at once"}
+    assert not any("absent" in row for row in rows)
+    shown = tables.depthwise(rows)
+    assert "| MobileNetV2 | (2, 32, 6, 6) | 3, 1 | planar | BN |" in shown
+    for case, order, _ in depthwise.cases(True):
+        net = depthwise.network(case, True)
+        assert len(batchnorm.accelerate(net, torch.randn(case.shape)).report.convolved) == 1
+        assert order in ("planar", "channels_last")

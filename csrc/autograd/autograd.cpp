@@ -1455,6 +1455,7 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
 }
 
 #include "depthwise.h"  // of this namespace
+#include "pooling.h"
 
 // ---------------------------------------------------------------------------------------------- Python
 // Reads a plain tensor, or None; false for anything else.
@@ -1577,15 +1578,31 @@ bool read_convolution(PyObject* given, Convolution& c, std::optional<Arguments>&
          c.fit() && (each(kBefore) == Py_None || read_before(each(kBefore), before.emplace(), c.x));
 }
 
+// What windows of the output are reduced to their largest values: x, kernel, stride, padding, and whether sizes are
+// rounded up.
+bool read_windows(PyObject* given, Windows& w) {
+  enum { kInput, kKernel, kStride, kPadding, kCeil };
+  const auto each = [&](Py_ssize_t i) { return PyTuple_GetItem(given, i); };
+  w.ceil = each(kCeil) == Py_True;
+  return read(each(kInput), w.x) && read(each(kKernel), w.kernel) && read(each(kStride), w.stride) &&
+         read(each(kPadding), w.padding) && w.fit();
+}
+
 PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   Arguments a;
   TORCH_CHECK(count == kCount, "batchnorm: expected ", int(kCount), " arguments, got ", count);
   if (is_watched()) Py_RETURN_NONE;
   std::vector<at::Tensor> parts;
   std::optional<Convolution> convolution;
-  if (PyTuple_Check(given[kX])) convolution.emplace();
+  std::optional<Windows> windows;
+  constexpr Py_ssize_t of_windows = 5;
+  if (PyTuple_Check(given[kX]) && PyTuple_Size(given[kX]) == of_windows)
+    windows.emplace();
+  else if (PyTuple_Check(given[kX]))
+    convolution.emplace();
   std::optional<Arguments> before;
-  if (convolution               ? !read_convolution(given[kX], *convolution, before)
+  if (windows                   ? !read_windows(given[kX], *windows)
+      : convolution             ? !read_convolution(given[kX], *convolution, before)
       : PyList_Check(given[kX]) ? !read_parts(given[kX], parts)
                                 : !read(given[kX], a.x))
     Py_RETURN_NONE;
@@ -1593,7 +1610,8 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   if (a.use_batch && !read(given[kPoolSize], a.settings.pool_size)) Py_RETURN_NONE;
   if (!parts.empty()) a.x = as_together(parts);
   if (convolution) a.x = without_memory(convolution->x, convolution->sizes());
-  if (!a.fit() || ((convolution || !parts.empty()) && !a.is_alone()) || !a.make_mask()) Py_RETURN_NONE;
+  if (windows) a.x = windows->x;
+  if (!a.fit() || ((windows || convolution || !parts.empty()) && !a.is_alone()) || !a.make_mask()) Py_RETURN_NONE;
   at::Tensor y;
   {
     python::OthersMayRun released;
@@ -1605,7 +1623,8 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
         forget_outputs(a.x);
       forget_outputs(a.residual);
     }
-    y = convolution     ? forward_convolved(a, *convolution, before ? &*before : nullptr)
+    y = windows         ? forward_pooled(a, *windows)
+        : convolution   ? forward_convolved(a, *convolution, before ? &*before : nullptr)
         : parts.empty() ? forward(a)
                         : forward_parts(a, parts);
   }

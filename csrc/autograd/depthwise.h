@@ -21,13 +21,16 @@ struct Convolution {
     const size_t axes = size_t(x.dim()) - 2;
     for (const auto* each : {&stride, &padding, &dilation})
       if (each->size() != axes) return false;
-    if (at::autocast::is_autocast_enabled(at::kCPU) || !lies_in_planes(x)) return false;
+    if (at::autocast::is_autocast_enabled(at::kCPU) || x.numel() == 0 || !x.is_contiguous(format())) return false;
     if (kernels.size(0) != x.size(1) || kernels.size(1) != 1 || !kernels.is_contiguous()) return false;
     if (kernels.scalar_type() != x.scalar_type()) return false;
     if (bias.defined() && (bias.scalar_type() != x.scalar_type() || bias.dim() != 1 || bias.numel() != x.size(1) ||
                            !bias.is_contiguous()))
       return false;
     if (kernels.numel() / x.size(1) > batchnorm::kMostTaps || kernels.numel() == 0) return false;
+    // Rows of channels of all samples are held at once: not of so many places that the memory would be felt.
+    constexpr int64_t most_places = 1 << 16;
+    if (lies_in_rows() && x.size(0) * out(0) * out(1) > most_places) return false;
     constexpr int64_t most = 1 << 12;  // far beyond any use
     for (size_t i = 0; i < axes; ++i)
       if (stride[i] < 1 || stride[i] > most || dilation[i] < 1 || dilation[i] > most || padding[i] < 0 ||
@@ -36,9 +39,8 @@ struct Convolution {
     return true;
   }
 
-  static bool lies_in_planes(const at::Tensor& t) {
-    return t.numel() > 0 && t.is_contiguous() && t.suggest_memory_format() == at::MemoryFormat::Contiguous;
-  }
+  at::MemoryFormat format() const { return x.suggest_memory_format(); }
+  bool lies_in_rows() const { return format() != at::MemoryFormat::Contiguous; }
 
   int64_t out(size_t axis) const {
     const int64_t size = x.size(int64_t(axis) + 2), reach = dilation[axis] * (kernels.size(int64_t(axis) + 2) - 1);
@@ -67,12 +69,39 @@ struct Convolution {
     return d;
   }
 
+  // A tensor that lies as x does.
+  batchnorm::Operand operand(const at::Tensor& t) const {
+    const int64_t inner = t.numel() / (t.size(0) * t.size(1));
+    return {t.data_ptr(), t.size(1) * inner, lies_in_rows() ? 1 : inner};
+  }
+
   // By torch.
   at::Tensor convolved(const at::Tensor& input) const {
     return at::convolution(input, kernels, maybe(bias), stride, padding, dilation, /*transposed=*/false,
                            std::vector<int64_t>(stride.size(), 0), x.size(1));
   }
 };
+
+// As the kernels take it.
+batchnorm::Dtype dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return batchnorm::Dtype::float32;
+    case at::kDouble: return batchnorm::Dtype::float64;
+    case at::kBFloat16: return batchnorm::Dtype::bfloat16;
+    default: return batchnorm::Dtype::float16;
+  }
+}
+batchnorm::Vector vector_of(const at::Tensor& t) {
+  return t.defined() ? batchnorm::Vector{t.const_data_ptr(), dtype_of(t)} : batchnorm::Vector{};
+}
+batchnorm::NormCall call_of(const Norm& n) {
+  batchnorm::Fusion fusion;
+  fusion.activation = static_cast<batchnorm::Activation>(n.settings.activation);
+  fusion.slope = n.settings.slope;
+  return {n.mean.data_ptr<double>(), n.var.data_ptr<double>(), vector_of(n.weight),
+          vector_of(n.bias),         n.settings.eps,           fusion,
+          n.settings.population};
+}
 
 // Scratch memory that a thread keeps for its next call: pages that are there.
 class Workspace {
@@ -99,10 +128,11 @@ thread_local Workspace workspace;
 // A call of the kernels: what they take besides the tensors that they write.
 class DepthwiseCall {
  public:
-  DepthwiseCall(const Convolution& c, const Norm& norm) : c_(c), geometry_(c.geometry()), norm_(read(norm)) {
+  DepthwiseCall(const Convolution& c, const Norm& norm) : c_(c), geometry_(c.geometry()), norm_(call_of(norm)) {
     const int64_t inner = geometry_.out[0] * geometry_.out[1];
-    shape_ = {batchnorm::Order::planar, dtype_of(c.x), c.x.size(0), c.x.size(1), inner, c.x.size(0)};
-    if (c.before.is_there()) before_ = read(c.before);
+    const auto order = c.lies_in_rows() ? batchnorm::Order::interleaved : batchnorm::Order::planar;
+    shape_ = {order, dtype_of(c.x), c.x.size(0), c.x.size(1), inner, c.x.size(0)};
+    if (c.before.is_there()) before_ = call_of(c.before);
     threads_ = at::in_parallel_region() ? 1 : at::get_num_threads();
     workspace_ = workspace.take(operators->depthwise_workspace_size(shape_, geometry_, before_.has_value(), threads_));
   }
@@ -110,47 +140,23 @@ class DepthwiseCall {
   DepthwiseCall(const DepthwiseCall&) = delete;
 
   void forward(const at::Tensor& y) const {
-    operators->depthwise_forward(shape_, geometry_, input(), before(), norm_, planes(y), workspace_.memory.get(),
+    operators->depthwise_forward(shape_, geometry_, input(), before(), norm_, c_.operand(y), workspace_.memory.get(),
                                  threads_, operators->parallel());
   }
   void backward(const at::Tensor& dy, const batchnorm::DepthwiseGradients& to) const {
-    operators->depthwise_backward(shape_, geometry_, input(), before(), norm_, planes(dy), to, workspace_.memory.get(),
-                                  threads_, operators->parallel());
-  }
-
-  static batchnorm::Operand planes(const at::Tensor& t) {
-    const int64_t inner = t.numel() / (t.size(0) * t.size(1));
-    return {t.data_ptr(), t.size(1) * inner, inner};
+    operators->depthwise_backward(shape_, geometry_, input(), before(), norm_, c_.operand(dy), to,
+                                  workspace_.memory.get(), threads_, operators->parallel());
   }
 
  private:
-  static batchnorm::Dtype dtype_of(const at::Tensor& t) {
-    switch (t.scalar_type()) {
-      case at::kFloat: return batchnorm::Dtype::float32;
-      case at::kDouble: return batchnorm::Dtype::float64;
-      case at::kBFloat16: return batchnorm::Dtype::bfloat16;
-      default: return batchnorm::Dtype::float16;
-    }
-  }
-  static batchnorm::Vector vector(const at::Tensor& t) {
-    return t.defined() ? batchnorm::Vector{t.const_data_ptr(), dtype_of(t)} : batchnorm::Vector{};
-  }
-  static batchnorm::DepthwiseNorm read(const Norm& n) {
-    batchnorm::Fusion fusion;
-    fusion.activation = static_cast<batchnorm::Activation>(n.settings.activation);
-    fusion.slope = n.settings.slope;
-    return {
-        n.mean.data_ptr<double>(), n.var.data_ptr<double>(), vector(n.weight), vector(n.bias), n.settings.eps, fusion,
-        n.settings.population};
-  }
-  const batchnorm::DepthwiseNorm* before() const { return before_ ? &*before_ : nullptr; }
+  const batchnorm::NormCall* before() const { return before_ ? &*before_ : nullptr; }
   batchnorm::DepthwiseInput input() const {
-    return {planes(c_.x), c_.kernels.const_data_ptr(), c_.bias.defined() ? c_.bias.const_data_ptr() : nullptr};
+    return {c_.operand(c_.x), c_.kernels.const_data_ptr(), c_.bias.defined() ? c_.bias.const_data_ptr() : nullptr};
   }
   const Convolution& c_;
   batchnorm::Depthwise geometry_;
-  batchnorm::DepthwiseNorm norm_;
-  std::optional<batchnorm::DepthwiseNorm> before_;
+  batchnorm::NormCall norm_;
+  std::optional<batchnorm::NormCall> before_;
   batchnorm::Shape shape_{};
   int64_t threads_;
   Workspace::Held workspace_;
@@ -235,7 +241,7 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
   }
 
   static variable_list by_kernels(at::Tensor&& dy, Convolution c, const Norm& norm, const Wanted& wanted) {
-    c.x = c.x.contiguous();  // hooks on saved tensors may have changed its order
+    c.x = c.x.contiguous(c.format());  // hooks on saved tensors may have changed its order
     c.kernels = c.kernels.contiguous();
     const int64_t channels = norm.mean.numel();
     const auto doubles = norm.mean.options();
@@ -247,14 +253,14 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     variable_list results(kCount);
     if (wanted[kX] || wanted[kBeforeWeight] || wanted[kBeforeBias]) {
       // Each channel of dy is read before that of dx is written.
-      const bool is_over = dy.is_contiguous() && dy.sizes() == c.x.sizes() && is_alone(dy);
+      const bool is_over = dy.is_contiguous(c.format()) && dy.sizes() == c.x.sizes() && is_alone(dy);
       results[kX] = is_over ? dy : fresh_like(c.x, c.x.sizes());
       if (is_over) ++in_place;
-      to.x = DepthwiseCall::planes(results[kX]);
+      to.x = c.operand(results[kX]);
     }
     if (wanted[kKernels]) to.kernels = kernels.data_ptr<double>();
     if (wanted[kKernelBias]) to.bias = row(kConvolutionBias);
-    DepthwiseCall(c, norm).backward(dy.contiguous(), to);
+    DepthwiseCall(c, norm).backward(dy.contiguous(c.format()), to);
     if (!wanted[kX]) results[kX] = at::Tensor();
     if (wanted[kKernels]) results[kKernels] = kernels.to(c.kernels.scalar_type());
     const std::tuple<size_t, int64_t, const at::Tensor&> parameters[] = {{kWeight, kGamma, norm.weight},

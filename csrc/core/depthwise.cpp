@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
-#include "dtypes.h"
+#include "chunks.h"
 #include "kernels.h"
 #include "lattice.h"
-#include "plan.h"
 
 namespace batchnorm {
 
@@ -38,8 +38,6 @@ Lattice::Lattice(const Depthwise& d, int64_t samples) : d(d), taps(d.taps()) {
 
 namespace {
 
-int64_t lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
-
 // The convolution of the gradient with the kernel from its end, without steps.
 Depthwise backwards(const Depthwise& d) {
   Depthwise back = d;
@@ -50,11 +48,6 @@ Depthwise backwards(const Depthwise& d) {
     back.padding[axis] = std::max<int64_t>((d.kernel[axis] - 1) * d.dilation[axis] - d.padding[axis], 0);
   }
   return back;
-}
-
-Parallel alone() {
-  return {[](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, count); },
-          nullptr};
 }
 
 // A call: how its channels are cut into chunks, which hang on the shape alone, and the memory of a thread.
@@ -72,7 +65,9 @@ class Call {
     const int64_t lanes = of_rows_.lanes, inputs = s.samples * input_places() * size_;
     const int64_t outputs = 2 * s.samples * s.inner * size_;
     const bool strides = d.stride[0] > 1 || d.stride[1] > 1;  // which rows of channels take more easily
-    in_rows_ = s.channels >= 2 * lanes && lanes * outputs <= (strides ? 4 : 1) * caches().l2;
+    lie_in_rows_ = s.order == Order::interleaved;
+    shape_.order = Order::planar;
+    in_rows_ = lie_in_rows_ || (s.channels >= 2 * lanes && lanes * outputs <= (strides ? 4 : 1) * caches().l2);
     const int64_t fit = caches().l2 / 2 / std::max<int64_t>(inputs + outputs, 1), share = s.channels / 32;
     if (in_rows_) {
       chunk_ = std::max(std::min(fit, share) / lanes, int64_t(1)) * lanes;
@@ -89,7 +84,7 @@ class Call {
       if (!channels) continue;
       verbs = std::max(verbs, workspace_size(walked(channels)));
       if (!has_before) continue;
-      for (const Shape& input : {input_in_planes(channels), input_walked(channels)})
+      for (const Shape& input : {input_as_it_lies(channels), input_walked(channels)})
         verbs = std::max(verbs, workspace_size(input));
     }
     verbs_ = lines(8 * int64_t(verbs));
@@ -118,25 +113,20 @@ class Call {
   // f(first channel, channels, memory) for each chunk, on so many threads.
   template <class F>
   void each(void* workspace, int64_t threads, Parallel parallel, const F& f) const {
-    const int64_t all = chunks(), workers = std::min(threads, all);
-    const auto work = [&](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) {
-        char* next = static_cast<char*>(workspace) + w * bytes();
-        const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes); };
-        Memory m;
-        m.verbs = reinterpret_cast<double*>(take(verbs_));
-        m.z = take(values_);
-        m.dz = take(values_);
-        m.x = take(inputs_);
-        m.weights = take(weights_);
-        m.sums = reinterpret_cast<double*>(take(sums_));
-        m.planes = take(planes_);
-        std::memset(m.planes, 0, size_t(planes_));
-        for (int64_t k = w * all / workers; k < (w + 1) * all / workers; ++k)
-          f(k * chunk_, std::min(chunk_, shape_.channels - k * chunk_), m);
-      }
-    };
-    workers <= 1 ? work(0, workers) : for_each(workers, parallel, work);
+    for_chunks(chunks(), threads, parallel, [&](int64_t worker, int64_t begin, int64_t end) {
+      char* next = static_cast<char*>(workspace) + worker * bytes();
+      const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes); };
+      Memory m;
+      m.verbs = reinterpret_cast<double*>(take(verbs_));
+      m.z = take(values_);
+      m.dz = take(values_);
+      m.x = take(inputs_);
+      m.weights = take(weights_);
+      m.sums = reinterpret_cast<double*>(take(sums_));
+      m.planes = take(planes_);
+      std::memset(m.planes, 0, size_t(planes_));
+      for (int64_t k = begin; k < end; ++k) f(k * chunk_, std::min(chunk_, shape_.channels - k * chunk_), m);
+    });
   }
 
   // What the verbs walk: so many channels of the output; of the input.
@@ -150,6 +140,16 @@ class Call {
     s.channels = channels;
     s.inner = input_places();
     return s;
+  }
+  // The input where it lies.
+  Shape input_as_it_lies(int64_t channels) const {
+    const Shape s = input_in_planes(channels);
+    return lie_in_rows_ ? as_rows(s) : s;
+  }
+  Operand as_it_lies(const Operand& o, int64_t channel) const {
+    Operand part = from(o, channel);
+    if (lie_in_rows_) part.sample_stride = shape_.channels;
+    return part;
   }
   Shape input_walked(int64_t channels) const {
     const Shape s = input_in_planes(channels);
@@ -169,19 +169,16 @@ class Call {
     if (in_rows_) return {values, chunk_, 1};
     return {values, channels * places, places};
   }
-  Operand from(const Operand& o, int64_t channel) const {
-    Operand part = o;
-    if (o) part.data = static_cast<char*>(o.data) + channel * o.channel_stride * size_;
-    return part;
-  }
-  static Vector from(const Vector& v, int64_t channel) {
-    return v.data ? Vector{static_cast<const char*>(v.data) + channel * element_size(v.dtype), v.dtype} : v;
-  }
+  Operand from(const Operand& o, int64_t channel) const { return from_channel(o, channel, size_); }
 
   // Planes of so many places as rows of a chunk, and back; those of some samples. Short planes are turned in tiles of
   // many channels.
   void turn(const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples, int64_t places,
             char* to) const {
+    if (lie_in_rows_) {
+      char* const from = row(planes, channel, sample);
+      return copy_rows(samples * places, channels, from, shape_.channels, to, chunk_);
+    }
     const ChannelPlanes all = channel_planes(planes, channel, sample);
     if (are_short(places))
       return transpose(size_, samples, channels, places, {all.data, all.sample, all.channel},
@@ -192,6 +189,10 @@ class Call {
   }
   void turn_back(char* from, const Operand& planes, int64_t channel, int64_t channels, int64_t sample, int64_t samples,
                  int64_t places) const {
+    if (lie_in_rows_) {
+      char* const to = row(planes, channel, sample);
+      return copy_rows(samples * places, channels, from, chunk_, to, shape_.channels);
+    }
     const ChannelPlanes all = channel_planes(planes, channel, sample);
     if (are_short(places))
       return transpose(size_, samples, places, channels, {from, places * chunk_, chunk_},
@@ -199,6 +200,22 @@ class Call {
     for (int64_t c = 0; c < channels; c += of_rows_.lanes)
       of_rows_.turn_back(samples, std::min(of_rows_.lanes, channels - c), places, rows(from, 0, c, places),
                          channel_planes(planes, channel + c, sample));
+  }
+  static char* row(const Operand& o, int64_t channel, int64_t sample, int64_t size) {
+    return static_cast<char*>(o.data) + (sample * o.sample_stride + channel) * size;
+  }
+  char* row(const Operand& o, int64_t channel, int64_t sample) const { return row(o, channel, sample, size_); }
+  void copy_rows(int64_t rows, int64_t channels, const char* from, int64_t from_stride, char* to,
+                 int64_t to_stride) const {
+    const auto copy = [&](auto bytes) {
+      for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_stride * size_, from + i * from_stride * size_, bytes);
+    };
+    switch (channels * size_) {  // of a vector or two: the compiler knows how
+      case 32: return copy(std::integral_constant<size_t, 32>{});
+      case 64: return copy(std::integral_constant<size_t, 64>{});
+      case 128: return copy(std::integral_constant<size_t, 128>{});
+      default: copy(size_t(channels * size_));
+    }
   }
   bool are_short(int64_t places) const { return places < 8 * of_rows_.lanes; }
   void turn_result(const Operand& y, int64_t channel, int64_t channels, char* from) const {
@@ -210,21 +227,12 @@ class Call {
 
   // The input of a chunk's convolution into its memory, normalized; by the statistics that a forward has found if
   // there was one.
-  void normalize_input(const DepthwiseInput& in, const DepthwiseNorm& before, bool are_known, int64_t channel,
+  void normalize_input(const DepthwiseInput& in, const NormCall& before, bool are_known, int64_t channel,
                        int64_t channels, const Memory& m) const {
     const Operand values = chunk(m.x, channels, input_places());
     if (in_rows_) turn(in.x, channel, channels, 0, shape_.samples, input_places(), m.x);
     normalize_by(before, are_known, input_walked(channels), in_rows_ ? values : from(in.x, channel), values, channel,
-                 m);
-  }
-  void normalize_by(const DepthwiseNorm& norm, bool are_known, const Shape& s, const Operand& x, const Operand& y,
-                    int64_t channel, const Memory& m) const {
-    double *const mean = norm.mean + channel, *const var = norm.var + channel;
-    const Vector gamma = from(norm.gamma, channel), beta = from(norm.beta, channel);
-    if (norm.population || are_known)
-      normalize(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, m.verbs, alone());
-    else
-      forward(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, m.verbs, alone());
+                 m.verbs);
   }
 
   // z of a chunk, out of x or (`is_ready`) of what `normalize_input` has left.
@@ -364,10 +372,10 @@ class Call {
   Depthwise d_;
   const DepthwisePlanes& of_planes_;
   const DepthwiseRows& of_rows_;
-  Lattice lattice_, back_;  // of the convolution; of its gradient, where there are no steps
-  int64_t size_, wide_;     // bytes of an element, and of a value that is computed with
-  bool in_rows_;
-  int64_t chunk_, group_;                                      // channels; samples
+  Lattice lattice_, back_;      // of the convolution; of its gradient, where there are no steps
+  int64_t size_, wide_;         // bytes of an element, and of a value that is computed with
+  bool lie_in_rows_, in_rows_;  // in memory; as they are walked
+  int64_t chunk_, group_;       // channels; samples
   int64_t verbs_, values_, inputs_, weights_, sums_, planes_;  // bytes
 };
 
@@ -378,29 +386,22 @@ size_t depthwise_workspace_size(const Shape& shape, const Depthwise& d, bool has
   return size_t(std::min(threads, call.chunks()) * call.bytes());
 }
 
-void depthwise_forward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const DepthwiseNorm* before,
-                       const DepthwiseNorm& norm, const Operand& y, void* workspace, int64_t threads,
-                       Parallel parallel) {
+void depthwise_forward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const NormCall* before,
+                       const NormCall& norm, const Operand& y, void* workspace, int64_t threads, Parallel parallel) {
   const Call call(shape, d, before);
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
     const Operand z = call.chunk(m.z, channels), to = call.in_rows() ? z : call.from(y, channel);
     if (before) call.normalize_input(in, *before, false, channel, channels, m);
     call.convolve(in, before, channel, channels, m);
-    call.normalize_by(norm, false, call.walked(channels), z, to, channel, m);
+    normalize_by(norm, false, call.walked(channels), z, to, channel, m.verbs);
     if (call.in_rows()) call.turn_result(y, channel, channels, m.z);
   });
 }
 
-void depthwise_backward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const DepthwiseNorm* before,
-                        const DepthwiseNorm& norm, const Operand& dy, const DepthwiseGradients& to, void* workspace,
+void depthwise_backward(const Shape& shape, const Depthwise& d, const DepthwiseInput& in, const NormCall* before,
+                        const NormCall& norm, const Operand& dy, const DepthwiseGradients& to, void* workspace,
                         int64_t threads, Parallel parallel) {
   const Call call(shape, d, before);
-  const auto of_norm = [&](const DepthwiseNorm& n, const Shape& s, const Operand& dy, const Operand& x,
-                           const Operand& dx, double* gamma, double* beta, int64_t channel, const Call::Memory& m) {
-    backward(s, dy, x, dx, {}, n.mean + channel, n.var + channel, call.from(n.gamma, channel),
-             call.from(n.beta, channel), n.eps, n.fusion, n.population, nullptr, nullptr, gamma + channel,
-             beta + channel, m.verbs, alone());
-  };
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
     const Operand z = call.chunk(m.z, channels), dz = call.chunk(m.dz, channels);
     Operand from = call.from(dy, channel);
@@ -410,12 +411,12 @@ void depthwise_backward(const Shape& shape, const Depthwise& d, const DepthwiseI
       call.turn_gradient(dy, channel, channels, m.dz);
       from = dz;
     }
-    of_norm(norm, call.walked(channels), from, z, dz, to.gamma, to.beta, channel, m);
+    gradient_by(norm, call.walked(channels), from, z, dz, to.gamma, to.beta, channel, m.verbs);
     call.gradients(in, before, channel, channels, to, m);
     if (!before || !to.x) return;
-    const Operand dx = call.from(to.x, channel);
-    of_norm(*before, call.input_in_planes(channels), dx, call.from(in.x, channel), dx, to.before_gamma, to.before_beta,
-            channel, m);
+    const Operand dx = call.as_it_lies(to.x, channel);
+    gradient_by(*before, call.input_as_it_lies(channels), dx, call.as_it_lies(in.x, channel), dx, to.before_gamma,
+                to.before_beta, channel, m.verbs);
   });
 }
 

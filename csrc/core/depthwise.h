@@ -3,7 +3,7 @@
 // normalization of its input.
 #pragma once
 
-#include "batchnorm.h"
+#include "norm_call.h"
 
 namespace batchnorm {
 
@@ -23,15 +23,6 @@ struct DepthwiseInput {
   const void *kernels, *bias;
 };
 
-// A batch normalization: by the given statistics of the population, or by the batch's, which a forward writes.
-struct DepthwiseNorm {
-  double *mean, *var;
-  Vector gamma, beta;
-  double eps;
-  Fusion fusion;  // without a residual
-  bool population;
-};
-
 struct DepthwiseGradients {
   Operand x;                           // or absent
   double *kernels, *bias;              // (channels, taps), (channels); or absent
@@ -39,15 +30,17 @@ struct DepthwiseGradients {
   double *before_gamma, *before_beta;  // the same of the normalization before it, where x is not absent
 };
 
-// Bytes of scratch memory for so many threads. The shape is that of the output, all of whose samples are one pool.
+// Bytes of scratch memory for so many threads. The shape is that of the output (samples, channels, inner), all of whose
+// samples are one pool; its order says how x, y and their gradients lie, those of rows without gaps: then the sample
+// stride of an operand is that of all places of a sample.
 size_t depthwise_workspace_size(const Shape&, const Depthwise&, bool has_before, int64_t threads);
 
 // y = norm(depthwise(before(x))), each normalization with its activation; `before` may be absent.
-void depthwise_forward(const Shape&, const Depthwise&, const DepthwiseInput&, const DepthwiseNorm* before,
-                       const DepthwiseNorm& norm, const Operand& y, void* workspace, int64_t threads, Parallel);
+void depthwise_forward(const Shape&, const Depthwise&, const DepthwiseInput&, const NormCall* before,
+                       const NormCall& norm, const Operand& y, void* workspace, int64_t threads, Parallel);
 
-void depthwise_backward(const Shape&, const Depthwise&, const DepthwiseInput&, const DepthwiseNorm* before,
-                        const DepthwiseNorm& norm, const Operand& dy, const DepthwiseGradients&, void* workspace,
+void depthwise_backward(const Shape&, const Depthwise&, const DepthwiseInput&, const NormCall* before,
+                        const NormCall& norm, const Operand& dy, const DepthwiseGradients&, void* workspace,
                         int64_t threads, Parallel);
 
 }  // namespace batchnorm

@@ -101,6 +101,7 @@ struct CoefficientKernels {
 
 struct DepthwisePlanes;  // lattice.h
 struct DepthwiseRows;
+struct PoolingKernels;  // pooling.h
 
 // [order][dtype]
 struct KernelTable {
@@ -108,6 +109,7 @@ struct KernelTable {
   const CoefficientKernels* coefficients;   // in float32, in float64
   const DepthwisePlanes* depthwise_planes;  // [dtype]
   const DepthwiseRows* depthwise_rows;
+  const PoolingKernels* pooling;
   int64_t lanes;  // float32 values in a vector
 };
 

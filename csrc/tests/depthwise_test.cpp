@@ -401,7 +401,7 @@ batchnorm::DepthwiseInput input_of(const Problem& p) {
   return {p.x.operand(), p.kernels.at(0), p.c.has_bias ? p.bias.at(0) : nullptr};
 }
 
-batchnorm::DepthwiseNorm norm_of(const Problem& p, const Doubles& mean, const Doubles& var) {
+batchnorm::NormCall norm_of(const Problem& p, const Doubles& mean, const Doubles& var) {
   return {mean.data(),   var.data(), p.vector(p.gamma), p.vector(p.beta), kEps, {p.c.activation, kSlope, {}, nullptr},
           p.c.population};
 }

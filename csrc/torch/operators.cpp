@@ -924,7 +924,10 @@ extern "C" __attribute__((visibility("default"))) const void* batchnorm_operator
                                               &Threads::parallel,
                                               &batchnorm::depthwise_workspace_size,
                                               &batchnorm::depthwise_forward,
-                                              &batchnorm::depthwise_backward};
+                                              &batchnorm::depthwise_backward,
+                                              &batchnorm::pooled_workspace_size,
+                                              &batchnorm::pooled_forward,
+                                              &batchnorm::pooled_backward};
   return &operators;
 }
 extern "C" __attribute__((visibility("default"))) const char* batchnorm_instruction_set() {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../core/depthwise.h"
+#include "../core/pooling.h"
 
 namespace batchnorm {
 
@@ -198,6 +199,9 @@ struct Operators {
   decltype(&batchnorm::depthwise_workspace_size) depthwise_workspace_size;
   decltype(&batchnorm::depthwise_forward) depthwise_forward;
   decltype(&batchnorm::depthwise_backward) depthwise_backward;
+  decltype(&batchnorm::pooled_workspace_size) pooled_workspace_size;
+  decltype(&batchnorm::pooled_forward) pooled_forward;
+  decltype(&batchnorm::pooled_backward) pooled_backward;
 };
 
 }  // namespace batchnorm

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 import batchnorm as bn
 from batchnorm.kernels import cpu
 from batchnorm.surgery.conversion import revert
-from batchnorm.surgery.depthwise import Before, is_depthwise, normalized_convolution
+from batchnorm.surgery.chains import Before
+from batchnorm.surgery.depthwise import is_depthwise, normalized_convolution
 
 pytestmark = pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
 
@@ -112,7 +113,11 @@ def test_at_once_is_one_after_the_other(shape: Any, before: str | None, dtype: t
         error = (ours[name].to(torch.float64) - expected).abs().max() / largest
         theirs = (apart[name].to(torch.float64) - expected).abs().max() / largest
         assert ours[name].dtype == apart[name].dtype
-        assert error <= 3 * theirs + (5000 if dtype == torch.float64 else 200) * torch.finfo(dtype).eps, (name, float(error), float(theirs))
+        assert error <= 3 * theirs + (5000 if dtype == torch.float64 else 200) * torch.finfo(dtype).eps, (
+            name,
+            float(error),
+            float(theirs),
+        )
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=str)

@@ -82,6 +82,13 @@ class BatchNorm(ConfiguredLayer):
         convolution = (conv._parameters.get("bias"), conv.stride, padding, conv.dilation)
         return with_depthwise(self, x, weight, convolution, before)
 
+    def forward_pooled(self, x: Tensor, windows: tuple[Any, ...]) -> Tensor | None:
+        """The largest values of windows of `forward`, which lies in no memory; None, with nothing done, if it must.
+
+        The windows: kernel size, stride and padding, each of two numbers, and whether sizes are rounded up.
+        """
+        return in_one_call(self, (x, *windows), None, 0) if self._is_simple() else None
+
     def _is_simple(self) -> bool:
         return self._call_size == 0 and not self._varies and type(self).forward is BatchNorm.forward
 

@@ -38,8 +38,11 @@ class Normalized(NamedTuple):
 Convolution = tuple[Any, ...]
 """x, kernels, bias, stride, padding and dilation of a depthwise convolution, and `Arguments` of a layer before it."""
 
-Input = Tensor | list[Tensor] | Convolution
-"""The input of a call: as it is; parts of it along the channels; or what a depthwise convolution makes it of."""
+Windows = tuple[Any, ...]
+"""x, kernel size, stride and padding of windows of which the largest values are asked, and whether sizes are rounded up."""
+
+Input = Tensor | list[Tensor] | Convolution | Windows
+"""The input of a call: as it is; in parts along the channels; with a depthwise convolution before or windows behind."""
 
 
 class Beside(NamedTuple):

@@ -20,7 +20,7 @@ from batchnorm.errors import InputError, SurgeryError
 from batchnorm.kernels import aten
 from batchnorm.nn import foreign
 from batchnorm.nn.outside import GUARDED, has_hooks
-from batchnorm.surgery import activations, concatenations, depthwise
+from batchnorm.surgery import activations, chains, concatenations, containers, depthwise, pooling
 from batchnorm.surgery.activations import Activation
 from batchnorm.surgery.capture import Follower, capture, traced_without_draws
 from batchnorm.surgery.comparison import (
@@ -226,7 +226,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
         steps.append(Step(f"{name or 'the network'}: calls convolutions with their layers", _paired(module)))
     original = copy_of(net)
     plan = Plan(net, steps, lambda: _verify(original, net, given, seeds), skipped=skipped | fusions.refused)
-    taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved | fusions.before
+    taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved | fusions.before | fusions.pooled
     told = {name: fusions.told(name) for name in layers if name in taking}
     swapped = [name for name in swapped if name not in told]
     convolved = tuple(name for name in layers if name in fusions.convolved)
@@ -291,6 +291,7 @@ class Fusions:
         joined: the layers that read the parts of a concatenation.
         convolved: the layers that take in the depthwise convolution before them.
         before: those that are computed with the depthwise convolution behind them.
+        pooled: those that are computed with the max-pooling behind them.
         paired: containers that call such a convolution and the layer behind it at once.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
@@ -306,6 +307,7 @@ class Fusions:
     joined: set[str] = field(default_factory=set)
     convolved: set[str] = field(default_factory=set)
     before: set[str] = field(default_factory=set)
+    pooled: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
     paired: set[str] = field(default_factory=set)
@@ -337,13 +339,16 @@ class Fusions:
         self.pair(names)
 
     def pair(self, names: dict[int, str]) -> None:
-        """Depthwise convolutions and the layers behind them, in containers that call one module after the other."""
+        """What can be computed at once in containers that call one module after the other."""
+        is_ours = self.is_candidate(names)
         for name, module in self.net.named_modules():
             if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-                found = depthwise.pairs_in(module, self.is_candidate(names))
-                if found and not has_hooks(module):
+                found = containers.pairs_in(module, is_ours)
+                pooled = containers.pooled_in(module, is_ours, lambda each: names.get(id(each)) in self.absorbed)
+                if (found or pooled) and not has_hooks(module):
                     self.paired.add(name)
                     self.convolved |= {names[id(layer)] for layer in found}
+                    self.pooled |= {names[id(layer)] for layer in pooled}
 
     def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
         """The network's data flow in evaluation and in training mode, as far as it can be captured."""
@@ -420,6 +425,7 @@ class Fusions:
             + ["an addition"] * (name in self.sums)
             + ([] if activation is None else [activation.name])
             + ["the depthwise convolution behind it"] * (name in self.before)
+            + ["the max-pooling behind it"] * (name in self.pooled)
         )
         return " and ".join(parts)
 
@@ -445,7 +451,8 @@ class Fusions:
         is_ours = self.is_candidate(names)
         joined = concatenations.readers(module, graph, is_ours)
         convolved = [n for n in depthwise.readers(module, graph, is_ours) if not self.lie_in_one(module, n, names)]
-        if not found and not joined and not convolved:
+        pools = self.pools(module, graph, names, alone=True)
+        if not found and not joined and not convolved and not pools:
             return
         if str(graphs[0]) != str(graphs[1]):
             self.refused[name] = "its forward is another one in training mode"
@@ -462,10 +469,12 @@ class Fusions:
             self.joined.add(names[id(module.get_submodule(str(node.target)))])
             concatenations.hand_in_parts(graph, node)
         self.take_in_convolutions(module, graph, names)
+        for node, before in self.pools(module, graph, names):
+            self.pooled.add(names[id(module.get_submodule(before.layer))])
+            pooling.fuse(graph, node, before)
         graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
         graph.lint()
         self.forwards[name] = type(fx.GraphModule(module, graph)).forward
-
 
     def is_candidate(self, names: dict[int, str]) -> Callable[[Any], bool]:
         return lambda module: names.get(id(module)) in self.candidates
@@ -475,7 +484,7 @@ class Fusions:
         is_ours = self.is_candidate(names)
 
         def take(node: fx.Node, conv: Any, layer: str, activation: Sequence[Any] = ()) -> None:
-            before = depthwise.found_before(
+            before = chains.found_before(
                 module, conv.args[0], is_ours, lambda name: self.absorbs(module, name, names), normalized
             )
             self.convolved.add(names[id(module.get_submodule(layer))])
@@ -491,22 +500,43 @@ class Fusions:
                 if residual is None and depthwise.reads_depthwise(module, conv):
                     take(node, conv, str(layer.target), activation)
 
+    def pools(
+        self, module: nn.Module, graph: fx.Graph, names: dict[int, str], alone: bool = False
+    ) -> list[tuple[fx.Node, chains.Found]]:
+        """Max-poolings of what a layer alone computes; with ``alone`` those that no container can compute itself."""
+        found = []
+        for node in graph.nodes:
+            if chains.is_call_of(module, node, pooling.is_pooling):
+                before = chains.found_before(
+                    module, node.args[0], self.is_candidate(names), lambda n: self.absorbs(module, n, names), normalized
+                )
+                if before is not None:
+                    called = [str(node.target), before.layer, *before.stand_ins]
+                    if not (alone and _lie_in_one(module, called)):
+                        found.append((node, before))
+        return found
+
     def lie_in_one(self, module: nn.Module, node: fx.Node, names: dict[int, str]) -> bool:
         """Whether a layer, the convolution before it and what comes before that lie in one container.
 
         It can call them at once itself.
         """
         conv: Any = node.args[0]
-        before = depthwise.found_before(
+        before = chains.found_before(
             module, conv.args[0], self.is_candidate(names), lambda name: self.absorbs(module, name, names), normalized
         )
         called = [str(node.target), str(conv.target)] + ([] if before is None else [before.layer, *before.stand_ins])
-        above = {name.rpartition(".")[0] for name in called}
-        return len(above) == 1 and isinstance(module.get_submodule(above.pop()), nn.Sequential)
+        return _lie_in_one(module, called)
 
     def absorbs(self, module: nn.Module, name: str, names: dict[int, str]) -> bool:
         """Whether a module of that name is computed by the layer before it."""
         return names.get(id(module.get_submodule(name))) in self.absorbed
+
+
+def _lie_in_one(module: nn.Module, names: list[str]) -> bool:
+    """Whether modules of these names lie in one container."""
+    above = {name.rpartition(".")[0] for name in names}
+    return len(above) == 1 and isinstance(module.get_submodule(above.pop()), nn.Sequential)
 
 
 def _above(name: str) -> Iterator[str]:
@@ -707,7 +737,7 @@ def _paired(module: nn.Module) -> Callable[[], None]:
     """Let a container call each depthwise convolution and the layer behind it at once."""
 
     def do() -> None:
-        module.__class__ = depthwise.in_pairs(type(module))
+        module.__class__ = containers.in_pairs(type(module))
 
     return do
 
