@@ -1578,12 +1578,13 @@ bool read_convolution(PyObject* given, Convolution& c, std::optional<Arguments>&
          c.fit() && (each(kBefore) == Py_None || read_before(each(kBefore), before.emplace(), c.x));
 }
 
-// What windows of the output are reduced to their largest values: x, kernel, stride, padding, and whether sizes are
-// rounded up.
+// What windows of the output are reduced: x, kernel, stride, padding, whether sizes are rounded up, and whether to
+// means.
 bool read_windows(PyObject* given, Windows& w) {
-  enum { kInput, kKernel, kStride, kPadding, kCeil };
+  enum { kInput, kKernel, kStride, kPadding, kCeil, kMean };
   const auto each = [&](Py_ssize_t i) { return PyTuple_GetItem(given, i); };
   w.ceil = each(kCeil) == Py_True;
+  w.mean = each(kMean) == Py_True;
   return read(each(kInput), w.x) && read(each(kKernel), w.kernel) && read(each(kStride), w.stride) &&
          read(each(kPadding), w.padding) && w.fit();
 }
@@ -1595,7 +1596,7 @@ PyObject* call_plain(PyObject* const* given, Py_ssize_t count) {
   std::vector<at::Tensor> parts;
   std::optional<Convolution> convolution;
   std::optional<Windows> windows;
-  constexpr Py_ssize_t of_windows = 5;
+  constexpr Py_ssize_t of_windows = 6;
   if (PyTuple_Check(given[kX]) && PyTuple_Size(given[kX]) == of_windows)
     windows.emplace();
   else if (PyTuple_Check(given[kX]))

@@ -1,12 +1,13 @@
-// A batch normalization and the largest values of windows of its output as one node: the output itself is in no memory
-// but the caches, and one byte a window tells where its largest value lies. A part of autograd.cpp.
+// A batch normalization and the largest values or the means of windows of its output as one node: the output itself is
+// in no memory but the caches, and one byte a window tells where its largest value lies. A part of autograd.cpp.
 
 // ---------------------------------------------------------------------------------------------- windows
-// What a call is given of a max-pooling of images.
+// What a call is given of a pooling of images.
 struct Windows {
   at::Tensor x;
   std::vector<int64_t> kernel, stride, padding;  // two of each
   bool ceil = false;                             // whether the last window may reach beyond the border
+  bool mean = false;                             // of the windows, or else their largest values
 
   bool fit() const {
     if (!x.defined() || x.dim() != 4 || x.numel() == 0 || !x.is_contiguous() ||
@@ -28,12 +29,9 @@ struct Windows {
 
   std::vector<int64_t> sizes() const { return {x.size(0), x.size(1), out(0), out(1)}; }
 
-  batchnorm::MaxPool geometry() const {
-    return {{x.size(2), x.size(3)},
-            {out(0), out(1)},
-            {kernel[0], kernel[1]},
-            {stride[0], stride[1]},
-            {padding[0], padding[1]}};
+  batchnorm::Pooling geometry() const {
+    return {{x.size(2), x.size(3)}, {out(0), out(1)},         {kernel[0], kernel[1]},
+            {stride[0], stride[1]}, {padding[0], padding[1]}, mean};
   }
 };
 
@@ -50,24 +48,25 @@ class PooledCall {
   PooledCall(const PooledCall&) = delete;
 
   void forward(const at::Tensor& y, const at::Tensor& places) const {
-    operators->pooled_forward(shape_, geometry_, planes(w_.x), norm_, planes(y), places.data_ptr<uint8_t>(),
+    operators->pooled_forward(shape_, geometry_, planes(w_.x), norm_, planes(y), bytes_of(places),
                               workspace_.memory.get(), threads_, operators->parallel());
   }
   void backward(const at::Tensor& dy, const at::Tensor& places, const at::Tensor& dx, double* gamma,
                 double* beta) const {
     const batchnorm::Operand to = dx.defined() ? planes(dx) : batchnorm::Operand{};
-    operators->pooled_backward(shape_, geometry_, planes(dy), places.data_ptr<uint8_t>(), planes(w_.x), norm_, to,
-                               gamma, beta, workspace_.memory.get(), threads_, operators->parallel());
+    operators->pooled_backward(shape_, geometry_, planes(dy), bytes_of(places), planes(w_.x), norm_, to, gamma, beta,
+                               workspace_.memory.get(), threads_, operators->parallel());
   }
 
  private:
+  static uint8_t* bytes_of(const at::Tensor& t) { return t.defined() ? t.data_ptr<uint8_t>() : nullptr; }
   static batchnorm::Operand planes(const at::Tensor& t) {
     const int64_t inner = t.size(2) * t.size(3);
     return {t.data_ptr(), t.size(1) * inner, inner};
   }
 
   const Windows& w_;
-  batchnorm::MaxPool geometry_;
+  batchnorm::Pooling geometry_;
   batchnorm::NormCall norm_;
   batchnorm::Shape shape_{};
   int64_t threads_;
@@ -80,7 +79,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
   SavedVariable saved[kCount];
   at::Tensor mean, var, places;
   std::vector<int64_t> kernel, stride, padding;
-  bool ceil = false;
+  bool ceil = false, of_means = false;
 
   std::string name() const override { return "PooledBatchNormBackward"; }
 
@@ -105,7 +104,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!dy[0].defined()) return variable_list(kCount);
     const variable_list t = unpacked();
-    const Windows w{t[kX], kernel, stride, padding, ceil};
+    const Windows w{t[kX], kernel, stride, padding, ceil, of_means};
     const Norm norm{t[kWeight], t[kBias], mean, var, settings};
     const bool are_plain = std::all_of(t.begin(), t.end(), is_plain);
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) || !are_plain)
@@ -128,14 +127,19 @@ struct PooledBatchNormBackward : OfBatchNorm {
   // Through torch's pooling and the gradients of a layer, which are differentiable.
   static variable_list composed(const at::Tensor& dy, const Windows& w, const Norm& norm, const Wanted& wanted) {
     const at::Tensor y = DepthwiseBatchNormBackward::normalized_again(w.x, norm).detach();
-    const std::vector<int64_t> dense{1, 1};
-    const at::Tensor chosen = std::get<1>(at::max_pool2d_with_indices(y, w.kernel, w.stride, w.padding, dense, w.ceil));
-    const at::Tensor whole =
-        at::max_pool2d_with_indices_backward(dy, y, w.kernel, w.stride, w.padding, dense, w.ceil, chosen);
+    const auto whole = w.mean ? at::avg_pool2d_backward(dy, y, w.kernel, w.stride, w.padding, w.ceil,
+                                                        /*count_include_pad=*/true, /*divisor_override=*/std::nullopt)
+                              : of_largest(dy, y, w);
     auto found = gradients(at::Tensor(whole), {w.x, norm.weight, norm.bias, {}, {}, norm.mean, norm.var, {}, {}},
                            norm.settings, {wanted[kX], wanted[kWeight], wanted[kBias], false});
     found.resize(kCount);
     return found;
+  }
+
+  static at::Tensor of_largest(const at::Tensor& dy, const at::Tensor& y, const Windows& w) {
+    const std::vector<int64_t> dense{1, 1};
+    const auto chosen = std::get<1>(at::max_pool2d_with_indices(y, w.kernel, w.stride, w.padding, dense, w.ceil));
+    return at::max_pool2d_with_indices_backward(dy, y, w.kernel, w.stride, w.padding, dense, w.ceil, chosen);
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
@@ -148,6 +152,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
     for (const auto* each : {&kernel, &stride, &padding})
       for (int64_t number : *each) args.collect(number);
     args.collect(ceil);
+    args.collect(of_means);
   }
 
   variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
@@ -163,6 +168,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
     for (const auto* each : {&kernel, &stride, &padding})
       for (int64_t number : *each) packed.pack(number);
     packed.pack(ceil);
+    packed.pack(of_means);
     packed.pack(wanted());
     auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
     for (SavedVariable& each : saved) swap.after(each);
@@ -179,10 +185,11 @@ struct PooledBatchNormBackward : OfBatchNorm {
     settings.slope = packed.unpack<double>();
     settings.activation = packed.unpack<int64_t>();
     settings.population = packed.unpack<bool>();
-    Windows w{t[kX], {}, {}, {}, false};
+    Windows w{t[kX], {}, {}, {}};
     for (auto* each : {&w.kernel, &w.stride, &w.padding})
       for (int i = 0; i < 2; ++i) each->push_back(packed.unpack<int64_t>());
     w.ceil = packed.unpack<bool>();
+    w.mean = packed.unpack<bool>();
     const auto wanted = packed.unpack<Wanted>();
     if (!dy[0].defined()) return variable_list(kCount);
     return composed(dy[0], w, {t[kWeight], t[kBias], statistics[0], statistics[1], settings}, wanted);
@@ -198,7 +205,7 @@ at::Tensor forward_pooled(const Arguments& a, const Windows& w) {
     at::NoGradGuard no_grad;
     norm = norm_of(a);
     y = fresh_like(w.x, w.sizes());
-    places = at::Tensor(at::detail::empty_cpu(w.sizes(), at::kByte));
+    if (!w.mean) places = at::Tensor(at::detail::empty_cpu(w.sizes(), at::kByte));
     PooledCall(w, norm).forward(y, places);
   }
   if (needs_graph) {
@@ -216,6 +223,7 @@ at::Tensor forward_pooled(const Arguments& a, const Windows& w) {
     node->stride = w.stride;
     node->padding = w.padding;
     node->ceil = w.ceil;
+    node->of_means = w.mean;
     forget(node->saved[PooledBatchNormBackward::kX], recomputing > 0 ? Forgets::every : Forgets::marked);
     torch::autograd::set_history(y, node);
   }

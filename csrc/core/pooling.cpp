@@ -1,5 +1,5 @@
-// Batch normalization with the largest values of windows: chunks of channels, normalized into the cache and pooled
-// there.
+// Batch normalization with the largest values or the means of windows: chunks of channels, normalized into the cache
+// and pooled there.
 #include "pooling.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 class Call {
  public:
-  Call(const Shape& s, const MaxPool& p)
+  Call(const Shape& s, const Pooling& p)
       : shape_(s), pool_(p), kernels_(kernel_table().pooling[int(s.dtype)]), size_(element_size(s.dtype)) {
     const int64_t bytes = s.samples * s.inner * size_;
     chunk_ = std::clamp<int64_t>(
@@ -69,7 +69,7 @@ class Call {
 
  private:
   Shape shape_;
-  MaxPool pool_;
+  Pooling pool_;
   const PoolingKernels& kernels_;
   int64_t size_, chunk_;              // bytes of an element; channels
   int64_t verbs_, values_, scratch_;  // bytes
@@ -77,30 +77,30 @@ class Call {
 
 }  // namespace
 
-size_t pooled_workspace_size(const Shape& shape, const MaxPool& pool, int64_t threads) {
+size_t pooled_workspace_size(const Shape& shape, const Pooling& pool, int64_t threads) {
   const Call call(shape, pool);
   return size_t(std::min(threads, call.chunks()) * call.bytes());
 }
 
-void pooled_forward(const Shape& shape, const MaxPool& pool, const Operand& x, const NormCall& norm, const Operand& y,
+void pooled_forward(const Shape& shape, const Pooling& pool, const Operand& x, const NormCall& norm, const Operand& y,
                     uint8_t* places, void* workspace, int64_t threads, Parallel parallel) {
   const Call call(shape, pool);
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
     normalize_by(norm, false, call.of(channels), call.from(x, channel), call.dense(m.values, channels), channel,
                  m.verbs);
     call.for_planes(y, channel, channels, m.values, [&](char* plane, char* to, int64_t at) {
-      call.kernels().largest(pool, plane, to, places + at, m.scratch);
+      call.kernels().reduce(pool, plane, to, pool.mean ? nullptr : places + at, m.scratch);
     });
   });
 }
 
-void pooled_backward(const Shape& shape, const MaxPool& pool, const Operand& dy, const uint8_t* places,
+void pooled_backward(const Shape& shape, const Pooling& pool, const Operand& dy, const uint8_t* places,
                      const Operand& x, const NormCall& norm, const Operand& dx, double* gamma, double* beta,
                      void* workspace, int64_t threads, Parallel parallel) {
   const Call call(shape, pool);
   call.each(workspace, threads, parallel, [&](int64_t channel, int64_t channels, const Call::Memory& m) {
     call.for_planes(dy, channel, channels, m.values, [&](char* plane, char* from, int64_t at) {
-      call.kernels().scatter(pool, from, places + at, plane, m.scratch);
+      call.kernels().scatter(pool, from, pool.mean ? nullptr : places + at, plane, m.scratch);
     });
     gradient_by(norm, call.of(channels), call.dense(m.values, channels), call.from(x, channel), call.from(dx, channel),
                 gamma, beta, channel, m.verbs);

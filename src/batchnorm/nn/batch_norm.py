@@ -83,9 +83,10 @@ class BatchNorm(ConfiguredLayer):
         return with_depthwise(self, x, weight, convolution, before)
 
     def forward_pooled(self, x: Tensor, windows: tuple[Any, ...]) -> Tensor | None:
-        """The largest values of windows of `forward`, which lies in no memory; None, with nothing done, if it must.
+        """Windows of `forward` pooled, which lies in no memory; None, with nothing done, if it must.
 
-        The windows: kernel size, stride and padding, each of two numbers, and whether sizes are rounded up.
+        The windows: kernel size, stride and padding, each of two numbers; whether sizes are rounded up; whether means
+        are asked, or else the largest values.
         """
         return in_one_call(self, (x, *windows), None, 0) if self._is_simple() else None
 

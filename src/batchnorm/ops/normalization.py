@@ -39,7 +39,8 @@ Convolution = tuple[Any, ...]
 """x, kernels, bias, stride, padding and dilation of a depthwise convolution, and `Arguments` of a layer before it."""
 
 Windows = tuple[Any, ...]
-"""x, kernel size, stride and padding of windows of which the largest values are asked, and whether sizes are rounded up."""
+"""x, kernel size, stride and padding of windows; whether sizes are rounded up; whether means are asked, or the largest
+values."""
 
 Input = Tensor | list[Tensor] | Convolution | Windows
 """The input of a call: as it is; in parts along the channels; with a depthwise convolution before or windows behind."""

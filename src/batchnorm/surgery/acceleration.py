@@ -291,7 +291,7 @@ class Fusions:
         joined: the layers that read the parts of a concatenation.
         convolved: the layers that take in the depthwise convolution before them.
         before: those that are computed with the depthwise convolution behind them.
-        pooled: those that are computed with the max-pooling behind them.
+        pooled: those that are computed with the pooling behind them.
         paired: containers that call such a convolution and the layer behind it at once.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
@@ -425,7 +425,7 @@ class Fusions:
             + ["an addition"] * (name in self.sums)
             + ([] if activation is None else [activation.name])
             + ["the depthwise convolution behind it"] * (name in self.before)
-            + ["the max-pooling behind it"] * (name in self.pooled)
+            + ["the pooling behind it"] * (name in self.pooled)
         )
         return " and ".join(parts)
 
@@ -469,9 +469,9 @@ class Fusions:
             self.joined.add(names[id(module.get_submodule(str(node.target)))])
             concatenations.hand_in_parts(graph, node)
         self.take_in_convolutions(module, graph, names)
-        for node, before in self.pools(module, graph, names):
+        for node, conv, before in self.pools(module, graph, names):
             self.pooled.add(names[id(module.get_submodule(before.layer))])
-            pooling.fuse(graph, node, before)
+            pooling.fuse(graph, node, conv, before)
         graph.eliminate_dead_code(lambda node: node.op not in ("call_function", "get_attr", "call_method"))
         graph.lint()
         self.forwards[name] = type(fx.GraphModule(module, graph)).forward
@@ -502,18 +502,27 @@ class Fusions:
 
     def pools(
         self, module: nn.Module, graph: fx.Graph, names: dict[int, str], alone: bool = False
-    ) -> list[tuple[fx.Node, chains.Found]]:
-        """Max-poolings of what a layer alone computes; with ``alone`` those that no container can compute itself."""
+    ) -> list[tuple[fx.Node, fx.Node | None, chains.Found]]:
+        """Poolings of what a layer alone computes, perhaps behind a 1x1 convolution.
+
+        With ``alone`` those that no container can compute itself.
+        """
         found = []
         for node in graph.nodes:
-            if chains.is_call_of(module, node, pooling.is_pooling):
-                before = chains.found_before(
-                    module, node.args[0], self.is_candidate(names), lambda n: self.absorbs(module, n, names), normalized
-                )
-                if before is not None:
-                    called = [str(node.target), before.layer, *before.stand_ins]
-                    if not (alone and _lie_in_one(module, called)):
-                        found.append((node, before))
+            if not chains.is_call_of(module, node, pooling.is_pooling):
+                continue
+            conv = pooling.convolution_before(module, node)
+            before = chains.found_before(
+                module,
+                (node if conv is None else conv).args[0],
+                self.is_candidate(names),
+                lambda name: self.absorbs(module, name, names),
+                normalized,
+            )
+            if before is not None:
+                called = [str(node.target), *([] if conv is None else [str(conv.target)]), before.layer]
+                if not (alone and _lie_in_one(module, [*called, *before.stand_ins])):
+                    found.append((node, conv, before))
         return found
 
     def lie_in_one(self, module: nn.Module, node: fx.Node, names: dict[int, str]) -> bool:

@@ -27,12 +27,15 @@ def pairs_in(container: nn.Sequential, is_ours: Callable[[Any], bool]) -> list[n
 def pooled_in(
     container: nn.Sequential, is_ours: Callable[[Any], bool], is_absorbed: Callable[[Any], bool]
 ) -> list[nn.Module]:
-    """The layers in a ``Sequential`` whose output is pooled right behind them and their activations."""
-    found, layer = [], None
+    """The layers in a ``Sequential`` whose output is pooled behind their activations, perhaps behind a 1x1 convolution."""
+    found, layer, conv = [], None, None
     for module in container._modules.values():
-        if layer is not None and pooling.is_pooling(module):
+        if layer is not None and (pooling.is_pooling(module) if conv is None else pooling.is_mean(module)):
             found.append(layer)
-        layer = module if is_ours(module) else layer if is_absorbed(module) else None
+        if layer is not None and conv is None and pooling.is_pointwise(module):
+            conv = module
+            continue
+        layer, conv = module if is_ours(module) else layer if is_absorbed(module) and conv is None else None, None
     return found
 
 
@@ -65,6 +68,9 @@ def _forward(self: nn.Sequential, input: Any) -> Any:
         elif before is not None and pooling.is_pooling(modules[k]):
             input = pooling.pooled(modules[k], input, before)
             i = k + 1
+        elif before is not None and pooling.is_pointwise(modules[k]) and pooling.is_mean(modules[k + 1]):
+            input = pooling.pooled(modules[k + 1], input, before, modules[k])
+            i = k + 2
         else:
             input = modules[i](input)
             i += 1

@@ -1,6 +1,7 @@
-"""Max-pooling of batch normalization's output, which lies in no memory but the caches.
+"""Pooling of batch normalization's output, which lies in no memory but the caches.
 
-One byte a window tells the backward where its largest value was.
+One byte a window tells the backward where its largest value was. A 1x1 convolution between both goes last where windows
+become means: that is the same, and the convolution has fewer places to compute.
 """
 
 from __future__ import annotations
@@ -10,44 +11,73 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from batchnorm.nn import batch_norm as ours
 from batchnorm.nn.outside import has_hooks, show
-from batchnorm.surgery.chains import Before, Found
+from batchnorm.surgery.chains import Before, Found, is_call_of
 
 
 def is_pooling(module: Any) -> bool:
-    """Whether a module takes the largest value of each window of an image, and nothing else."""
-    return type(module) is nn.MaxPool2d and not module.return_indices and _pair(module.dilation) == (1, 1)
+    """Whether a module takes the largest value of each window of an image, or its mean, and nothing else."""
+    if type(module) is nn.MaxPool2d:
+        return not module.return_indices and _pair(module.dilation) == (1, 1)
+    return is_mean(module)
 
 
-def pooled(pool: Any, x: Any, before: Before) -> Tensor:
-    """pool(before(x)), at once where both are what they were and nobody watches what lies between them."""
+def is_mean(module: Any) -> bool:
+    """Whether a module takes the mean of each window of an image, all inside."""
+    return (
+        type(module) is nn.AvgPool2d
+        and _pair(module.padding) == (0, 0)
+        and not module.ceil_mode
+        and module.divisor_override is None
+    )
+
+
+def is_pointwise(module: Any) -> bool:
+    """Whether a module convolves each place by itself, so that it may as well convolve means of places."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+    )
+
+
+def pooled(pool: Any, x: Any, before: Before, conv: Any = None) -> Tensor:
+    """pool(conv(before(x))), at once where all are what they were and nobody watches what lies between them."""
     y: Tensor | None = None
-    if is_pooling(pool) and before.is_one_call() and not has_hooks(pool) and not _has_any_global_hook():
+    watched = has_hooks(pool) or _has_any_global_hook() or (conv is not None and has_hooks(conv))
+    fits = is_pooling(pool) if conv is None else is_mean(pool) and is_pointwise(conv)
+    if fits and not watched and before.is_one_call():
         windows = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), bool(pool.ceil_mode))
-        y = before.layer.forward_pooled(x, windows)
+        y = before.layer.forward_pooled(x, (*windows, is_mean(pool)))
     if y is None:
-        y = pool(before(x))
-    elif before.layer._forward_hooks:
+        z: Tensor = pool(before(x) if conv is None else conv(before(x)))
+        return z
+    if before.layer._forward_hooks:
         show(before.layer, y)
-    return y
+    return y if conv is None else conv(y)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def fuse(graph: fx.Graph, node: fx.Node, before: Found) -> None:
+def convolution_before(module: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The call of a 1x1 convolution whose output a pooling into means alone reads."""
+    before = node.args[0]
+    if not (is_call_of(module, node, is_mean) and is_call_of(module, before, is_pointwise)):
+        return None
+    assert isinstance(before, fx.Node)
+    return before if len(before.users) == 1 else None
+
+
+def fuse(graph: fx.Graph, node: fx.Node, conv: fx.Node | None, before: Found) -> None:
     """One call in place of the pooling ``node`` and of what comes before it."""
     with graph.inserting_before(node):
         pool = graph.get_attr(str(node.target))
-        call = graph.call_function(pooled, (pool, before.x, before.made(graph)))
+        between = () if conv is None else (graph.get_attr(str(conv.target)),)
+        call = graph.call_function(pooled, (pool, before.x, before.made(graph), *between))
     call.meta.update(node.meta)
     node.replace_all_uses_with(call)
-    for each in (node, *before.nodes):
+    for each in (node, *([] if conv is None else [conv]), *before.nodes):
         graph.erase_node(each)
-
-
-def is_pair(pool: Any, layer: Any) -> bool:
-    """Whether a layer of this package can be pooled at once."""
-    return is_pooling(pool) and isinstance(layer, ours.BatchNorm)
