@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 
 import batchnorm as bn
 from batchnorm.kernels import cpu
-from batchnorm.surgery.conversion import revert
 from batchnorm.surgery.chains import Before
+from batchnorm.surgery.conversion import revert
 from batchnorm.surgery.depthwise import is_depthwise, normalized_convolution
 
 pytestmark = pytest.mark.skipif(cpu.call is None, reason=f"needs the C++ call: {cpu.call_error}")
@@ -75,8 +75,8 @@ def step(chain: Chain, x: Tensor, together: bool, dtype: torch.dtype | None = No
     return found | {name: each.grad for name, each in chain.named_parameters()}
 
 
-# Channels, kernel, size, samples, and what the convolution has besides. Long planes are walked one by one, short ones as
-# rows of channels, a vector at a time with some channels left.
+# Channels, kernel, size, samples, and what the convolution has besides. Long planes are walked one by one, short ones
+# as rows of channels, a vector at a time with some channels left.
 SHAPES: list[tuple[int, tuple[int, ...], tuple[int, ...], int, dict[str, Any]]] = [
     (40, (3, 3), (6, 6), 5, {"padding": 1}),
     (48, (5, 5), (3, 3), 4, {"padding": 2}),

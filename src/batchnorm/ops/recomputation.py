@@ -73,7 +73,8 @@ class recompute_outputs:  # noqa: N801
     own functions. An output with a residual is made again if the residual is itself an output of this package that is
     made again or kept: every third output along a chain of residuals is kept. Kept as ever are outputs with other
     residuals (which would have to be kept in their place), of synchronized and channel-grouped layers, modified in
-    place, or read by other layers of this package, by custom `autograd.Function`s, under autocast after a cast, under
+    place, or read by other layers of this package (but for those that take in a depthwise convolution, see
+    `accelerate`), by custom `autograd.Function`s, under autocast after a cast, under
     `torch.utils.checkpoint` and other hooks on saved tensors. If the activation is a module of its own, its output is
     kept, not that of the batch normalization: fuse it first (`accelerate`, or ``activation=``). For eager mode.
 

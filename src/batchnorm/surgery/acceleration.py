@@ -63,7 +63,14 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
       module stays the same object; its class becomes a subclass of its own. This is done where the forward is the
       same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``;
     - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
-      training each part is measured once, whoever normalizes it.
+      training each part is measured once, whoever normalizes it;
+    - a pooling of images (``MaxPool2d``, ``AvgPool2d`` without padding), both are one call on the CPU. A 1x1
+      convolution between a layer and an ``AvgPool2d`` then goes behind the pooling, which is equal up to rounding.
+
+    A depthwise convolution (``Conv1d``, ``Conv2d``) whose output a layer alone reads is computed by the layer's call on
+    the CPU, and so is a layer before it whose output it alone reads. What lies between them is in no memory but the
+    caches: the backward makes it again. If someone hooks one of these modules, or the input does not fit (other
+    devices, autocast, compiled code), they are called one after the other, as they stand.
 
     What a network calls several times (the branch of a siamese network) takes part where each call does the same.
 
@@ -343,12 +350,12 @@ class Fusions:
         is_ours = self.is_candidate(names)
         for name, module in self.net.named_modules():
             if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-                found = containers.pairs_in(module, is_ours)
-                pooled = containers.pooled_in(module, is_ours, lambda each: names.get(id(each)) in self.absorbed)
-                if (found or pooled) and not has_hooks(module):
+                found = containers.found_in(module, is_ours, lambda each: names.get(id(each)) in self.absorbed)
+                if found.any() and not has_hooks(module):
                     self.paired.add(name)
-                    self.convolved |= {names[id(layer)] for layer in found}
-                    self.pooled |= {names[id(layer)] for layer in pooled}
+                    self.convolved |= {names[id(layer)] for layer in found.convolved}
+                    self.before |= {names[id(layer)] for layer in found.before}
+                    self.pooled |= {names[id(layer)] for layer in found.pooled}
 
     def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
         """The network's data flow in evaluation and in training mode, as far as it can be captured."""

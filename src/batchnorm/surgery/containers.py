@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -15,33 +14,59 @@ from batchnorm.surgery.chains import Before
 from batchnorm.surgery.conversion import Absorbed
 
 
-def pairs_in(container: nn.Sequential, is_ours: Callable[[Any], bool]) -> list[nn.Module]:
-    """The layers in a ``Sequential`` right behind a depthwise convolution."""
-    return [
-        after
-        for conv, after in pairwise(container._modules.values())
-        if depthwise.is_depthwise(conv) and is_ours(after)
-    ]
+@dataclass
+class Found:
+    """The layers of a ``Sequential`` that are computed with others.
+
+    Attributes:
+        convolved: those right behind a depthwise convolution.
+        before: those before one, with their activations between both.
+        pooled: those whose output is pooled behind their activations, perhaps behind a 1x1 convolution.
+    """
+
+    convolved: list[nn.Module] = field(default_factory=list)
+    before: list[nn.Module] = field(default_factory=list)
+    pooled: list[nn.Module] = field(default_factory=list)
+
+    def any(self) -> bool:
+        return bool(self.convolved or self.pooled)
 
 
-def pooled_in(
-    container: nn.Sequential, is_ours: Callable[[Any], bool], is_absorbed: Callable[[Any], bool]
-) -> list[nn.Module]:
-    """The layers in a ``Sequential`` whose output is pooled behind their activations, perhaps behind a 1x1 convolution."""
-    found, layer, conv = [], None, None
-    for module in container._modules.values():
-        if layer is not None and (pooling.is_pooling(module) if conv is None else pooling.is_mean(module)):
-            found.append(layer)
-        if layer is not None and conv is None and pooling.is_pointwise(module):
-            conv = module
-            continue
-        layer, conv = module if is_ours(module) else layer if is_absorbed(module) and conv is None else None, None
+def found_in(container: nn.Sequential, is_ours: Callable[[Any], bool], is_absorbed: Callable[[Any], bool]) -> Found:
+    """What `_forward` will compute at once."""
+    found, i = Found(), 0
+    modules: list[Any] = [*container._modules.values(), None, None]
+    while modules[i] is not None:
+        k = i
+        if is_ours(modules[i]):
+            k += 1
+            while is_absorbed(modules[k]):
+                k += 1
+        if depthwise.is_depthwise(modules[k]) and is_ours(modules[k + 1]):
+            found.convolved.append(modules[k + 1])
+            found.before += modules[i : i + 1] if k > i else []
+            i = k + 2
+        elif k > i and (_pools(modules[k], None) or _pools(modules[k + 1], modules[k])):
+            found.pooled.append(modules[i])
+            i = k + 1
+        else:
+            i += 1
     return found
 
 
-@functools.cache
+def _pools(pool: Any, conv: Any) -> bool:
+    if conv is None:
+        return pooling.is_pooling(pool)
+    return pooling.is_mean(pool) and pooling.is_pointwise(conv)
+
+
+_classes: dict[Any, type[nn.Module]] = {}
+
+
 def in_pairs(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a ``Sequential`` that calls at once what can be computed so."""
+    if kind in _classes:
+        return _classes[kind]
     members = {
         "forward": _forward,
         "original_kind": kind,
@@ -49,7 +74,8 @@ def in_pairs(kind: type[nn.Module]) -> type[nn.Module]:
         "__doc__": kind.__doc__,
         "__reduce_ex__": _reduce,
     }
-    return type(f"Accelerated{kind.__name__}", (kind,), members)
+    _classes[kind] = type(f"Accelerated{kind.__name__}", (kind,), members)
+    return _classes[kind]
 
 
 def _forward(self: nn.Sequential, input: Any) -> Any:

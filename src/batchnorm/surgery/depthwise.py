@@ -67,7 +67,7 @@ def normalized_convolution(
     return y
 
 
-# ---------------------------------------------------------------------------------------------- in a module's own forward
+# ---------------------------------------------------------------------------------------------- in a graph
 def readers(module: nn.Module, graph: fx.Graph, is_ours: Callable[[Any], bool]) -> list[fx.Node]:
     """The calls of layers whose input is the output of a depthwise convolution that nobody else reads."""
     return [n for n in graph.nodes if is_call_of(module, n, is_ours) and reads_depthwise(module, n.args[0])]
