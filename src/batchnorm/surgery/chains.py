@@ -95,7 +95,8 @@ def found_before(
     module: nn.Module, node: Any, is_ours: Callable[[Any], bool], is_absorbed: Callable[[str], bool], normalized: Any
 ) -> Found | None:
     """The batch normalization whose output alone a convolution reads, with its activation; ``normalized``: a call."""
-    nodes, stand_ins = [], []
+    nodes: list[fx.Node] = []
+    stand_ins: list[str] = []
     while isinstance(node, fx.Node) and len(node.users) == 1:
         nodes.append(node)
         if node.op == "call_function" and node.target is normalized:
