@@ -118,7 +118,8 @@ struct Problem {
   Values x, dy;
   Block kernels, bias;
   Norm before, norm;
-  Boundeds inputs, z, dx, d_kernels, d_bias;
+  Boundeds inputs, z, d_kernels, d_bias;
+  std::vector<Norm::Gradients> of_before, of_norm;  // of each channel; of_before has the gradient of x in any case
 
   explicit Problem(const Case& given)
       : c(given),
@@ -130,8 +131,7 @@ struct Problem {
         before(c.before, c.dtype, c.channels, c.samples * c.inputs(), random),
         norm(c.norm, c.dtype, c.channels, c.samples * c.outputs(), random),
         inputs(size_t(c.channels * before.count)),
-        z(size_t(c.channels * norm.count)),
-        dx(inputs.size()) {
+        z(size_t(c.channels * norm.count)) {
     fill();
     for (int64_t k = 0; k < c.channels; ++k) {
       const Boundeds from = values_of(x, k, c.inputs());
@@ -139,16 +139,15 @@ struct Problem {
       for (size_t i = 0; i < from.size(); ++i)
         inputs[size_t(k * before.count) + i] = c.has_before ? element(before.result(k, from[i]), c.dtype) : from[i];
       convolve(k);
-      norm.take_moments(k, channel(z, k));
+      norm.take_moments(k, outputs_of(k));
       differentiate(k);
     }
   }
 
   // Of one channel, all samples.
-  static Boundeds channel(const Boundeds& all, int64_t k, int64_t count) {
-    return Boundeds(all.begin() + k * count, all.begin() + (k + 1) * count);
+  Boundeds outputs_of(int64_t k) const {
+    return Boundeds(z.begin() + k * norm.count, z.begin() + (k + 1) * norm.count);
   }
-  Boundeds channel(const Boundeds& outputs, int64_t k) const { return channel(outputs, k, norm.count); }
 
  private:
   void fill() {
@@ -207,7 +206,8 @@ struct Problem {
   }
 
   void differentiate(int64_t k) {
-    const Boundeds dz = norm.differentiate(k, channel(z, k), values_of(dy, k, c.outputs()));
+    of_norm.push_back(norm.differentiate(k, outputs_of(k), values_of(dy, k, c.outputs())));
+    const Boundeds& dz = of_norm.back().x;
     const std::vector<double> w = kernel_of(k);
     std::vector<double> of_kernel(w.size(), 0.0), magnitude = of_kernel, error = of_kernel;
     double bias_value = 0, bias_magnitude = 0, bias_error = 0;
@@ -242,8 +242,8 @@ struct Problem {
     for (size_t t = 0; t < w.size(); ++t)
       d_kernels.push_back({of_kernel[t], error[t] + of_chain * (magnitude[t] + error[t])});
     d_bias.push_back({bias_value, bias_error + of_doubles * (bias_magnitude + bias_error)});
-    if (c.has_before) of_input = before.differentiate(k, values_of(x, k, c.inputs()), of_input);
-    std::copy(of_input.begin(), of_input.end(), dx.begin() + k * before.count);
+    of_before.push_back(c.has_before ? before.differentiate(k, values_of(x, k, c.inputs()), of_input)
+                                     : Norm::Gradients{of_input, {}, {}});
   }
 };
 
@@ -343,13 +343,13 @@ std::string fault_of(const Problem& p, const Result& r) {
         judge.expect("y", n, k, i, r.y.get(n, k, i), stored(p.norm.result(coefficients, z), c.dtype));
       }
       for (int64_t i = 0; c.wants_x && i < c.inputs(); ++i)
-        judge.expect("dx", n, k, i, r.dx.get(n, k, i), p.dx[size_t((k * c.samples + n) * c.inputs() + i)]);
+        judge.expect("dx", n, k, i, r.dx.get(n, k, i), p.of_before[size_t(k)].x[size_t(n * c.inputs() + i)]);
     }
     for (int64_t t = 0; c.wants_kernels && t < c.d.taps(); ++t)
       judge.expect("d_kernels", 0, k, t, r.d_kernels[k * c.d.taps() + t], p.d_kernels[size_t(k * c.d.taps() + t)]);
     if (c.wants_bias) judge.expect("d_bias", 0, k, 0, r.d_bias[k], p.d_bias[size_t(k)]);
-    p.norm.judge_gradients(judge, k, r.norm);
-    if (c.has_before && c.wants_x) p.before.judge_gradients(judge, k, r.before);
+    p.of_norm[size_t(k)].judge(judge, k, r.norm);
+    if (c.has_before && c.wants_x) p.of_before[size_t(k)].judge(judge, k, r.before);
   }
   return judge.fault;
 }
@@ -452,33 +452,38 @@ int64_t lanes_of(Dtype dtype) { return batchnorm::kernel_table().lanes / (dtype 
 void examine(const Case& c) {
   const Problem p(c);
   Bytes before, after;
-  p.x.append_to(before);
+  const auto append_operands = [&](Bytes& to) {
+    p.x.append_to(to);
+    p.dy.append_to(to);
+    p.norm.append_statistics(to);
+    p.before.append_statistics(to);
+  };
+  append_operands(before);
   for (const char* isa : {"avx512", "avx2", "neon", "baseline"}) {
     if (!batchnorm::select_instruction_set(isa)) continue;
     const std::string name = isa;
+    const int64_t lanes = lanes_of(c.dtype), size = format_of(c.dtype).size, bytes = 2 * lanes * p.norm.count * size;
     test_caches.l2 = 1;
     if (c.order == Order::interleaved) {
-      examine_way(p, name + " rows, one sample at a time");
-      test_caches.l2 = 4 * 2 * c.inputs() * lanes * size;
-      if (c.samples > 2) examine_way(p, name + " rows, two samples at a time");
-      test_caches.l2 = int64_t(1) << 40;
-      examine_way(p, name + " rows");
       ++as_they_lie[int(c.dtype)];
+      examine_way(p, name + " rows, one sample at a time");
+      if (c.samples == 1 || c.has_before) continue;  // all samples at once in any case
+      test_caches.l2 = c.samples > 2 ? 4 * 2 * c.inputs() * lanes * size : int64_t(1) << 40;
+      examine_way(p, name + (c.samples > 2 ? " rows, two samples at a time" : " rows"));
       continue;
     }
     examine_way(p, name + " planes");
     ++in_planes[int(c.dtype)];
-    const int64_t lanes = lanes_of(c.dtype), size = format_of(c.dtype).size, bytes = 2 * lanes * p.norm.count * size;
     if (c.channels < 2 * lanes) continue;
     test_caches.l2 = int64_t(1) << 40;
     examine_way(p, name + " rows");
     ++in_rows[int(c.dtype)];
-    if (c.samples > 1) {  // the least that takes this way: then not all samples' inputs fit
+    if (c.samples > 1 && !c.has_before) {  // the least that takes this way: then not all samples' inputs fit
       test_caches.l2 = c.d.stride[0] > 1 || c.d.stride[1] > 1 ? (bytes + 3) / 4 : bytes;
       examine_way(p, name + " rows, some samples at a time");
     }
   }
-  p.x.append_to(after);
+  append_operands(after);
   check(before == after && p.x.guards_intact() && p.dy.guards_intact(), "operands were written");
 }
 
@@ -602,7 +607,7 @@ void large() {
     for (Dtype dtype : kDtypes) {
       Case of_planes = drawn(d, dtype, 3, 101, ++seed);
       of_planes.order = Order::planar;
-      const Problem rows(drawn(d, dtype, 1, 261, ++seed)), planes(of_planes);
+      const Problem planes(of_planes), rows(drawn(d, dtype, 1, 261, ++seed));
       for (const char* isa : {"avx512", "avx2", "neon", "baseline"}) {
         if (!batchnorm::select_instruction_set(isa)) continue;
         test_caches.l2 = int64_t(1) << 40;
@@ -614,6 +619,17 @@ void large() {
       }
     }
   }
+  // An input of far more places than the output, normalized first.
+  Depthwise sparse{{80, 90}, {}, {3, 3}, {40, 30}, {1, 1}, {1, 1}};
+  set_output(sparse);
+  for (Order order : {Order::planar, Order::interleaved})
+    for (Dtype dtype : kDtypes) {
+      Case c = drawn(sparse, dtype, 2, 3, ++seed);
+      c.order = order;
+      c.layout = Layout::misaligned;
+      c.has_before = c.wants_x = true;
+      if (!is_left_out(seed)) examine(c);
+    }
   for (int64_t size : {3, 5}) {
     Depthwise e{{40, 33}, {}, {size, size}, {1, 1}, {size / 2, size / 2}, {1, 1}};
     set_output(e);
