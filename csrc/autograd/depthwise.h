@@ -103,21 +103,32 @@ batchnorm::NormCall call_of(const Norm& n) {
           n.settings.population};
 }
 
-// Scratch memory that a thread keeps for its next call: pages that are there.
+// Scratch memory that a thread keeps for its next call: pages that are there. It begins at a line of the cache, which
+// no vector then crosses.
 class Workspace {
  public:
-  struct Held {
-    std::unique_ptr<char[]> memory;
-    size_t bytes = 0;
+  class Held {
+   public:
+    Held() = default;
+    explicit Held(size_t bytes) : memory_(new char[bytes + kLine]), bytes_(bytes) {}
+    char* get() const {
+      const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+      return memory_.get() + (kLine - at % kLine) % kLine;
+    }
+    size_t bytes() const { return bytes_; }
+
+   private:
+    static constexpr size_t kLine = 64;
+    std::unique_ptr<char[]> memory_;
+    size_t bytes_ = 0;
   };
   Held take(size_t bytes) {
     Held held = std::exchange(kept_, Held());
-    if (held.bytes < bytes) held = {std::unique_ptr<char[]>(new char[bytes]), bytes};
-    return held;
+    return held.bytes() < bytes ? Held(bytes) : std::move(held);
   }
   void give_back(Held&& held) {
     constexpr size_t most = 16 << 20;
-    if (held.bytes <= most && held.bytes > kept_.bytes) kept_ = std::move(held);
+    if (held.bytes() <= most && held.bytes() > kept_.bytes()) kept_ = std::move(held);
   }
 
  private:
@@ -140,12 +151,12 @@ class DepthwiseCall {
   DepthwiseCall(const DepthwiseCall&) = delete;
 
   void forward(const at::Tensor& y) const {
-    operators->depthwise_forward(shape_, geometry_, input(), before(), norm_, c_.operand(y), workspace_.memory.get(),
-                                 threads_, operators->parallel());
+    operators->depthwise_forward(shape_, geometry_, input(), before(), norm_, c_.operand(y), workspace_.get(), threads_,
+                                 operators->parallel());
   }
   void backward(const at::Tensor& dy, const batchnorm::DepthwiseGradients& to) const {
-    operators->depthwise_backward(shape_, geometry_, input(), before(), norm_, c_.operand(dy), to,
-                                  workspace_.memory.get(), threads_, operators->parallel());
+    operators->depthwise_backward(shape_, geometry_, input(), before(), norm_, c_.operand(dy), to, workspace_.get(),
+                                  threads_, operators->parallel());
   }
 
  private:

@@ -48,14 +48,14 @@ class PooledCall {
   PooledCall(const PooledCall&) = delete;
 
   void forward(const at::Tensor& y, const at::Tensor& places) const {
-    operators->pooled_forward(shape_, geometry_, planes(w_.x), norm_, planes(y), bytes_of(places),
-                              workspace_.memory.get(), threads_, operators->parallel());
+    operators->pooled_forward(shape_, geometry_, planes(w_.x), norm_, planes(y), bytes_of(places), workspace_.get(),
+                              threads_, operators->parallel());
   }
   void backward(const at::Tensor& dy, const at::Tensor& places, const at::Tensor& dx, double* gamma,
                 double* beta) const {
     const batchnorm::Operand to = dx.defined() ? planes(dx) : batchnorm::Operand{};
     operators->pooled_backward(shape_, geometry_, planes(dy), bytes_of(places), planes(w_.x), norm_, to, gamma, beta,
-                               workspace_.memory.get(), threads_, operators->parallel());
+                               workspace_.get(), threads_, operators->parallel());
   }
 
  private:
