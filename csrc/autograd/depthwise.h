@@ -28,9 +28,11 @@ struct Convolution {
                            !bias.is_contiguous()))
       return false;
     if (kernels.numel() / x.size(1) > batchnorm::kMostTaps || kernels.numel() == 0) return false;
-    // Rows of channels of all samples are held at once: not of so many places that the memory would be felt.
-    constexpr int64_t most_places = 1 << 16;
-    if (lies_in_rows() && x.size(0) * out(0) * out(1) > most_places) return false;
+    // With the channels last torch's convolution by a small kernel takes less time than to copy rows of some channels.
+    // These are held of all samples at once: not of so many places that the memory would be felt.
+    constexpr int64_t few_taps = 20, most_places = 1 << 16;
+    if (lies_in_rows() && (kernels.numel() / x.size(1) < few_taps || x.size(0) * out(0) * out(1) > most_places))
+      return false;
     constexpr int64_t most = 1 << 12;  // far beyond any use
     for (size_t i = 0; i < axes; ++i)
       if (stride[i] < 1 || stride[i] > most || dilation[i] < 1 || dilation[i] > most || padding[i] < 0 ||

@@ -125,16 +125,17 @@ def test_at_once_is_one_after_the_other(shape: Any, before: str | None, dtype: t
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape[1]) == 2], ids=str)
 def test_with_the_channels_last(shape: Any, before: str, dtype: torch.dtype):
     channels, kernel, size, samples, options = shape
+    """Kernels of 20 values and more; torch's convolution by a smaller one takes less time in this order."""
     chain = Chain(channels, kernel, before=before, activation="silu", **options).to(dtype)
     x = normal(samples, channels, *size).to(dtype)
     last = x.to(memory_format=torch.channels_last)
-    if last.stride() == x.stride():
-        pytest.skip("one order is the other")
-    ours, expected = step(chain, last, True), step(chain, x, True)
+    takes = chain.conv.weight[0].numel() >= 20
+    ours, expected = step(chain, last, takes or last.stride() == x.stride()), step(chain, x, True)
     assert all(ours[name].is_contiguous(memory_format=torch.channels_last) for name in ("y", "x"))
     eps = torch.finfo(dtype).eps
     least = 0.01 * max(float(expected[name].abs().max()) for name, _ in chain.named_parameters())
-    expected.pop("conv.bias", None)  # which has no gradient but roundings
+    for name in ("conv.bias", *(["conv.weight"] if chain.conv.weight[0].numel() == 1 else [])):
+        expected.pop(name, None)  # which has no gradient but roundings
     for name, value in expected.items():
         error = (ours[name].double() - value.double()).abs().max() / value.double().abs().max().clamp_min(least)
         assert error <= 2000 * eps if dtype != torch.bfloat16 else error <= 20 * eps, (name, float(error))
@@ -283,7 +284,8 @@ def test_other_orders_devices_and_casts_go_through_torch():
     torch.testing.assert_close(chain(x.transpose(2, 3)), chain(x.transpose(2, 3).contiguous()), rtol=1e-4, atol=1e-4)
     # Rows of channels of all samples would be held at once: of very many places they are not.
     many = normal(3, 2, 160, 160).to(memory_format=torch.channels_last)
-    assert not is_together(Chain(2, (3, 3), padding=1)(many))
+    assert not is_together(Chain(2, (5, 5), padding=2)(many))
+    assert is_together(Chain(2, (5, 5), padding=2)(many[:2]))
     assert chain.to("meta")(x.to("meta")).shape == x.shape
     chain = Chain(4, (3, 3), padding=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
