@@ -33,9 +33,10 @@ struct Convolution {
     constexpr int64_t few_taps = 20, most_places = 1 << 16;
     if (lies_in_rows() && (kernels.numel() / x.size(1) < few_taps || x.size(0) * out(0) * out(1) > most_places))
       return false;
-    constexpr int64_t most = 1 << 12;  // far beyond any use
+    constexpr int64_t most_stride = 16;  // planes are parted into the square of so many phases
+    constexpr int64_t most = 1 << 12;    // far beyond any use
     for (size_t i = 0; i < axes; ++i)
-      if (stride[i] < 1 || stride[i] > most || dilation[i] < 1 || dilation[i] > most || padding[i] < 0 ||
+      if (stride[i] < 1 || stride[i] > most_stride || dilation[i] < 1 || dilation[i] > most || padding[i] < 0 ||
           padding[i] > most || out(i) < 1)
         return false;
     return true;
@@ -466,7 +467,7 @@ at::Tensor forward_convolved(const Arguments& a, Convolution c, const Arguments*
     forget(x, recomputing > 0 ? Forgets::every : Forgets::marked);
     torch::autograd::set_history(y, node);
   }
-  if (a.update) update(a, norm.mean, norm.var, a.values());
   if (before && before->update) update(*before, c.before.mean, c.before.var, before->values());
+  if (a.update) update(a, norm.mean, norm.var, a.values());
   return y;
 }

@@ -283,6 +283,9 @@ def test_other_orders_devices_and_casts_go_through_torch():
     assert not is_together(chain(x.transpose(2, 3)))
     torch.testing.assert_close(chain(x.transpose(2, 3)), chain(x.transpose(2, 3).contiguous()), rtol=1e-4, atol=1e-4)
     # Rows of channels of all samples would be held at once: of very many places they are not.
+    patches = normal(2, 4, 40, 40)
+    assert is_together(Chain(4, (3, 3), stride=16)(patches))
+    assert not is_together(Chain(4, (3, 3), stride=17)(patches))
     many = normal(3, 2, 160, 160).to(memory_format=torch.channels_last)
     assert not is_together(Chain(2, (5, 5), padding=2)(many))
     assert is_together(Chain(2, (5, 5), padding=2)(many[:2]))
@@ -530,3 +533,60 @@ def test_is_depthwise():
         nn.Identity(),
     ):
         assert not is_depthwise(other)
+
+
+def test_one_layer_before_and_behind():
+    """Its running statistics take in the batch before the convolution first, as ever."""
+    torch.manual_seed(0)
+    shared = nn.BatchNorm2d(6)
+    net, x = nn.Sequential(shared, *separable(6)[:1], shared), normal(4, 6, 8, 8)
+    ours = bn.accelerate(copy.deepcopy(net), x)
+    apart = nn.Sequential(nn.BatchNorm2d(6), copy.deepcopy(net[1]), nn.BatchNorm2d(6))
+    later = bn.accelerate(copy.deepcopy(apart), x)
+    assert len(later.report.convolved) == 1
+    apart[2], later[2] = apart[0], later[0]
+    for ours, theirs in ((ours, net), (later, apart)):
+        for k in range(3):
+            ours(x + k)
+            theirs(x + k)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+class WritesBetween(nn.Module):
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.norm1, self.place = nn.BatchNorm2d(6, affine=False), place
+        self.conv2, self.norm2, _ = separable(6)
+        self.conv2.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.detach() * 1.0
+        y = self.norm1(z)
+        if self.place == 1:
+            z.mul_(3.0)
+        y = self.conv2(y)
+        if self.place == 2:
+            z.mul_(3.0)
+        return self.norm2(y) * z
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_nothing_is_read_after_it_was_written(place: int):
+    net, x = WritesBetween(place), normal(3, 6, 7, 7)
+    ours = bn.accelerate(net, x, inplace=False)
+    assert len(ours.report.convolved) == (place < 2)
+    assert ("norm1" in ours.report.fused) == (place == 0)
+    torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_are_zero_but_for_rounding_are_no_difference():
+    for seed in (537, 1, 2):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 8, 18, dtype=torch.double)
+        net = nn.Sequential(
+            nn.BatchNorm1d(8, momentum=None), nn.ELU(), nn.Conv1d(8, 8, 1, groups=8), nn.BatchNorm1d(8), nn.Hardswish()
+        )
+        for layer in (net[0], net[3]):
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+        assert bn.accelerate(net.double(), x).report.convolved == ("3",)

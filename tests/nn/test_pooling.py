@@ -287,3 +287,39 @@ def test_which_modules_these_are():
         assert not is_pooling(other)
     assert is_pointwise(nn.Conv2d(3, 6, 1, groups=3))
     assert not any(map(is_pointwise, (nn.Conv2d(3, 3, 1, 2), nn.Conv2d(3, 3, 1, padding=1), nn.Conv1d(3, 3, 1))))
+
+
+class Twice(nn.Module):
+    """A pooling feeds a layer that is pooled, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b1, self.p1 = nn.BatchNorm2d(3), nn.MaxPool2d(2)
+        self.b2, self.conv, self.p2 = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.p1(torch.relu(self.b1(x)))
+        return self.p2(self.conv(torch.relu(self.b2(x))))
+
+
+class Writes(nn.Module):
+    """The input of the layer is overwritten before its output is pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pool, self.conv = nn.BatchNorm2d(3, affine=False), nn.AvgPool2d(2), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.detach() * 1.0
+        y = self.norm(z)
+        z.mul_(3.0)
+        return self.conv(self.pool(y)) + self.pool(z)
+
+
+@pytest.mark.parametrize(("make", "count"), [(Twice, 2), (Writes, 0)])
+def test_chains_of_poolings_and_writes_between(make: Callable[[], nn.Module], count: int):
+    torch.manual_seed(0)
+    net, x = make(), normal(4, 3, 16, 16)
+    ours = bn.accelerate(net, x, inplace=False)
+    assert sum("the pooling behind it" in what for what in ours.report.fused.values()) == count
+    torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-5)

@@ -79,6 +79,8 @@ class BatchNorm(ConfiguredLayer):
         weight = conv._parameters.get("weight")  # a parametrized one is not there
         if weight is None or not self._is_simple() or not (before is None or before._is_simple()):
             return None
+        if before is self:  # whose second batch is another one than its first
+            return None
         convolution = (conv._parameters.get("bias"), conv.stride, padding, conv.dilation)
         return with_depthwise(self, x, weight, convolution, before)
 

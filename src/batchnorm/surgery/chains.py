@@ -56,6 +56,24 @@ def activated(y: Tensor, layer: Any, activation: str | None, slope: float) -> Te
 
 
 # ---------------------------------------------------------------------------------------------- in a graph
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"}
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call changes its first argument in place."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _IN_PLACE or bool(node.kwargs.get("inplace")) or name == "setitem"
+
+
+def nothing_is_written(graph: fx.Graph, first: fx.Node, last: fx.Node) -> bool:
+    """Whether no call after one node and before another changes a value in place, which the first may have read."""
+    nodes = list(graph.nodes)
+    return not any(map(writes, nodes[nodes.index(first) + 1 : nodes.index(last)]))
+
+
 def is_call_of(module: nn.Module, node: Any, kind: Callable[[Any], bool]) -> bool:
     """Whether a node calls a module of some kind with one value."""
     return (
