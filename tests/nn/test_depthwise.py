@@ -545,11 +545,11 @@ def test_one_layer_before_and_behind():
     later = bn.accelerate(copy.deepcopy(apart), x)
     assert len(later.report.convolved) == 1
     apart[2], later[2] = apart[0], later[0]
-    for ours, theirs in ((ours, net), (later, apart)):
+    for mine, theirs in ((ours, net), (later, apart)):
         for k in range(3):
-            ours(x + k)
+            mine(x + k)
             theirs(x + k)
-        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-5)
 
 
 class WritesBetween(nn.Module):
