@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import batchnorm
 
 from .rows import Row, compare
-from .timing import Phases, alternate
+from .timing import Phases, alternate, both_phases
 
 BOTH = "forward+backward"
 TOLERANCE = 1e-4  # of the largest value
@@ -62,15 +61,7 @@ class Step:
         self.leaves = [self.x, *net.parameters()]
 
     def run(self) -> Phases:
-        """The phases' times; releasing the results is nobody's."""
-        begin = time.perf_counter()
-        y = self.net(self.x)
-        middle = time.perf_counter()
-        y.backward(self.dy)
-        end = time.perf_counter()
-        for leaf in self.leaves:
-            leaf.grad = None
-        return {"forward": middle - begin, "backward": end - middle, BOTH: end - begin}
+        return both_phases(lambda: self.net(self.x), self.dy, self.leaves)
 
     def result(self) -> list[Tensor]:
         y = self.net(self.x)

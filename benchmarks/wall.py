@@ -14,7 +14,7 @@ import batchnorm
 from . import oracle
 from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, LYING, SMALL, TURNED, Case, Data, draw, grid, turned
 from .rows import Row, compare
-from .timing import PAUSE, Phases, alternate
+from .timing import PAUSE, Phases, alternate, both_phases
 
 TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 OURS = {
@@ -70,15 +70,7 @@ class Step:
         self.leaves = [*self.inputs, *self.module.parameters()]
 
     def run(self) -> Phases:
-        """The phases' times; releasing the results is nobody's."""
-        begin = time.perf_counter()
-        y = self.module(*self.inputs)
-        middle = time.perf_counter()
-        y.backward(self.dy)
-        end = time.perf_counter()
-        for leaf in self.leaves:
-            leaf.grad = None
-        return {"forward": middle - begin, "backward": end - middle, BOTH: end - begin}
+        return both_phases(lambda: self.module(*self.inputs), self.dy, self.leaves)
 
     def result(self) -> dict[str, Tensor]:
         """What the gate looks at."""

@@ -229,7 +229,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
         steps.append(Step(f"{name or 'the network'}: calls fused layers", _generated(net.get_submodule(name), forward)))
     for name in sorted(fusions.paired):
         module = net.get_submodule(name)
-        steps.append(Step(f"{name or 'the network'}: calls convolutions with their layers", _paired(module)))
+        steps.append(Step(f"{name or 'the network'}: calls what stands side by side at once", _paired(module)))
     original = copy_of(net)
     plan = Plan(net, steps, lambda: _verify(original, net, given, seeds), skipped=skipped | fusions.refused)
     taking = fusions.fused.keys() | fusions.sums | fusions.joined | fusions.convolved | fusions.before | fusions.pooled
@@ -298,7 +298,7 @@ class Fusions:
         convolved: the layers that take in the depthwise convolution before them.
         before: those that are computed with the depthwise convolution behind them.
         pooled: those that are computed with the pooling behind them.
-        paired: containers that call such a convolution and the layer behind it at once.
+        paired: containers that compute at once what stands in them one behind the other.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
         refused: modules whose forward could not be generated anew although there is something to fuse, and why.
@@ -349,12 +349,15 @@ class Fusions:
         is_ours = self.is_candidate(names)
         for name, module in self.net.named_modules():
             if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-                found = containers.found_in(module, is_ours, lambda each: names.get(id(each)) in self.absorbed)
-                if found.any() and not has_hooks(module):
+                groups = containers.groups_of(module, is_ours, lambda each: names.get(id(each)) in self.absorbed)
+                found = [g for g in groups if g.norm is not None or g.pool is not None]
+                if found and not has_hooks(module):
                     self.paired.add(name)
-                    self.convolved |= {names[id(layer)] for layer in found.convolved}
-                    self.before |= {names[id(layer)] for layer in found.before}
-                    self.pooled |= {names[id(layer)] for layer in found.pooled}
+                for group in found if name in self.paired else ():
+                    if group.norm is not None:
+                        self.convolved.add(names[id(group.norm)])
+                    if group.layer is not None:
+                        (self.before if group.norm is not None else self.pooled).add(names[id(group.layer)])
 
     def flows(self, base: nn.Module, example: Example) -> list[DataFlow]:
         """The network's data flow in evaluation and in training mode, as far as it can be captured."""
@@ -492,9 +495,7 @@ class Fusions:
         is_ours = self.is_candidate(names)
 
         def take(node: fx.Node, conv: Any, layer: str, activation: Sequence[Any] = ()) -> None:
-            before = chains.found_before(
-                module, conv.args[0], is_ours, lambda name: self.absorbs(module, name, names), normalized
-            )
+            before = self.found_before(module, conv, names)
             if before is not None and not chains.nothing_is_written(graph, before.nodes[-1], node):
                 before = None
             if not chains.nothing_is_written(graph, conv, node):
@@ -524,13 +525,7 @@ class Fusions:
             if not chains.is_call_of(module, node, pooling.is_pooling):
                 continue
             conv = pooling.convolution_before(module, node)
-            before = chains.found_before(
-                module,
-                (node if conv is None else conv).args[0],
-                self.is_candidate(names),
-                lambda name: self.absorbs(module, name, names),
-                normalized,
-            )
+            before = self.found_before(module, node if conv is None else conv, names)
             if before is not None and chains.nothing_is_written(graph, before.nodes[-1], node):
                 called = [str(node.target), *([] if conv is None else [str(conv.target)]), before.layer]
                 if not (alone and _lie_in_one(module, [*called, *before.stand_ins])):
@@ -543,15 +538,17 @@ class Fusions:
         It can call them at once itself.
         """
         conv: Any = node.args[0]
-        before = chains.found_before(
-            module, conv.args[0], self.is_candidate(names), lambda name: self.absorbs(module, name, names), normalized
-        )
+        before = self.found_before(module, conv, names)
         called = [str(node.target), str(conv.target)] + ([] if before is None else [before.layer, *before.stand_ins])
         return _lie_in_one(module, called)
 
-    def absorbs(self, module: nn.Module, name: str, names: dict[int, str]) -> bool:
-        """Whether a module of that name is computed by the layer before it."""
-        return names.get(id(module.get_submodule(name))) in self.absorbed
+    def found_before(self, module: nn.Module, node: fx.Node, names: dict[int, str]) -> chains.Found | None:
+        """The batch normalization, with its activation, whose output a call alone reads."""
+
+        def is_absorbed(name: str) -> bool:
+            return names.get(id(module.get_submodule(name))) in self.absorbed
+
+        return chains.found_before(module, node.args[0], self.is_candidate(names), is_absorbed, normalized)
 
 
 def _lie_in_one(module: nn.Module, names: list[str]) -> bool:
@@ -746,7 +743,7 @@ def _generated(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], N
 
 
 def _paired(module: nn.Module) -> Callable[[], None]:
-    """Let a container call each depthwise convolution and the layer behind it at once."""
+    """Let a container compute at once what stands in it one behind the other."""
 
     def do() -> None:
         module.__class__ = containers.in_pairs(type(module))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm.kernels import aten
 from batchnorm.nn import batch_norm as ours
@@ -17,10 +18,10 @@ from batchnorm.surgery.conversion import Absorbed
 
 @dataclass(frozen=True)
 class Before:
-    """What comes before such a convolution.
+    """A batch normalization whose output only a depthwise convolution or a pooling reads.
 
     Attributes:
-        layer: a batch normalization.
+        layer: the batch normalization.
         activation: of a call behind it; None leaves it to the layer.
         slope: that of the activation.
         stand_ins: modules between both that hand on what they are given, since the layer computes them.
@@ -45,6 +46,11 @@ class Before:
             and not has_hooks(self.layer)
             and all(isinstance(each, Absorbed) and not has_hooks(each) for each in self.stand_ins)
         )
+
+
+def can_be_one_call(x: Any) -> bool:
+    """Whether C++ may take an input; it looks at the rest."""
+    return isinstance(x, Tensor) and x.is_cpu and not _has_any_global_hook()
 
 
 def computes(layer: Any, activation: str | None) -> bool:
@@ -87,10 +93,10 @@ def is_call_of(module: nn.Module, node: Any, kind: Callable[[Any], bool]) -> boo
 
 @dataclass
 class Found:
-    """What comes before a convolution in a graph, from the convolution backwards.
+    """A `Before` in a graph.
 
     Attributes:
-        nodes: all that is computed at once.
+        nodes: its calls, the last first.
         layer: the name of the batch normalization; arguments: its activation and slope, if these are a call's.
         stand_ins: the names of modules that hand on what they are given.
         x: the input.
@@ -103,7 +109,7 @@ class Found:
     x: Any
 
     def made(self, graph: fx.Graph) -> fx.Node:
-        """The same as a `Before`, in the graph."""
+        """The `Before`."""
         what = (graph.get_attr(self.layer), *(self.arguments or (None, 0.0)))
         held = tuple(graph.get_attr(name) for name in reversed(self.stand_ins))
         return graph.call_function(Before, (*what, held))
@@ -112,7 +118,10 @@ class Found:
 def found_before(
     module: nn.Module, node: Any, is_ours: Callable[[Any], bool], is_absorbed: Callable[[str], bool], normalized: Any
 ) -> Found | None:
-    """The batch normalization whose output alone a convolution reads, with its activation; ``normalized``: a call."""
+    """The batch normalization, with its activation, that makes ``node``, which has one reader.
+
+    ``normalized`` is the function whose calls stand for a layer and an activation behind it.
+    """
     nodes: list[fx.Node] = []
     stand_ins: list[str] = []
     while isinstance(node, fx.Node) and len(node.users) == 1:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,50 +13,48 @@ from batchnorm.surgery.chains import Before
 from batchnorm.surgery.conversion import Absorbed
 
 
-@dataclass
-class Found:
-    """The layers of a ``Sequential`` that are computed with others.
+class Group(NamedTuple):
+    """Modules of a ``Sequential`` that stand one behind the other, and what of them is computed at once.
 
     Attributes:
-        convolved: those right behind a depthwise convolution.
-        before: those before one, with their activations between both.
-        pooled: those whose output is pooled behind their activations, perhaps behind a 1x1 convolution.
+        modules: all of the group.
+        layer: a batch normalization before the rest, or None; stand_ins: the activations that it computes.
+        conv: a depthwise convolution, of which ``norm`` normalizes the output; or one before a pooling; or None.
+        norm: a batch normalization behind the convolution, or None.
+        pool: a pooling, or None.
     """
 
-    convolved: list[nn.Module] = field(default_factory=list)
-    before: list[nn.Module] = field(default_factory=list)
-    pooled: list[nn.Module] = field(default_factory=list)
+    modules: list[Any]
+    layer: Any = None
+    stand_ins: tuple[Any, ...] = ()
+    conv: Any = None
+    norm: Any = None
+    pool: Any = None
 
-    def any(self) -> bool:
-        return bool(self.convolved or self.pooled)
 
-
-def found_in(container: nn.Sequential, is_ours: Callable[[Any], bool], is_absorbed: Callable[[Any], bool]) -> Found:
-    """What `_forward` will compute at once."""
-    found, i = Found(), 0
+def groups_of(
+    container: nn.Sequential, is_ours: Callable[[Any], bool], is_absorbed: Callable[[Any], bool]
+) -> Iterator[Group]:
+    """The modules of a ``Sequential`` in their order, those together that are computed at once."""
     modules: list[Any] = [*container._modules.values(), None, None]
+    i = 0
     while modules[i] is not None:
-        k = i
+        k, layer = i, None
         if is_ours(modules[i]):
-            k += 1
+            k, layer = i + 1, modules[i]
             while is_absorbed(modules[k]):
                 k += 1
-        if depthwise.is_depthwise(modules[k]) and is_ours(modules[k + 1]):
-            found.convolved.append(modules[k + 1])
-            found.before += modules[i : i + 1] if k > i else []
-            i = k + 2
-        elif k > i and (_pools(modules[k], None) or _pools(modules[k + 1], modules[k])):
-            found.pooled.append(modules[i])
-            i = k + 1
+        first, second, before = modules[k], modules[k + 1], (layer, tuple(modules[i + 1 : k]))
+        if depthwise.is_depthwise(first) and is_ours(second):
+            group = Group(modules[i : k + 2], *before, conv=first, norm=second)
+        elif layer is not None and pooling.is_pooling(first):
+            group = Group(modules[i : k + 1], *before, pool=first)
+        elif layer is not None and pooling.is_pointwise(first) and pooling.is_mean(second):
+            group = Group(modules[i : k + 2], *before, conv=first, pool=second)
         else:
-            i += 1
-    return found
-
-
-def _pools(pool: Any, conv: Any) -> bool:
-    if conv is None:
-        return pooling.is_pooling(pool)
-    return pooling.is_mean(pool) and pooling.is_pointwise(conv)
+            group = Group(modules[i : i + 1])
+        yield group
+        i += len(group.modules)
 
 
 _classes: dict[Any, type[nn.Module]] = {}
@@ -79,27 +76,14 @@ def in_pairs(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward(self: nn.Sequential, input: Any) -> Any:
-    modules: list[Any] = [*self._modules.values(), None, None]
-    i = 0
-    while modules[i] is not None:
-        k, before = i, None
-        if isinstance(modules[i], ours.BatchNorm):
-            k += 1
-            while isinstance(modules[k], Absorbed):
-                k += 1
-            before = Before(modules[i], stand_ins=tuple(modules[i + 1 : k]))
-        if depthwise.is_pair(modules[k], modules[k + 1]):
-            input = depthwise.normalized_convolution(modules[k], modules[k + 1], input, before=before)
-            i = k + 2
-        elif before is not None and pooling.is_pooling(modules[k]):
-            input = pooling.pooled(modules[k], input, before)
-            i = k + 1
-        elif before is not None and pooling.is_pointwise(modules[k]) and pooling.is_mean(modules[k + 1]):
-            input = pooling.pooled(modules[k + 1], input, before, modules[k])
-            i = k + 2
+    for group in groups_of(self, lambda m: isinstance(m, ours.BatchNorm), lambda m: isinstance(m, Absorbed)):
+        before = None if group.layer is None else Before(group.layer, stand_ins=group.stand_ins)
+        if group.norm is not None:
+            input = depthwise.normalized_convolution(group.conv, group.norm, input, before=before)
+        elif before is not None:
+            input = pooling.pooled(group.pool, input, before, group.conv)
         else:
-            input = modules[i](input)
-            i += 1
+            input = group.modules[0](input)
     return input
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn.outside import has_hooks, show
-from batchnorm.surgery.chains import Before, Found, activated, computes, is_call_of
+from batchnorm.surgery.chains import Before, Found, activated, can_be_one_call, computes, is_call_of
 
 
 def is_depthwise(module: Any) -> bool:
@@ -51,9 +50,9 @@ def normalized_convolution(
 
     ``activation`` is that of a call behind the layer, or None.
     """
-    watched = has_hooks(conv) or has_hooks(layer) or _has_any_global_hook()
+    watched = has_hooks(conv) or has_hooks(layer)
     y: Tensor | None = None
-    if computes(layer, activation) and not watched and is_pair(conv, layer):
+    if can_be_one_call(x) and computes(layer, activation) and not watched and is_pair(conv, layer):
         sides = padding(conv)
         if before is not None and before.is_one_call():
             y = layer.forward_depthwise(conv, sides, x, before.layer)

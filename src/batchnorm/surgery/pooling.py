@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm.nn.outside import has_hooks, show
-from batchnorm.surgery.chains import Before, Found, is_call_of
+from batchnorm.surgery.chains import Before, Found, can_be_one_call, is_call_of
 
 
 def is_pooling(module: Any) -> bool:
@@ -45,9 +44,9 @@ def is_pointwise(module: Any) -> bool:
 def pooled(pool: Any, x: Any, before: Before, conv: Any = None) -> Tensor:
     """pool(conv(before(x))), at once where all are what they were and nobody watches what lies between them."""
     y: Tensor | None = None
-    watched = has_hooks(pool) or _has_any_global_hook() or (conv is not None and has_hooks(conv))
+    watched = has_hooks(pool) or (conv is not None and has_hooks(conv))
     fits = is_pooling(pool) if conv is None else is_mean(pool) and is_pointwise(conv)
-    if fits and not watched and before.is_one_call():
+    if can_be_one_call(x) and fits and not watched and before.is_one_call():
         windows = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), bool(pool.ceil_mode))
         y = before.layer.forward_pooled(x, (*windows, is_mean(pool)))
     if y is None:
