@@ -94,6 +94,25 @@ struct Settings {
   bool population;
 };
 
+// For compiled autograd: into what it compares, into packed arguments, and out of these.
+void collect(torch::dynamo::autograd::CompiledNodeArgs& args, const Settings& s) {
+  for (double each : {s.eps, s.slope}) args.collect(each);
+  for (int64_t each : {s.activation, s.pool_size, s.groups}) args.collect(each);
+  args.collect(s.population);
+}
+void pack(PackedArgs& packed, const Settings& s) {
+  for (double each : {s.eps, s.slope}) packed.pack(each);
+  for (int64_t each : {s.activation, s.pool_size, s.groups}) packed.pack(each);
+  packed.pack(s.population);
+}
+Settings unpack_settings(PackedArgs& packed) {
+  Settings s{};
+  for (double* each : {&s.eps, &s.slope}) *each = packed.unpack<double>();
+  for (int64_t* each : {&s.activation, &s.pool_size, &s.groups}) *each = packed.unpack<int64_t>();
+  s.population = packed.unpack<bool>();
+  return s;
+}
+
 constexpr bool is_piecewise_linear(int64_t activation) { return activation >= 1 && activation <= 3; }
 
 // gamma and beta.
@@ -569,6 +588,13 @@ struct OfBatchNorm : Node {
   bool forgets = false;                           // whether readers forget the output without a context
   bool keeps_output = false;                      // since it would take too many normalizations to make it again
   std::shared_ptr<const ConvolutionSource> of_x;  // of the input, where that is made again
+
+  // Of the gradients of the first inputs.
+  Wanted wanted(size_t count) const {
+    Wanted wanted(count);
+    for (size_t i = 0; i < count; ++i) wanted[i] = task_should_compute_output(i);
+    return wanted;
+  }
 };
 
 // Leaves a node to a function of packed arguments, outside the graph of compiled autograd.
@@ -605,7 +631,7 @@ struct BatchNormBackward : OfBatchNorm {
 
   variable_list apply(variable_list&& dy) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    return dy[0].defined() ? gradients(std::move(dy[0]), saved(), settings, wanted()) : variable_list(4);
+    return dy[0].defined() ? gradients(std::move(dy[0]), saved(), settings, wanted(4)) : variable_list(4);
   }
 
   Saved saved() const {
@@ -616,19 +642,11 @@ struct BatchNormBackward : OfBatchNorm {
     return s;
   }
 
-  Wanted wanted() const {
-    Wanted wanted(4);
-    for (size_t i = 0; i < 4; ++i) wanted[i] = task_should_compute_output(i);
-    return wanted;
-  }
-
   // For compiled autograd, which calls `packed_gradients` with saved tensors of its own, outside the compiled graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) args.collect(*each, false);
     for (const at::Tensor* each : {&mean, &var, &signs, &factors}) args.collect(*each);
-    for (double each : {settings.eps, settings.slope}) args.collect(each);
-    for (int64_t each : {settings.activation, settings.pool_size, settings.groups}) args.collect(each);
-    args.collect(settings.population);
+    collect(args, settings);
   }
 
   variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
@@ -637,13 +655,8 @@ struct BatchNormBackward : OfBatchNorm {
     PackedArgs packed;
     packed.pack(variable_list{x.unpack(), weight.unpack(), bias.unpack(), residual.unpack(), mask.unpack(), mean, var,
                               signs, factors});
-    packed.pack(settings.eps);
-    packed.pack(settings.slope);
-    packed.pack(settings.activation);
-    packed.pack(settings.pool_size);
-    packed.pack(settings.groups);
-    packed.pack(settings.population);
-    packed.pack(wanted());
+    pack(packed, settings);
+    packed.pack(wanted(4));
     auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
     for (SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) swap.after(*each);
     for (at::Tensor* each : {&mean, &var, &signs, &factors}) swap.after(*each);
@@ -653,13 +666,7 @@ struct BatchNormBackward : OfBatchNorm {
   static variable_list packed_gradients(const variable_list& dy, const std::vector<c10::IValue>& args) {
     PackedArgs packed(args);
     const auto t = packed.unpack<variable_list>();
-    Settings settings{};
-    settings.eps = packed.unpack<double>();
-    settings.slope = packed.unpack<double>();
-    settings.activation = packed.unpack<int64_t>();
-    settings.pool_size = packed.unpack<int64_t>();
-    settings.groups = packed.unpack<int64_t>();
-    settings.population = packed.unpack<bool>();
+    const Settings settings = unpack_settings(packed);
     if (!dy[0].defined()) return variable_list(4);
     return gradients(at::Tensor(dy[0]), {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]}, settings,
                      packed.unpack<Wanted>());
@@ -1291,7 +1298,7 @@ struct BatchNormPartsBackward : OfBatchNorm {
     const at::Tensor gamma = weight.unpack(), beta = bias.unpack();
     const bool are_plain = std::all_of(tensors.begin(), tensors.end(), is_plain) && is_plain(gamma) && is_plain(beta);
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) || !are_plain)
-      return together(dy[0], tensors, gamma, beta, mean, var, settings, wanted());
+      return together(dy[0], tensors, gamma, beta, mean, var, settings, wanted(parts.size() + 2));
     const at::Tensor upstream = dy[0].contiguous();
     at::Tensor sums = at::empty({2, mean.numel()}, mean.options());
     std::vector<bool> wanted(tensors.size());
@@ -1323,9 +1330,7 @@ struct BatchNormPartsBackward : OfBatchNorm {
     for (const SavedVariable& each : parts) args.collect(each, false);
     for (const SavedVariable* each : {&weight, &bias}) args.collect(*each, false);
     for (const at::Tensor* each : {&mean, &var}) args.collect(*each);
-    for (double each : {settings.eps, settings.slope}) args.collect(each);
-    args.collect(settings.activation);
-    args.collect(settings.population);
+    collect(args, settings);
   }
 
   variable_list apply_with_saved(const variable_list& dy, torch::dynamo::autograd::SwapSavedVariables& swap) override {
@@ -1335,11 +1340,8 @@ struct BatchNormPartsBackward : OfBatchNorm {
     PackedArgs packed;
     packed.pack(saved_parts());
     packed.pack(variable_list{weight.unpack(), bias.unpack(), mean, var});
-    packed.pack(settings.eps);
-    packed.pack(settings.slope);
-    packed.pack(settings.activation);
-    packed.pack(settings.population);
-    packed.pack(wanted());
+    pack(packed, settings);
+    packed.pack(wanted(parts.size() + 2));
     auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
     for (SavedVariable& each : parts) swap.after(each);
     for (SavedVariable* each : {&weight, &bias}) swap.after(*each);
@@ -1351,20 +1353,10 @@ struct BatchNormPartsBackward : OfBatchNorm {
     PackedArgs packed(args);
     const auto tensors = packed.unpack<variable_list>();
     const auto t = packed.unpack<variable_list>();
-    Settings settings{};
-    settings.eps = packed.unpack<double>();
-    settings.slope = packed.unpack<double>();
-    settings.activation = packed.unpack<int64_t>();
-    settings.population = packed.unpack<bool>();
+    const Settings settings = unpack_settings(packed);
     const auto wanted = packed.unpack<Wanted>();
     if (!dy[0].defined()) return variable_list(tensors.size() + 2);
     return together(dy[0], tensors, t[0], t[1], t[2], t[3], settings, wanted);
-  }
-
-  Wanted wanted() const {
-    Wanted wanted(parts.size() + 2);
-    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
-    return wanted;
   }
 
   // By the gradients of one layer on the concatenation, which are differentiable.

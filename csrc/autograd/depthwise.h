@@ -230,8 +230,8 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     const Norm norm{t[kWeight], t[kBias], mean, var, settings};
     const bool are_plain = std::all_of(t.begin(), t.end(), is_plain);
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) || !are_plain)
-      return composed(dy[0], c, norm, wanted());
-    return by_kernels(std::move(dy[0]), c, norm, wanted());
+      return composed(dy[0], c, norm, wanted(kCount));
+    return by_kernels(std::move(dy[0]), c, norm, wanted(kCount));
   }
 
   variable_list unpacked() const {
@@ -247,11 +247,6 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
             padding,
             dilation,
             {t[kBeforeWeight], t[kBeforeBias], before_mean, before_var, before}};
-  }
-  Wanted wanted() const {
-    Wanted wanted(kCount);
-    for (size_t i = 0; i < kCount; ++i) wanted[i] = task_should_compute_output(i);
-    return wanted;
   }
 
   static variable_list by_kernels(at::Tensor&& dy, Convolution c, const Norm& norm, const Wanted& wanted) {
@@ -333,12 +328,7 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable& each : saved) args.collect(each, false);
     for (const at::Tensor* each : {&mean, &var, &before_mean, &before_var}) args.collect(*each);
-    for (const Settings* each : {&settings, &before}) {
-      args.collect(each->eps);
-      args.collect(each->slope);
-      args.collect(each->activation);
-      args.collect(each->population);
-    }
+    for (const Settings* each : {&settings, &before}) collect(args, *each);
     for (const auto* each : {&stride, &padding, &dilation})
       for (int64_t number : *each) args.collect(number);
   }
@@ -349,13 +339,8 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     PackedArgs packed;
     packed.pack(unpacked());
     packed.pack(variable_list{mean, var, before_mean, before_var});
-    for (const Settings* each : {&settings, &before}) {
-      packed.pack(each->eps);
-      packed.pack(each->slope);
-      packed.pack(each->activation);
-      packed.pack(each->population);
-    }
-    packed.pack(wanted());
+    for (const Settings* each : {&settings, &before}) pack(packed, *each);
+    packed.pack(wanted(kCount));
     packed.pack(int64_t(stride.size()));
     for (const auto* each : {&stride, &padding, &dilation})
       for (int64_t number : *each) packed.pack(number);
@@ -369,21 +354,15 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
     PackedArgs packed(args);
     const auto t = packed.unpack<variable_list>();
     const auto statistics = packed.unpack<variable_list>();
-    Settings settings[2] = {};
-    for (Settings& each : settings) {
-      each.eps = packed.unpack<double>();
-      each.slope = packed.unpack<double>();
-      each.activation = packed.unpack<int64_t>();
-      each.population = packed.unpack<bool>();
-    }
+    const Settings settings = unpack_settings(packed), before = unpack_settings(packed);
     const auto wanted = packed.unpack<Wanted>();
     Convolution c{t[kX], t[kKernels], t[kKernelBias], {}, {}, {}, {}};
-    c.before = {t[kBeforeWeight], t[kBeforeBias], statistics[2], statistics[3], settings[1]};
+    c.before = {t[kBeforeWeight], t[kBeforeBias], statistics[2], statistics[3], before};
     const auto axes = packed.unpack<int64_t>();
     for (auto* each : {&c.stride, &c.padding, &c.dilation})
       for (int64_t i = 0; i < axes; ++i) each->push_back(packed.unpack<int64_t>());
     if (!dy[0].defined()) return variable_list(kCount);
-    return composed(dy[0], c, {t[kWeight], t[kBias], statistics[0], statistics[1], settings[0]}, wanted);
+    return composed(dy[0], c, {t[kWeight], t[kBias], statistics[0], statistics[1], settings}, wanted);
   }
 };
 

@@ -94,11 +94,6 @@ struct PooledBatchNormBackward : OfBatchNorm {
     for (const SavedVariable& each : saved) tensors.push_back(each.unpack());
     return tensors;
   }
-  Wanted wanted() const {
-    Wanted wanted(kCount);
-    for (size_t i = 0; i < kCount; ++i) wanted[i] = task_should_compute_output(i);
-    return wanted;
-  }
 
   variable_list apply(variable_list&& dy) override {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -108,8 +103,8 @@ struct PooledBatchNormBackward : OfBatchNorm {
     const Norm norm{t[kWeight], t[kBias], mean, var, settings};
     const bool are_plain = std::all_of(t.begin(), t.end(), is_plain);
     if (at::GradMode::is_enabled() || is_watched() || !is_plain(dy[0]) || !are_plain)
-      return composed(dy[0], w, norm, wanted());
-    return by_kernels(dy[0], w, norm, wanted());
+      return composed(dy[0], w, norm, wanted(kCount));
+    return by_kernels(dy[0], w, norm, wanted(kCount));
   }
 
   variable_list by_kernels(const at::Tensor& dy, Windows w, const Norm& norm, const Wanted& wanted) const {
@@ -145,10 +140,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable& each : saved) args.collect(each, false);
     for (const at::Tensor* each : {&mean, &var}) args.collect(*each);
-    args.collect(settings.eps);
-    args.collect(settings.slope);
-    args.collect(settings.activation);
-    args.collect(settings.population);
+    collect(args, settings);
     for (const auto* each : {&kernel, &stride, &padding})
       for (int64_t number : *each) args.collect(number);
     args.collect(ceil);
@@ -161,15 +153,12 @@ struct PooledBatchNormBackward : OfBatchNorm {
     PackedArgs packed;
     packed.pack(unpacked());
     packed.pack(variable_list{mean, var});
-    packed.pack(settings.eps);
-    packed.pack(settings.slope);
-    packed.pack(settings.activation);
-    packed.pack(settings.population);
+    pack(packed, settings);
     for (const auto* each : {&kernel, &stride, &padding})
       for (int64_t number : *each) packed.pack(number);
     packed.pack(ceil);
     packed.pack(of_means);
-    packed.pack(wanted());
+    packed.pack(wanted(kCount));
     auto results = call_packed(*this, dy, swap, std::move(packed).vec(), packed_gradients);
     for (SavedVariable& each : saved) swap.after(each);
     for (at::Tensor* each : {&mean, &var}) swap.after(*each);
@@ -180,11 +169,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
     PackedArgs packed(args);
     const auto t = packed.unpack<variable_list>();
     const auto statistics = packed.unpack<variable_list>();
-    Settings settings{};
-    settings.eps = packed.unpack<double>();
-    settings.slope = packed.unpack<double>();
-    settings.activation = packed.unpack<int64_t>();
-    settings.population = packed.unpack<bool>();
+    const Settings settings = unpack_settings(packed);
     Windows w{t[kX], {}, {}, {}};
     for (auto* each : {&w.kernel, &w.stride, &w.padding})
       for (int i = 0; i < 2; ++i) each->push_back(packed.unpack<int64_t>());

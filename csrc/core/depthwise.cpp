@@ -201,10 +201,9 @@ class Call {
       of_rows_.turn_back(samples, std::min(of_rows_.lanes, channels - c), places, rows(from, 0, c, places),
                          channel_planes(planes, channel + c, sample));
   }
-  static char* row(const Operand& o, int64_t channel, int64_t sample, int64_t size) {
-    return static_cast<char*>(o.data) + (sample * o.sample_stride + channel) * size;
+  char* row(const Operand& o, int64_t channel, int64_t sample) const {
+    return static_cast<char*>(o.data) + (sample * o.sample_stride + channel) * size_;
   }
-  char* row(const Operand& o, int64_t channel, int64_t sample) const { return row(o, channel, sample, size_); }
   void copy_rows(int64_t rows, int64_t channels, const char* from, int64_t from_stride, char* to,
                  int64_t to_stride) const {
     const auto copy = [&](auto bytes) {
