@@ -32,6 +32,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <mutex>
+#include <set>
 #include <typeinfo>
 
 #include "../torch/operators.h"
@@ -352,6 +355,8 @@ variable_list gradients(at::Tensor&& dy, const Saved& s, const Settings& setting
   return results;
 }
 
+#include "outputs.h"  // of this namespace
+
 // ---------------------------------------------------------------------------------------------- outputs made again
 // An operand of the forward that the backward will read once more, if nobody has changed it.
 class Operand {
@@ -374,145 +379,7 @@ Operand copy_of(const at::Tensor& t) {
   return Operand(t.defined() ? t.clone() : t);
 }
 
-// The strides of a dense result of that order.
-std::vector<int64_t> strides_of(at::IntArrayRef sizes, at::MemoryFormat format) {
-  if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(sizes);
-  if (format == at::MemoryFormat::ChannelsLast3d) return c10::get_channels_last_strides_3d(sizes);
-  return at::detail::defaultStrides(sizes);
-}
-
-// A tensor like x but for its sizes, in memory that is there.
-at::Tensor laid_in(c10::Storage storage, const at::Tensor& x, at::IntArrayRef sizes) {
-  const at::Tensor y = at::empty({0}, x.options().requires_grad(false));
-  return y.set_(std::move(storage), 0, sizes, strides_of(sizes, x.suggest_memory_format()));
-}
-
-// The same in memory of its own, with huge pages if it is large.
-at::Tensor fresh_like(const at::Tensor& x, at::IntArrayRef sizes) {
-  at::Tensor y = at::empty(sizes, x.options().requires_grad(false).memory_format(x.suggest_memory_format()));
-  operators->advise(lend(y));
-  return y;
-}
-
-// Memory for outputs of a forward that their readers forget. Such an output is gone when the next but one is made. In
-// an allocator's memory a tensor that is kept would take its place, and a somewhat larger output would not fit there
-// any more. So outputs have blocks of their own, and give them back when nobody holds them. The blocks are freed when
-// the context ends, or when a backward in it makes its first output again.
-class Blocks {
- public:
-  // Of a tensor like x but for its sizes; undefined where it is small.
-  at::Tensor output(const at::Tensor& x, at::IntArrayRef sizes) {
-    const size_t bytes = size_t(c10::multiply_integers(sizes)) * x.element_size();
-    if (bytes < kLeast) return {};
-    const std::shared_ptr<Block> block = free_for(bytes);
-    block->is_lent = true;
-    auto* const held = new std::shared_ptr<Block>(block);
-    const auto give_back = [](void* context) {
-      auto* const held = static_cast<std::shared_ptr<Block>*>(context);
-      (*held)->is_lent = false;
-      delete held;
-    };
-    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
-                         c10::DataPtr(block->memory.data_ptr(), held, give_back, at::kCPU), c10::GetAllocator(at::kCPU),
-                         /*resizable=*/true);
-    return laid_in(std::move(storage), x, sizes);
-  }
-
-  void free() { blocks_.clear(); }
-
- private:
-  struct Block {
-    at::Tensor memory;
-    std::atomic<bool> is_lent{false};
-    int unused = 0;  // outputs since the last that lay there
-  };
-  static constexpr size_t kLeast = 1 << 18;
-  static constexpr int kMostUnused = 4;
-
-  // Outputs of a dense block grow a little from layer to layer.
-  std::shared_ptr<Block> free_for(size_t bytes) {
-    std::shared_ptr<Block> best;
-    bool is_growing = false;
-    for (auto& each : blocks_) {
-      if (each->is_lent) continue;
-      const size_t size = each->memory.nbytes();
-      if (bytes <= size && size - size / 4 <= bytes) {
-        best = each;
-      } else if (size < bytes && bytes - bytes / 4 <= size) {
-        is_growing = true;
-        each->unused = kMostUnused;
-      }
-    }
-    for (size_t i = blocks_.size(); i-- > 0;)
-      if (blocks_[i] == best) {
-        best->unused = 0;
-      } else if (++blocks_[i]->unused > kMostUnused) {
-        blocks_[i].swap(blocks_.back());
-        blocks_.pop_back();
-      }
-    if (best) return best;
-    best = std::make_shared<Block>();
-    best->memory = at::empty({int64_t(is_growing ? bytes + bytes / 4 : bytes)}, at::kByte);
-    operators->advise(lend(best->memory));
-    blocks_.push_back(best);
-    return best;
-  }
-
-  std::vector<std::shared_ptr<Block>> blocks_;
-};
-thread_local Blocks blocks;
-
 struct ConvolutionSource;
-
-// Memory for outputs that are made again during a backward, one after the other: each is needed for one reader alone,
-// so the next takes its place, in pages and cache lines that are there. It is given back when the backward ends.
-class Scratch {
- public:
-  static void release();
-
-  // A tensor of the shape, dtype and memory format of x.
-  at::Tensor like(const at::Tensor& x) {
-    const int64_t task = torch::autograd::get_current_graph_task_id();
-    const size_t bytes = size_t(x.numel()) * x.element_size();
-    if (task == -1)
-      return at::empty(x.sizes(), x.options().requires_grad(false).memory_format(x.suggest_memory_format()));
-    if (task != task_) {
-      *this = Scratch();
-      blocks.free();
-      task_ = task;
-      torch::autograd::Engine::get_default_engine().queue_callback(release);
-    }
-    if (storage_ && storage_.use_count() == 1 && storage_.nbytes() >= bytes && storage_.nbytes() / 4 <= bytes)
-      return laid_in(storage_, x, x.sizes());
-    if (storage_ && storage_.use_count() == 1) storage_ = c10::Storage();  // before there are two
-    const at::Tensor y = fresh_like(x, x.sizes());
-    storage_ = y.storage();
-    return y;
-  }
-
-  // Keeps what was made of a source from the reader of what was made of it in turn to the batch normalization before
-  // that, whose turn is next.
-  void hold(std::shared_ptr<const void> of, const at::Tensor& x) {
-    if (torch::autograd::get_current_graph_task_id() != task_ || task_ == -1) return;
-    held_of_ = std::move(of);
-    held_ = x;
-  }
-
-  // What is held of a source, which is then held no more; else an undefined tensor.
-  at::Tensor take(const void* of) {
-    if (held_of_.get() != of || torch::autograd::get_current_graph_task_id() != task_) return {};
-    held_of_.reset();
-    return std::exchange(held_, at::Tensor());
-  }
-
- private:
-  c10::Storage storage_;
-  std::shared_ptr<const void> held_of_;
-  at::Tensor held_;
-  int64_t task_ = -1;
-};
-thread_local Scratch scratch;
-void Scratch::release() { scratch = Scratch(); }
 
 // What an output was made of: `normalize` gives its bits once more. The input and the residual are tensors, or are made
 // again themselves.
@@ -625,6 +492,8 @@ struct BatchNormBackward : OfBatchNorm {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* each : {&x, &weight, &bias, &residual, &mask}) each->reset_data();
+    for (at::Tensor* each : {&mean, &var, &signs, &factors}) each->reset();
+    made = {};
     source.reset();
     of_x.reset();
   }
@@ -685,13 +554,17 @@ const OfBatchNorm* node_of(const at::Tensor& t) {
 // In place of a tensor that a node has saved: makes it again when the node's backward asks for it.
 template <class Of>
 struct MadeAgain : torch::autograd::SavedVariableHooks {
-  explicit MadeAgain(std::shared_ptr<const Of> of) : source(std::move(of)) {}
+  MadeAgain(std::shared_ptr<const Of> of, const Node& reader) : source(std::move(of)), note(reader.sequence_nr()) {}
   std::shared_ptr<const Of> source;
+  const Notes::Note note;
 
   void call_pack_hook(const at::Tensor&) override {}
   at::Tensor call_unpack_hook() override {
     at::NoGradGuard no_grad;
-    if (source->is_unchanged()) return source->make();
+    if (source->is_unchanged()) {
+      const Scratch::OfLast last(note.is_last());
+      return source->make();
+    }
     static const auto refuse = c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm::refuse", "");
     torch::jit::Stack stack{source->weight.tensor().defined() ? source->weight.tensor() : fresh({0})};
     refuse.callBoxed(stack);  // raises
@@ -706,21 +579,21 @@ struct MadeAgain : torch::autograd::SavedVariableHooks {
 enum class Forgets { every, marked };
 
 // Puts a note in place of an output that a node has saved; false if it is a view of one, which stays saved.
-bool forget(SavedVariable& saved, Forgets which) {
+bool forget(SavedVariable& saved, const Node& reader, Forgets which) {
   if (saved.has_hooks()) return true;
   const std::optional<at::Tensor> t = saved.get_raw_data();
   if (!t || !t->defined()) return true;
   const OfBatchNorm* const node = node_of(*t);
   if (!node || !node->source || !(node->forgets || which == Forgets::every)) return true;
   if (t->is_view()) return false;
-  saved.register_hooks(std::make_unique<MadeAgain<Source>>(node->source));
+  saved.register_hooks(std::make_unique<MadeAgain<Source>>(node->source, reader));
   return true;
 }
 
 // Lets a node forget what it reads; false if it is of no kind that is known here, or reads a view of an output.
 bool forget_in(Node* node, Forgets which) {
   namespace nodes = torch::autograd::generated;
-  const auto forgets = [&](auto*... saved) { return (forget(*saved, which) & ...); };
+  const auto forgets = [&](auto*... saved) { return (forget(*saved, *node, which) & ...); };
   if (auto* const each = dynamic_cast<nodes::ConvolutionBackward0*>(node)) return forgets(&each->input_);
   if (auto* const each = dynamic_cast<nodes::MulBackward0*>(node)) return forgets(&each->self_, &each->other_);
   if (auto* const each = dynamic_cast<nodes::MaxPool2DWithIndicesBackward0*>(node)) return forgets(&each->self_);
@@ -911,10 +784,12 @@ std::optional<std::vector<int64_t>> numbers(const std::vector<c10::SymInt>& of) 
 
 // Of the output of a convolution with so few products an element that it takes about as long as to normalize it once
 // more; or nothing, also if its own input would need another convolution, of which only one is made for a backward. So
-// narrow outputs are kept, and the wide ones that are made of them are not.
+// narrow outputs are kept, and the wide ones that are made of them are not. With the channels last, or of 16 bits, the
+// convolution would take longer than all that the layers gain there.
 std::shared_ptr<const ConvolutionSource> convolution_before(const at::Tensor& x) {
   constexpr int64_t most_products = 16, least_gain = 8;  // x has at least so many elements for each of the weights
   largest = std::max(largest, size_t(x.nbytes()));
+  if (!x.is_contiguous() || at::isReducedFloatingType(x.scalar_type())) return nullptr;
   if (!x.requires_grad() || x.is_leaf() || x.is_view() || x._version() != 0) return nullptr;
   const auto fn = x.grad_fn();
   auto* const node = dynamic_cast<torch::autograd::generated::ConvolutionBackward0*>(fn.get());
@@ -1168,7 +1043,7 @@ at::Tensor forward(const Arguments& a) {
     node->made = made.affine;
     if (saves_signs) node->format = a.x.suggest_memory_format();
     if (a.is_in_context() && !node->x.has_hooks()) node->of_x = convolution_before(a.x);
-    if (node->of_x) node->x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x));
+    if (node->of_x) node->x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x, *node));
     if (a.makes_again()) node->source = source_of(a, made.mean, made.var, node->of_x, node->keeps_output);
     node->forgets = a.output == Arguments::kMadeAgain;
     remakes = remakes || node->forgets;
@@ -1281,6 +1156,8 @@ struct BatchNormPartsBackward : OfBatchNorm {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& each : parts) each.reset_data();
     for (SavedVariable* each : {&weight, &bias}) each->reset_data();
+    mean.reset();
+    var.reset();
     source.reset();
   }
 
@@ -1700,7 +1577,10 @@ PyObject* recompute(PyObject*, PyObject* const* given, Py_ssize_t count) {
     Py_INCREF(given[1]);  // for good: another thread may be about to call the one before
     look = given[1];
   }
-  if (!recomputing) largest = 0;
+  if (!recomputing) {
+    largest = 0;
+    blocks.begin();
+  }
   recomputing += contexts;
   if (recomputing > 0 && !callback) {
     callback = at::addThreadLocalCallback(

@@ -218,6 +218,7 @@ struct DepthwiseBatchNormBackward : OfBatchNorm {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& each : saved) each.reset_data();
+    for (at::Tensor* each : {&mean, &var, &before_mean, &before_var}) each->reset();
     source.reset();
     of_x.reset();
   }
@@ -441,9 +442,9 @@ at::Tensor forward_convolved(const Arguments& a, Convolution c, const Arguments*
     remakes = remakes || node->forgets;
     SavedVariable& x = node->saved[DepthwiseBatchNormBackward::kX];
     if (before && a.is_in_context() && !x.has_hooks()) node->of_x = convolution_before(c.x);
-    if (node->of_x) x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x));
+    if (node->of_x) x.register_hooks(std::make_unique<MadeAgain<ConvolutionSource>>(node->of_x, *node));
     if (a.makes_again()) node->source = source_of(c, norm, node->of_x);
-    forget(x, recomputing > 0 ? Forgets::every : Forgets::marked);
+    forget(x, *node, recomputing > 0 ? Forgets::every : Forgets::marked);
     torch::autograd::set_history(y, node);
   }
   if (before && before->update) update(*before, c.before.mean, c.before.var, before->values());

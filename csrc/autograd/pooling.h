@@ -86,7 +86,7 @@ struct PooledBatchNormBackward : OfBatchNorm {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable& each : saved) each.reset_data();
-    places.reset();
+    for (at::Tensor* each : {&mean, &var, &places}) each->reset();
   }
 
   variable_list unpacked() const {
@@ -209,7 +209,7 @@ at::Tensor forward_pooled(const Arguments& a, const Windows& w) {
     node->padding = w.padding;
     node->ceil = w.ceil;
     node->of_means = w.mean;
-    forget(node->saved[PooledBatchNormBackward::kX], recomputing > 0 ? Forgets::every : Forgets::marked);
+    forget(node->saved[PooledBatchNormBackward::kX], *node, recomputing > 0 ? Forgets::every : Forgets::marked);
     torch::autograd::set_history(y, node);
   }
   if (a.update) update(a, norm.mean, norm.var, a.values());

@@ -214,10 +214,35 @@ void fold(int64_t channels, int64_t each, int64_t times, const double* from, dou
   }
 }
 
+// `mix` of running.cpp for many values: the same steps, with selections in place of branches.
+template <bool is_small>
+void blend_in(int64_t channels, double momentum, const double* batch, double factor, float* __restrict values,
+              float* __restrict carries) {
+  constexpr float shorter = 1 - 2 * std::numeric_limits<float>::epsilon();
+  for (int64_t c = 0; c < channels; ++c) {
+    const float value = values[c], carry = carries[c];
+    const double old = value, taken = batch[c] * factor, rest = float(old + carry) == value ? carry : 0.0f;
+    const double base = is_small ? old : taken;
+    const double change = is_small ? rest + momentum * ((taken - old) - rest) : (1 - momentum) * ((old - taken) + rest);
+    const double mixed = base + change, added = mixed - base;
+    const double lost = (base - (mixed - added)) + (change - added);
+    const double sum = mixed - mixed == 0 ? mixed : (1 - momentum) * old + momentum * taken;
+    const float kept = stored<float>(sum);
+    const double left = (sum - double(kept)) + lost;
+    const float next = left - left == 0 ? float(left) : 0.0f;
+    values[c] = kept;
+    carries[c] = float(double(kept) + next) == kept ? next : next * shorter;
+  }
+}
+
+void blend(int64_t channels, double momentum, const double* batch, double factor, float* values, float* carries) {
+  (momentum <= 0.5 ? blend_in<true> : blend_in<false>)(channels, momentum, batch, factor, values, carries);
+}
+
 template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
   return {statistics,  finite,     means<S>,   normalize<S>, lines<S>, apply<S>,
-          gradient<S>, parameters, relu_gates, spread,       fold};
+          gradient<S>, parameters, relu_gates, spread,       fold,     blend};
 }
 
 }  // namespace

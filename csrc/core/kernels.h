@@ -97,6 +97,8 @@ struct CoefficientKernels {
   void (*spread)(int64_t channels, int64_t each, int64_t times, int64_t size, const void* from, void* to);
   // Values of such columns, added to those of their channels.
   void (*fold)(int64_t channels, int64_t each, int64_t times, const double* from, double* to);
+  // Running statistics with carries, which take in the batch's times the factor: see running.h.
+  void (*blend)(int64_t channels, double momentum, const double* batch, double factor, float* values, float* carries);
 };
 
 struct DepthwisePlanes;  // lattice.h

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "dtypes.h"
+#include "kernels.h"
 
 namespace batchnorm {
 namespace {
@@ -12,10 +13,11 @@ namespace {
 constexpr int64_t kBlock = 64;            // channels that one thread takes at least
 constexpr int64_t kSerialValues = 16384;  // statistics of pools that are not worth a second thread
 
-// All pools of up to kMost channels as one, by Chan's merge in the order of the pools.
+// All pools of up to kMost channels as one, by Chan's merge in the order of the pools; until the end `var` holds sums
+// of squares.
 struct Merged {
   static constexpr int64_t kMost = 512;
-  double count = 0, mean[kMost] = {}, m2[kMost] = {};
+  double count = 0, mean[kMost] = {}, var[kMost] = {};
 
   Merged(const BatchStatistics& batch, int64_t channel, int64_t channels) {
     for (int64_t pool = 0; pool < batch.pools; ++pool) {
@@ -25,11 +27,12 @@ struct Merged {
       const double* const vars = batch.var + pool * batch.channels + channel;
       for (int64_t k = 0; k < channels; ++k) {
         const double delta = means[k] - mean[k];
-        m2[k] += vars[k] * part + delta * delta * count * share_of_part;
+        var[k] += vars[k] * part + delta * delta * count * share_of_part;
         mean[k] += delta * share_of_part;
       }
       count += part;
     }
+    for (int64_t k = 0; k < channels; ++k) var[k] /= count;
   }
 };
 
@@ -80,18 +83,16 @@ void with_carry(const RunningStatistic& running, const F& f) {
   });
 }
 
-// batch(k), times the factor, is the batch's statistic of the channel k after the first.
-template <class Batch>
+// The batch's statistics are multiplied by the factor.
 void mix(const RunningStatistic& running, int64_t channel, int64_t channels, double momentum, double factor,
-         const Batch& batch) {
+         const double* batch) {
   with_carry(running, [&](auto* values, auto* carries) {
     values += channel;
-    if (!carries) {
-      for (int64_t k = 0; k < channels; ++k) mix(values + k, momentum, batch(k), factor);
-      return;
-    }
-    carries += channel;
-    for (int64_t k = 0; k < channels; ++k) mix(values + k, carries + k, momentum, batch(k) * factor);
+    if (carries) carries += channel;
+    if constexpr (std::is_same_v<decltype(values), float*>)
+      if (carries) return kernel_table().coefficients->blend(channels, momentum, batch, factor, values, carries);
+    for (int64_t k = 0; k < channels; ++k)
+      carries ? mix(values + k, carries + k, momentum, batch[k] * factor) : mix(values + k, momentum, batch[k], factor);
   });
 }
 
@@ -101,11 +102,16 @@ void update_statistics(const BatchStatistics& batch, double momentum, bool unbia
                        const RunningStatistic& running_mean, const RunningStatistic& running_var, Parallel parallel) {
   const double correction = unbiased && batch.count > 1 ? double(batch.count) / double(batch.count - 1) : 1.0;
   const auto mix_channels = [&](int64_t begin, int64_t end) {
+    if (batch.pools == 1) {
+      mix(running_mean, begin, end - begin, momentum, 1, batch.mean + begin);
+      mix(running_var, begin, end - begin, momentum, correction, batch.var + begin);
+      return;
+    }
     for (int64_t c = begin; c < end; c += Merged::kMost) {
       const int64_t width = std::min(Merged::kMost, end - c);
       const Merged merged(batch, c, width);
-      mix(running_mean, c, width, momentum, 1, [&](int64_t k) { return merged.mean[k]; });
-      mix(running_var, c, width, momentum, correction, [&](int64_t k) { return merged.m2[k] / merged.count; });
+      mix(running_mean, c, width, momentum, 1, merged.mean);
+      mix(running_var, c, width, momentum, correction, merged.var);
     }
   };
   if (batch.pools * batch.channels < kSerialValues) return mix_channels(0, batch.channels);
