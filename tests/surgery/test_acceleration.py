@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -228,18 +229,111 @@ def test_what_only_looks_like_a_pattern(name):
         torch.testing.assert_close(net(IMAGES), original(IMAGES), rtol=1e-5, atol=1e-5)
 
 
-def test_a_forward_that_differs_in_training_is_refused_and_named():
+def _dropped(self, x):
+    return F.dropout(F.relu(self.norm(self.conv(x))), 0.3, training=self.training)
+
+
+def _longer_in_training(self, x):
+    y = F.silu(self.norm(self.conv(x)))
+    if not self.training:
+        return y
+    keep = torch.rand([x.shape[0], 1, 1, 1], dtype=x.dtype) > 0.5  # whole examples, as in stochastic depth
+    return y * keep * 2
+
+
+def _inverse(self, x):
+    return F.hardtanh(F.relu6(self.norm(self.conv(x))), 0.0, 6.0 if self.training else 3.0)
+
+
+IN_TRAINING = {
+    "dropout": (_dropped, "relu"),
+    "more calls": (_longer_in_training, "silu"),
+    "number": (_inverse, "relu6"),
+}
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_a_forward_that_differs_in_training(name):
+    """As F.dropout(x, p, self.training) makes it: both are generated, and the mode chooses."""
+    forward, activation = IN_TRAINING[name]
+    net = Called(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)).train()
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert net.norm.activation == activation
+    assert list(inspect.signature(net.forward).parameters) == ["x"]
+    assert_same(original, net, IMAGES)
+    assert_same(original, copy.deepcopy(net), IMAGES)
+    assert_same(original, bn.revert(net), IMAGES)
+
+
+def test_a_forward_in_which_other_things_could_be_fused_in_training_is_refused_and_named():
     def forward(self, x):
-        y = F.relu(self.norm(self.conv(x)))
-        return y + 1 if self.training else y
+        y = self.norm(self.conv(x))
+        return F.relu(y) if self.training else F.silu(y)
 
     net = Called(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)).train()
     original = copy.deepcopy(net)
     plan = plan_acceleration(net, IMAGES)
     assert "another one in training" in plan.skipped[""]
-    plan.apply()
+    bn.accelerate(net, IMAGES)
     assert net.norm.activation is None
     assert_same(original, net, IMAGES)
+
+
+class Tokens(nn.Module):
+    """Batch normalization of (tokens, channels), with what is around it in transformers with convolutions."""
+
+    def __init__(self, forward, activation):
+        super().__init__()
+        self.linear, self.norm, self.act, self.way = nn.Linear(3, 6), nn.BatchNorm1d(6), activation, forward
+
+    def forward(self, x):
+        return self.way(self, self.linear(x.flatten(2).transpose(1, 2)))
+
+
+BEHIND_VIEWS = {
+    "flat tokens": lambda self, y: self.act(self.norm(y.flatten(0, 1)).reshape_as(y)),
+    "turned": lambda self, y: self.act(self.norm(y.transpose(1, 2)).transpose(1, 2)),
+    "turned and copied": lambda self, y: self.act(self.norm(y.permute(0, 2, 1)).permute(0, 2, 1).contiguous()),
+    "in more axes": lambda self, y: self.act(self.norm(y.flatten(0, 1)).view(4, 16, 16, 6).movedim(-1, 1)),
+}
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("name", BEHIND_VIEWS)
+def test_an_activation_behind_another_shape_or_order(name, called):
+    net = Tokens(BEHIND_VIEWS[name], nn.Hardswish())
+    if called:
+        del net.act
+        net.act = F.hardswish
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert net.norm.activation == "hardswish"
+    assert_same(original, net, IMAGES)
+    assert_same(original, bn.revert(net), IMAGES)
+
+
+def test_an_activation_of_a_part_of_the_values_stays():
+    net = Tokens(lambda self, y: self.act(self.norm(y.flatten(0, 1))[:3]), nn.Hardswish())
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert net.norm.activation is None
+    assert_same(original, net, IMAGES)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True), nn.SiLU()])
+@pytest.mark.parametrize("drop", [nn.Dropout(0.0), nn.Dropout(0.4), nn.Dropout2d(0.4, inplace=True)])
+def test_an_activation_behind_dropout(activation, drop):
+    """relu(a z) is a relu(z) for what dropout multiplies by; nothing like that holds for silu."""
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "drop": drop, "act": activation}
+    net = Called(lambda self, x: self.act(self.drop(self.norm(self.conv(x)))), **layers)
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert (net.norm.activation is None) == isinstance(activation, nn.SiLU)
+    assert_same(original, net, IMAGES)
+    net.drop.p = original.drop.p = 0.7
+    assert_same(original, net, IMAGES)
+    assert_same(original, bn.revert(net), IMAGES)
 
 
 def test_hooks_frozen_and_foreign_layers_are_left_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -286,6 +287,22 @@ def _only_activation(module: nn.Module) -> Activation | str | None:
 
 
 @dataclass
+class Edits:
+    """What became of the graph of one forward, by the qualified names of layers: see `Fusions`."""
+
+    fused: dict[str, Activation] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    sums: set[str] = field(default_factory=set)
+    joined: set[str] = field(default_factory=set)
+    convolved: set[str] = field(default_factory=set)
+    before: set[str] = field(default_factory=set)
+    pooled: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+@dataclass
 class Fusions:
     """The patterns that were found, by qualified names.
 
@@ -441,17 +458,32 @@ class Fusions:
     def rewrite(
         self, name: str, module: nn.Module, inputs: tuple[Any, Any], free: set[str], names: dict[int, str]
     ) -> None:
-        """Additions and calls of activations in a module's own forward."""
+        """Additions and calls of activations in a module's own forward, which may be another one in training mode."""
         try:
             graphs = [_own_graph(module, mode) for mode in (False, True)]
-            _record(module, graphs[0], inputs)
+            if str(graphs[0]) == str(graphs[1]):
+                del graphs[1]
+            for graph, mode in zip(graphs, (False, True), strict=False):
+                _record(module, graph, inputs, mode)
         except Exception as error:
             if not free - self.taken:
                 return
             first = (str(error).strip().splitlines() or [""])[0]
             self.refused[name] = f"its forward cannot be captured by itself ({type(error).__name__}: {first})"
             return
-        graph = graphs[0]
+        edits = [self.edited(module, graph, free, names) for graph in graphs]
+        if not any(edits):
+            return
+        if edits[1:] and edits[0] != edits[1]:
+            self.refused[name] = "its forward is another one in training mode, where other things could be fused"
+            return
+        for what, found in vars(edits[0]).items():
+            getattr(self, what).update(found)
+        self.forwards[name] = _in_mode([type(fx.GraphModule(module, graph)).forward for graph in graphs])
+
+    def edited(self, module: nn.Module, graph: fx.Graph, free: set[str], names: dict[int, str]) -> Edits:
+        """Changes the graph of a module's own forward; what was fused there, by the layers' names in the network."""
+        edits = Edits()
         found = {}
         for node in list(graph.nodes):
             layer = names.get(id(module.get_submodule(str(node.target)))) if node.op == "call_module" else None
@@ -462,35 +494,32 @@ class Fusions:
         convolved = [n for n in depthwise.readers(module, graph, is_ours) if not self.lie_in_one(module, n, names)]
         pools = self.pools(module, graph, names, alone=True)
         if not found and not joined and not convolved and not pools:
-            return
-        if str(graphs[0]) != str(graphs[1]):
-            self.refused[name] = "its forward is another one in training mode"
-            return
+            return edits
         for layer, node in found.items():
             pattern = None if node._erased else _pattern(module, node)  # another layer may have taken the addition
             if pattern is not None and pattern.replace(graph):
-                self.taken.add(layer)
+                edits.taken.add(layer)
                 if pattern.activation is not None:
-                    self.fused[layer] = pattern.activation
+                    edits.fused[layer] = pattern.activation
                 if pattern.residual is not None:
-                    self.sums.add(layer)
+                    edits.sums.add(layer)
         for node in set(joined) - set(found.values()):
-            self.joined.add(names[id(module.get_submodule(str(node.target)))])
+            edits.joined.add(names[id(module.get_submodule(str(node.target)))])
             concatenations.hand_in_parts(graph, node)
-        self.take_in_convolutions(module, graph, names)
+        self.take_in_convolutions(module, graph, names, edits)
         while pools := self.pools(module, graph, names):  # anew, since one may be the input of the next
             node, conv, before = pools[0]
-            self.pooled.add(names[id(module.get_submodule(before.layer))])
+            edits.pooled.add(names[id(module.get_submodule(before.layer))])
             pooling.fuse(graph, node, conv, before)
         computing = ("call_function", "get_attr", "call_method")
         graph.eliminate_dead_code(lambda node: node.op not in computing or chains.writes(node))
         graph.lint()
-        self.forwards[name] = type(fx.GraphModule(module, graph)).forward
+        return edits
 
     def is_candidate(self, names: dict[int, str]) -> Callable[[Any], bool]:
         return lambda module: names.get(id(module)) in self.candidates
 
-    def take_in_convolutions(self, module: nn.Module, graph: fx.Graph, names: dict[int, str]) -> None:
+    def take_in_convolutions(self, module: nn.Module, graph: fx.Graph, names: dict[int, str], edits: Edits) -> None:
         """The depthwise convolutions before layers, also where an activation behind the layer is a call."""
         is_ours = self.is_candidate(names)
 
@@ -500,9 +529,9 @@ class Fusions:
                 before = None
             if not chains.nothing_is_written(graph, conv, node):
                 return
-            self.convolved.add(names[id(module.get_submodule(layer))])
+            edits.convolved.add(names[id(module.get_submodule(layer))])
             if before is not None:
-                self.before.add(names[id(module.get_submodule(before.layer))])
+                edits.before.add(names[id(module.get_submodule(before.layer))])
             depthwise.fuse(graph, node, conv, layer, tuple(activation), before)
 
         for node in depthwise.readers(module, graph, is_ours):
@@ -566,12 +595,16 @@ def _above(name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """activation(norm(x) + residual) in a graph: the nodes from the layer's call to the last one."""
+    """activation(norm(x) + residual) in a graph: the nodes from the layer's call to the last one.
+
+    Without a residual the activation may stand behind another shape or order of the normalized values.
+    """
 
     norm: fx.Node
     last: fx.Node
     residual: fx.Node | None
     activation: Activation | None
+    moved: fx.Node | None = None
 
     def replace(self, graph: fx.Graph) -> bool:
         nodes, chain = list(graph.nodes), self.chain()
@@ -579,12 +612,18 @@ class Pattern:
         if self.norm.args[1:] or self.norm.kwargs or any(chains.writes(node) for node in between if node not in chain):
             return False  # it takes more already, or would read what has been overwritten
         activation = self.activation or Activation("")
-        with graph.inserting_before(self.last):
+        with graph.inserting_before(self.last if self.moved is None else self.norm):
             layer = graph.get_attr(str(self.norm.target))
             args = (layer, self.norm.args[0], self.residual, activation.name, activation.slope)
             fused = graph.call_function(normalized, args)
-        fused.meta.update(self.last.meta)
-        self.last.replace_all_uses_with(fused)
+        if self.moved is not None:
+            fused.meta.update(self.norm.meta)
+            self.last.replace_all_uses_with(self.moved)
+            self.norm.replace_all_uses_with(fused)
+            chain = [self.last, self.norm]
+        else:
+            fused.meta.update(self.last.meta)
+            self.last.replace_all_uses_with(fused)
         for node in chain:
             graph.erase_node(node)
         return True
@@ -622,12 +661,18 @@ def _pattern(module: nn.Module, node: fx.Node) -> Pattern | None:
         if changed is residual and (residual.op == "placeholder" or len(residual.users) > 1):
             return None  # somebody else sees the sum that is written into it
         last = user
+    moved = None
+    while residual is None and len(last.users) == 1 and activations.is_rearrangement(next(iter(last.users)), last):
+        (last,) = last.users
+        moved = last
     activation = None
     if len(last.users) == 1:
         (user,) = last.users
         activation = _activation(module, user)
         last = user if activation is not None else last
-    return None if last is node else Pattern(node, last, residual, activation)
+    if last is node or last is moved:
+        return None
+    return Pattern(node, last, residual, activation, moved)
 
 
 def _other(add: fx.Node, node: fx.Node) -> fx.Node | None:
@@ -711,16 +756,29 @@ class _ShapeRecorder(fx.Interpreter):
         return value
 
 
-def _record(module: nn.Module, graph: fx.Graph, inputs: tuple[Any, Any]) -> None:
+def _record(module: nn.Module, graph: fx.Graph, inputs: tuple[Any, Any], training: bool) -> None:
     """Note the shapes on the example in ``graph``; without them nothing is fused."""
     args, kwargs = copy.copy(inputs)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     values = list(args)
     for node in placeholders[len(values) :]:
         values.append(kwargs.get(str(node.target), node.args[0] if node.args else None))
-    twin = copy_of(module, training=False)
+    twin = copy_of(module, training=training)
     with random_state_kept(module), torch.no_grad():
         _ShapeRecorder(twin, graph=graph).run(*[x.clone() if isinstance(x, Tensor) else x for x in values])
+
+
+def _in_mode(forwards: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """One forward of those in evaluation and in training mode, or of one that is the same in both."""
+    if len(forwards) == 1:
+        return forwards[0]
+    evaluation, training = forwards
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return training(self, *args, **kwargs) if self.training else evaluation(self, *args, **kwargs)
+
+    vars(forward)["__signature__"] = inspect.signature(evaluation)
+    return forward
 
 
 def _generated(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

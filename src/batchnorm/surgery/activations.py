@@ -136,11 +136,39 @@ def is_computed_by(module: nn.Module | None, name: str) -> bool:
     return module is not None and module.__dict__.get(_COMPUTES, "") == name != ""
 
 
+# Calls that give all values of a tensor, and nothing else, in another shape or order.
+_REARRANGEMENTS = frozenset(
+    {
+        *("contiguous", "flatten", "movedim", "permute", "reshape", "reshape_as", "squeeze", "swapaxes", "t"),
+        *("transpose", "unflatten", "unsqueeze", "view", "view_as"),
+    }
+)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_HOMOGENEOUS = frozenset({"relu", "leaky_relu"})  # f(a x) = a f(x) for a of at least 0
+
+
+def is_rearrangement(node: fx.Node, of: fx.Node) -> bool:
+    """Whether a call gives the values of a node in another shape or order, so that activations may come before it."""
+    is_call = node.op in ("call_function", "call_method") and operation(node) in _REARRANGEMENTS
+    return is_call and bool(node.args) and node.args[0] is of
+
+
 def following(flow: DataFlow, node: fx.Node) -> tuple[str, Activation] | str | None:
-    """The activation module that alone takes a node's value: (name, activation); why it cannot be fused; or None."""
-    users = data_users(node)
+    """The activation module that alone takes a node's value: (name, activation); why it cannot be fused; or None.
+
+    It may stand behind another shape or order of the value. One that takes factors of at least 0 out of its argument
+    may stand behind a dropout, which multiplies by such.
+    """
+    users, is_dropped = data_users(node), False
+    while len(users) == 1:
+        called = flow.module(users[0])
+        drops = type(called) in _DROPOUTS
+        if not drops and type(called) not in (nn.Flatten, nn.Unflatten) and not is_rearrangement(users[0], node):
+            break
+        is_dropped = is_dropped or drops
+        node, users = users[0], data_users(users[0])
     activation = of_module(flow.module(users[0])) if len(users) == 1 else None
-    if activation is None:
+    if activation is None or (is_dropped and activation.name not in _HOMOGENEOUS):
         return None
     name = flow.name(users[0])
     reason = obstacle(flow, name)
