@@ -15,12 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn.outside import has_hooks, show
 from batchnorm.surgery.chains import Before, Found, activated, can_be_one_call, computes, is_call_of
+from batchnorm.surgery.modules import computes_as
 
 
 def is_depthwise(module: Any) -> bool:
     """Whether a module convolves each channel with one kernel of its own, with zeros around the planes."""
     return (
-        type(module) in (nn.Conv1d, nn.Conv2d)
+        computes_as(module, nn.Conv1d, nn.Conv2d)
         and module.groups == module.in_channels == module.out_channels
         and module.groups > 1
         and module.padding_mode == "zeros"

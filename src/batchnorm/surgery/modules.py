@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -20,16 +21,32 @@ _LEAF_PACKAGES = ("torch.nn.modules.", "torch.ao.nn.", "batchnorm.nn.", "batchno
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+_METHODS = ("forward", "_conv_forward", "__call__")
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether the module computes what its class in torch.nn, or in this package, computes."""
     kind = type(module)
-    methods = ("forward", "_conv_forward", "__call__")
     return (
         str(kind.forward.__module__).startswith(_LEAF_PACKAGES)
         and str(getattr(kind, "_conv_forward", kind.forward).__module__).startswith(_LEAF_PACKAGES)
         and kind.__call__ is nn.Module.__call__
-        and not any(method in module.__dict__ for method in methods)
+        and not any(method in module.__dict__ for method in _METHODS)
     )
+
+
+def computes_as(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether the module is of one of these classes, or of a subclass that computes the same with the same weights."""
+    of_class = type(module) in kinds or _inherits(type(module), kinds)
+    return of_class and not any(name in module.__dict__ for name in _METHODS)
+
+
+@functools.lru_cache(maxsize=256)
+def _inherits(kind: type, kinds: tuple[type[nn.Module], ...]) -> bool:
+    if not issubclass(kind, kinds) or kind.__module__ == parametrize.__name__:
+        return False  # parametrizations give a module a class whose weights are computed
+    bases = [each for each in kinds if issubclass(kind, each)]
+    return any(all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS) for base in bases)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 
 from batchnorm.nn.outside import has_hooks, show
 from batchnorm.surgery.chains import Before, Found, can_be_one_call, is_call_of
+from batchnorm.surgery.modules import computes_as
 
 
 def is_pooling(module: Any) -> bool:
     """Whether a module takes the largest value of each window of an image, or its mean, and nothing else."""
-    if type(module) is nn.MaxPool2d:
+    if computes_as(module, nn.MaxPool2d):
         return not module.return_indices and _pair(module.dilation) == (1, 1)
     return is_mean(module)
 
@@ -24,7 +25,7 @@ def is_pooling(module: Any) -> bool:
 def is_mean(module: Any) -> bool:
     """Whether a module takes the mean of each window of an image, all inside."""
     return (
-        type(module) is nn.AvgPool2d
+        computes_as(module, nn.AvgPool2d)
         and _pair(module.padding) == (0, 0)
         and not module.ceil_mode
         and module.divisor_override is None
@@ -34,7 +35,7 @@ def is_mean(module: Any) -> bool:
 def is_pointwise(module: Any) -> bool:
     """Whether a module convolves each place by itself, so that it may as well convolve means of places."""
     return (
-        type(module) is nn.Conv2d
+        computes_as(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
         and module.stride == (1, 1)
         and module.padding in ((0, 0), "valid", "same")
