@@ -41,6 +41,9 @@ NETWORKS: dict[str, tuple[int, ...]] = {
 CONTESTANTS = ("torch", "accelerated", "saving")
 """torchvision's network; after `accelerate`; the same inside `recompute_outputs`."""
 
+WITHOUT = "without batch normalization"
+"""torchvision's network with identities in the place of these layers: what layers that take no time would give."""
+
 ALONE = (
     "torch",
     "accelerated",
@@ -108,7 +111,12 @@ class Step:
         layers, *options = contestant.split(", ")
         self.saving = layers == "saving"
         last = "channels last" in options
-        if layers != "torch":
+        if layers == WITHOUT:
+            for parent in list(self.net.modules()):
+                for name, child in parent.named_children():
+                    if isinstance(child, nn.BatchNorm2d):
+                        setattr(parent, name, nn.Identity())
+        elif layers != "torch":
             batchnorm.accelerate(self.net, torch.randn(2, *shape[1:]), channels_last=last)
         elif last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -179,7 +187,9 @@ def measure(network: str, seconds: float) -> Iterator[Row]:
             yield {**columns, "contestant": name, "absent": reason}
             continue
         steps[name] = Step(network, name)
-        runs[name] = _timed(steps[name])
+    steps[WITHOUT] = Step(network, WITHOUT)  # which computes something else, and is no contestant
+    for name, step in steps.items():
+        runs[name] = _timed(step)
         runs[name]()
     live = {}
     for name in runs:
@@ -191,7 +201,7 @@ def measure(network: str, seconds: float) -> Iterator[Row]:
             **columns, "direction": "forward+backward", "contestant": name, "rounds": rounds, "bytes": live[name],
             "of_torch": live[name] / live["torch"], "ms": times[name]["wall"] * 1e3,
             "x_torch": times["torch"]["wall"] / times[name]["wall"], "processor_ms": times[name]["processor"] * 1e3,
-            "x_torch_processor": times["torch"]["processor"] / times[name]["processor"], "error": errors[name],
+            "x_torch_processor": times["torch"]["processor"] / times[name]["processor"], "error": errors.get(name),
         }  # fmt: skip
 
 

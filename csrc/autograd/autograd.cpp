@@ -788,8 +788,9 @@ std::optional<std::vector<int64_t>> numbers(const std::vector<c10::SymInt>& of) 
 // convolution would take longer than all that the layers gain there.
 std::shared_ptr<const ConvolutionSource> convolution_before(const at::Tensor& x) {
   constexpr int64_t most_products = 16, least_gain = 8;  // x has at least so many elements for each of the weights
+  constexpr size_t least_bytes = 1 << 18;                // less take as long as the call of a convolution
   largest = std::max(largest, size_t(x.nbytes()));
-  if (!x.is_contiguous() || at::isReducedFloatingType(x.scalar_type())) return nullptr;
+  if (!x.is_contiguous() || at::isReducedFloatingType(x.scalar_type()) || x.nbytes() < least_bytes) return nullptr;
   if (!x.requires_grad() || x.is_leaf() || x.is_view() || x._version() != 0) return nullptr;
   const auto fn = x.grad_fn();
   auto* const node = dynamic_cast<torch::autograd::generated::ConvolutionBackward0*>(fn.get());

@@ -230,6 +230,42 @@ void carries() {
   }
 }
 
+// Many channels at once are what each is by itself, also beside values that are not finite or that others have written.
+void vectors() {
+  const double odd[] = {INFINITY, -INFINITY, NAN, 0, -0.0, 3e38, -3e38, 1e-40};
+  for (const char* set : {"baseline", "avx2", "avx512", "neon"}) {
+    if (!batchnorm::select_instruction_set(set)) continue;
+    for (int64_t channels : {1, 7, 16, 17, 40, 75})
+      for (double momentum : {0.0, 0.1, 0.5, 0.75, 1.0}) {
+        Random random(uint64_t(channels) + 100);
+        std::vector<Average> apart(channels, Average(Dtype::float32));
+        std::vector<float> values(channels), carry(channels);
+        std::vector<double> batch(channels);
+        const auto any = [&](int64_t c) {
+          return (c + channels) % 5 ? random.uniform(-4, 4) : odd[size_t(random.uniform(0, 7.99))];
+        };
+        for (int64_t c = 0; c < channels; ++c) {
+          values[c] = float(any(c));
+          carry[c] = float(random.uniform(-1, 1) * (c % 3 ? 1e-8 : 1e-5));
+          apart[c].set(values[c]);
+          apart[c].set_carry(carry[c]);
+        }
+        for (int k = 0; k < 4; ++k) {
+          for (int64_t c = 0; c < channels; ++c) batch[c] = any(c);
+          Partition one{1};
+          batchnorm::update_statistics({1, channels, 5, 5, batch.data(), batch.data()}, momentum, false,
+                                       {values.data(), Dtype::float32, carry.data()}, {}, one.parallel());
+          for (int64_t c = 0; c < channels; ++c) {
+            apart[c].take(batch[c], momentum);
+            const bool same = std::isnan(values[c]) ? std::isnan(apart[c].get()) : values[c] == apart[c].get();
+            check(same && carry[c] == apart[c].rest(), std::string(set) + ": channel " + std::to_string(c) + " of " +
+                                                           std::to_string(channels) + " is another by itself");
+          }
+        }
+      }
+  }
+}
+
 // Rows that are given as they are, some of them refused, with momenta of rows and of values.
 void mixtures() {
   for (Dtype dtype : kDtypes)
@@ -304,6 +340,7 @@ int main() {
   test::carries();
   test::mixtures();
   test::conversions();
+  test::vectors();
   std::printf("%lld passed, %lld failed\n", (long long)test::passed, (long long)test::failed);
   return test::failed ? 1 : 0;
 }

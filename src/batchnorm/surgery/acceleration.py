@@ -57,11 +57,12 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
     parameters, statistics and ``state_dict`` keys. If it alone feeds
 
     - an activation module that is called nowhere else, the activation moves into the layer, and an identity takes its
-      place;
+      place. Another shape or order of the values may lie between (``flatten``, ``transpose``); before ReLU and
+      LeakyReLU also a dropout, with which they commute;
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
-      makes the call is generated anew from its captured graph, with one call of the fused layer in their place. The
-      module stays the same object; its class becomes a subclass of its own. This is done where the forward is the
-      same in training and in evaluation mode; such a module can be copied but not pickled before ``revert``;
+      makes the call is generated anew from its captured graph, with one call of the fused layer in their place; two
+      of them if the forward is another one in training mode (``F.dropout(x, p, self.training)``). The module stays
+      the same object; its class becomes a subclass of its own. It can be copied but not pickled before ``revert``;
     - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
       training each part is measured once, whoever normalizes it;
     - a pooling of images (``MaxPool2d``, ``AvgPool2d`` without padding), both are one call on the CPU. A 1x1
