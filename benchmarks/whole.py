@@ -41,8 +41,11 @@ NETWORKS: dict[str, tuple[int, ...]] = {
 CONTESTANTS = ("torch", "accelerated", "saving")
 """torchvision's network; after `accelerate`; the same inside `recompute_outputs`."""
 
-WITHOUT = "without batch normalization"
-"""torchvision's network with identities in the place of these layers: what layers that take no time would give."""
+WITHOUT = "neither layers nor activations"
+"""torchvision's network with identities in the place of batch normalization and activations: what these would give if
+they took no time. It is no limit where convolutions or poolings are taken in."""
+
+_LEFT_OUT = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
 
 ALONE = (
     "torch",
@@ -114,7 +117,7 @@ class Step:
         if layers == WITHOUT:
             for parent in list(self.net.modules()):
                 for name, child in parent.named_children():
-                    if isinstance(child, nn.BatchNorm2d):
+                    if isinstance(child, _LEFT_OUT):
                         setattr(parent, name, nn.Identity())
         elif layers != "torch":
             batchnorm.accelerate(self.net, torch.randn(2, *shape[1:]), channels_last=last)
