@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.nn.utils import parametrize
@@ -590,3 +591,109 @@ def test_gradients_that_are_zero_but_for_rounding_are_no_difference():
             nn.init.normal_(layer.weight)
             nn.init.normal_(layer.bias)
         assert bn.accelerate(net.double(), x).report.convolved == ("3",)
+
+
+class PaddedFirst(nn.Conv2d):
+    """As EfficientNets that were ported from TensorFlow have it: the zeros are a module in the convolution."""
+
+    def __init__(self, channels: int, size: int, around: Any, **options: Any) -> None:
+        super().__init__(channels, channels, size, groups=channels, **options)
+        self.around = nn.ZeroPad2d(around) if around else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(self.around(x), self.weight, self.bias, *options)
+
+
+class PaddedByCall(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (2, 2)))
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (4, 0)))
+
+
+class Reflected(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (1, 1, 1, 1), mode="reflect"))
+
+
+class Wider(nn.Conv2d):
+    """In training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (2, 2, 2, 2) if self.training else (1, 1, 1, 1)))
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.std(), self.bias, 1, self.padding, 1, self.groups)
+
+
+class OtherStride(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, 2, groups=self.groups)
+
+
+class Counting(nn.Conv2d):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Alike(nn.Conv2d):
+    """Another name, and nothing else."""
+
+
+SUBCLASSES: list[tuple[nn.Module, bool]] = [
+    (PaddedFirst(6, 3, (1, 1, 1, 1)), True),
+    (PaddedFirst(6, 5, (2, 2, 1, 1), stride=2, padding=1), True),
+    (PaddedFirst(6, 3, None, padding=1, bias=False), True),
+    (PaddedFirst(6, 3, (0, 1, 0, 1), stride=2), False),
+    (PaddedByCall(6, 6, 5, groups=6), True),
+    (Causal(6, 6, 5, groups=6), False),
+    (Alike(6, 6, 3, groups=6, padding=1), True),
+    *((kind(6, 6, 3, groups=6), False) for kind in (Reflected, Wider, Standardized, OtherStride, Counting, Doubled)),
+]
+
+
+@pytest.mark.parametrize(("conv", "is_taken"), SUBCLASSES, ids=[type(conv).__name__ for conv, _ in SUBCLASSES])
+def test_subclasses_of_convolutions(conv: nn.Module, is_taken: bool):
+    """Those that put zeros around their input, or change nothing, are taken in; all are computed right."""
+    assert is_depthwise(conv) == is_taken
+    is_flat = isinstance(conv, nn.Conv1d)
+    norm: type[nn.Module] = nn.BatchNorm1d if is_flat else nn.BatchNorm2d
+    torch.manual_seed(0)
+    first = (nn.Conv1d if is_flat else nn.Conv2d)(3, 6, 1)
+    net = nn.Sequential(first, norm(6), nn.ReLU(), copy.deepcopy(conv), norm(6), nn.ReLU())
+    x = normal(*((5, 3, 12) if is_flat else (5, 3, 12, 12)))
+    original = copy.deepcopy(net)
+    bn.accelerate(net, x)
+    assert is_together(copy.deepcopy(net)(x)) == is_taken
+    found = []
+    for each in (net, original):
+        twin = copy.deepcopy(each).double()
+        z = twin(x.double())
+        z.square().sum().backward()
+        found.append([z, *(p.grad for p in twin.parameters()), *twin.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_a_forward_put_into_a_convolution_is_seen():
+    conv = PaddedFirst(6, 3, (1, 1, 1, 1))
+    assert is_depthwise(conv)
+    conv.forward = lambda x: x  # type: ignore[method-assign]
+    assert not is_depthwise(conv)
+    plain = nn.Conv2d(6, 6, 3, groups=6)
+    plain.forward = lambda x: x  # type: ignore[method-assign]
+    assert not is_depthwise(plain)

@@ -280,6 +280,74 @@ def test_a_forward_in_which_other_things_could_be_fused_in_training_is_refused_a
     assert_same(original, net, IMAGES)
 
 
+class Inverted(nn.Module):
+    """A block whose caller says how many of its examples to drop, as in EfficientNets that were ported."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.SiLU()
+        self.back, self.last = nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x, rate=None, *, double=False):
+        y = self.last(self.back(self.act(self.norm(self.conv(x)))))
+        if rate is not None and rate > 0:
+            if self.training:
+                y = y / (1 - rate) * torch.floor(1 - rate + torch.rand([y.shape[0], 1, 1, 1], dtype=y.dtype))
+            y = y + x
+        return 2 * y if double else self.act(y)
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind=Inverted):
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x, number / 10)
+        return x
+
+
+class Plain(Inverted):
+    def forward(self, x, rate=None):
+        return super().forward(x, rate)
+
+
+def test_arguments_that_a_forward_decides_by():
+    """The forward is generated for their values on the example; with others the original is called, and is right."""
+    net = randomize(Blocks(Plain)).train()
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert [block.norm.activation for block in net.blocks] == ["silu"] * 3
+    assert list(inspect.signature(net.blocks[0].forward).parameters) == ["x", "rate"]
+    assert_same(original, net, IMAGES)
+    assert_same(original, copy.deepcopy(net), IMAGES)
+    for given in ((0.4,), (None,), (), (0.1,), (0,)):
+        for named in (False, True):
+            for mode in (True, False):
+                found = []
+                for each in (original, net):
+                    block = copy.deepcopy(each.blocks[1]).train(mode)
+                    torch.manual_seed(0)
+                    args, kwargs = ((), {"rate": given[0]}) if named and given else (given, {})
+                    found.append(block(IMAGES, *args, **kwargs))
+                torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+                assert block.norm.activation == "silu"
+    with pytest.raises(TypeError):
+        net.blocks[1](IMAGES, 0.1, 3)
+    with pytest.raises(TypeError):
+        net.blocks[1](IMAGES, speed=0.1)
+    assert_same(original, bn.revert(net), IMAGES)
+
+
+def test_arguments_by_name_alone_leave_a_forward_as_it_is():
+    net = randomize(Blocks()).train()
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert_same(original, net, IMAGES)
+    assert_same(original, bn.revert(net), IMAGES)
+
+
 class Tokens(nn.Module):
     """Batch normalization of (tokens, channels), with what is around it in transformers with convolutions."""
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.errors import InputError, SurgeryError
 from batchnorm.kernels import aten
+from batchnorm.nn import batch_norm as ours
 from batchnorm.nn import foreign
 from batchnorm.nn.outside import GUARDED, has_hooks
 from batchnorm.surgery import activations, chains, concatenations, containers, depthwise, pooling
@@ -61,8 +62,10 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
       LeakyReLU also a dropout, with which they commute;
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
       makes the call is generated anew from its captured graph, with one call of the fused layer in their place; two
-      of them if the forward is another one in training mode (``F.dropout(x, p, self.training)``). The module stays
-      the same object; its class becomes a subclass of its own. It can be copied but not pickled before ``revert``;
+      of them if the forward is another one in training mode (``F.dropout(x, p, self.training)``). Where it decides by
+      arguments that are no tensors, it is generated for those of the example, and with others runs as it was. The
+      module stays the same object; its class becomes a subclass of its own. It can be copied but not pickled before
+      ``revert``;
     - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
       training each part is measured once, whoever normalizes it;
     - a pooling of images (``MaxPool2d``, ``AvgPool2d`` without padding), both are one call on the CPU. A 1x1
@@ -302,6 +305,15 @@ class Edits:
     def __bool__(self) -> bool:
         return any(vars(self).values())
 
+    def common(self, other: Edits) -> Edits:
+        """What may be fused in two forwards of which each could take in these: layers that would take the same."""
+        alike = {
+            name
+            for name in self.taken & other.taken
+            if self.fused.get(name) == other.fused.get(name) and (name in self.sums) == (name in other.sums)
+        }
+        return Edits(taken=alike, joined=self.joined & other.joined)
+
 
 @dataclass
 class Fusions:
@@ -460,19 +472,27 @@ class Fusions:
         self, name: str, module: nn.Module, inputs: tuple[Any, Any], free: set[str], names: dict[int, str]
     ) -> None:
         """Additions and calls of activations in a module's own forward, which may be another one in training mode."""
+        given: Given | None = None
         try:
-            graphs = [_own_graph(module, mode) for mode in (False, True)]
-            if str(graphs[0]) == str(graphs[1]):
-                del graphs[1]
-            for graph, mode in zip(graphs, (False, True), strict=False):
-                _record(module, graph, inputs, mode)
+            graphs = _own_graphs(module, inputs)
         except Exception as error:
-            if not free - self.taken:
+            given = Given.of(module, inputs)
+            try:
+                graphs = [] if given is None else _own_graphs(module, (given.tensors_in(inputs), {}), given)
+            except Exception:  # which the first error tells more of
+                graphs = []
+            if not graphs:
+                if free - self.taken:
+                    first = (str(error).strip().splitlines() or [""])[0]
+                    self.refused[name] = f"its forward cannot be captured by itself ({type(error).__name__}: {first})"
                 return
-            first = (str(error).strip().splitlines() or [""])[0]
-            self.refused[name] = f"its forward cannot be captured by itself ({type(error).__name__}: {first})"
-            return
         edits = [self.edited(module, graph, free, names) for graph in graphs]
+        if edits[1:] and edits[0] != edits[1]:
+            both = edits[0].common(edits[1])
+            graphs = _own_graphs(module, inputs if given is None else (given.tensors_in(inputs), {}), given)
+            edits = [self.edited(module, graph, free, names, both) for graph in graphs]
+            if not edits[0] and not edits[1]:
+                self.refused[name] = "its forward is another one in training mode, where other things could be fused"
         if not any(edits):
             return
         if edits[1:] and edits[0] != edits[1]:
@@ -480,20 +500,34 @@ class Fusions:
             return
         for what, found in vars(edits[0]).items():
             getattr(self, what).update(found)
-        self.forwards[name] = _in_mode([type(fx.GraphModule(module, graph)).forward for graph in graphs])
+        forward = _in_mode([type(fx.GraphModule(module, graph)).forward for graph in graphs])
+        inside = [path for path, each in module.named_modules() if names.get(id(each)) in edits[0].fused]
+        self.forwards[name] = forward if given is None else given.guarded(forward, inside)
 
-    def edited(self, module: nn.Module, graph: fx.Graph, free: set[str], names: dict[int, str]) -> Edits:
-        """Changes the graph of a module's own forward; what was fused there, by the layers' names in the network."""
+    def edited(
+        self, module: nn.Module, graph: fx.Graph, free: set[str], names: dict[int, str], only: Edits | None = None
+    ) -> Edits:
+        """Changes the graph of a module's own forward; what was fused there, by the layers' names in the network.
+
+        Nothing but ``only``, if that is given.
+        """
         edits = Edits()
+        if only is not None:
+            free = free & only.taken
+
+        def is_left_out(node: fx.Node, found: str) -> bool:
+            layer = names[id(module.get_submodule(str(node.target)))]
+            return only is not None and layer not in getattr(only, found)
+
         found = {}
         for node in list(graph.nodes):
             layer = names.get(id(module.get_submodule(str(node.target)))) if node.op == "call_module" else None
             if layer in free - self.taken and _pattern(module, node) is not None:
                 found[layer] = node
         is_ours = self.is_candidate(names)
-        joined = concatenations.readers(module, graph, is_ours)
+        joined = [n for n in concatenations.readers(module, graph, is_ours) if not is_left_out(n, "joined")]
         convolved = [n for n in depthwise.readers(module, graph, is_ours) if not self.lie_in_one(module, n, names)]
-        pools = self.pools(module, graph, names, alone=True)
+        pools = [] if only is not None else self.pools(module, graph, names, alone=True)
         if not found and not joined and not convolved and not pools:
             return edits
         for layer, node in found.items():
@@ -508,7 +542,9 @@ class Fusions:
             edits.joined.add(names[id(module.get_submodule(str(node.target)))])
             concatenations.hand_in_parts(graph, node)
         self.take_in_convolutions(module, graph, names, edits)
-        while pools := self.pools(module, graph, names):  # anew, since one may be the input of the next
+        while only is None and (
+            pools := self.pools(module, graph, names)
+        ):  # anew, since one may be the input of the next
             node, conv, before = pools[0]
             edits.pooled.add(names[id(module.get_submodule(before.layer))])
             pooling.fuse(graph, node, conv, before)
@@ -718,16 +754,110 @@ def _recorded_len(value: Any) -> Any:
 
 def _globals_of_forward(module: nn.Module) -> dict[str, Any] | None:
     """The names that a forward out of a user's or a library's file looks up; None for torch's own."""
-    names = getattr(type(module).forward, "__globals__", None)
+    forward = type(module).forward
+    names = getattr(getattr(forward, "of", forward), "__globals__", None)
     own = names is None or str(names.get("__name__", "")).partition(".")[0] in ("torch", "batchnorm")
     return None if own else names
 
 
-def _own_graph(module: nn.Module, training: bool) -> fx.Graph:
+def _own_graphs(module: nn.Module, inputs: tuple[Any, Any], given: Given | None = None) -> list[fx.Graph]:
+    """The graph of a module's own forward with shapes, or those in evaluation and training mode where they differ."""
+    graphs = [_own_graph(module, mode, given) for mode in (False, True)]
+    if str(graphs[0]) == str(graphs[1]):
+        del graphs[1]
+    for graph, mode in zip(graphs, (False, True), strict=False):
+        _record(module, graph, inputs, mode)
+    return graphs
+
+
+def _own_graph(module: nn.Module, training: bool, given: Given | None = None) -> fx.Graph:
     twin = copy_of(module, training=training)
+    if given is not None:
+        given.bind(twin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return traced_without_draws(_OwnTracer(), twin)
+
+
+_FIXED = (bool, int, float, str, type(None))
+
+
+@contextlib.contextmanager
+def _without_activation(layers: Sequence[Any]) -> Iterator[None]:
+    """While an original forward calls layers that have taken in an activation since."""
+    fused = [(layer, layer.activation) for layer in layers if isinstance(layer, ours.BatchNorm)]
+    try:
+        for layer, _ in fused:
+            layer.activation = None
+        yield
+    finally:
+        for layer, activation in fused:
+            layer.activation = activation
+
+
+@dataclass(frozen=True)
+class Given:
+    """A forward some of whose arguments are numbers, words or None, by which it decides what to do.
+
+    Attributes:
+        original: the forward.
+        names: of its parameters but ``self``.
+        tensors: those that were given tensors.
+        fixed: the values of all others.
+        defaults: what they are where nobody gives them.
+    """
+
+    original: Callable[..., Any]
+    names: tuple[str, ...]
+    tensors: tuple[str, ...]
+    fixed: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module, inputs: tuple[Any, Any]) -> Given | None:
+        """What a module was given on the example; None where all are tensors, or some are something else."""
+        original = type(module).forward
+        parameters = list(inspect.signature(original).parameters.values())[1:]
+        if any(each.kind is not each.POSITIONAL_OR_KEYWORD or not each.name.isidentifier() for each in parameters):
+            return None
+        names = tuple(each.name for each in parameters)
+        defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+        values = defaults | dict(zip(names, inputs[0], strict=False)) | inputs[1]
+        tensors = tuple(name for name in names if isinstance(values.get(name), Tensor))
+        fixed = {name: values[name] for name in names if name in values and name not in tensors}
+        is_known = values.keys() == set(names) and all(type(value) in _FIXED for value in fixed.values())
+        return cls(original, names, tensors, fixed, defaults) if is_known and fixed and tensors else None
+
+    def tensors_in(self, inputs: tuple[Any, Any]) -> tuple[Any, ...]:
+        values = dict(zip(self.names, inputs[0], strict=False)) | inputs[1]
+        return tuple(values[name] for name in self.tensors)
+
+    def bind(self, module: nn.Module) -> None:
+        """Gives a module a class whose forward takes the tensors alone, by their names, which torch.fx reads."""
+        space: dict[str, Any] = {"original": self.original, "fixed": self.fixed}
+        passed = ", ".join(f"{name}={name}" for name in self.tensors)
+        exec(f"def forward(self, {', '.join(self.tensors)}): return original(self, {passed}, **fixed)", space)
+        space["forward"].of = self.original
+        module.__class__ = type(type(module).__name__, (type(module),), {"forward": space["forward"]})
+
+    def guarded(self, forward: Callable[..., Any], inside: Sequence[str]) -> Callable[..., Any]:
+        """A forward of all arguments, which is the given one where the fixed ones are what they were.
+
+        Else it is the original one, in which the layers ``inside`` do not activate, since it does so itself.
+        """
+
+        def guarded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            values = self.defaults | dict(zip(self.names, args, strict=False)) | kwargs
+            if len(args) + len(kwargs) <= len(self.names) and values.keys() == set(self.names):
+                fixed = all(type(values[k]) is type(v) and values[k] == v for k, v in self.fixed.items())
+                if fixed and all(isinstance(values[name], Tensor) for name in self.tensors):
+                    return forward(module, *[values[name] for name in self.tensors])
+            with _without_activation([module.get_submodule(path) for path in inside]):
+                return self.original(module, *args, **kwargs)
+
+        guarded.__name__ = "forward"
+        vars(guarded)["__signature__"] = inspect.signature(self.original)
+        return guarded
 
 
 def _inputs(net: nn.Module, example: Example) -> dict[str, tuple[Any, Any]]:

@@ -37,8 +37,13 @@ def is_plain(module: nn.Module) -> bool:
 
 def computes_as(module: Any, *kinds: type[nn.Module]) -> bool:
     """Whether the module is of one of these classes, or of a subclass that computes the same with the same weights."""
-    of_class = type(module) in kinds or _inherits(type(module), kinds)
-    return of_class and not any(name in module.__dict__ for name in _METHODS)
+    kind: Any = type(module)
+    return (kind in kinds or _inherits(kind, kinds)) and not has_methods(module)
+
+
+def has_methods(module: nn.Module) -> bool:
+    """Whether something stands in the place of a method that decides what the module computes, in it or its class."""
+    return any(name in module.__dict__ for name in _METHODS) or type(module).__call__ is not nn.Module.__call__
 
 
 @functools.lru_cache(maxsize=256)
