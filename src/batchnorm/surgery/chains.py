@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from batchnorm.kernels import aten
 from batchnorm.nn import batch_norm as ours
 from batchnorm.nn.outside import has_hooks
+from batchnorm.ops.context import is_compiled
 from batchnorm.surgery import activations
 from batchnorm.surgery.conversion import Absorbed
 
@@ -50,7 +51,7 @@ class Before:
 
 def can_be_one_call(x: Any) -> bool:
     """Whether C++ may take an input; it looks at the rest."""
-    return isinstance(x, Tensor) and x.is_cpu and not _has_any_global_hook()
+    return not is_compiled() and isinstance(x, Tensor) and x.is_cpu and not _has_any_global_hook()
 
 
 def computes(layer: Any, activation: str | None) -> bool:

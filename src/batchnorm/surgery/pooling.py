@@ -46,8 +46,7 @@ def pooled(pool: Any, x: Any, before: Before, conv: Any = None) -> Tensor:
     """pool(conv(before(x))), at once where all are what they were and nobody watches what lies between them."""
     y: Tensor | None = None
     watched = has_hooks(pool) or (conv is not None and has_hooks(conv))
-    fits = is_pooling(pool) if conv is None else is_mean(pool) and is_pointwise(conv)
-    if can_be_one_call(x) and fits and not watched and before.is_one_call():
+    if can_be_one_call(x) and _fit(pool, conv) and not watched and before.is_one_call():
         windows = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), bool(pool.ceil_mode))
         y = before.layer.forward_pooled(x, (*windows, is_mean(pool)))
     if y is None:
@@ -56,6 +55,10 @@ def pooled(pool: Any, x: Any, before: Before, conv: Any = None) -> Tensor:
     if before.layer._forward_hooks:
         show(before.layer, y)
     return y if conv is None else conv(y)
+
+
+def _fit(pool: Any, conv: Any) -> bool:
+    return is_pooling(pool) if conv is None else is_mean(pool) and is_pointwise(conv)
 
 
 def _pair(value: Any) -> tuple[int, int]:
