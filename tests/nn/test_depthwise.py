@@ -605,11 +605,6 @@ class PaddedFirst(nn.Conv2d):
         return F.conv2d(self.around(x), self.weight, self.bias, *options)
 
 
-class PaddedByCall(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (2, 2)))
-
-
 class Causal(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (4, 0)))
@@ -655,20 +650,16 @@ class Alike(nn.Conv2d):
 
 
 SUBCLASSES: list[tuple[nn.Module, bool]] = [
-    (PaddedFirst(6, 3, (1, 1, 1, 1)), True),
-    (PaddedFirst(6, 5, (2, 2, 1, 1), stride=2, padding=1), True),
-    (PaddedFirst(6, 3, None, padding=1, bias=False), True),
-    (PaddedFirst(6, 3, (0, 1, 0, 1), stride=2), False),
-    (PaddedByCall(6, 6, 5, groups=6), True),
-    (Causal(6, 6, 5, groups=6), False),
     (Alike(6, 6, 3, groups=6, padding=1), True),
+    (PaddedFirst(6, 3, (1, 1, 1, 1)), False),
+    (Causal(6, 6, 5, groups=6), False),
     *((kind(6, 6, 3, groups=6), False) for kind in (Reflected, Wider, Standardized, OtherStride, Counting, Doubled)),
 ]
 
 
 @pytest.mark.parametrize(("conv", "is_taken"), SUBCLASSES, ids=[type(conv).__name__ for conv, _ in SUBCLASSES])
 def test_subclasses_of_convolutions(conv: nn.Module, is_taken: bool):
-    """Those that put zeros around their input, or change nothing, are taken in; all are computed right."""
+    """Those that change nothing are taken in; all are computed right."""
     assert is_depthwise(conv) == is_taken
     is_flat = isinstance(conv, nn.Conv1d)
     norm: type[nn.Module] = nn.BatchNorm1d if is_flat else nn.BatchNorm2d
@@ -690,10 +681,7 @@ def test_subclasses_of_convolutions(conv: nn.Module, is_taken: bool):
 
 
 def test_a_forward_put_into_a_convolution_is_seen():
-    conv = PaddedFirst(6, 3, (1, 1, 1, 1))
-    assert is_depthwise(conv)
-    conv.forward = lambda x: x  # type: ignore[method-assign]
-    assert not is_depthwise(conv)
     plain = nn.Conv2d(6, 6, 3, groups=6)
+    assert is_depthwise(plain)
     plain.forward = lambda x: x  # type: ignore[method-assign]
     assert not is_depthwise(plain)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from small_networks import Calls, mobilenet, randomize, resnet
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from batchnorm.errors import InputError, SurgeryError
@@ -332,12 +333,73 @@ def test_arguments_that_a_forward_decides_by():
                     args, kwargs = ((), {"rate": given[0]}) if named and given else (given, {})
                     found.append(block(IMAGES, *args, **kwargs))
                 torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-                assert block.norm.activation == "silu"
+                assert block.norm.activation == ("silu" if given == (0.1,) else None)
+    for args, kwargs in (((0.1, 3), {}), ((0.1,), {"x": IMAGES}), ((), {"x": IMAGES})):
+        with pytest.raises(TypeError):
+            copy.deepcopy(net.blocks[1])(IMAGES, *args, **kwargs)
     with pytest.raises(TypeError):
-        net.blocks[1](IMAGES, 0.1, 3)
-    with pytest.raises(TypeError):
-        net.blocks[1](IMAGES, speed=0.1)
+        copy.deepcopy(net.blocks[1])(IMAGES, speed=0.1)
     assert_same(original, bn.revert(net), IMAGES)
+
+
+class Choosing(nn.Module):
+    """By a flag, by a tensor that may be absent, and through a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def body(self, x):
+        return F.silu(self.norm(self.conv(x)))
+
+    def forward(self, x, mask=None, double=False, saving=False):
+        y = checkpoint(self.body, x, use_reentrant=False) if saving else self.body(x)
+        y = y if mask is None else y * mask
+        return 2 * y if double is True else y
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flags_and_tensors_that_may_be_absent(masked):
+    original = randomize(Choosing()).train()
+    mask = (IMAGES[:, :1] > 0).float()
+    net = bn.accelerate(copy.deepcopy(original), (IMAGES, mask) if masked else IMAGES)
+    assert net.norm.activation == "silu"
+    for given in ({}, {"mask": mask}, {"double": True}, {"mask": mask, "double": True}, {"saving": True}):
+        for used in (copy.deepcopy(net), net):  # as it was, and after calls with other arguments
+            found = []
+            for each in (used, copy.deepcopy(original)):
+                each.zero_grad()
+                y = each(IMAGES, **given)
+                y.square().sum().backward()
+                found.append([y, *(p.grad.clone() for p in each.parameters())])
+            torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    assert net.norm.activation is None
+
+
+def _dropout_of_its_own(self, x):
+    return F.dropout(F.silu(self.norm(self.conv(x))), 0.4, self.drop.training)
+
+
+def _by_its_norm(self, x):
+    y = F.silu(self.norm(self.conv(x)))
+    return 2 * y if self.norm.training else y
+
+
+@pytest.mark.parametrize("forward", [_dropout_of_its_own, _by_its_norm])
+def test_a_forward_that_looks_at_the_modes_of_modules_in_it_stays(forward):
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "drop": nn.Dropout(0.4)}
+    net = Called(forward, **layers).train()
+    original = copy.deepcopy(net)
+    bn.accelerate(net, IMAGES)
+    assert "modes of modules" in net.report.unfused[""]
+    for each in (net, original):
+        each.eval()
+        each.drop.train()
+    torch.manual_seed(0)
+    ours = net(IMAGES)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, original(IMAGES), rtol=1e-4, atol=1e-5)
+    assert_same(original, net.train(), IMAGES)
 
 
 def test_arguments_by_name_alone_leave_a_forward_as_it_is():

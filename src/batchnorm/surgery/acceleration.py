@@ -472,24 +472,26 @@ class Fusions:
         self, name: str, module: nn.Module, inputs: tuple[Any, Any], free: set[str], names: dict[int, str]
     ) -> None:
         """Additions and calls of activations in a module's own forward, which may be another one in training mode."""
-        given: Given | None = None
-        try:
-            graphs = _own_graphs(module, inputs)
-        except Exception as error:
-            given = Given.of(module, inputs)
+        ways = Given.ways(module, inputs)
+        errors = []
+        for given in ways:
             try:
-                graphs = [] if given is None else _own_graphs(module, (given.tensors_in(inputs), {}), given)
-            except Exception:  # which the first error tells more of
-                graphs = []
-            if not graphs:
-                if free - self.taken:
-                    first = (str(error).strip().splitlines() or [""])[0]
-                    self.refused[name] = f"its forward cannot be captured by itself ({type(error).__name__}: {first})"
-                return
+                graphs = _own_graphs(module, inputs, given)
+                break
+            except Exception as error:
+                errors.append(error)
+        else:
+            if free - self.taken:
+                first = (str(errors[-1]).strip().splitlines() or [""])[0]
+                self.refused[name] = f"its forward cannot be captured by itself ({type(errors[-1]).__name__}: {first})"
+            return
+        if len(graphs) > 1 and _reads_modes_of_others(module, graphs, given):
+            self.refused[name] = "its forward is another one by the modes of modules in it"
+            return
         edits = [self.edited(module, graph, free, names) for graph in graphs]
         if edits[1:] and edits[0] != edits[1]:
             both = edits[0].common(edits[1])
-            graphs = _own_graphs(module, inputs if given is None else (given.tensors_in(inputs), {}), given)
+            graphs = _own_graphs(module, inputs, given)
             edits = [self.edited(module, graph, free, names, both) for graph in graphs]
             if not edits[0] and not edits[1]:
                 self.refused[name] = "its forward is another one in training mode, where other things could be fused"
@@ -762,6 +764,8 @@ def _globals_of_forward(module: nn.Module) -> dict[str, Any] | None:
 
 def _own_graphs(module: nn.Module, inputs: tuple[Any, Any], given: Given | None = None) -> list[fx.Graph]:
     """The graph of a module's own forward with shapes, or those in evaluation and training mode where they differ."""
+    if given is not None:
+        inputs = (given.tensors_in(inputs), {})
     graphs = [_own_graph(module, mode, given) for mode in (False, True)]
     if str(graphs[0]) == str(graphs[1]):
         del graphs[1]
@@ -770,8 +774,18 @@ def _own_graphs(module: nn.Module, inputs: tuple[Any, Any], given: Given | None 
     return graphs
 
 
-def _own_graph(module: nn.Module, training: bool, given: Given | None = None) -> fx.Graph:
-    twin = copy_of(module, training=training)
+def _reads_modes_of_others(module: nn.Module, graphs: Sequence[fx.Graph], given: Given | None) -> bool:
+    """Whether the graphs in evaluation and in training mode differ by more than the mode of the module itself."""
+    return any(
+        str(_own_graph(module, mode, given, others=not mode)) != str(graph)
+        for mode, graph in zip((False, True), graphs, strict=True)
+    )
+
+
+def _own_graph(module: nn.Module, training: bool, given: Given | None = None, others: bool | None = None) -> fx.Graph:
+    """In a mode; ``others``: that of the modules in it, if it is another one."""
+    twin = copy_of(module, training=training if others is None else others)
+    twin.training = training
     if given is not None:
         given.bind(twin)
     with warnings.catch_warnings():
@@ -780,19 +794,6 @@ def _own_graph(module: nn.Module, training: bool, given: Given | None = None) ->
 
 
 _FIXED = (bool, int, float, str, type(None))
-
-
-@contextlib.contextmanager
-def _without_activation(layers: Sequence[Any]) -> Iterator[None]:
-    """While an original forward calls layers that have taken in an activation since."""
-    fused = [(layer, layer.activation) for layer in layers if isinstance(layer, ours.BatchNorm)]
-    try:
-        for layer, _ in fused:
-            layer.activation = None
-        yield
-    finally:
-        for layer, activation in fused:
-            layer.activation = activation
 
 
 @dataclass(frozen=True)
@@ -828,6 +829,18 @@ class Given:
         is_known = values.keys() == set(names) and all(type(value) in _FIXED for value in fixed.values())
         return cls(original, names, tensors, fixed, defaults) if is_known and fixed and tensors else None
 
+    @classmethod
+    def ways(cls, module: nn.Module, inputs: tuple[Any, Any]) -> list[Given | None]:
+        """How to capture a forward, the first way first: for the values of the example, or for any (None).
+
+        What says yes or no, or is None, rarely is anything but a decision, which a capture of any values may not see.
+        """
+        given = cls.of(module, inputs)
+        if given is None:
+            return [None]
+        decides = any(type(value) not in (int, float) for value in given.fixed.values())
+        return [given] if decides else [None, given]
+
     def tensors_in(self, inputs: tuple[Any, Any]) -> tuple[Any, ...]:
         values = dict(zip(self.names, inputs[0], strict=False)) | inputs[1]
         return tuple(values[name] for name in self.tensors)
@@ -843,17 +856,23 @@ class Given:
     def guarded(self, forward: Callable[..., Any], inside: Sequence[str]) -> Callable[..., Any]:
         """A forward of all arguments, which is the given one where the fixed ones are what they were.
 
-        Else it is the original one, in which the layers ``inside`` do not activate, since it does so itself.
+        Else it is the original one. That activates itself, so the layers ``inside`` do so no more from the first such
+        call on, which the given forward heeds. Nothing is put back: a checkpoint may call the original again in the
+        backward, and another thread meanwhile.
         """
 
         def guarded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            values = self.defaults | dict(zip(self.names, args, strict=False)) | kwargs
-            if len(args) + len(kwargs) <= len(self.names) and values.keys() == set(self.names):
+            passed = dict(zip(self.names, args, strict=False))
+            values = self.defaults | passed | kwargs
+            if len(args) == len(passed) and not passed.keys() & kwargs.keys() and values.keys() == set(self.names):
                 fixed = all(type(values[k]) is type(v) and values[k] == v for k, v in self.fixed.items())
                 if fixed and all(isinstance(values[name], Tensor) for name in self.tensors):
                     return forward(module, *[values[name] for name in self.tensors])
-            with _without_activation([module.get_submodule(path) for path in inside]):
-                return self.original(module, *args, **kwargs)
+            for path in inside:
+                layer: Any = module.get_submodule(path)
+                if isinstance(layer, ours.BatchNorm) and layer.activation is not None:
+                    layer.activation = None
+            return self.original(module, *args, **kwargs)
 
         guarded.__name__ = "forward"
         vars(guarded)["__signature__"] = inspect.signature(self.original)
