@@ -376,6 +376,25 @@ def test_flags_and_tensors_that_may_be_absent(masked):
     assert net.norm.activation is None
 
 
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x, skip=None):
+        y = F.relu(self.norm(self.conv(x)))
+        return 2 * y if skip is None else y + skip
+
+
+@pytest.mark.parametrize("example", [IMAGES, (IMAGES, IMAGES)], ids=["absent", "given"])
+def test_a_tensor_that_may_be_absent_and_nothing_else(example):
+    original = randomize(Skipping()).eval()
+    net = bn.accelerate(copy.deepcopy(original), example)
+    assert net.norm.activation == "relu"
+    for given in ((IMAGES,), (IMAGES, IMAGES), (IMAGES,)):
+        torch.testing.assert_close(net(*given), original(*given), rtol=1e-4, atol=1e-5)
+
+
 def _dropout_of_its_own(self, x):
     return F.dropout(F.silu(self.norm(self.conv(x))), 0.4, self.drop.training)
 

@@ -63,9 +63,9 @@ def accelerate(net: nn.Module, example: Any, *, inplace: bool = True, channels_l
     - an addition, or an activation that is a call (``F.relu``) or a shared module, the forward of the module that
       makes the call is generated anew from its captured graph, with one call of the fused layer in their place; two
       of them if the forward is another one in training mode (``F.dropout(x, p, self.training)``). Where it decides by
-      arguments that are no tensors, it is generated for those of the example, and with others runs as it was. The
-      module stays the same object; its class becomes a subclass of its own. It can be copied but not pickled before
-      ``revert``;
+      arguments that are no tensors, it is generated for those of the example; from the first call with others on the
+      module's own forward computes these activations again. The module stays the same object; its class becomes a
+      subclass of its own. It can be copied but not pickled before ``revert``;
     - a concatenation along the channels that nobody else reads, the layer reads its parts, by such a forward, too. In
       training each part is measured once, whoever normalizes it;
     - a pooling of images (``MaxPool2d``, ``AvgPool2d`` without padding), both are one call on the CPU. A 1x1
@@ -816,7 +816,7 @@ class Given:
 
     @classmethod
     def of(cls, module: nn.Module, inputs: tuple[Any, Any]) -> Given | None:
-        """What a module was given on the example; None where all are tensors, or some are something else."""
+        """What a module was given on the example; None if all are tensors that have to be, or some are something else."""
         original = type(module).forward
         parameters = list(inspect.signature(original).parameters.values())[1:]
         if any(each.kind is not each.POSITIONAL_OR_KEYWORD or not each.name.isidentifier() for each in parameters):
@@ -827,7 +827,8 @@ class Given:
         tensors = tuple(name for name in names if isinstance(values.get(name), Tensor))
         fixed = {name: values[name] for name in names if name in values and name not in tensors}
         is_known = values.keys() == set(names) and all(type(value) in _FIXED for value in fixed.values())
-        return cls(original, names, tensors, fixed, defaults) if is_known and fixed and tensors else None
+        decides = bool(fixed) or any(name in defaults for name in tensors)
+        return cls(original, names, tensors, fixed, defaults) if is_known and decides and tensors else None
 
     @classmethod
     def ways(cls, module: nn.Module, inputs: tuple[Any, Any]) -> list[Given | None]:
@@ -839,7 +840,8 @@ class Given:
         if given is None:
             return [None]
         decides = any(type(value) not in (int, float) for value in given.fixed.values())
-        return [given] if decides else [None, given]
+        may_be_absent = any(name in given.defaults for name in given.tensors)
+        return [given] if decides or may_be_absent else [None, given]
 
     def tensors_in(self, inputs: tuple[Any, Any]) -> tuple[Any, ...]:
         values = dict(zip(self.names, inputs[0], strict=False)) | inputs[1]
