@@ -816,7 +816,7 @@ class Given:
 
     @classmethod
     def of(cls, module: nn.Module, inputs: tuple[Any, Any]) -> Given | None:
-        """What a module was given on the example; None if all are tensors that have to be, or some are something else."""
+        """What a module was given on the example; None if all are tensors that must be, or some are something else."""
         original = type(module).forward
         parameters = list(inspect.signature(original).parameters.values())[1:]
         if any(each.kind is not each.POSITIONAL_OR_KEYWORD or not each.name.isidentifier() for each in parameters):
