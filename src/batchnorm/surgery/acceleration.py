@@ -544,9 +544,10 @@ class Fusions:
             edits.joined.add(names[id(module.get_submodule(str(node.target)))])
             concatenations.hand_in_parts(graph, node)
         self.take_in_convolutions(module, graph, names, edits)
-        while only is None and (
-            pools := self.pools(module, graph, names)
-        ):  # anew, since one may be the input of the next
+        while only is None:
+            pools = self.pools(module, graph, names)  # anew, since one may be the input of the next
+            if not pools:
+                break
             node, conv, before = pools[0]
             edits.pooled.add(names[id(module.get_submodule(before.layer))])
             pooling.fuse(graph, node, conv, before)
