@@ -211,7 +211,7 @@ def _planned(net: nn.Module, example: Any) -> tuple[Plan, Acceleration]:
         if name not in own
     }
     skipped = {name: str(reason) for name, reason in refused.items() if reason is not None}
-    fusions = Fusions(net, layers.keys() - skipped.keys(), own)
+    fusions = Fusions(net=net, candidates=layers.keys() - skipped.keys(), inside=own)
     fusions.find(given)
     seeds = range(DRAWS if fusions.draws else 1)
     steps, swapped = [], []
@@ -292,7 +292,17 @@ def _only_activation(module: nn.Module) -> Activation | str | None:
 
 @dataclass
 class Edits:
-    """What became of the graph of one forward, by the qualified names of layers: see `Fusions`."""
+    """What was fused, by the qualified names of layers.
+
+    Attributes:
+        fused: the activation that each layer takes in.
+        taken: the layers that can take in no more.
+        sums: the layers that take an addition in.
+        joined: the layers that read the parts of a concatenation.
+        convolved: the layers that take in the depthwise convolution before them.
+        before: those that are computed with the depthwise convolution behind them.
+        pooled: those that are computed with the pooling behind them.
+    """
 
     fused: dict[str, Activation] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -315,22 +325,17 @@ class Edits:
         return Edits(taken=alike, joined=self.joined & other.joined)
 
 
-@dataclass
-class Fusions:
+@dataclass(kw_only=True)
+class Fusions(Edits):
     """The patterns that were found, by qualified names.
 
     Attributes:
+        net: the network.
         candidates: batch normalization layers that may be changed.
         inside: the activation in the forward of each layer of another class, or None.
-        fused: the activation that each layer takes in.
-        sums: the layers that take an addition in.
-        joined: the layers that read the parts of a concatenation.
-        convolved: the layers that take in the depthwise convolution before them.
-        before: those that are computed with the depthwise convolution behind them.
-        pooled: those that are computed with the pooling behind them.
-        paired: containers that compute at once what stands in them one behind the other.
         absorbed: activation modules that get a stand-in, and the layer that computes each.
         forwards: new forwards of modules.
+        paired: containers that compute at once what stands in them one behind the other.
         refused: modules whose forward could not be generated anew although there is something to fuse, and why.
         draws: whether the forward of some module draws random numbers itself.
     """
@@ -338,17 +343,10 @@ class Fusions:
     net: nn.Module
     candidates: Any
     inside: dict[str, Any] = field(default_factory=dict)
-    fused: dict[str, Activation] = field(default_factory=dict)
-    sums: set[str] = field(default_factory=set)
-    joined: set[str] = field(default_factory=set)
-    convolved: set[str] = field(default_factory=set)
-    before: set[str] = field(default_factory=set)
-    pooled: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
     forwards: dict[str, Callable[..., Any]] = field(default_factory=dict)
     paired: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
     draws: bool = False
 
     def find(self, example: Example) -> None:
@@ -493,12 +491,10 @@ class Fusions:
             both = edits[0].common(edits[1])
             graphs = _own_graphs(module, inputs, given)
             edits = [self.edited(module, graph, free, names, both) for graph in graphs]
-            if not edits[0] and not edits[1]:
+            if not edits[0] or edits[0] != edits[1]:
                 self.refused[name] = "its forward is another one in training mode, where other things could be fused"
+                return
         if not any(edits):
-            return
-        if edits[1:] and edits[0] != edits[1]:
-            self.refused[name] = "its forward is another one in training mode, where other things could be fused"
             return
         for what, found in vars(edits[0]).items():
             getattr(self, what).update(found)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm.nn import batch_norm as ours
-from batchnorm.surgery.affine import argument, data_users
+from batchnorm.surgery.affine import REARRANGEMENTS, argument, data_users
 from batchnorm.surgery.capture import traced_without_draws
 from batchnorm.surgery.flow import DataFlow, operation
 from batchnorm.surgery.modules import obstacle
@@ -136,13 +136,7 @@ def is_computed_by(module: nn.Module | None, name: str) -> bool:
     return module is not None and module.__dict__.get(_COMPUTES, "") == name != ""
 
 
-# Calls that give all values of a tensor, and nothing else, in another shape or order.
-_REARRANGEMENTS = frozenset(
-    {
-        *("contiguous", "flatten", "movedim", "permute", "reshape", "reshape_as", "squeeze", "swapaxes", "t"),
-        *("transpose", "unflatten", "unsqueeze", "view", "view_as"),
-    }
-)
+_REARRANGEMENTS = REARRANGEMENTS | {"contiguous", "t"}
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _HOMOGENEOUS = frozenset({"relu", "leaky_relu"})  # f(a x) = a f(x) for a of at least 0
 

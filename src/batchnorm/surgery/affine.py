@@ -26,28 +26,31 @@ _DROPOUTS = {
     "feature_alpha_dropout",
     "feature_dropout",
 }
-_MOVES = {
-    "channel_shuffle",
-    "chunk",
+# Calls that give all values of a tensor, and nothing else, in another shape or order.
+REARRANGEMENTS = {
     "flatten",
-    "getitem",
     "movedim",
-    "narrow",
     "permute",
-    "pixel_shuffle",
-    "pixel_unshuffle",
     "reshape",
     "reshape_as",
-    "split",
-    "split_with_sizes",
     "squeeze",
     "swapaxes",
-    "tensor_split",
     "transpose",
     "unflatten",
     "unsqueeze",
     "view",
     "view_as",
+}
+_MOVES = REARRANGEMENTS | {
+    "channel_shuffle",
+    "chunk",
+    "getitem",
+    "narrow",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
 }
 _SHAPED_AS = {"expand_as", "reshape_as", "type_as", "view_as"}
 _LIKE = {

@@ -30,8 +30,7 @@ def is_plain(module: nn.Module) -> bool:
     return (
         str(kind.forward.__module__).startswith(_LEAF_PACKAGES)
         and str(getattr(kind, "_conv_forward", kind.forward).__module__).startswith(_LEAF_PACKAGES)
-        and kind.__call__ is nn.Module.__call__
-        and not any(method in module.__dict__ for method in _METHODS)
+        and not has_methods(module)
     )
 
 
