@@ -611,3 +611,14 @@ def test_depthwise_convolutions_are_measured_at_once_and_shown():
         net = depthwise.network(case, True)
         assert len(batchnorm.accelerate(net, torch.randn(case.shape)).report.convolved) == 1
         assert order in ("planar", "channels_last")
+
+
+@pytest.mark.skipif(whole.torchvision() is None, reason=whole.NO_TORCHVISION)
+def test_the_bound_of_a_whole_network_is_its_convolutions():
+    """All of them, and neither normalization nor activations."""
+    bound, network = (whole.Step("mobilenet_v2", name, (2, 3, 32, 32)) for name in (whole.WITHOUT, "torch"))
+    kinds = [[type(module).__name__ for module in step.net.modules()] for step in (bound, network)]
+    assert kinds[0].count("Conv2d") == kinds[1].count("Conv2d") > 50
+    assert not any(kind.startswith(("BatchNorm", "ReLU")) for kind in kinds[0])
+    bound.run()
+    assert all(p.grad is not None for p in bound.net.parameters())
