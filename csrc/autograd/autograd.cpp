@@ -1288,12 +1288,12 @@ at::Tensor forward_parts(const Arguments& a, const std::vector<at::Tensor>& part
   at::Tensor y, mean, var;
   {
     at::NoGradGuard no_grad;
+    at::Tensor place = needs_graph && a.is_in_context() ? blocks.output(parts[0], a.x.sizes()) : at::Tensor();
+    if (!place.defined()) place = fresh_like(parts[0], a.x.sizes());
     const auto doubles = at::TensorOptions().dtype(at::kDouble);
     mean =
         a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_mean.to(at::kDouble, false, true).view({1, -1});
     var = a.use_batch ? at::empty({1, a.x.size(1)}, doubles) : a.running_var.to(at::kDouble, false, true).view({1, -1});
-    at::Tensor place = needs_graph && a.is_in_context() ? blocks.output(parts[0], a.x.sizes()) : at::Tensor();
-    if (!place.defined()) place = fresh_like(parts[0], a.x.sizes());
     y = normalize_parts(parts, a.weight, a.bias, mean, var, settings, !a.use_batch, std::move(place));
   }
   if (needs_graph) {

@@ -72,25 +72,61 @@ void lines(int64_t channels, const double* mean, const double* var, const double
   lines_in(channels, mean, var, gamma, beta, eps, own, static_cast<S*>(scales), static_cast<S*>(shifts));
 }
 
+// The scale is cut off, not rounded, and its rest is never 0: of an infinite x both products then have one sign, and
+// their sum is infinite, too. What is no number has rests that leave the result what it is without them.
+bool two_parts_in(int64_t channels, const double* scales, const double* shifts, float* __restrict scale,
+                  float* __restrict scale_rest, float* __restrict shift, float* __restrict shift_rest) {
+  constexpr float least = std::numeric_limits<float>::min(), nan = std::numeric_limits<float>::quiet_NaN();
+  int32_t all = 1;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double s = scales[c], o = shifts[c], size = std::fabs(s);
+    float first = stored<float>(s);
+    int32_t bits;
+    std::memcpy(&bits, &first, 4);
+    bits -= std::fabs(double(first)) > size;
+    std::memcpy(&first, &bits, 4);
+    const bool numbers = (s - s == 0) & (o - o == 0);
+    const bool fits = !numbers | (((s == 0) | ((size > 0x1p-70) & (size < 0x1p120))) & (std::fabs(o) < 0x1p120));
+    const float left = float(s - double(first)), more = std::copysign(least, first), second = stored<float>(o);
+    const float rest = (left == 0) & (s != 0) ? more : left;
+    all &= fits;
+    scale[c] = first;
+    scale_rest[c] = numbers ? rest : first;
+    shift[c] = second;
+    shift_rest[c] = !numbers ? 0 : fits ? float(o - double(second)) : nan;
+  }
+  return all;
+}
+
+bool two_parts(int64_t channels, const double* scales, const double* shifts, float* const parts[4]) {
+  return two_parts_in(channels, scales, shifts, parts[0], parts[1], parts[2], parts[3]);
+}
+
+// What the mean adds to k3, in units of k2: where it is not taken off, all of it, else what it loses as a value of S.
 template <class S>
-void apply_in(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3,
+double offset(double mean, bool line) {
+  return (line ? 0 : double(S(mean))) - mean;
+}
+
+template <class S>
+void apply_in(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, bool line,
               S* __restrict to_k1, S* __restrict to_k2, S* __restrict to_k3) {
   for (int64_t c = 0; c < channels; ++c) {
     to_k1[c] = stored<S>(k1[c]);
     to_k2[c] = stored<S>(k2[c]);
-    to_k3[c] = stored<S>(k3[c] + k2[c] * (double(S(mean[c])) - mean[c]));
+    to_k3[c] = stored<S>(k3[c] + k2[c] * offset<S>(mean[c], line));
   }
 }
 
 template <class S>
-void apply(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
-           void* to_k2, void* to_k3) {
-  apply_in(channels, mean, k1, k2, k3, static_cast<S*>(to_k1), static_cast<S*>(to_k2), static_cast<S*>(to_k3));
+void apply(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, bool line,
+           void* to_k1, void* to_k2, void* to_k3) {
+  apply_in(channels, mean, k1, k2, k3, line, static_cast<S*>(to_k1), static_cast<S*>(to_k2), static_cast<S*>(to_k3));
 }
 
 template <class S>
 void gradient_in(int64_t channels, double count, const double* mean, const double* var, const double* gamma, double eps,
-                 const double* sum_dz, const double* sum_dz_centered, S* __restrict k1, S* __restrict k2,
+                 const double* sum_dz, const double* sum_dz_centered, bool line, S* __restrict k1, S* __restrict k2,
                  S* __restrict k3, double* __restrict d_gamma, double* __restrict d_beta) {
   const double share = 1 / count;
   for (int64_t c = 0; c < channels; ++c) {
@@ -98,7 +134,7 @@ void gradient_in(int64_t channels, double count, const double* mean, const doubl
     const double second = -first * inv_std * inv_std * (sum_dz_centered[c] * share);
     k1[c] = stored<S>(first);
     k2[c] = stored<S>(second);
-    k3[c] = stored<S>(second * (double(S(mean[c])) - mean[c]) - first * (sum_dz[c] * share));
+    k3[c] = stored<S>(second * offset<S>(mean[c], line) - first * (sum_dz[c] * share));
     d_gamma[c] += sum_dz_centered[c] * inv_std;
     d_beta[c] += sum_dz[c];
   }
@@ -106,10 +142,10 @@ void gradient_in(int64_t channels, double count, const double* mean, const doubl
 
 template <class S>
 void gradient(int64_t channels, double count, const double* mean, const double* var, const double* gamma, double eps,
-              const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3, double* d_gamma,
-              double* d_beta) {
-  gradient_in(channels, count, mean, var, gamma, eps, sum_dz, sum_dz_centered, static_cast<S*>(k1), static_cast<S*>(k2),
-              static_cast<S*>(k3), d_gamma, d_beta);
+              const double* sum_dz, const double* sum_dz_centered, bool line, void* k1, void* k2, void* k3,
+              double* d_gamma, double* d_beta) {
+  gradient_in(channels, count, mean, var, gamma, eps, sum_dz, sum_dz_centered, line, static_cast<S*>(k1),
+              static_cast<S*>(k2), static_cast<S*>(k3), d_gamma, d_beta);
 }
 
 void parameters(int64_t channels, const double* var, double eps, const double* sum_dz, const double* sum_dz_centered,
@@ -241,7 +277,7 @@ void blend(int64_t channels, double momentum, const double* batch, double factor
 
 template <class S>
 constexpr CoefficientKernels coefficient_kernels() {
-  return {statistics,  finite,     means<S>,   normalize<S>, lines<S>, apply<S>,
+  return {statistics,  finite,     means<S>,   normalize<S>, lines<S>, two_parts, apply<S>,
           gradient<S>, parameters, relu_gates, spread,       fold,     blend};
 }
 

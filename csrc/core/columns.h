@@ -80,6 +80,13 @@ struct Columns {
     return {mean, line ? of(from.scale, size) : mean, line ? of(from.shift, size) : mean,
             gate ? of(from.threshold, gate_size) : mean, gate ? of(from.flip, gate_size) : mean};
   }
+  // Scale and shift of a forward, and where there are such their rests.
+  NormalizeCoefficients forward(const NormalizeCoefficients& from) {
+    if (!from.scale_rest) return normalize(from, true, false);
+    const void *const scale = of(from.scale, 4), *const scale_rest = of(from.scale_rest, 4);
+    const void *const shift = of(from.shift, 4), *const shift_rest = of(from.shift_rest, 4);
+    return {scale, scale, shift, scale, scale, scale_rest, shift_rest};
+  }
   // What the gate of an activation needs of them.
   NormalizeCoefficients gated(const NormalizeCoefficients& from, Gate gate, Activation activation) {
     const bool relu = gate == Gate::recompute && activation == Activation::relu;

@@ -218,6 +218,14 @@ INLINE P minus(const P& a, const P& b) {
   return d;
 }
 
+// x as it is multiplied by dz in sums: float64 has digits to spare for values of fewer, so the sum of dz times the mean
+// can be taken off in the end; from others the mean, or what stands for it, is taken off here.
+template <class P>
+INLINE P factor_of(const P& x, const P& mean) {
+  if constexpr (std::is_same_v<P, Wide>) return x;
+  return minus(x, mean);
+}
+
 // A float64 value for all lanes, or one a lane.
 template <class P>
 INLINE P everywhere(double v) {
@@ -347,7 +355,11 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Val
   using L = Lane<T>;
   constexpr i64 W = L::width;
   i64 i = 0;
-  const bool streamed = overlap && around_cache && !in_place && inner >= 4 * W;
+  // A line of the cache of which a part alone goes around it costs more than all others of a short plane win.
+  constexpr i64 line = 64, long_plane = 256 * line;
+  const i64 bytes = inner * i64(sizeof(T));
+  const bool streamed =
+      overlap && around_cache && !in_place && inner >= 4 * W && (bytes % line == 0 || bytes >= long_plane);
   const auto head = [&](i64 width) INLINED {
     return i64(-reinterpret_cast<uintptr_t>(out) % (sizeof(T) * size_t(width)) / sizeof(T));
   };
@@ -358,10 +370,11 @@ INLINE void write_plane(T* out, i64 inner, bool around_cache, bool in_place, Val
       for (; i + 2 * W <= inner; i += 2 * W) stream_pair(out + i, pair(i));
     }
     for (; i + 2 * W <= inner; i += 2 * W) store_pair(out + i, pair(i));
-  } else if (streamed) {
+  } else if (overlap && !in_place && inner >= 8 * W) {
     i = head(W);
     if (i) L::store(out, value(0));
-    for (; i + W <= inner; i += W) stream(out + i, value(i));
+    if (streamed)
+      for (; i + W <= inner; i += W) stream(out + i, value(i));
   }
   for (; i + W <= inner; i += W) L::store(out + i, value(i));
   if (i == inner) return;
@@ -424,8 +437,7 @@ INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cac
       some(n, n + height, c, columns - c);
   };
   const i64 row = out.stride * i64(sizeof(T));
-  const bool tiled =
-      columns * i64(sizeof(T)) < 512 || row >= 4096 || near || (!around_cache && sizeof(T) > 2 && row >= 2048);
+  const bool tiled = columns * i64(sizeof(T)) < 512 || row >= 4096 || near;
   const auto all = [&](auto streamed) INLINED {
     i64 n = 0;
     for (; tiled && n + tile <= rows; n += tile) walk(std::integral_constant<i64, tile>{}, streamed, n);
@@ -621,8 +633,33 @@ struct Line {
 };
 template <class T>
 constexpr bool kLine = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
+
+// The same of float32 in float32. Products and sums of the first parts are rounded once, and the rests make up for what
+// the parts have lost: an error of one unit in the last place, where torch has some. It takes half the time.
+struct TwoParts {
+  using P = Pack<float>;
+  using K = Coefficient<P>;
+  P scale, scale_rest, shift, shift_rest;
+  static INLINE TwoParts broadcast(const NormalizeCoefficients& k, i64 c) {
+    return {K::broadcast(k.scale, c), K::broadcast(k.scale_rest, c), K::broadcast(k.shift, c),
+            K::broadcast(k.shift_rest, c)};
+  }
+  static INLINE TwoParts of_columns(const NormalizeCoefficients& k, i64 c) {
+    return {K::of_columns(k.scale, c), K::of_columns(k.scale_rest, c), K::of_columns(k.shift, c),
+            K::of_columns(k.shift_rest, c)};
+  }
+  static INLINE TwoParts of_some(const NormalizeCoefficients& k, i64 c, i64 count) {
+    return {K::of_some(k.scale, c, count), K::of_some(k.scale_rest, c, count), K::of_some(k.shift, c, count),
+            K::of_some(k.shift_rest, c, count)};
+  }
+  INLINE P operator()(const P& x) const {
+    const f32 first = fused(x.part[0], scale.part[0], shift.part[0]);
+    return {{first + fused(x.part[0], scale_rest.part[0], shift_rest.part[0])}};
+  }
+};
 template <class T, class P>
-using Forward = std::conditional_t<kLine<T>, Line<P>, Normal<T, P>>;
+using Forward =
+    std::conditional_t<std::is_same_v<P, Pack<float>>, TwoParts, std::conditional_t<kLine<T>, Line<P>, Normal<T, P>>>;
 
 // One bit a lane: whether the derivative there is that of the activation's linear part.
 template <class P>
@@ -809,7 +846,7 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
           span.inner, lanes.first + c, lanes.second + c,
           [&](i64 i, Sums<S>& a) {
             const V v = L::load(p + i), rv = gate == Gate::residual ? L::load(r + i) : V{};
-            const auto d = minus(load<S>(p + i), m);
+            const auto d = factor_of(load<S>(p + i), m);
             if constexpr (gate == Gate::none) {
               a.add(load<S>(g + i), d);
             } else {
@@ -828,15 +865,15 @@ void planar_reduce(const Slab& slab, const Operand& dy, const Operand& x, const 
               dz.b = gated<T, P, form, gate>(gv.b, v.b, normal, rv.b, nullptr, 0, 0, f).rounded();
               if (keep) store_pair(keep + i, dz);
             }
-            even.add(S::of(dz.a), minus(S::of(v.a), m));
-            odd.add(S::of(dz.b), minus(S::of(v.b), m));
+            even.add(S::of(dz.a), factor_of(S::of(v.a), m));
+            odd.add(S::of(dz.b), factor_of(S::of(v.b), m));
           },
           [&](i64 i, i64 count, Sums<S>& a) {
             const V v = load_some(p + i, count), rv = gate == Gate::residual ? load_some(r + i, count) : V{};
             const V dz =
                 gated<T, P, form, gate>(load_some(g + i, count), v, normal, rv, bits.from, bits(i), count, f).rounded();
             if (keep) store_some(keep + i, dz, count);
-            a.add(only(S::of(dz), 0, count), only(minus(S::of(v), m), 0, count));
+            a.add(only(S::of(dz), 0, count), only(factor_of(S::of(v), m), 0, count));
           });
     }
   }
@@ -869,7 +906,7 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
         const V v = L::load(xs(n, c));
         const V rv = gate == Gate::residual ? L::load(rs(n, c)) : V{};
         const uint8_t* bits = gate == Gate::signs ? all_signs + n * signs_row : nullptr;
-        const auto d = minus(load<S>(xs(n, c)), q.mean);
+        const auto d = factor_of(load<S>(xs(n, c)), q.mean);
         if constexpr (gate == Gate::none) {
           a.add(load<S>(dys(n, c)), d);
         } else {
@@ -885,7 +922,7 @@ void interleaved_reduce(const Slab& slab, const Operand& dy, const Operand& x, c
         const V g = load_some(dys(n, 0), C);
         const V dz = gated<T, P, form, gate>(g, v, few.normal, rv, bits, 0, C, f).rounded();
         if (keeps.data) store_some(keeps(n, 0), dz, C);
-        a.add(S::of(dz), minus(S::of(v), few.mean));
+        a.add(S::of(dz), factor_of(S::of(v), few.mean));
       });
 }
 
@@ -908,8 +945,11 @@ struct Apply {
   }
   INLINE typename Lane<T>::V operator()(const P& dz, const P& x) const {
     P dx;
-    for (int i = 0; i < P::parts; ++i)
-      dx.part[i] = k1.part[i] * dz.part[i] + (k2.part[i] * (x.part[i] - normal.mean.part[i]) + k3.part[i]);
+    constexpr bool line = std::is_same_v<T, bf16>;  // is_line_of_gradient
+    for (int i = 0; i < P::parts; ++i) {
+      const auto v = line ? x.part[i] : x.part[i] - normal.mean.part[i];
+      dx.part[i] = k1.part[i] * dz.part[i] + (k2.part[i] * v + k3.part[i]);
+    }
     return dx.rounded();
   }
 };
@@ -1025,10 +1065,9 @@ void normalize_sum(const Slab& slab, const Operand& x, const Operand& y, const N
   return normalize_case<T, P, order, form, true, true>(slab, x, y, k, f);
 }
 
-template <class T, Order order>
-void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
-                    const KernelFusion& f) {
-  using P = typename In<T, true>::E;
+template <class T, class P, Order order>
+void normalize_in(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
+                  const KernelFusion& f) {
   const bool is_identity = f.activation == Activation::identity;
   if (f.residual && is_identity) return normalize_sum<T, P, order, Form::identity>(slab, x, y, k, f);
   if (f.residual && f.activation == Activation::relu) return normalize_sum<T, P, order, Form::relu>(slab, x, y, k, f);
@@ -1036,6 +1075,14 @@ void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const 
   if (is_identity) return normalize_case<T, P, order, Form::identity, false, false>(slab, x, y, k, f);
   choose_form<forms_of<T>>(f.activation,
                            [&](auto form) { normalize_case<T, P, order, form.value, false, false>(slab, x, y, k, f); });
+}
+
+template <class T, Order order>
+void normalize_slab(const Slab& slab, const Operand& x, const Operand& y, const NormalizeCoefficients& k,
+                    const KernelFusion& f) {
+  if constexpr (std::is_same_v<T, float> && kFused)
+    if (k.scale_rest) return normalize_in<T, Pack<T>, order>(slab, x, y, k, f);
+  normalize_in<T, typename In<T, true>::E, order>(slab, x, y, k, f);
 }
 
 // Calls kernel(form, gate) for the case at hand.
@@ -1085,8 +1132,12 @@ void apply_slab(const Slab& slab, const Operand& dy, const Operand& x, const Ope
 
 template <class T, Order order>
 constexpr Kernels kernels_of() {
-  return {order == Order::planar ? planar_moments<T> : interleaved_moments<T>, normalize_slab<T, order>,
-          reduce_slab<T, order>, apply_slab<T, order>, kLine<T>};
+  return {order == Order::planar ? planar_moments<T> : interleaved_moments<T>,
+          normalize_slab<T, order>,
+          reduce_slab<T, order>,
+          apply_slab<T, order>,
+          kLine<T>,
+          std::is_same_v<T, float> && kFused};
 }
 
 constexpr Order kOrder = Order::BATCHNORM_ORDER;

@@ -27,11 +27,18 @@ struct NormalizeCoefficients {
   // For the gradient of relu, in the type of the vectors (float32, float64 for float64): z > 0 just where
   // (x xor flip) > threshold, flip being 0.0 or -0.0.
   const void *threshold, *flip;
+  // Where a forward of float32 is computed in float32: scale and shift are float32, and this is what rounding took from
+  // them. Absent: they are float64.
+  const void *scale_rest = nullptr, *shift_rest = nullptr;
 };
 
 struct ApplyCoefficients {
   const void *k1, *k2, *k3;
 };
+
+// Whether gradients take no mean off: dx = k1 * dz + (k2 * x + k3), where k3 has the product of mean and k2. Values of
+// bfloat16 that differ are at least 2^-8 of their mean apart, so what float32 loses of that product is little.
+constexpr bool is_line_of_gradient(Dtype element) { return element == Dtype::bfloat16; }
 
 // Whether an activation takes as long as several plain elements.
 constexpr bool takes_exponential(Activation a) {
@@ -56,13 +63,15 @@ struct Kernels {
   // sums[c], sums[channels + c] += sum of (x - shift[c]) and of its square
   void (*moments)(const Slab&, const Operand& x, const double* shift, double* sums);
   void (*normalize)(const Slab&, const Operand& x, const Operand& y, const NormalizeCoefficients&, const KernelFusion&);
-  // sums[c], sums[channels + c] += sum of dz and of dz * (x - mean[c]); where 16-bit elements are not few, the mean
-  // must be a value of float32. dz is kept where there is a place for it, which may be that of dy.
+  // sums[c], sums[channels + c] += sum of dz and of dz * x; of float64 elements, and of 16-bit ones that are not few,
+  // of dz * (x - mean[c]), where that mean must be a value of float32 for 16 bits. dz is kept where there is a place
+  // for it, which may be that of dy.
   void (*reduce)(const Slab&, const Operand& dy, const Operand& x, const Operand& kept, const double* mean,
                  const NormalizeCoefficients&, const KernelFusion&, Gate, double* sums);
   void (*apply)(const Slab&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients&, const ApplyCoefficients&, const KernelFusion&, Gate);
-  bool line;  // whether `normalize` takes the coefficients of `lines`
+  bool line;       // whether `normalize` takes the coefficients of `lines`
+  bool two_parts;  // whether it takes them in two parts each, too
 };
 
 // What sums of a run of channels become; coefficients are in the compute type of the kernels.
@@ -81,13 +90,17 @@ struct CoefficientKernels {
   // product of mean and scale, so a channel whose `own` variance is 0 has no scale, and gives beta.
   void (*lines)(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
                 double eps, bool own, void* scales, void* shifts);
-  // Those of ApplyCoefficients, of given ones and of the sums of `reduce` over `count` values.
-  void (*apply)(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, void* to_k1,
-                void* to_k2, void* to_k3);
+  // Float64 scales and shifts as float32 ones and their rests: parts[0] and [1] of the scales, [2] and [3] of the
+  // shifts. A channel whose parts would lose digits has NaN for the shift's rest; returns whether there is none.
+  bool (*two_parts)(int64_t channels, const double* scales, const double* shifts, float* const parts[4]);
+  // Those of ApplyCoefficients, of given ones and of the sums of `reduce` over `count` values; of a `line` k3 has the
+  // product of mean and k2.
+  void (*apply)(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, bool line,
+                void* to_k1, void* to_k2, void* to_k3);
   // Adds what the sums of one pool are of the gradients of gamma and beta, as `parameters` does alone.
   void (*gradient)(int64_t channels, double count, const double* mean, const double* var, const double* gamma,
-                   double eps, const double* sum_dz, const double* sum_dz_centered, void* k1, void* k2, void* k3,
-                   double* d_gamma, double* d_beta);
+                   double eps, const double* sum_dz, const double* sum_dz_centered, bool line, void* k1, void* k2,
+                   void* k3, double* d_gamma, double* d_beta);
   void (*parameters)(int64_t channels, const double* var, double eps, const double* sum_dz,
                      const double* sum_dz_centered, double* d_gamma, double* d_beta);
   // Thresholds and flips of NormalizeCoefficients, of type float32 or float64 by their size in bytes.

@@ -57,8 +57,9 @@ void Plan::cut_planar(int64_t pool, bool signs) {
   const int64_t byte = signs ? channels_of_bytes(s) : 1;
   const auto fill_bytes = [&] { group = std::min(ceil_div(group, byte) * byte, std::max<int64_t>(s.channels, 1)); };
   // In the caches planes of some vectors are better walked one by one: their coefficients stay in registers. If there
-  // is one phase, rows are as good, unless planes are of whole vectors.
-  const bool apart = near && s.inner >= kFlatNear && (!one_phase || s.inner % kVector == 0);
+  // is one phase, rows are as good for 16 bits, unless planes are of whole vectors.
+  const bool whole_vectors = s.inner % kVector == 0 || bytes > 2;
+  const bool apart = near && s.inner >= kFlatNear && (!one_phase || whole_vectors);
   flat = !s.valid && s.inner > 0 && s.inner <= kFlatInner && pool >= flat_samples(s.inner) && !apart;
   group = std::clamp<int64_t>(ceil_div(kRunBytes, plane), 1, std::clamp<int64_t>(s.channels, 1, kMaxPlanarChannels));
   while (group > 1 && group * plane * pool > cache.l2 / 2) --group;

@@ -25,7 +25,7 @@ namespace batchnorm {
 
 constexpr int64_t kSerialElements = 16384;  // fewer stay on one thread; of two bytes five times as many
 constexpr int64_t kCostly = 2;              // elements, that an exponential is worth
-constexpr int64_t kFewValues = 8192, kFewFloat32 = 128;
+constexpr int64_t kFewValues = 8192, kFewFloat32 = 128, kFewForward = 1024;
 // Planes of at most kFlatInner elements and rows of fewer than kFlatChannels are walked kFlatColumns elements at a
 // time.
 constexpr int64_t kFlatInner = kTogether, kFlatSamples = 8, kFlatChannels = 64, kFlatColumns = 4096;
@@ -34,6 +34,8 @@ constexpr int64_t kFlatInner = kTogether, kFlatSamples = 8, kFlatChannels = 64, 
 inline int64_t flat_samples(int64_t inner) { return inner <= 16 ? 2 : inner <= 64 ? 4 : kFlatSamples; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// So many values of four or eight bytes that what lies behind them begins a line of the cache if they do.
+inline int64_t lined(int64_t count) { return ceil_div(count, 16) * 16; }
 
 // Whether a tensor is not worth a second thread: so many elements, each worth `times` plain ones.
 inline int64_t serial_elements(Dtype d) { return element_size(d) == 2 ? 5 * kSerialElements : kSerialElements; }
@@ -83,8 +85,8 @@ struct Plan {
   int64_t pieces_a_task() const { return segment > 1 ? segment * groups : 1; }
   int64_t tasks() const { return ceil_div(pieces(), pieces_a_task()); }
   // Arrays of coefficients begin at distances that no power of two divides: a processor takes addresses that agree in
-  // their last 12 bits for one another.
-  int64_t slots() const { return ceil_div(whole ? group : statistics(), 8) * 8 + 48; }
+  // their last 12 bits for one another. They begin whole lines of the cache, in any type.
+  int64_t slots() const { return lined(whole ? group : statistics()) + 48; }
   // Doubles that hold the two sums of every channel of every piece, those of whole pieces being the slots'.
   int64_t sums() const { return whole ? 2 * slots() : one_phase ? 0 : 2 * statistics() * parts(); }
   // Rows of gradients of gamma and beta, one a segment.
@@ -133,6 +135,8 @@ struct Plan {
     return shape.dtype == Dtype::float32 ? fewest < kFewFloat32 : count(pool) < kFewValues;
   }
   // Whether gradients are computed in float64.
+  // Whether a forward of float32 has so many values in each channel that it may be computed in float32.
+  bool many_forward() const { return shape.dtype == Dtype::float32 && fewest >= kFewForward; }
   bool wide() const { return shape.dtype == Dtype::float64 || (shape.dtype == Dtype::float32 && few(0)); }
 
   // What kernels take: an operand from a piece's first element on, and the piece itself.

@@ -16,6 +16,11 @@ struct Coefficients {
   NormalizeCoefficients normalize(int64_t i) const { return {at(0, i), at(1, i), at(2, i), gate(0, i), gate(1, i)}; }
   // Two arrays more, behind six of eight bytes: float64 for float64, else float32.
   char* gate(int array, int64_t i) const { return base + 48 * count + (array * count + i) * gate_size; }
+  // The same in two parts each, which lie where a forward has no coefficients of gradients.
+  float* part(int k, int64_t i) const { return reinterpret_cast<float*>(base + 24 * count) + k * count + i; }
+  NormalizeCoefficients two_parts(int64_t i) const {
+    return {part(0, i), part(0, i), part(2, i), part(0, i), part(0, i), part(1, i), part(3, i)};
+  }
   ApplyCoefficients apply(int64_t i) const { return {at(3, i), at(4, i), at(5, i)}; }
 };
 
@@ -32,17 +37,19 @@ struct Scratch {
   double* slots;
   bool wide;
   Scratch(const Plan& plan, double* workspace, bool wide)
-      : gamma(workspace),
-        beta(gamma + plan.shape.channels + 48),
-        counts(beta + plan.shape.channels + 48),
-        gradients(counts + plan.shape.pools()),
-        slots(gradients + 2 * plan.gradient_rows() * plan.shape.channels),
+      : gamma(first_line(workspace)),
+        beta(gamma + lined(plan.shape.channels) + 48),
+        counts(beta + lined(plan.shape.channels) + 48),
+        gradients(counts + lined(plan.shape.pools())),
+        slots(gradients + lined(2 * plan.gradient_rows() * plan.shape.channels)),
         wide(wide) {}
   static int64_t size(const Plan& plan) {
-    return 2 * (plan.shape.channels + 48) + plan.shape.pools() + 2 * plan.gradient_rows() * plan.shape.channels +
-           (plan.whole ? plan.tasks() : 1) * slots_size(plan);
+    return 8 + 2 * (lined(plan.shape.channels) + 48) + lined(plan.shape.pools()) +
+           lined(2 * plan.gradient_rows() * plan.shape.channels) + (plan.whole ? plan.tasks() : 1) * slots_size(plan);
   }
-  static int64_t slots_size(const Plan& plan) { return 9 * plan.slots() + plan.sums(); }
+  static int64_t slots_size(const Plan& plan) { return 9 * plan.slots() + lined(plan.sums()); }
+  // Where a line of the cache begins: a vector of coefficients that lies in two takes twice the time to read.
+  static double* first_line(double* from) { return from + -(reinterpret_cast<uintptr_t>(from) / sizeof(double)) % 8; }
   // Those of a task, or all.
   Slots of(const Plan& plan, int64_t task) const {
     double* const shift = slots + task * slots_size(plan);

@@ -9,6 +9,9 @@
 #if defined(__AVX2__) || defined(__AVX512F__) || defined(__SSE2__)
 #include <immintrin.h>
 #endif
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
 
 #define VB BATCHNORM_VECTOR_BYTES
 #define INLINE inline __attribute__((always_inline))
@@ -352,6 +355,24 @@ INLINE void stream(T* p, V v) {
   } else {
     stream_bytes(p, (f32)v);
   }
+}
+
+// a * b + c, rounded once, where the instruction set has that.
+#if VB > 16 || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+INLINE f32 fused(f32 a, f32 b, f32 c) {
+#if VB == 64
+  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VB == 32
+  return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
 }
 
 template <class M, class V>

@@ -1,4 +1,7 @@
 // The verbs of batchnorm.h: which steps they take, and in which order these go over the pieces of a plan.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "columns.h"
@@ -43,7 +46,9 @@ struct Steps {
   const CoefficientKernels& coefficients;
   Fusion fusion;
   double eps = 0;
-  bool large, stream;  // around the cache go zeros; elements
+  bool large, stream;                        // around the cache go zeros; elements
+  bool two_parts;                            // of a forward: coefficients are in float32 and what that loses
+  mutable std::atomic<bool> strange{false};  // but not those of all channels
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
       : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation), f.signs),
@@ -54,7 +59,8 @@ struct Steps {
         fusion(f),
         large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
         // Not where runs of valid values share lines with zeros.
-        stream(large && (!shape.valid || shape.order == Order::interleaved)) {
+        stream(large && (!shape.valid || shape.order == Order::interleaved)),
+        two_parts(kernels.two_parts && plan.many_forward()) {
     if (!shape.valid) return;
     count_values(plan, scratch.counts);
     plan.counts = scratch.counts;
@@ -137,6 +143,31 @@ struct Steps {
     const Coefficients& k = w.k();
     coefficients.lines(w.piece.channels, mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
                        scratch.beta + w.piece.channel, eps, own, k.at(1, w.slot), k.at(2, w.slot));
+    if (two_parts) set_parts(w);
+  }
+
+  void set_parts(const Work& w) const {
+    const Coefficients& k = w.k();
+    float* const parts[] = {k.part(0, w.slot), k.part(1, w.slot), k.part(2, w.slot), k.part(3, w.slot)};
+    const auto at = [&](int array) { return reinterpret_cast<const double*>(k.at(array, w.slot)); };
+    if (!coefficients.two_parts(w.piece.channels, at(1), at(2), parts)) strange.store(true, std::memory_order_relaxed);
+  }
+
+  // For what is scaled alone.
+  void clear_shifts(const Work& w) const {
+    const Coefficients& k = w.k();
+    for (int array : {0, 2}) std::fill_n(k.at(array, w.slot), w.piece.channels * k.size(), char(0));
+    if (!two_parts) return;
+    std::fill_n(k.part(2, w.slot), w.piece.channels, 0.f);
+    for (int64_t c = 0; c < w.piece.channels; ++c)
+      if (float& rest = *k.part(3, w.slot + c); !std::isnan(rest)) rest = 0;
+  }
+
+  // Whether a work's channels all have their two parts: one that has not lets all be computed in float64.
+  bool in_two_parts(const Work& w) const {
+    if (!two_parts || !strange.load(std::memory_order_relaxed)) return two_parts;
+    const float* const rest = w.k().part(3, w.slot);
+    return std::none_of(rest, rest + w.piece.channels, [](float v) { return std::isnan(v); });
   }
 
   // Whether the sums of a backward are taken in float32. The differences are then taken from centers: means with as few
@@ -199,8 +230,9 @@ struct Steps {
                            gate(), w.first);
           });
     });
-    if (is_centered(w))
-      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += (center[c] - mean[c]) * w.first[c];
+    const bool has_mean = !is_centered(w) && element_size(plan.shape.dtype) < 8;
+    if (has_mean || is_centered(w))
+      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += ((has_mean ? 0 : center[c]) - mean[c]) * w.first[c];
   }
 
   void finish_moments(const Work& w, double divisor, double* mean, double* spread) const {
@@ -230,8 +262,8 @@ struct Steps {
     if (!population) {
       double* const row = gradient_row(w);
       return coefficients.gradient(n, values(w), mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
-                                   eps, w.first, w.second, k.at(3, w.slot), k.at(4, w.slot), k.at(5, w.slot), row,
-                                   row + plan.shape.channels);
+                                   eps, w.first, w.second, is_line_of_gradient(plan.shape.dtype), k.at(3, w.slot),
+                                   k.at(4, w.slot), k.at(5, w.slot), row, row + plan.shape.channels);
     }
     add_parameters(w, var);
     set_scaled(w);
@@ -269,12 +301,13 @@ struct Steps {
   void set_apply(const Work& w, const double* mean, const double* k1, const double* k2, const double* k3) const {
     const Coefficients& k = w.k();
     const int64_t at = w.statistic;
-    coefficients.apply(w.piece.channels, mean + at, k1 + at, k2 + at, k3 + at, k.at(3, w.slot), k.at(4, w.slot),
-                       k.at(5, w.slot));
+    coefficients.apply(w.piece.channels, mean + at, k1 + at, k2 + at, k3 + at, is_line_of_gradient(plan.shape.dtype),
+                       k.at(3, w.slot), k.at(4, w.slot), k.at(5, w.slot));
   }
 
   // Rows whose results lie in planar order: a tile of them at a time, out of the first cache.
   void normalize_across(const Work& w, const Operand& x, const Operand& y) const {
+    const bool in_parts = in_two_parts(w);
     alignas(64) char values[kTileBytes];
     const int64_t size = element_size(plan.shape.dtype), height = tile_rows(size);
     const auto for_tiles = [&](const Piece& rows, const auto& fill) {
@@ -309,7 +342,8 @@ struct Steps {
             if (x.places) from.data = static_cast<char*>(x.data) + at * size;
             KernelFusion f = fused(tile);
             f.stream = false;
-            kernels.normalize(plan.slab(tile), from, {values, kTileColumns, 1}, w.k().normalize(slot), f);
+            const NormalizeCoefficients k = in_parts ? w.k().two_parts(slot) : w.k().normalize(slot);
+            kernels.normalize(plan.slab(tile), from, {values, kTileColumns, 1}, k, f);
           });
         },
         [&](const Piece& gap) {
@@ -320,13 +354,16 @@ struct Steps {
 
   void normalize(const Work& w, const Operand& x, const Operand& y) const {
     if (y.places) return normalize_across(w, x, y);
+    const bool in_parts = in_two_parts(w);
     if (is_padded())
       return for_padded_planes(
           plan, w.piece, y, {}, large,
           [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand&) {
-            kernels.normalize(slab, plan.operand(x, v), to, w.k().normalize(w.slot + channel), fused(v));
+            const int64_t slot = w.slot + channel;
+            const NormalizeCoefficients k = in_parts ? w.k().two_parts(slot) : w.k().normalize(slot);
+            kernels.normalize(slab, plan.operand(x, v), to, k, fused(v));
           });
-    const NormalizeCoefficients k = w.k().normalize(w.slot);
+    const NormalizeCoefficients k = in_parts ? w.k().two_parts(w.slot) : w.k().normalize(w.slot);
     for_slabs(
         plan, w.piece,
         [&](const Piece& v, const Slab& slab) {
@@ -334,8 +371,7 @@ struct Steps {
               plan, v, slab, {x, y, fusion.residual}, has_signs(),
               [&](const LongRows& r) {
                 Columns columns(coefficients, w.k(), r);
-                row_kernels.normalize(r.slab, r.operand(plan, x), r.operand(plan, y), columns.normalize(k, true, false),
-                                      fused(r));
+                row_kernels.normalize(r.slab, r.operand(plan, x), r.operand(plan, y), columns.forward(k), fused(r));
               },
               [&](const Piece& p, const Slab& s) {
                 kernels.normalize(s, plan.operand(x, p), plan.operand(y, p), k, fused(p));
@@ -584,7 +620,7 @@ void backward_of_constants(const Shape& shape, const Operand& dy, const Operand&
         .one(
             [&](const Work& w) {
               steps.set_forward(w, mean, var, false);
-              for (int array : {0, 2}) std::fill_n(w.k().at(array, w.slot), w.piece.channels * w.k().size(), char(0));
+              steps.clear_shifts(w);
             },
             [&](const Work& w) { steps.normalize(w, dy, dx); });
   }

@@ -218,7 +218,7 @@ struct Norm {
   }
   // The result, before it is an element, by statistics with these errors.
   Bounded result(const Coefficients& k, const Bounded& v, Real mean_error = 0, Real var_error = 0) const {
-    Bounded z = normalized(k, Precision(dtype, 0), v, is_line(dtype));
+    Bounded z = normalized(k, Precision::of_forward(dtype, count), v, is_line(dtype));
     const Real away = std::fabs(v.value - k.mean) + v.error + mean_error;
     z.error += std::fabs(k.scale()) * (mean_error + away * var_error / (k.var + kEps));
     return curve().value(z);
@@ -282,6 +282,7 @@ struct Norm {
       dzs.push_back(dz);
       add(sum, dz, 1, 0);
       add(centered, dz, v.value - coefficients.mean, v.error + mean_step);
+      centered.error += product_error(dtype, count) * std::fabs(dz.value) * (std::fabs(v.value) + std::fabs(mean[k]));
     }
     const Real roundings = 8 * Real(kDouble);
     Gradients to;
@@ -293,7 +294,8 @@ struct Norm {
     const Real k2_error = std::fabs(second) * centered.error, k3_error = std::fabs(third) * sum.error;
     for (size_t i = 0; i < values.size(); ++i) {
       const Bounded &v = values[i], between = is_rounded ? stored(dzs[i], dtype) : dzs[i];
-      Bounded right = input_gradient({between.value, between.error}, scale, k2, k3, v.value, mean[k], precision);
+      Bounded right = input_gradient({between.value, between.error}, scale, k2, k3, v.value, mean[k], precision,
+                                     batchnorm::is_line_of_gradient(dtype));
       const Real away = std::fabs(v.value - Real(mean[k]));
       right.error += (away + v.error) * k2_error + k3_error + std::fabs(k2) * v.error;
       to.x.push_back(stored(right, dtype));

@@ -517,6 +517,81 @@ std::string conversion_fault(Order order, Dtype dtype, float gamma) {
   return "";
 }
 
+// Forwards of float32 by given statistics, of many values a channel: coefficients are taken in two parts, where these
+// hold them. Some channels have scales and shifts that they do not hold, or that are no numbers; some values are
+// infinite.
+struct Extreme {
+  double mean, var;
+  float gamma, beta;
+};
+const double kInf = std::numeric_limits<double>::infinity();
+const Extreme kExtremes[] = {{0, 1, 1, 0},        {3, 4, -1.7f, 0.3f},    {1e6, 1, 1.1f, 0},     {-250, 0.01, 0.2f, 5},
+                             {0, 1, 0, 2.5f},     {0, 1, 1, 0},           {1, 1, 0x1p-60f, 1},   {2, 1, 0x1.01p-70f, 0},
+                             {1e30, 1, 1e30f, 0}, {0.5, 1, 3e38f, 1},     {0, 1, 1, -3e38f},     {kInf, 1, 1, 0},
+                             {0, kInf, 1, 0.25f}, {0, 1, float(kInf), 0}, {0, 1, 1, float(NAN)}, {-0.1, 1e-30, 1, 0}};
+
+std::string extreme_fault(Order order, int64_t from, int64_t channels, Activation activation, bool threads) {
+  const int64_t samples = order == Order::planar ? 11 : 1100, inner = order == Order::planar ? 100 : 1;
+  const Shape s = order == Order::planar ? planar(Dtype::float32, samples, channels, inner, samples)
+                                         : interleaved(Dtype::float32, samples, channels, samples);
+  const Tensor x(s, Layout::dense, 0), y(s, Layout::dense, 0);
+  std::vector<double> mean, var;
+  std::vector<float> gamma, beta;
+  Random random(uint64_t(from) + 1);
+  for (int64_t c = 0; c < channels; ++c) {
+    const Extreme& e = kExtremes[size_t(from + c) % std::size(kExtremes)];
+    mean.push_back(e.mean), var.push_back(e.var), gamma.push_back(e.gamma), beta.push_back(e.beta);
+    const double middle = std::isinf(e.mean) ? 0 : e.mean, width = std::isinf(e.var) ? 1 : std::sqrt(e.var);
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t i = 0; i < inner; ++i) x.set(n, c, i, middle + width * random.normal());
+    x.set(3, c, 0, kInf), x.set(7, c, 0, -kInf), x.set(8, c, 0, NAN), x.set(9, c, 0, 3e38);
+  }
+  batchnorm::Fusion fusion;
+  fusion.activation = activation;
+  const Doubles work(int64_t(batchnorm::workspace_size(s)));
+  Partition parts{5, threads};
+  batchnorm::normalize(s, x.operand(), y.operand(), mean.data(), var.data(), {gamma.data(), Dtype::float32},
+                       {beta.data(), Dtype::float32}, 0, fusion, work.data(), parts.parallel());
+  for (int64_t c = 0; c < channels; ++c) {
+    const Real scale = Real(double(gamma[size_t(c)]) / std::sqrt(var[size_t(c)]));
+    const Real shift = Real(double(beta[size_t(c)]) - mean[size_t(c)] * double(scale));
+    for (int64_t n = 0; n < samples; ++n)
+      for (int64_t i = 0; i < inner; ++i) {
+        Real z = Real(x.get(n, c, i)) * scale + shift;
+        if (activation == Activation::relu && z < 0) z = 0;
+        const double given = y.get(n, c, i);
+        // One unit in the last place, and what float64 loses of the shift.
+        const Real error =
+            0x1.0001p-23L * std::fabs(z) + 0x1p-44L * (std::fabs(shift) + std::fabs(z - shift)) + 0x1p-148L;
+        const bool beyond = std::fabs(z) > 0x1.fffffep127L;
+        const bool right = std::isnan(z) ? std::isnan(given)
+                           : beyond      ? given == (z > 0 ? kInf : -kInf) || std::fabs(given) >= 0x1.fffffdp127
+                                         : std::fabs(Real(given) - z) <= error;
+        if (!right) {
+          char text[120];
+          std::snprintf(text, sizeof(text), "y[%d, %d] of x %.9g is %.9g, expected %.9Lg +- %.2Lg", int(n), int(c),
+                        x.get(n, c, i), given, z, error);
+          return text;
+        }
+      }
+  }
+  return "";
+}
+
+void extremes() {
+  const int64_t all = std::size(kExtremes);
+  for (const char* name : instruction_sets())
+    for (Order order : kOrders)
+      for (Activation activation : {Activation::identity, Activation::relu})
+        for (int64_t from = 0; from < all; ++from)
+          for (int64_t channels : {int64_t(1), int64_t(3), 2 * all + 1}) {
+            batchnorm::select_instruction_set(name);
+            now = std::string(name) + " extremes, " + (order == Order::planar ? "planar" : "interleaved") + ", " +
+                  std::to_string(channels) + " channels from " + std::to_string(from);
+            tally(extreme_fault(order, from, channels, activation, from % 2 != 0));
+          }
+}
+
 void conversions() {
   for (const char* name : instruction_sets())
     for (Dtype dtype : {Dtype::bfloat16, Dtype::float16})
@@ -724,20 +799,12 @@ void selection(const std::string& at_load) {
 // All parts, or the one that is named.
 int main(int count, char** arguments) {
   using namespace test;
-  const std::pair<const char*, void (*)()> parts[] = {{"lengths", lengths},
-                                                      {"places", places},
-                                                      {"masks", masks},
-                                                      {"large", large},
-                                                      {"short_runs", short_runs},
-                                                      {"counts", counts},
-                                                      {"values", values},
-                                                      {"empties", empties},
-                                                      {"activations", activations},
-                                                      {"corners", corners},
-                                                      {"conversions", conversions},
-                                                      {"nonfinite", nonfinite},
-                                                      {"across", across},
-                                                      {"transpositions", transpositions}};
+  const std::pair<const char*, void (*)()> parts[] = {
+      {"lengths", lengths},   {"places", places},           {"masks", masks},
+      {"large", large},       {"short_runs", short_runs},   {"counts", counts},
+      {"values", values},     {"empties", empties},         {"activations", activations},
+      {"corners", corners},   {"conversions", conversions}, {"nonfinite", nonfinite},
+      {"extremes", extremes}, {"across", across},           {"transpositions", transpositions}};
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "while checking %s\n", now.c_str()); });

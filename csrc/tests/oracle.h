@@ -1,7 +1,7 @@
 // The formulas of batchnorm.h in long double, each value with the error that the core is allowed.
 //
 // The budget is derived, not tuned. The core computes in float32, and in float64 for float64 elements, for sums, and
-// for float32 elements but for the gradients of pools of many values; u is the unit roundoff. mean, scale, shift, k1,
+// for float32 elements of pools of few values; u is the unit roundoff. mean, scale, shift, k1,
 // k2 and k3 are computed in float64 and rounded to that type, so they carry an error of u (where it is float64: the
 // roundings of their own formulas). From there on each operation adds u of its result. Activations and their
 // derivatives are taken of z rounded to float32 (float64 for float64 elements), with a few units of that type, as
@@ -10,6 +10,7 @@
 #pragma once
 
 #include "elements.h"
+#include "kernels.h"
 
 namespace test {
 
@@ -19,9 +20,13 @@ constexpr Real kCoefficientRoundings = 12;  // gamma / sqrt(var + eps)^3 * (sum 
 
 // Error of a sum of `count` terms, relative to the sum of their magnitudes. In float64 far above the 2^-53 sqrt(count)
 // of its additions. The moments of many 16-bit elements are added up in float32, a few terms at a time.
-constexpr int64_t kManyValues = 8192, kManyFloat32 = 128;
+constexpr int64_t kManyValues = 8192, kManyFloat32 = 128, kManyForward = 1024;
 inline bool in_float32(Dtype element, int64_t count) { return format_of(element).size == 2 && count >= kManyValues; }
 inline Real sum_error(Dtype element, int64_t count) { return in_float32(element, count) ? 20 * 0x1p-24L : 1e-12L; }
+// What float64 loses of dz * x, the mean being taken off their sum alone, in units of |dz| * (|x| + |mean|).
+inline Real product_error(Dtype element, int64_t count) {
+  return format_of(element).size == 8 || in_float32(element, count) ? 0 : 0x1p-50L;
+}
 constexpr Real kSmallestDouble = 0x1p-1074L;
 // What a sum may lose of each term that is too small for its type.
 inline Real smallest_term(Dtype element, int64_t count) {
@@ -41,6 +46,7 @@ struct Precision {
   Real unit, coefficient, tiny;      // of the compute type, its coefficients, its smallest value
   Real activation, tiny_activation;  // of the type that activations are computed in, its smallest normal value
   bool wide;                         // computed in float64
+  Real parts = 0;                    // u of float32, where a forward takes its coefficients in two parts of it
   // `smallest`: values of the smallest pool; 0 of what is normalized
   Precision(Dtype element, int64_t smallest)
       : wide(element == Dtype::float64 || (element == Dtype::float32 && smallest < kManyFloat32)) {
@@ -51,6 +57,12 @@ struct Precision {
     tiny = compute.smallest;
     activation = inner.unit_roundoff;
     tiny_activation = inner.smallest_normal;
+  }
+  // Of a forward: in float64, or nearly.
+  static Precision of_forward(Dtype element, int64_t smallest) {
+    Precision p(element, 0);
+    if (element == Dtype::float32 && smallest >= kManyForward) p.parts = format_of(element).unit_roundoff;
+    return p;
   }
   // The mean as the compute type holds it; the rest of it is carried by the shift.
   Real high(Real mean) const { return wide ? mean : Real(float(mean)); }
@@ -65,13 +77,22 @@ struct Coefficients {
   Real scale() const { return gamma / std::sqrt(var + eps); }
 };
 
+// Of two sums, each rounded, the second with what is lost of the products' parts; what is added last, or stored, rounds
+// once more, which is counted there.
+inline Real two_parts_error(const Precision& p, Real product, Real shift, Real linear, Real residual) {
+  const Real lost = 8 * p.parts * p.parts * (std::fabs(product) + std::fabs(shift));
+  const Real tiny = p.parts != 0 ? 0x1p-148L * 4 : 0;
+  return p.parts * std::fabs(linear) * (residual != 0 ? 2 : 1) * 1.000001L + lost + tiny;
+}
+
 // z = (x - mean) * scale + beta + residual, or the same as a `line`
 inline Bounded pre_activation(const Coefficients& k, const Precision& p, Real x, Real residual, bool line) {
   const Real scale = k.scale(), high = line ? 0 : p.high(k.mean), low = high - k.mean;
   const Real linear = (x - k.mean) * scale + k.beta, z = linear + residual;
   const Real product = std::fabs((x - high) * scale), shift = std::fabs(k.beta) + std::fabs(low * scale);
   const Real error = (p.coefficient + 2 * p.unit) * product + p.coefficient * shift +
-                     p.unit * (std::fabs(linear) + std::fabs(z)) + p.tiny * (std::fabs(scale) + 4);
+                     p.unit * (std::fabs(linear) + std::fabs(z)) + p.tiny * (std::fabs(scale) + 4) +
+                     two_parts_error(p, x * scale, k.beta - k.mean * scale, linear, residual);
   return {z, 1.01L * error};
 }
 
@@ -186,9 +207,10 @@ struct Curve {
   }
 };
 
-// dx = k1 * dz + k2 * (x - mean) + k3
-inline Bounded input_gradient(const Bounded& dz, Real k1, Real k2, Real k3, Real x, Real mean, const Precision& p) {
-  const Real high = p.high(mean), first = std::fabs(k1 * dz.value), second = std::fabs(k2 * (x - high)),
+// dx = k1 * dz + k2 * (x - mean) + k3; of a `line` the mean is not taken off x
+inline Bounded input_gradient(const Bounded& dz, Real k1, Real k2, Real k3, Real x, Real mean, const Precision& p,
+                              bool line) {
+  const Real high = line ? 0 : p.high(mean), first = std::fabs(k1 * dz.value), second = std::fabs(k2 * (x - high)),
              third = std::fabs(k3) + std::fabs(k2 * (high - mean));
   const Real error = std::fabs(k1) * dz.error + (p.coefficient + 3 * p.unit) * first +
                      (p.coefficient + 4 * p.unit) * second + (p.coefficient + 2 * p.unit) * third +

@@ -181,7 +181,9 @@ struct Problem {
   }
   // Of the gradients, and of what is normalized.
   Precision precision() const { return {c.shape.dtype, *std::min_element(values_.begin(), values_.end())}; }
-  Precision normalized() const { return {c.shape.dtype, 0}; }
+  Precision normalized() const {
+    return Precision::of_forward(c.shape.dtype, *std::min_element(values_.begin(), values_.end()));
+  }
   Curve curve() const { return {c.fused.activation, c.slope, precision()}; }
 
   Bounded z(const Coefficients& k, const Precision& precision, int64_t n, int64_t channel, int64_t i,

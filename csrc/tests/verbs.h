@@ -117,6 +117,8 @@ inline void judge_sums(Run& r, const Doubles& mean, const std::vector<Bounded>& 
     const Real error = dz.error + sum_error(dtype, count) * std::fabs(dz.value);
     first[s].error += error + tiny;
     second[s].error += error * reach + tiny;
+    second[s].error +=
+        product_error(dtype, count) * std::fabs(dz.value) * (std::fabs(d) + 2 * std::fabs(Real(mean[s])));
   });
   for (int64_t s = 0; s < p.statistics(); ++s) {
     const int64_t pool = s / r.shape().channels, channel = s % r.shape().channels;
@@ -172,7 +174,8 @@ inline void judge_gradient(Run& r, const Tensor& dx, const Tensor* d_residual, c
     const int64_t s = p.statistic(n, c);
     const Bounded& dz = dzs[at++];
     const Gradient g = gradient(s, n, c);
-    const Bounded right = input_gradient(between(dz), g.k1, g.k2, g.k3, p.x.get(n, c, i), mean[s], p.precision());
+    const Bounded right = input_gradient(between(dz), g.k1, g.k2, g.k3, p.x.get(n, c, i), mean[s], p.precision(),
+                                         batchnorm::is_line_of_gradient(r.shape().dtype));
     r.expect("dx", n, c, i, dx.get(n, c, i), stored(right, r.shape().dtype));
     if (d_residual) r.expect("d_residual", n, c, i, d_residual->get(n, c, i), stored(dz, r.shape().dtype));
   });

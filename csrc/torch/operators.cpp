@@ -300,7 +300,6 @@ class Call {
     shape.inner = rows ? 1 : inner;
     if (mask) set_valid(torch::stable::contiguous(*mask), samples, inner);
     input_ = read(x);
-    workspace_.reset(new double[batchnorm::workspace_size(shape)]);
   }
   ~Call() {
     if (advised_) huge_pages.judge(advised_, std::chrono::steady_clock::now() - began_);
@@ -310,7 +309,12 @@ class Call {
   batchnorm::Shape shape;
 
   const Tensor& x() const { return x_; }
-  double* workspace() const { return workspace_.get(); }
+  // Made when it is first asked for, behind the results: before them it would take a corner of the free memory that
+  // held the last call's results, which then fit no more, and all pages of a large result would be new ones.
+  double* workspace() const {
+    if (!workspace_) workspace_.reset(new double[batchnorm::workspace_size(shape)]);
+    return workspace_.get();
+  }
   batchnorm::Operand input() const { return input_; }
 
   // An operand that is read; copied where it lies in another order.
@@ -409,7 +413,7 @@ class Call {
   Tensor x_;
   Lie result_, lie_;  // of results, and of the walk
   batchnorm::Operand input_;
-  std::unique_ptr<double[]> workspace_;
+  mutable std::unique_ptr<double[]> workspace_;
   std::vector<Tensor> kept_;
   std::vector<batchnorm::Range> valid_;
   mutable size_t advised_ = 0;  // bytes of outputs in huge pages
