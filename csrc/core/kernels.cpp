@@ -1,9 +1,10 @@
 // The four verbs on one slab, for one instruction set and memory order: this file is compiled once for each.
 //
-// Float64 and float32 elements are normalized in float64, and 16-bit elements in float32: a result is rounded once,
-// when it is stored. Gradients are computed in the same, but those of float32 in float32 where a pool has many values;
-// there torch's own roundings show. Sums are float64; in pools of many values those of 16-bit elements are gathered in
-// float32 over kChain vectors at a time, where differences from one of the values are exact or nearly so.
+// Float64 elements are normalized in float64, and 16-bit elements in float32: a result is rounded once, when it is
+// stored. So are float32 elements of few values a channel; of many they are in float32, with coefficients in two parts
+// each. Gradients are computed in the same, but those of float32 in float32 where a pool has many values; there torch's
+// own roundings show. Sums are float64; in pools of many values those of 16-bit elements are gathered in float32 over
+// kChain vectors at a time, where differences from one of the values are exact or nearly so.
 #include "kernels.h"
 
 #include <algorithm>
@@ -393,9 +394,8 @@ INLINE i64 opaque(i64 n) {
 
 // Writes rows: `prepare(c)` prepares the coefficients of a vector of columns, `value(n, c, prepared)` is the vector
 // there. `tile` rows share the coefficients if they are short, in pages of their own or `near` (fewer beside an
-// exponential, whose code is long). Two rows in a page share them if elements have four bytes and more and writes do
-// not go around the cache. All other rows go one by one, because prefetchers follow one row in a page. A tile is read
-// before it is written: rows whose addresses agree in their last 12 bits would wait for one another.
+// exponential, whose code is long). All other rows go one by one, because prefetchers follow one row in a page. A tile
+// is read before it is written: rows whose addresses agree in their last 12 bits would wait for one another.
 template <bool overlap, int tile, class T, class Columns, class Value, class Some>
 INLINE void write_rows(const Operand& to, i64 rows, i64 columns, bool around_cache, bool near, bool in_place,
                        Columns prepare, Value value, Some some) {
@@ -634,8 +634,8 @@ struct Line {
 template <class T>
 constexpr bool kLine = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
 
-// The same of float32 in float32. Products and sums of the first parts are rounded once, and the rests make up for what
-// the parts have lost: an error of one unit in the last place, where torch has some. It takes half the time.
+// The same of float32 in float32. The product and sum of the first parts is rounded once, and the rests make up for what
+// the parts have lost: two roundings where float64 has one. It takes half the time.
 struct TwoParts {
   using P = Pack<float>;
   using K = Coefficient<P>;

@@ -42,20 +42,26 @@ def test_gelu_keeps_its_digits_down_to_minus_eight():
     assert float(y[z < 0].max()) < 0
 
 
-def channels_far_from_zero(dtype: torch.dtype) -> torch.Tensor:
-    """(90, 400): each channel takes a few neighbouring values of the dtype, far from 0, some of them two alone."""
+FEW, MANY = 90, 1440  # values of float32 that are normalized in float64, and in float32
+
+
+def channels_far_from_zero(dtype: torch.dtype, samples: int) -> torch.Tensor:
+    """(samples, 400): each channel takes a few neighbouring values of the dtype, far from 0, some of them two alone."""
     generator = torch.Generator().manual_seed(1)
     digits = {torch.float32: 24, torch.bfloat16: 8}[dtype]
     first = 2.0 ** (digits - 1) + torch.randint(2 ** (digits - 1) - 8, (1, 400), generator=generator)
     steps = torch.arange(400) % 7 + 1
-    values = first + torch.rand(90, 400, generator=generator).mul(steps + 1).floor()
+    values = first + torch.rand(samples, 400, generator=generator).mul(steps + 1).floor()
     return (values * 2.0 ** torch.randint(-9, 9, (1, 400), generator=generator)).to(dtype)
 
 
+@pytest.mark.parametrize("samples", [FEW, MANY])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_channels_that_hardly_vary_far_from_zero_are_within_the_budget(dtype: torch.dtype, training: bool):
-    x = channels_far_from_zero(dtype)
+def test_channels_that_hardly_vary_far_from_zero_are_within_the_budget(
+    dtype: torch.dtype, training: bool, samples: int
+):
+    x = channels_far_from_zero(dtype, samples)
     assert x.unique(dim=0).shape[0] > 1
     layer = BatchNorm1d(400, activation=None).train(training)
     generator = torch.Generator().manual_seed(2)
@@ -75,12 +81,50 @@ def test_channels_that_hardly_vary_far_from_zero_are_within_the_budget(dtype: to
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])
+@pytest.mark.parametrize("samples", [FEW, MANY])
+def test_float32_of_any_mean_is_one_or_two_roundings_from_float64(samples: int, order: torch.memory_format):
+    generator = torch.Generator().manual_seed(5)
+    width = 10.0 ** torch.randint(-6, 7, (1, 300, 1, 1), generator=generator)
+    mean = width * torch.tensor([0, 0.3, -5, 100, -1e4])[torch.arange(300) % 5].reshape(1, 300, 1, 1)
+    x = (mean + width * torch.randn(samples // 9, 300, 3, 3, generator=generator)).contiguous(memory_format=order)
+    layer = BatchNorm2d(300, eps=1e-5)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator)
+        layer.bias.normal_(generator=generator)
+        y = layer(x)
+    truth = torch.nn.functional.batch_norm(x.double(), None, None, layer.weight.double(), layer.bias.double(), True)
+    truth = truth.detach()
+    gamma, beta = (t.detach().abs().double().reshape(1, 300, 1, 1) for t in (layer.weight, layer.bias))
+    std = (x.double().var((0, 2, 3), unbiased=False, keepdim=True) + layer.eps).sqrt()
+    # Where product and shift cancel, what their parts lose counts, too: two roundings' product.
+    lost = 8 * ROUNDING**2 * (2 * x.double().abs() / std * gamma + beta)
+    roundings = 2 if samples == MANY else 1
+    assert float(((y - truth).abs() - 1.0001 * roundings * ROUNDING * truth.abs() - lost).max()) <= 0
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])
+def test_infinite_values_stay_so_in_evaluation(order: torch.memory_format):
+    x = torch.randn(30, 24, 7, 7, generator=torch.Generator().manual_seed(6)).contiguous(memory_format=order)
+    x[3, :, 2, 2], x[4, :, 2, 2], x[5, :, 2, 2] = torch.inf, -torch.inf, torch.nan
+    layer = BatchNorm2d(24).eval()
+    with torch.no_grad():
+        layer.weight.normal_(generator=torch.Generator().manual_seed(7))
+        layer.running_var.mul_(3)
+        y = layer(x)
+    assert torch.equal(y[3, :, 2, 2], torch.inf * layer.weight.sign())
+    assert torch.equal(y[4, :, 2, 2], -torch.inf * layer.weight.sign())
+    assert bool(y[5, :, 2, 2].isnan().all())
+    assert int(y.isfinite().sum()) == y.numel() - 3 * 24
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])
+@pytest.mark.parametrize("samples", [6, 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_constant_channels_give_beta_and_the_residual(dtype: torch.dtype, order: torch.memory_format):
+def test_constant_channels_give_beta_and_the_residual(dtype: torch.dtype, samples: int, order: torch.memory_format):
     generator = torch.Generator().manual_seed(3)
     values = 1000 * torch.randn(1, 37, 1, 1, generator=generator)
-    x = values.expand(6, 37, 5, 9).to(dtype).contiguous(memory_format=order)
-    residual = torch.randn(6, 37, 5, 9, generator=generator).to(dtype).contiguous(memory_format=order)
+    x = values.expand(samples, 37, 5, 9).to(dtype).contiguous(memory_format=order)
+    residual = torch.randn(samples, 37, 5, 9, generator=generator).to(dtype).contiguous(memory_format=order)
     layer = BatchNorm2d(37)
     with torch.no_grad():
         layer.weight.normal_(generator=generator)
