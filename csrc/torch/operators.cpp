@@ -729,6 +729,7 @@ class PartCalls {
         run(i, channels_[i], calls_[i], Threads::parallel());
         continue;
       }
+      calls_[i].workspace();  // before other threads ask, whose memory the C library keeps apart
       small.push_back(i);
       together.channels += calls_[i].shape.channels;
     }
