@@ -634,8 +634,8 @@ struct Line {
 template <class T>
 constexpr bool kLine = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
 
-// The same of float32 in float32. The product and sum of the first parts is rounded once, and the rests make up for what
-// the parts have lost: two roundings where float64 has one. It takes half the time.
+// The same of float32 in float32. The product and sum of the first parts is rounded once, and the rests make up for
+// what the parts have lost: two roundings where float64 has one. It takes half the time.
 struct TwoParts {
   using P = Pack<float>;
   using K = Coefficient<P>;
