@@ -230,9 +230,9 @@ struct Steps {
                            gate(), w.first);
           });
     });
-    const bool has_mean = !is_centered(w) && element_size(plan.shape.dtype) < 8;
-    if (has_mean || is_centered(w))
-      for (int64_t c = 0; c < w.piece.channels; ++c) w.second[c] += ((has_mean ? 0 : center[c]) - mean[c]) * w.first[c];
+    if (element_size(plan.shape.dtype) == 8) return;
+    for (int64_t c = 0; c < w.piece.channels; ++c)
+      w.second[c] += ((is_centered(w) ? center[c] : 0) - mean[c]) * w.first[c];
   }
 
   void finish_moments(const Work& w, double divisor, double* mean, double* spread) const {
@@ -342,7 +342,7 @@ struct Steps {
             if (x.places) from.data = static_cast<char*>(x.data) + at * size;
             KernelFusion f = fused(tile);
             f.stream = false;
-            const NormalizeCoefficients k = in_parts ? w.k().two_parts(slot) : w.k().normalize(slot);
+            const NormalizeCoefficients k = w.k().forward(in_parts, slot);
             kernels.normalize(plan.slab(tile), from, {values, kTileColumns, 1}, k, f);
           });
         },
@@ -360,10 +360,10 @@ struct Steps {
           plan, w.piece, y, {}, large,
           [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand&) {
             const int64_t slot = w.slot + channel;
-            const NormalizeCoefficients k = in_parts ? w.k().two_parts(slot) : w.k().normalize(slot);
+            const NormalizeCoefficients k = w.k().forward(in_parts, slot);
             kernels.normalize(slab, plan.operand(x, v), to, k, fused(v));
           });
-    const NormalizeCoefficients k = in_parts ? w.k().two_parts(w.slot) : w.k().normalize(w.slot);
+    const NormalizeCoefficients k = w.k().forward(in_parts, w.slot);
     for_slabs(
         plan, w.piece,
         [&](const Piece& v, const Slab& slab) {

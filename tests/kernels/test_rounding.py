@@ -102,6 +102,22 @@ def test_float32_of_any_mean_is_one_or_two_roundings_from_float64(samples: int, 
     assert float(((y - truth).abs() - 1.0001 * roundings * ROUNDING * truth.abs() - lost).max()) <= 0
 
 
+@pytest.mark.parametrize("mean", [0, 3, 100])
+def test_channels_of_many_values_that_miss_the_budget_are_rare(mean: int):
+    """Two roundings can meet in an element where torch is lucky: in 14 of 38,000 channels of mean 0 (DESIGN.md)."""
+    x = mean + torch.randn(MANY, 2000, generator=torch.Generator().manual_seed(8))
+    layer = BatchNorm1d(2000)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    weight.uniform_(0.1, 2, generator=torch.Generator().manual_seed(9))
+    bias.normal_(generator=torch.Generator().manual_seed(10))
+    truth = torch.nn.functional.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
+    peer = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
+    with torch.no_grad():
+        ours, theirs = ((y - truth).abs().amax(0) for y in (layer(x), peer))
+    assert int((ours > theirs + ROUNDING * truth.abs().amax(0)).sum()) <= 5
+    assert float(ours.mean()) < float(theirs.mean())
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])
 def test_infinite_values_stay_so_in_evaluation(order: torch.memory_format):
     x = torch.randn(30, 24, 7, 7, generator=torch.Generator().manual_seed(6)).contiguous(memory_format=order)
