@@ -278,6 +278,6 @@ if __name__ == "__main__":
             print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
     finally:
         engine.close()
-    # A thread of Arrow's that still runs when the interpreter ends sometimes aborts the process. The checks are done then
+    # A thread of Arrow's that still runs when the interpreter ends sometimes aborts the process. All is done by then
     # (apache/arrow#34314, pyarrow 26.0.1).
     os._exit(0)
