@@ -443,7 +443,8 @@ at::Tensor Source::make() const {
                              .activation = settings.activation,
                              .slope = settings.slope,
                              .save_signs = false,
-                             .mask = lend_if(mask)},
+                             .mask = lend_if(mask),
+                             .own = !settings.population},
                             lend(y));
   return y;
 }
@@ -1122,7 +1123,8 @@ at::Tensor normalize_parts(const std::vector<at::Tensor>& parts, const at::Tenso
                             .bias = lend_if(bias),
                             .eps = settings.eps,
                             .activation = settings.activation,
-                            .slope = settings.slope});
+                            .slope = settings.slope,
+                            .population = settings.population});
   channel = 0;
   for (size_t i = 0; i < parts.size(); channel += parts[i++].size(1))
     if (!known[i] && !parts[i].is_inference()) measured.remember(parts[i], channel, mean, var);

@@ -76,9 +76,10 @@ size_t workspace_size(const Shape& shape);
 // Sum over each pool of x and (x - mean)^2; the count is known from the shape: mean and m2 are (pools, channels).
 void moments(const Shape&, const Operand& x, double* mean, double* m2, double* workspace, Parallel);
 
-// y = activation((x - mean) * gamma / sqrt(var + eps) + beta + residual), var biased.
+// y = activation((x - mean) * gamma / sqrt(var + eps) + beta + residual), var biased. If the statistics are x's `own`,
+// as `forward` finds them, y has the bits that it gives.
 void normalize(const Shape&, const Operand& x, const Operand& y, const double* mean, const double* var, Vector gamma,
-               Vector beta, double eps, const Fusion&, double* workspace, Parallel);
+               Vector beta, double eps, const Fusion&, double* workspace, Parallel, bool own = false);
 
 // moments, then normalize; x is read from cache the second time where the pool fits. Writes mean and biased var.
 void forward(const Shape&, const Operand& x, const Operand& y, double* mean, double* var, Vector gamma, Vector beta,

@@ -43,7 +43,7 @@ inline void normalize_by(const NormCall& norm, bool are_known, const Shape& s, c
   double *const mean = norm.mean + channel, *const var = norm.var + channel;
   const Vector gamma = from_channel(norm.gamma, channel), beta = from_channel(norm.beta, channel);
   if (norm.population || are_known)
-    normalize(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, workspace, alone());
+    normalize(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, workspace, alone(), !norm.population);
   else
     forward(s, x, y, mean, var, gamma, beta, norm.eps, norm.fusion, workspace, alone());
 }

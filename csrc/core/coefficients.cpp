@@ -72,34 +72,53 @@ void lines(int64_t channels, const double* mean, const double* var, const double
   lines_in(channels, mean, var, gamma, beta, eps, own, static_cast<S*>(scales), static_cast<S*>(shifts));
 }
 
+double without_digits(double v) {  // the power of two that it begins with
+  uint64_t bits;
+  std::memcpy(&bits, &v, 8);
+  bits &= uint64_t(0x7ff) << 52;
+  std::memcpy(&v, &bits, 8);
+  return v;
+}
+
+// A mean within two standard deviations of 0 stays in the shift, which then is no larger than the largest z, or hardly.
+// Another is taken off in so few digits that the difference is exact where x lies far from the mean.
+//
 // The scale is cut off, not rounded, and its rest is never 0: of an infinite x both products then have one sign, and
-// their sum is infinite, too. What is no number has rests that leave the result what it is without them.
-bool two_parts_in(int64_t channels, const double* scales, const double* shifts, float* __restrict scale,
-                  float* __restrict scale_rest, float* __restrict shift, float* __restrict shift_rest) {
+// their sum is infinite, too. What is no number has coefficients that leave the result what it is in float64.
+bool two_parts_in(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
+                  double eps, float* __restrict center, float* __restrict scale, float* __restrict rest,
+                  float* __restrict shift) {
   constexpr float least = std::numeric_limits<float>::min(), nan = std::numeric_limits<float>::quiet_NaN();
+  constexpr double whole = 0x1.8p52;  // a sum with it has no digits behind the point
   int32_t all = 1;
   for (int64_t c = 0; c < channels; ++c) {
-    const double s = scales[c], o = shifts[c], size = std::fabs(s);
+    const double s = scales[c], m = mean[c], b = beta[c], size = std::fabs(s), std = std::sqrt(var[c] + eps);
     float first = stored<float>(s);
     int32_t bits;
     std::memcpy(&bits, &first, 4);
     bits -= std::fabs(double(first)) > size;
     std::memcpy(&first, &bits, 4);
-    const bool numbers = (s - s == 0) & (o - o == 0);
-    const bool fits = !numbers | (((s == 0) | ((size > 0x1p-70) & (size < 0x1p120))) & (std::fabs(o) < 0x1p120));
-    const float left = float(s - double(first)), more = std::copysign(least, first), second = stored<float>(o);
-    const float rest = (left == 0) & (s != 0) ? more : left;
+    const double step = std::max(without_digits(std) * 0x1p-12, without_digits(m) * 0x1p-23);
+    const double near = step * (m / step + whole - whole);
+    const bool numbers = (s - s == 0) & (m - m == 0) & (b - b == 0), stays = std::fabs(m) <= 2 * std;
+    const double off = !numbers | stays ? 0 : near, o = b + (off - m) * s;
+    const bool scales = (s == 0) | ((size > 0x1p-70) & (size < 0x1p120));
+    const bool goes = stays | ((std::fabs(m) < 0x1p100) & (std > 0x1p-100));
+    const bool fits = !numbers | (scales & goes & (std::fabs(o) < 0x1p120));
+    const float left = float(s - double(first)), more = std::copysign(least, first);
+    const float some = (left == 0) & (s != 0) ? more : left;
     all &= fits;
+    center[c] = fits ? float(off) : nan;
     scale[c] = first;
-    scale_rest[c] = numbers ? rest : first;
-    shift[c] = second;
-    shift_rest[c] = !numbers ? 0 : fits ? float(o - double(second)) : nan;
+    rest[c] = numbers ? some : first;
+    shift[c] = stored<float>(o);
   }
   return all;
 }
 
-bool two_parts(int64_t channels, const double* scales, const double* shifts, float* const parts[4]) {
-  return two_parts_in(channels, scales, shifts, parts[0], parts[1], parts[2], parts[3]);
+bool two_parts(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
+               double eps, float* const parts[4]) {
+  return two_parts_in(channels, scales, mean, var, beta, eps, parts[0], parts[1], parts[2], parts[3]);
 }
 
 // What the mean adds to k3, in units of k2: where it is not taken off, all of it, else what it loses as a value of S.

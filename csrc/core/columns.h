@@ -80,12 +80,11 @@ struct Columns {
     return {mean, line ? of(from.scale, size) : mean, line ? of(from.shift, size) : mean,
             gate ? of(from.threshold, gate_size) : mean, gate ? of(from.flip, gate_size) : mean};
   }
-  // Scale and shift of a forward, and where there are such their rests.
+  // Those of a forward.
   NormalizeCoefficients forward(const NormalizeCoefficients& from) {
     if (!from.scale_rest) return normalize(from, true, false);
-    const void *const scale = of(from.scale, 4), *const scale_rest = of(from.scale_rest, 4);
-    const void *const shift = of(from.shift, 4), *const shift_rest = of(from.shift_rest, 4);
-    return {scale, scale, shift, scale, scale, scale_rest, shift_rest};
+    const void *const center = of(from.mean, 4), *const scale = of(from.scale, 4);
+    return {center, scale, of(from.shift, 4), center, center, of(from.scale_rest, 4)};
   }
   // What the gate of an activation needs of them.
   NormalizeCoefficients gated(const NormalizeCoefficients& from, Gate gate, Activation activation) {

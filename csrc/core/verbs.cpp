@@ -35,7 +35,7 @@ double rounded_to(double v, int digits) {
 
 constexpr int64_t kSerialSums = 32768;  // of fewer, adding them up is not worth a second thread
 
-enum class Verb { moments, normalize, forward, backward_reduce, backward_apply, backward };
+enum class Verb { moments, normalize, forward_again, forward, backward_reduce, backward_apply, backward };
 
 // ---------------------------------------------------------------------------------------------- steps
 // What is done to one work, by the kernels of an instruction set.
@@ -47,11 +47,12 @@ struct Steps {
   Fusion fusion;
   double eps = 0;
   bool large, stream;                        // around the cache go zeros; elements
-  bool two_parts;                            // of a forward: coefficients are in float32 and what that loses
+  bool two_parts;                            // by x's own statistics, in float32: the scale in two parts
   mutable std::atomic<bool> strange{false};  // but not those of all channels
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
-      : plan(shape, verb == Verb::normalize || verb == Verb::backward_apply, takes_exponential(f.activation), f.signs),
+      : plan(shape, verb == Verb::normalize || verb == Verb::forward_again || verb == Verb::backward_apply,
+             takes_exponential(f.activation), f.signs),
         scratch(plan, workspace, element_size(shape.dtype) > 2 && (verb < Verb::backward_reduce || plan.wide())),
         kernels(kernel_table().of[int(shape.order)][int(shape.dtype)]),
         row_kernels(kernel_table().of[int(Order::interleaved)][int(shape.dtype)]),
@@ -60,7 +61,7 @@ struct Steps {
         large(shape.samples * shape.channels * shape.inner * element_size(shape.dtype) > caches().l3 / 2),
         // Not where runs of valid values share lines with zeros.
         stream(large && (!shape.valid || shape.order == Order::interleaved)),
-        two_parts(kernels.two_parts && plan.many_forward()) {
+        two_parts(kernels.two_parts && plan.many_forward() && (verb == Verb::forward || verb == Verb::forward_again)) {
     if (!shape.valid) return;
     count_values(plan, scratch.counts);
     plan.counts = scratch.counts;
@@ -143,31 +144,24 @@ struct Steps {
     const Coefficients& k = w.k();
     coefficients.lines(w.piece.channels, mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
                        scratch.beta + w.piece.channel, eps, own, k.at(1, w.slot), k.at(2, w.slot));
-    if (two_parts) set_parts(w);
-  }
-
-  void set_parts(const Work& w) const {
-    const Coefficients& k = w.k();
+    if (!two_parts) return;
     float* const parts[] = {k.part(0, w.slot), k.part(1, w.slot), k.part(2, w.slot), k.part(3, w.slot)};
-    const auto at = [&](int array) { return reinterpret_cast<const double*>(k.at(array, w.slot)); };
-    if (!coefficients.two_parts(w.piece.channels, at(1), at(2), parts)) strange.store(true, std::memory_order_relaxed);
+    if (!coefficients.two_parts(w.piece.channels, reinterpret_cast<const double*>(k.at(1, w.slot)), mean + w.statistic,
+                                var + w.statistic, scratch.beta + w.piece.channel, eps, parts))
+      strange.store(true, std::memory_order_relaxed);
   }
 
   // For what is scaled alone.
   void clear_shifts(const Work& w) const {
     const Coefficients& k = w.k();
     for (int array : {0, 2}) std::fill_n(k.at(array, w.slot), w.piece.channels * k.size(), char(0));
-    if (!two_parts) return;
-    std::fill_n(k.part(2, w.slot), w.piece.channels, 0.f);
-    for (int64_t c = 0; c < w.piece.channels; ++c)
-      if (float& rest = *k.part(3, w.slot + c); !std::isnan(rest)) rest = 0;
   }
 
-  // Whether a work's channels all have their two parts: one that has not lets all be computed in float64.
+  // Whether a work's channels may all be computed so: one that may not lets all be computed in float64.
   bool in_two_parts(const Work& w) const {
     if (!two_parts || !strange.load(std::memory_order_relaxed)) return two_parts;
-    const float* const rest = w.k().part(3, w.slot);
-    return std::none_of(rest, rest + w.piece.channels, [](float v) { return std::isnan(v); });
+    const float* const center = w.k().part(0, w.slot);
+    return std::none_of(center, center + w.piece.channels, [](float v) { return std::isnan(v); });
   }
 
   // Whether the sums of a backward are taken in float32. The differences are then taken from centers: means with as few
@@ -564,10 +558,11 @@ void moments(const Shape& shape, const Operand& x, double* mean, double* m2, dou
 }
 
 void normalize(const Shape& shape, const Operand& x, const Operand& y, const double* mean, const double* var,
-               Vector gamma, Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel) {
-  const Steps steps(Verb::normalize, shape, gamma, beta, eps, fusion, workspace);
+               Vector gamma, Vector beta, double eps, const Fusion& fusion, double* workspace, Parallel parallel,
+               bool own) {
+  const Steps steps(own ? Verb::forward_again : Verb::normalize, shape, gamma, beta, eps, fusion, workspace);
   Phases(steps, parallel)
-      .one([&](const Work& w) { steps.set_forward(w, mean, var, false); },
+      .one([&](const Work& w) { steps.set_forward(w, mean, var, own); },
            [&](const Work& w) { steps.normalize(w, x, y); });
 }
 

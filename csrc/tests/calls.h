@@ -218,7 +218,7 @@ struct Norm {
   }
   // The result, before it is an element, by statistics with these errors.
   Bounded result(const Coefficients& k, const Bounded& v, Real mean_error = 0, Real var_error = 0) const {
-    Bounded z = normalized(k, Precision::of_forward(dtype, count), v, is_line(dtype));
+    Bounded z = normalized(k, Precision::of_forward(dtype, count, !kind.population), v, is_line(dtype));
     const Real away = std::fabs(v.value - k.mean) + v.error + mean_error;
     z.error += std::fabs(k.scale()) * (mean_error + away * var_error / (k.var + kEps));
     return curve().value(z);

@@ -517,9 +517,9 @@ std::string conversion_fault(Order order, Dtype dtype, float gamma) {
   return "";
 }
 
-// Forwards of float32 by given statistics, of many values a channel: coefficients are taken in two parts, where these
-// hold them. Some channels have scales and shifts that they do not hold, or that are no numbers; some values are
-// infinite.
+// Forwards of float32, of many values a channel, by statistics that are given or called x's own: then they are computed
+// in float32, with a scale in two parts where these hold it. Some channels have scales and shifts that they do not
+// hold, or that are no numbers; some values are infinite.
 struct Extreme {
   double mean, var;
   float gamma, beta;
@@ -530,7 +530,7 @@ const Extreme kExtremes[] = {{0, 1, 1, 0},        {3, 4, -1.7f, 0.3f},    {1e6, 
                              {1e30, 1, 1e30f, 0}, {0.5, 1, 3e38f, 1},     {0, 1, 1, -3e38f},     {kInf, 1, 1, 0},
                              {0, kInf, 1, 0.25f}, {0, 1, float(kInf), 0}, {0, 1, 1, float(NAN)}, {-0.1, 1e-30, 1, 0}};
 
-std::string extreme_fault(Order order, int64_t from, int64_t channels, Activation activation, bool threads) {
+std::string extreme_fault(Order order, int64_t from, int64_t channels, Activation activation, bool threads, bool own) {
   const int64_t samples = order == Order::planar ? 11 : 1100, inner = order == Order::planar ? 100 : 1;
   const Shape s = order == Order::planar ? planar(Dtype::float32, samples, channels, inner, samples)
                                          : interleaved(Dtype::float32, samples, channels, samples);
@@ -551,18 +551,21 @@ std::string extreme_fault(Order order, int64_t from, int64_t channels, Activatio
   const Doubles work(int64_t(batchnorm::workspace_size(s)));
   Partition parts{5, threads};
   batchnorm::normalize(s, x.operand(), y.operand(), mean.data(), var.data(), {gamma.data(), Dtype::float32},
-                       {beta.data(), Dtype::float32}, 0, fusion, work.data(), parts.parallel());
+                       {beta.data(), Dtype::float32}, 0, fusion, work.data(), parts.parallel(), own);
+  const Precision precision = Precision::of_forward(Dtype::float32, samples * inner, own);
   for (int64_t c = 0; c < channels; ++c) {
+    const Coefficients k{mean[size_t(c)], var[size_t(c)], gamma[size_t(c)], beta[size_t(c)], 0};
     const Real scale = Real(double(gamma[size_t(c)]) / std::sqrt(var[size_t(c)]));
     const Real shift = Real(double(beta[size_t(c)]) - mean[size_t(c)] * double(scale));
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t i = 0; i < inner; ++i) {
         Real z = Real(x.get(n, c, i)) * scale + shift;
+        // What is lost before the last rounding, that one, and what float64 loses of the shift.
+        const Real lost = two_parts_error(precision, k, Real(x.get(n, c, i)), z, 0);
         if (activation == Activation::relu && z < 0) z = 0;
         const double given = y.get(n, c, i);
-        // One unit in the last place, and what float64 loses of the shift.
         const Real error =
-            0x1.0001p-23L * std::fabs(z) + 0x1p-44L * (std::fabs(shift) + std::fabs(z - shift)) + 0x1p-148L;
+            lost + 0x1.0001p-24L * std::fabs(z) + 0x1p-44L * (std::fabs(shift) + std::fabs(z - shift)) + 0x1p-149L;
         const bool beyond = std::fabs(z) > 0x1.fffffep127L;
         const bool right = std::isnan(z) ? std::isnan(given)
                            : beyond      ? given == (z > 0 ? kInf : -kInf) || std::fabs(given) >= 0x1.fffffdp127
@@ -584,12 +587,14 @@ void extremes() {
     for (Order order : kOrders)
       for (Activation activation : {Activation::identity, Activation::relu})
         for (int64_t from = 0; from < all; ++from)
-          for (int64_t channels : {int64_t(1), int64_t(3), 2 * all + 1}) {
-            batchnorm::select_instruction_set(name);
-            now = std::string(name) + " extremes, " + (order == Order::planar ? "planar" : "interleaved") + ", " +
-                  std::to_string(channels) + " channels from " + std::to_string(from);
-            tally(extreme_fault(order, from, channels, activation, from % 2 != 0));
-          }
+          for (int64_t channels : {int64_t(1), int64_t(3), 2 * all + 1})
+            for (bool own : {false, true}) {
+              batchnorm::select_instruction_set(name);
+              now = std::string(name) + (own ? " own" : "") + " extremes, " +
+                    (order == Order::planar ? "planar" : "interleaved") + ", " + std::to_string(channels) +
+                    " channels from " + std::to_string(from);
+              tally(extreme_fault(order, from, channels, activation, from % 2 != 0, own));
+            }
 }
 
 void conversions() {
@@ -653,25 +658,28 @@ std::string across_fault(Dtype dtype, int64_t samples, int64_t channels, int64_t
   by_place.places = inner;
   by_place.outer = by_place.sample_stride;
   by_place.sample_stride *= samples;
-  enum Way { all, elements, by_places };
-  for (const auto& [way, how] :
-       {std::pair{all, "forward"}, {elements, "normalize"}, {by_places, "normalize by places"}}) {
+  enum Way { all, again, elements, by_places };
+  for (const auto& [way, how] : {std::pair{all, "forward"},
+                                 {again, "forward again"},
+                                 {elements, "normalize"},
+                                 {by_places, "normalize by places"}}) {
     if (way == by_places && f.residual) continue;
     for (Partition partition : {Partition{1}, {3, true}, {1 << 30, false}}) {
       const Tensor planes(planar(dtype, samples, channels, inner, samples), Layout((k + 1) % 4), k + 2);
       Operand to = planes.operand();
       to.places = inner;
-      const Doubles again(s.pools() * channels), spread(s.pools() * channels);
+      const Doubles found(s.pools() * channels), spread(s.pools() * channels);
       if (way == all)
-        batchnorm::forward(s, x.operand(), to, again.data(), spread.data(), {}, {}, 1e-5, f, work.data(),
+        batchnorm::forward(s, x.operand(), to, found.data(), spread.data(), {}, {}, 1e-5, f, work.data(),
                            partition.parallel());
       else
         batchnorm::normalize(s, way == by_places ? by_place : x.operand(), to, mean.data(), var.data(), {}, {}, 1e-5, f,
-                             work.data(), partition.parallel());
+                             work.data(), partition.parallel(), way == again);
       const std::string at = std::string(" by ") + how + " in " + std::to_string(partition.ranges) + " ranges";
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t c = 0; c < channels; ++c)
-          if (planes.get(row / inner, c, row % inner) != (way == all ? of_all : of_elements).get(row, c, 0))
+          if (planes.get(row / inner, c, row % inner) !=
+              (way == all || way == again ? of_all : of_elements).get(row, c, 0))
             return "other bits across" + at;
       if (!planes.guards_intact()) return "written beside the planes" + at;
     }
@@ -683,8 +691,14 @@ void across() {
   uint64_t k = 0;
   for (const char* name : instruction_sets())
     for (Dtype dtype : kDtypes)
-      for (const auto& [samples, channels, inner] :
-           {std::tuple{1, 1, 2}, {3, 5, 7}, {2, 33, 64}, {4, 31, 65}, {3, 70, 129}, {2, 9, 300}, {40, 3, 9}})
+      for (const auto& [samples, channels, inner] : {std::tuple{1, 1, 2},
+                                                     {3, 5, 7},
+                                                     {2, 33, 64},
+                                                     {4, 31, 65},
+                                                     {3, 70, 129},
+                                                     {2, 9, 300},
+                                                     {40, 3, 9},
+                                                     {5, 6, 300}})
         for (const batchnorm::Caches& caches : {kOrdinaryCaches, kTinyCaches}) {
           test_caches = caches;
           batchnorm::select_instruction_set(name);

@@ -46,7 +46,7 @@ struct Precision {
   Real unit, coefficient, tiny;      // of the compute type, its coefficients, its smallest value
   Real activation, tiny_activation;  // of the type that activations are computed in, its smallest normal value
   bool wide;                         // computed in float64
-  Real parts = 0;                    // u of float32, where a forward takes its coefficients in two parts of it
+  Real parts = 0;                    // u of float32, where a forward is computed in it, with a scale in two parts
   // `smallest`: values of the smallest pool; 0 of what is normalized
   Precision(Dtype element, int64_t smallest)
       : wide(element == Dtype::float64 || (element == Dtype::float32 && smallest < kManyFloat32)) {
@@ -58,10 +58,10 @@ struct Precision {
     activation = inner.unit_roundoff;
     tiny_activation = inner.smallest_normal;
   }
-  // Of a forward: in float64, or nearly.
-  static Precision of_forward(Dtype element, int64_t smallest) {
+  // Of a forward by x's own statistics or by others.
+  static Precision of_forward(Dtype element, int64_t smallest, bool own) {
     Precision p(element, 0);
-    if (element == Dtype::float32 && smallest >= kManyForward) p.parts = format_of(element).unit_roundoff;
+    if (own && element == Dtype::float32 && smallest >= kManyForward) p.parts = format_of(element).unit_roundoff;
     return p;
   }
   // The mean as the compute type holds it; the rest of it is carried by the shift.
@@ -77,12 +77,18 @@ struct Coefficients {
   Real scale() const { return gamma / std::sqrt(var + eps); }
 };
 
-// Of two sums, each rounded, the second with what is lost of the products' parts; what is added last, or stored, rounds
+// What a forward of float32 in float32 loses of the difference, twice of the shift, and of what the scale's second part
+// adds. A mean within two standard deviations is no difference, but in the shift. What is added last, or stored, rounds
 // once more, which is counted there.
-inline Real two_parts_error(const Precision& p, Real product, Real shift, Real linear, Real residual) {
-  const Real lost = 8 * p.parts * p.parts * (std::fabs(product) + std::fabs(shift));
-  const Real tiny = p.parts != 0 ? 0x1p-148L * 4 : 0;
-  return p.parts * std::fabs(linear) * (residual != 0 ? 2 : 1) * 1.000001L + lost + tiny;
+inline Real two_parts_error(const Precision& p, const Coefficients& k, Real x, Real linear, Real residual) {
+  if (p.parts == 0) return 0;
+  const Real scale = std::fabs(k.scale()), std = std::sqrt(k.var + k.eps), mean = std::fabs(k.mean);
+  const bool may_stay = mean <= 2.001L * std, may_go = mean >= 1.999L * std;
+  const Real left = 0x1p-12L * std + 0x1p-23L * mean;
+  const Real shift = std::fabs(k.beta) + scale * std::max(may_stay ? mean : 0, may_go ? left : 0);
+  const Real difference = scale * std::max(may_stay ? std::fabs(x) : 0, may_go ? std::fabs(x - k.mean) + left : 0);
+  const Real sum = (may_go ? difference : 0) + 2 * shift + (residual != 0 ? std::fabs(linear) : 0);
+  return p.parts * sum * 1.000001L + 8 * p.parts * p.parts * (difference + shift) + 0x1p-146L;
 }
 
 // z = (x - mean) * scale + beta + residual, or the same as a `line`
@@ -92,7 +98,7 @@ inline Bounded pre_activation(const Coefficients& k, const Precision& p, Real x,
   const Real product = std::fabs((x - high) * scale), shift = std::fabs(k.beta) + std::fabs(low * scale);
   const Real error = (p.coefficient + 2 * p.unit) * product + p.coefficient * shift +
                      p.unit * (std::fabs(linear) + std::fabs(z)) + p.tiny * (std::fabs(scale) + 4) +
-                     two_parts_error(p, x * scale, k.beta - k.mean * scale, linear, residual);
+                     two_parts_error(p, k, x, linear, residual);
   return {z, 1.01L * error};
 }
 

@@ -181,8 +181,8 @@ struct Problem {
   }
   // Of the gradients, and of what is normalized.
   Precision precision() const { return {c.shape.dtype, *std::min_element(values_.begin(), values_.end())}; }
-  Precision normalized() const {
-    return Precision::of_forward(c.shape.dtype, *std::min_element(values_.begin(), values_.end()));
+  Precision normalized(bool own) const {
+    return Precision::of_forward(c.shape.dtype, *std::min_element(values_.begin(), values_.end()), own);
   }
   Curve curve() const { return {c.fused.activation, c.slope, precision()}; }
 

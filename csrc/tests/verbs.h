@@ -87,11 +87,11 @@ inline void judge_moments(Run& r, const Doubles& mean, const Doubles& square, bo
   }
 }
 
-inline void judge_normalized(Run& r, const Tensor& y, const Doubles& mean, const Doubles& var) {
+inline void judge_normalized(Run& r, const Tensor& y, const Doubles& mean, const Doubles& var, bool own) {
   const Problem& p = r.p;
   const Curve curve = p.curve();
   p.for_each_element([&](int64_t n, int64_t c, int64_t i) {
-    const Bounded z = p.z(p.coefficients(mean, var, n, c), p.normalized(), n, c, i, is_line(r.shape().dtype));
+    const Bounded z = p.z(p.coefficients(mean, var, n, c), p.normalized(own), n, c, i, is_line(r.shape().dtype));
     r.expect("y", n, c, i, y.get(n, c, i), stored(curve.value(z), r.shape().dtype));
     if (!p.c.fused.signs) return;
     const int sign = curve.sign(z);
@@ -198,7 +198,7 @@ inline void forward(Run& r) {
                      r.forward_fusion(), work.data(), r.parallel);
   if (!r.judge) return;
   judge_moments(r, r.statistics[0], r.statistics[1], true);
-  judge_normalized(r, y, r.statistics[0], r.statistics[1]);
+  judge_normalized(r, y, r.statistics[0], r.statistics[1], true);
 }
 
 inline void normalize(Run& r) {
@@ -207,7 +207,7 @@ inline void normalize(Run& r) {
   const Tensor& y = r.tensor();
   batchnorm::normalize(r.shape(), p.x.operand(), y.operand(), p.population_mean.data(), p.population_var.data(),
                        p.gamma.vector(), p.beta.vector(), p.c.eps, r.forward_fusion(), work.data(), r.parallel);
-  if (r.judge) judge_normalized(r, y, p.population_mean, p.population_var);
+  if (r.judge) judge_normalized(r, y, p.population_mean, p.population_var, false);
 }
 
 inline void backward_reduce(Run& r) {

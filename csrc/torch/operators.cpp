@@ -506,7 +506,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const batchnorm::Forward
                      Threads::parallel());
   for (int64_t c = 0; c < call.shape.channels; ++c) doubles_of(var)[c] /= double(call.shape.samples);
   batchnorm::normalize(call.shape, call.input_by_samples(), call.write(y), doubles_of(mean), doubles_of(var),
-                       affine.gamma(), affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
+                       affine.gamma(), affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel(),
+                       true);
   return {y, mean, var, signs};
 }
 
@@ -520,7 +521,7 @@ std::tuple<Tensor, Tensor> normalize(const batchnorm::NormalizeArguments& a) {
   const Affine affine(call, a, a.residual, signs);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   batchnorm::normalize(call.shape, call.input_by_samples(), call.write(y), mean.data(), var.data(), affine.gamma(),
-                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
+                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel(), a.own);
   return {y, signs};
 }
 
@@ -758,7 +759,7 @@ void forward_parts(const batchnorm::ForwardParts& a) {
     double *mean = doubles_of(a.mean) + channel, *var = doubles_of(a.var) + channel;
     if (a.are_measured[i])
       batchnorm::normalize(call.shape, call.input(), to, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
-                           parallel);
+                           parallel, !a.population);
     else
       batchnorm::forward(call.shape, call.input(), to, mean, var, gamma, beta, a.eps, fusion, call.workspace(),
                          parallel);
@@ -789,7 +790,7 @@ void normalize_into(const batchnorm::NormalizeArguments& a, const Tensor& y) {
   const Affine affine(call, a, a.residual, std::nullopt);
   const Statistics mean(a.mean, call.shape), var(a.var, call.shape);
   batchnorm::normalize(call.shape, call.input_by_samples(), call.write(y), mean.data(), var.data(), affine.gamma(),
-                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel());
+                       affine.beta(), a.eps, affine.fusion, call.workspace(), Threads::parallel(), a.own);
 }
 
 void advise(const Tensor& t) { huge_pages.advise(t); }

@@ -31,6 +31,7 @@ struct NormalizeArguments {
   double slope;
   bool save_signs;
   OptionalTensor mask;
+  bool own = false;  // the statistics are x's own: the bits of `forward`
 };
 
 struct ForwardArguments {
@@ -163,6 +164,7 @@ struct ForwardParts {
   double eps;
   int64_t activation;
   double slope;
+  bool population;
 };
 
 struct BackwardParts {

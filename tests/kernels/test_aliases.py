@@ -25,7 +25,7 @@ def arguments(dtype: torch.dtype) -> dict[str, object]:
         "bias": vector(), "residual": None, "mean": row(), "var": row(), "k1": row(), "k2": row(), "k3": row(),
         "count": row(), "sums": torch.rand(2, 1, 6, dtype=torch.float64), "signs": None, "pool_size": 0, "eps": 1e-5,
         "activation": 0, "slope": 0.01, "save_signs": False, "want_x": True, "want_residual": True, "groups": 0,
-        "population": False, "mask": None, "parts": torch.rand(1, 3, 1, 6, dtype=torch.float64) + 1,
+        "population": False, "own": False, "mask": None, "parts": torch.rand(1, 3, 1, 6, dtype=torch.float64) + 1,
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_channels_that_hardly_vary_far_from_zero_are_within_the_budget(
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])
 @pytest.mark.parametrize("samples", [FEW, MANY])
-def test_float32_of_any_mean_is_one_or_two_roundings_from_float64(samples: int, order: torch.memory_format):
+def test_float32_of_any_mean_is_rounded_in_digits_of_the_result_alone(samples: int, order: torch.memory_format):
     generator = torch.Generator().manual_seed(5)
     width = 10.0 ** torch.randint(-6, 7, (1, 300, 1, 1), generator=generator)
     mean = width * torch.tensor([0, 0.3, -5, 100, -1e4])[torch.arange(300) % 5].reshape(1, 300, 1, 1)
@@ -96,26 +96,51 @@ def test_float32_of_any_mean_is_one_or_two_roundings_from_float64(samples: int, 
     truth = truth.detach()
     gamma, beta = (t.detach().abs().double().reshape(1, 300, 1, 1) for t in (layer.weight, layer.bias))
     std = (x.double().var((0, 2, 3), unbiased=False, keepdim=True) + layer.eps).sqrt()
-    # Where product and shift cancel, what their parts lose counts, too: two roundings' product.
+    away = x.double().mean((0, 2, 3), keepdim=True).abs() / std
+    terms = truth.abs()  # the last rounding
+    if samples == MANY:  # and those of the difference from the mean, if there is one, and of the shift
+        stays = away <= 2
+        terms = terms + torch.where(stays, 0, (truth - layer.bias.detach().double().reshape(1, 300, 1, 1)).abs())
+        terms = terms + 2 * (beta + gamma * torch.where(stays, away, 2.0**-12 + 2.0**-23 * away))
     lost = 8 * ROUNDING**2 * (2 * x.double().abs() / std * gamma + beta)
-    roundings = 2 if samples == MANY else 1
-    assert float(((y - truth).abs() - 1.0001 * roundings * ROUNDING * truth.abs() - lost).max()) <= 0
+    assert float(((y - truth).abs() - 1.0001 * ROUNDING * terms - lost).max()) <= 0
 
 
-@pytest.mark.parametrize("mean", [0, 3, 100])
-def test_channels_of_many_values_that_miss_the_budget_are_rare(mean: int):
-    """Two roundings can meet in an element where torch is lucky: in 14 of 38,000 channels of mean 0 (DESIGN.md)."""
-    x = mean + torch.randn(MANY, 2000, generator=torch.Generator().manual_seed(8))
-    layer = BatchNorm1d(2000)
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    weight.uniform_(0.1, 2, generator=torch.Generator().manual_seed(9))
-    bias.normal_(generator=torch.Generator().manual_seed(10))
-    truth = torch.nn.functional.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
-    peer = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
-    with torch.no_grad():
-        ours, theirs = ((y - truth).abs().amax(0) for y in (layer(x), peer))
-    assert int((ours > theirs + ROUNDING * truth.abs().amax(0)).sum()) <= 5
-    assert float(ours.mean()) < float(theirs.mean())
+def channels_of(kind: str, samples: int, generator: torch.Generator) -> torch.Tensor:
+    """(samples, 1000): normal values of a mean, what ReLU leaves of them, heavy tails, or one outlier."""
+    x = torch.randn(samples, 1000, generator=generator)
+    if kind == "relu":
+        return x.relu()
+    if kind == "tails":
+        return x * torch.randn(samples, 1000, generator=generator).exp()
+    if kind == "outlier":
+        x[0] *= 100
+        return x
+    return x + float(kind)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("samples", [FEW, MANY])
+@pytest.mark.parametrize("kind", ["0", "0.5", "1.9", "2.1", "10", "1e4", "relu", "tails", "outlier"])
+def test_no_channel_misses_the_budget(kind: str, samples: int, training: bool):
+    """Sums of two roundings missed it in one channel in 3,000 to 200, of means near 0 and of tails (DESIGN.md)."""
+    generator = torch.Generator().manual_seed(8)
+    for scales, shift in (((1, 1), 0), ((0.1, 2), 1), ((0.01, 0.1), 1), ((0.5, 5), 0.1)):
+        x = channels_of(kind, samples, generator)
+        layer = BatchNorm1d(1000).train(training)
+        with torch.no_grad():
+            layer.weight.uniform_(*scales, generator=generator)
+            layer.bias.normal_(generator=generator).mul_(shift)
+            layer.running_mean.copy_(x.mean(0))
+            layer.running_var.copy_(x.var(0))
+            given = [t.clone() for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias)]
+            y = layer(x)
+        truth = torch.nn.functional.batch_norm(x.double(), *(t.double() for t in given), training)
+        peer = torch.nn.functional.batch_norm(x, *given, training)
+        ours, theirs = ((t - truth).abs().amax(0) for t in (y, peer))
+        missed = ours > theirs + ROUNDING * truth.abs().amax(0)
+        assert not missed.any(), (scales, missed.nonzero().flatten().tolist())
+        assert float(ours.mean()) < float(theirs.mean())
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["planar", "interleaved"])

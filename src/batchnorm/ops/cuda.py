@@ -106,6 +106,7 @@ def _transform(name: str) -> Callable[[Any], Any]:
         signs = _signs(a.x, a.save_signs)
         settings = a._asdict()
         save = settings.pop("save_signs")
+        settings.pop("own", None)  # it is all one here
         settings.update(activation=ACTIVATIONS[a.activation], signs=signs if save else None)
         results = getattr(kernels, name)(**settings)
         return *(results if isinstance(results, tuple) else (results,)), signs

@@ -284,7 +284,7 @@ def _by_batch_eagerly(x: Tensor, pool_size: int, fusion: Fusion, mask: Tensor | 
     measured: list[Tensor] = []
     y = autograd.eager_batch_statistics(x, weight, bias, residual, mask, settings, measured)
     if residual is None and recomputation.is_active():
-        recomputation.note(y, (x, weight, bias), measured[:2], settings.arguments(), mask)
+        recomputation.note(y, (x, weight, bias), measured[:2], settings.arguments(), mask, True)
     return Normalized(y, measured[0], measured[1])
 
 
@@ -332,7 +332,7 @@ def by_statistics(
     y = autograd.PopulationStatistics.apply(x, *fusion.tensors(), mean, var, *settings, mask)[0]
     if fusion.residual is None and recomputation.is_active():
         operands = (x, fusion.weight, fusion.bias)
-        recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments(), mask)
+        recomputation.note(y, operands, (mean.clone(), var.clone()), settings.arguments(), mask, False)
     return y
 
 

@@ -39,11 +39,13 @@ class InOneCall:
 class InPython:
     """What an output was made of: operands of `normalize`, which gives its bits once more."""
 
-    def __init__(self, y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any):
+    def __init__(
+        self, y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any, own: bool
+    ):
         self.version = y._version
         self._operands = tuple(None if t is None else t.detach() for t in operands)  # x, weight, bias
         self._versions = [None if t is None else t._version for t in operands]
-        self._statistics, self._settings, self._mask = statistics, settings, mask
+        self._statistics, self._settings, self._mask, self._own = statistics, settings, mask, own
 
     @torch.no_grad()
     def rebuild(self) -> Tensor:
@@ -51,7 +53,8 @@ class InPython:
             raise StateError(_CHANGED)
         x, weight, bias = self._operands
         operator = torch.ops.batchnorm.normalize.default
-        y: Tensor = operator(x, *self._statistics, weight, bias, None, *self._settings, False, self._mask)[0]
+        settings = (*self._settings, False, self._mask, self._own)
+        y: Tensor = operator(x, *self._statistics, weight, bias, None, *settings)[0]
         return y
 
 
@@ -228,10 +231,12 @@ def is_active() -> bool:
     return not is_compiled() and bool(_modes())
 
 
-def note(y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any) -> None:
-    """Tells the innermost context what an output was made of."""
+def note(
+    y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any, own: bool
+) -> None:
+    """Tells the innermost context what an output was made of; by x's own statistics, or by others."""
     if y.requires_grad:
-        _modes()[-1]._sources[y] = InPython(y, operands, statistics, settings, mask)
+        _modes()[-1]._sources[y] = InPython(y, operands, statistics, settings, mask, own)
         if cpu.calls is not None:
             cpu.calls.known_to_python()
 

@@ -34,6 +34,7 @@ def _in_names(a: Any) -> dict[str, Any]:
 def _normalize(a: Any) -> tuple[Tensor, Tensor]:
     settings = _in_names(a)
     save_signs = settings.pop("save_signs")
+    del settings["own"]  # it is all one here
     y = aten.normalize(**settings)
     return _like(y, a.x), _pack(a, a.mean, a.var) if save_signs else _no_signs(a.x)
 

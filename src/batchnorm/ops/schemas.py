@@ -9,7 +9,8 @@ Moments to be merged are one tensor (3, pools, C) of count, mean and m2; ``parts
 pools, C), and ``groups`` the number of groups of adjacent channels that share statistics as well (0: none do).
 ``carry``, of shape (2, *running_mean.shape), holds what rounding left of the running mean and variance: each statistic
 is value + carry. It is float64 beside float64, else float32, and counts as 0 where value + carry does not round to the
-value, because somebody else has then written the value.
+value, because somebody else has then written the value. `normalize` gives the bits of `forward` if it is told that the
+statistics are x's ``own``.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def by_name(name: str, implementation: Callable[[Any], Any]) -> Callable[..., An
 _define("moments", f"Tensor x, int pool_size, {_MASK}", "(Tensor mean, Tensor m2)")
 _define(
     "normalize",
-    f"Tensor x, Tensor mean, Tensor var, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK}",
+    f"Tensor x, Tensor mean, Tensor var, {_AFFINE}, {_FUSION}, bool save_signs, {_MASK}, bool own=False",
     "(Tensor y, Tensor signs)",
 )
 _define(
