@@ -37,6 +37,8 @@ class Apart(nn.Module):
             y += residual
         if self.activation is None:
             return y
+        if self.activation == "gelu_tanh":
+            return F.gelu(y, approximate="tanh")
         in_place = {} if self.activation in NEVER_IN_PLACE else {"inplace": True}
         return getattr(F, self.activation)(y, **in_place)  # type: ignore[no-any-return]
 
@@ -170,7 +172,9 @@ COMPILED = (
 """The cases that torch.compile takes part in: compiling one takes about as long as all other figures of five."""
 
 
-ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh")
+ACTIVATIONS = (
+    "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh", "elu", "mish", "gelu_tanh"
+)  # fmt: skip
 OF_NETWORKS = ((16, 96, 48, 48), (8, 240, 12, 12), (8, 1152, 3, 3))
 """Inputs as layers of MobileNet and EfficientNet have them: not in the cache; in it; of short planes."""
 

@@ -333,6 +333,9 @@ class TestActivations:
         "hardswish": F.hardswish,
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
+        "elu": F.elu,
+        "mish": F.mish,
+        "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
         None: lambda z: z * 1,
     }
 

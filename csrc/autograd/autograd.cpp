@@ -907,7 +907,8 @@ Made normalized(const Arguments& a, const Affine& affine, at::Tensor mean, at::T
                                                 .activation = settings.activation,
                                                 .slope = settings.slope,
                                                 .save_signs = saves_signs,
-                                                .mask = lend_if(a.mask)});
+                                                .mask = lend_if(a.mask),
+                                                .own = false});
   return {take(y), std::move(mean), std::move(var), saves_signs ? take(signs) : at::Tensor(), {}};
 }
 

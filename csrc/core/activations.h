@@ -59,6 +59,22 @@ INLINE f32 abs_of(f32 v) { return (f32)((u32)v & 0x7fffffffu); }
 // Neither the exponential nor its reciprocal is below the normal numbers.
 INLINE f32 sigmoid_of(f32 z) { return 1.f / (1.f + exp_within(vmin(vmax(-z, f32{} - 87.3f), f32{} + 87.3f))); }
 
+// 2^n, and exp(r) - 1, where v is n log 2 + r and |r| at most log 2 / 2.
+template <class V>
+struct Powers {
+  V two, rest;
+};
+
+// Of values from -87.3 to 88.3.
+INLINE Powers<f32> powers_of(f32 v) {
+  const f32 bits = v * 0x1.715476p0f + kMagic, n = bits - kMagic;
+  f32 r = v - n * 0x1.62e4p-1f;  // log 2, high part: n * high is exact
+  r = r - n * 1.4286068203094172e-6f;
+  const f32 p = horner<float>(r, {0.001382941147312522f, 0.008374777622520924f, 0.0416683591902256f,
+                                  0.1666642129421234f, 0.49999991059303284f});
+  return {times_power(f32{} + 1.f, bits), r + r * r * p};
+}
+
 INLINE f32 tanh_of(f32 z) {
   f32 a = abs_of(z), u = z * z;
   f32 small = horner<float>(u, {-0.005652355495840311f, 0.020583489909768105f, -0.053718484938144684f,
@@ -95,11 +111,7 @@ INLINE Tail<f32> tail_of(f32 z) {
 // ---- float64
 constexpr double kLog2High = 0x1.62e42fefa3800p-1, kLog2Low = 0x1.ef35793c76730p-45;  // n * high is exact
 
-struct Powers {
-  f64 two, rest;  // 2^n, and exp(r) - 1, where v is n log 2 + r and |r| at most log 2 / 2
-};
-
-INLINE Powers powers_of(f64 v) {
+INLINE Powers<f64> powers_of(f64 v) {
   const f64 magic = f64{} + 0x1.8p52, bits = v * 0x1.71547652b82fep0 + magic, n = bits - magic;
   f64 r = v - n * kLog2High;
   r = r - n * kLog2Low;
@@ -110,7 +122,7 @@ INLINE Powers powers_of(f64 v) {
 }
 
 INLINE f64 exp_of(f64 v) {
-  const Powers p = powers_of(vmin(vmax(v, f64{} - 708.), f64{} + 708.));
+  const Powers<f64> p = powers_of(vmin(vmax(v, f64{} - 708.), f64{} + 708.));
   return p.two + p.two * p.rest;
 }
 
@@ -119,7 +131,7 @@ INLINE f64 abs_of(f64 v) { return (f64)((s64)v & INT64_MAX); }
 INLINE f64 sigmoid_of(f64 z) { return 1. / (1. + exp_of(-z)); }
 
 INLINE f64 tanh_of(f64 z) {
-  const Powers p = powers_of(vmax(-2. * abs_of(z), f64{} - 40.));
+  const Powers<f64> p = powers_of(vmax(-2. * abs_of(z), f64{} - 40.));
   const f64 below = (p.two - 1.) + p.two * p.rest;  // exp(-2 |z|) - 1
   const f64 t = -below / (2. + below);
   return (f64)((s64)t | ((s64)z & INT64_MIN));
@@ -165,6 +177,44 @@ INLINE V gelu_slope_of(V z) {
   return select(z < V{}, tail.cdf, S(1) - tail.cdf) + z * (S(0.39894228040143267794) * tail.bell);
 }
 
+// exp(z) - 1 of what is not above 0, and 0 of what is; NaN stays.
+INLINE f32 elu_tail_of(f32 z) {
+  const Powers<f32> p = powers_of(vmin(vmax(z, f32{} - 87.3f), f32{}));
+  return p.two * p.rest + (p.two - 1.f);
+}
+INLINE f64 elu_tail_of(f64 z) {
+  const Powers<f64> p = powers_of(vmin(vmax(z, f64{} - 708.), f64{}));
+  return p.two * p.rest + (p.two - 1.);
+}
+
+// exp(z), and what z mish's tanh(log(1 + exp(z))) is the quotient of: w / (w + 2). Beyond 20 (40) the quotient is 1.
+template <class V>
+struct Softplus {
+  V e, w;
+};
+INLINE Softplus<f32> softplus_of(f32 z) {
+  const f32 e = exp_within(vmin(vmax(z, f32{} - 87.3f), f32{} + 20.f));
+  return {e, e * (e + 2.f)};
+}
+INLINE Softplus<f64> softplus_of(f64 z) {
+  const f64 e = exp_of(vmin(z, f64{} + 40.));
+  return {e, e * (e + 2.)};
+}
+
+// gelu's approximation 0.5 z (1 + tanh(u)) is z sigmoid(2 u): 2 u, and its slope.
+template <class V>
+INLINE V gelu_tanh_inner(V z) {
+  using S = std::remove_reference_t<decltype(z[0])>;
+  return z * (S(1.5957691216057308) + S(0.07135481627260025) * (z * z));
+}
+
+template <class V>
+INLINE V gelu_tanh_slope_of(V z) {
+  using S = std::remove_reference_t<decltype(z[0])>;
+  const V u = gelu_tanh_inner(z), s = sigmoid_of(u), rest = sigmoid_of(-u);
+  return s + z * (S(1.5957691216057308) + S(0.21406444881780075) * (z * z)) * (s * rest);
+}
+
 template <class V>
 INLINE V activate(Activation a, V z, double slope) {
   using S = std::remove_reference_t<decltype(z[0])>;
@@ -179,6 +229,12 @@ INLINE V activate(Activation a, V z, double slope) {
     case Activation::hardswish: return z * (vmin(vmax(z + S(3), zero), six) / S(6));
     case Activation::sigmoid: return sigmoid_of(z);
     case Activation::tanh: return tanh_of(z);
+    case Activation::elu: return vmax(z, zero) + elu_tail_of(z);
+    case Activation::mish: {
+      const auto p = softplus_of(z);
+      return z * (p.w / (p.w + S(2)));
+    }
+    case Activation::gelu_tanh: return z * sigmoid_of(gelu_tanh_inner(z));
   }
   return z;
 }
@@ -207,11 +263,18 @@ INLINE V derivative(Activation a, V z, double slope) {
       V t = tanh_of(z);
       return one - t * t;
     }
+    case Activation::elu: return one + elu_tail_of(z);
+    case Activation::mish: {
+      const auto p = softplus_of(z);
+      const V below = one / (p.w + S(2));
+      return below * (p.w + z * (S(4) * p.e * (one + p.e)) * below);
+    }
+    case Activation::gelu_tanh: return gelu_tanh_slope_of(z);
   }
   return one;
 }
 
-// Of an activation that has no loop of its own. Called, not inlined: nine of each in every loop would take room, and
+// Of an activation that has no loop of its own. Called, not inlined: twelve of each in every loop would take room, and
 // the registers.
 template <class V>
 __attribute__((noinline)) V activate_called(Activation a, V z, double slope) {

@@ -15,7 +15,20 @@ namespace batchnorm {
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 enum class Order : int { planar, interleaved };
-enum class Activation : int { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh };
+enum class Activation : int {
+  identity,
+  relu,
+  relu6,
+  leaky_relu,
+  silu,
+  gelu,
+  hardswish,
+  sigmoid,
+  tanh,
+  elu,
+  mish,
+  gelu_tanh
+};
 
 // Positions [begin, end), a position being sample * inner + place; in planar order all of one sample.
 struct Range {

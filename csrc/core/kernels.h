@@ -42,7 +42,7 @@ constexpr bool is_line_of_gradient(Dtype element) { return element == Dtype::bfl
 
 // Whether an activation takes as long as several plain elements.
 constexpr bool takes_exponential(Activation a) {
-  return a == Activation::silu || a == Activation::gelu || a == Activation::sigmoid || a == Activation::tanh;
+  return a == Activation::silu || a == Activation::gelu || a >= Activation::sigmoid;
 }
 
 // Which values the derivative of the activation is taken from.

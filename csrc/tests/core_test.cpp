@@ -168,12 +168,13 @@ Shape interleaved(Dtype dtype, int64_t samples, int64_t channels, int64_t pool) 
 }
 
 constexpr Activation kSmooth[] = {Activation::silu, Activation::gelu, Activation::hardswish, Activation::sigmoid,
-                                  Activation::tanh};
+                                  Activation::tanh, Activation::elu,  Activation::mish,      Activation::gelu_tanh};
 
 // One of each way through the kernels: identity, relu, and an activation chosen inside; alone, with residual, with
 // signs.
 std::vector<Fused> fusions(uint64_t k) {
-  const Activation smooth = kSmooth[k % 5], piecewise = k / 5 % 2 ? Activation::relu6 : Activation::leaky_relu;
+  const Activation smooth = kSmooth[k % std::size(kSmooth)],
+                   piecewise = k / 5 % 2 ? Activation::relu6 : Activation::leaky_relu;
   return {{Activation::identity},
           {Activation::identity, true},
           {Activation::relu},
@@ -312,7 +313,7 @@ void values() {
 // Every activation, far beyond where it saturates, with a slope of its own.
 void activations() {
   uint64_t k = 0;
-  for (int a = 0; a <= int(Activation::tanh); ++a)
+  for (int a = 0; a <= int(Activation::gelu_tanh); ++a)
     for (Dtype dtype : kDtypes)
       for (Values v : {Values::ordinary, Values::wide})
         for (bool residual : {false, true}) {
@@ -478,7 +479,7 @@ void nonfinite() {
   uint64_t k = 0;
   for (Dtype dtype : kDtypes)
     for (double value : {double(NAN), infinity, -infinity})
-      for (int a = 0; a <= int(Activation::tanh); ++a)
+      for (int a = 0; a <= int(Activation::gelu_tanh); ++a)
         for (Spoilt what : {Spoilt::x, Spoilt::dy, Spoilt::residual}) {
           const Fused fused{Activation(a), what == Spoilt::residual || ++k % 2 == 0};
           const int64_t at = int64_t(++k);

@@ -107,6 +107,11 @@ inline Real sigmoid(Real z) { return 1 / (1 + std::exp(-z)); }
 inline Real normal_cdf(Real z) { return 0.5L * std::erfc(-z * 0.70710678118654752440L); }
 inline Real normal_pdf(Real z) { return 0.39894228040143267794L * std::exp(-0.5L * z * z); }
 
+inline Real softplus(Real z) { return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z)); }
+// What gelu's approximation takes the tanh of, and its derivative.
+inline Real gelu_inner(Real z) { return 0.79788456080286535588L * z * (1 + 0.044715L * z * z); }
+inline Real gelu_inner_slope(Real z) { return 0.79788456080286535588L * (1 + 3 * 0.044715L * z * z); }
+
 inline Real activation_at(Activation a, Real z, Real slope) {
   switch (a) {
     case Activation::identity: return z;
@@ -118,6 +123,9 @@ inline Real activation_at(Activation a, Real z, Real slope) {
     case Activation::hardswish: return z < -3 ? 0 : z > 3 ? z : z * (z + 3) / 6;
     case Activation::sigmoid: return sigmoid(z);
     case Activation::tanh: return std::tanh(z);
+    case Activation::elu: return z > 0 ? z : std::expm1(z);
+    case Activation::mish: return z * std::tanh(softplus(z));
+    case Activation::gelu_tanh: return z * sigmoid(2 * gelu_inner(z));
   }
   return z;
 }
@@ -134,6 +142,15 @@ inline Real derivative_at(Activation a, Real z, Real slope) {
     case Activation::hardswish: return z <= -3 ? 0 : z < 3 ? z / 3 + 0.5L : 1;
     case Activation::sigmoid: return sigmoid(z) * sigmoid(-z);
     case Activation::tanh: return 1 - std::tanh(z) * std::tanh(z);
+    case Activation::elu: return z > 0 ? 1 : std::exp(z);
+    case Activation::mish: {
+      const Real t = std::tanh(softplus(z)), e = std::cosh(softplus(z));
+      return t + z * sigmoid(z) / (e * e);
+    }
+    case Activation::gelu_tanh: {
+      const Real u = 2 * gelu_inner(z);
+      return sigmoid(u) + z * 2 * gelu_inner_slope(z) * sigmoid(u) * sigmoid(-u);
+    }
   }
   return 1;
 }
@@ -148,6 +165,7 @@ inline Real activation_roundings(Activation a, Real z, bool is_float32) {
     case Activation::leaky_relu: return 2;  // of slope, of the product
     case Activation::hardswish: return 4;
     case Activation::gelu: return 8 + (is_float32 ? 4 : 2) * z * z;
+    case Activation::gelu_tanh: return 8 + 8 * std::fabs(gelu_inner(z));
     default: return 8;
   }
 }
@@ -164,6 +182,9 @@ inline Real derivative_roundings(Activation a, Real z) {
     case Activation::silu: return 8 * (1 + std::min<Real>(std::fabs(z), 20));
     case Activation::gelu:
     case Activation::sigmoid: return 12;
+    case Activation::elu: return 4;
+    case Activation::mish:
+    case Activation::gelu_tanh:
     case Activation::tanh: return 16;
   }
   return 0;

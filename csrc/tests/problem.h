@@ -23,8 +23,8 @@ inline const char* name_of(Values values) {
 }
 
 inline const char* name_of(Activation a) {
-  static const char* names[] = {"identity", "relu",      "relu6",   "leaky_relu", "silu",
-                                "gelu",     "hardswish", "sigmoid", "tanh"};
+  static const char* names[] = {"identity",  "relu",    "relu6", "leaky_relu", "silu", "gelu",
+                                "hardswish", "sigmoid", "tanh",  "elu",        "mish", "gelu_tanh"};
   return names[int(a)];
 }
 

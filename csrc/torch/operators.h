@@ -31,7 +31,7 @@ struct NormalizeArguments {
   double slope;
   bool save_signs;
   OptionalTensor mask;
-  bool own = false;  // the statistics are x's own: the bits of `forward`
+  bool own;  // the statistics are x's own: the bits of `forward`
 };
 
 struct ForwardArguments {

@@ -64,7 +64,8 @@ def batch_norm(
         training: whether the batch's statistics normalize.
         momentum: share of the *new* statistics in the running ones.
         eps: added to the variance, inside the root.
-        activation: "relu", "relu6", "leaky_relu", "silu", "gelu" (exact), "hardswish", "sigmoid", "tanh" or None.
+        activation: "relu", "relu6", "leaky_relu", "silu", "gelu" (exact), "hardswish", "sigmoid", "tanh",
+            "elu" (of alpha 1), "mish", "gelu_tanh" (the approximation) or None.
         negative_slope: of "leaky_relu".
         residual: added before the activation, of the shape of x.
         mask: boolean, True = valid, (N, *space) or (N, 1, *space), or what broadcasts to it. Valid values alone are in

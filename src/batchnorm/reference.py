@@ -598,14 +598,20 @@ def _normal_density(z: Array) -> Array:
     return np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
 
 
-ACTIVATIONS = ("relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh")
+ACTIVATIONS = (
+    "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh", "elu", "mish", "gelu_tanh"
+)  # fmt: skip
+
+
+_GELU_SCALE, _GELU_CUBE = math.sqrt(8 / math.pi), 0.044715  # of the approximation
 
 
 def activation(z: ArrayLike, name: str | None) -> Array:
     """The activation `name`, or the identity for None.
 
     leaky_relu has the slope 0.01; gelu is the exact z Phi(z) (Hendrycks & Gimpel 2016); hardswish
-    is z clip(z + 3, 0, 6)/6; silu is z sigmoid(z).
+    is z clip(z + 3, 0, 6)/6; silu is z sigmoid(z); elu has alpha 1 (Clevert et al. 2016); mish is
+    z tanh(log(1 + exp(z))) (Misra 2020); gelu_tanh is gelu's approximation by tanh.
     """
     z = _array(z)
     match name:
@@ -627,6 +633,12 @@ def activation(z: ArrayLike, name: str | None) -> Array:
             return _sigmoid(z)
         case "tanh":
             return np.tanh(z)
+        case "elu":
+            return _array(np.where(z > 0, z, np.expm1(np.minimum(z, 0))))
+        case "mish":
+            return z * np.tanh(np.logaddexp(0, z))
+        case "gelu_tanh":
+            return z * _sigmoid(_GELU_SCALE * (z + _GELU_CUBE * z**3))
     raise ValueError(f"activation {name!r} is none of {ACTIVATIONS}")
 
 
@@ -652,6 +664,14 @@ def activation_gradient(z: ArrayLike, name: str | None) -> Array:
             return _sigmoid(z) * (1 - _sigmoid(z))
         case "tanh":
             return 1 - np.tanh(z) ** 2
+        case "elu":
+            return _array(np.where(z > 0, 1.0, np.exp(np.minimum(z, 0))))
+        case "mish":
+            inner = np.tanh(np.logaddexp(0, z))
+            return inner + z * _sigmoid(z) * (1 - inner**2)
+        case "gelu_tanh":
+            gate = _sigmoid(_GELU_SCALE * (z + _GELU_CUBE * z**3))
+            return gate + z * _GELU_SCALE * (1 + 3 * _GELU_CUBE * z**2) * gate * (1 - gate)
     raise ValueError(f"activation {name!r} is none of {ACTIVATIONS}")
 
 

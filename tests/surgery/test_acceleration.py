@@ -109,6 +109,9 @@ ACTIVATIONS = {
     "hardswish": (nn.Hardswish(), F.hardswish),
     "sigmoid": (nn.Sigmoid(), torch.sigmoid),
     "tanh": (nn.Tanh(), torch.tanh),
+    "elu": (nn.ELU(), F.elu),
+    "mish": (nn.Mish(), F.mish),
+    "gelu_tanh": (nn.GELU(approximate="tanh"), lambda x: F.gelu(x, approximate="tanh")),
 }
 
 
@@ -137,6 +140,16 @@ class Silu(nn.Module):
 class Swish(nn.Module):
     def forward(self, x):
         return x * x.sigmoid()
+
+
+class Mish(nn.Module):
+    def forward(self, x):
+        return x.mul(F.softplus(x).tanh())
+
+
+class MishOfAnother(nn.Module):
+    def forward(self, x):
+        return x.mul(F.softplus(x, 2.0).tanh())
 
 
 class Leaky(nn.Module):
@@ -179,6 +192,9 @@ class Keeping(nn.Module):
         (Silu(), "silu"),
         (Swish(), "silu"),
         (Leaky(), "leaky_relu"),
+        (Mish(), "mish"),
+        (MishOfAnother(), None),
+        (nn.ELU(0.5), None),
         (QuickGelu(), None),
         (Counting(), None),
         (ReluInTraining(), None),
@@ -210,7 +226,7 @@ def test_an_order_of_memory_that_is_another_one_is_no_difference():
 
 
 LEFT_ALONE = {
-    "approximate gelu": lambda self, x: F.gelu(self.norm(x), approximate="tanh"),
+    "elu of another alpha": lambda self, x: F.elu(self.norm(x), 0.5),
     "used twice": lambda self, x: (lambda y: F.relu(y) + y.mean())(self.norm(x)),
     "broadcast": lambda self, x: self.norm(x) + x.mean((2, 3), keepdim=True),
     "scaled": lambda self, x: torch.add(self.norm(x), x, alpha=2),

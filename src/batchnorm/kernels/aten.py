@@ -27,6 +27,8 @@ def activate(z: Tensor, activation: str, slope: float) -> Tensor:
         return z
     if activation == "leaky_relu":
         return F.leaky_relu(z, slope)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
     function = getattr(torch, activation, None) or getattr(F, activation)
     return function(z)  # type: ignore[no-any-return]
 
@@ -55,6 +57,14 @@ def derivative(z: Tensor, activation: str, slope: float) -> Tensor:
         return s * (1 - s)
     if activation == "tanh":
         return 1 - torch.tanh(z) ** 2
+    if activation == "elu":
+        return torch.exp(z.clamp(max=0))
+    if activation == "mish":
+        t = torch.tanh(F.softplus(z))
+        return t + z * torch.sigmoid(z) * (1 - t * t)
+    if activation == "gelu_tanh":
+        slope, s = math.sqrt(8 / math.pi), torch.sigmoid(math.sqrt(8 / math.pi) * z * (1 + 0.044715 * z * z))
+        return s + z * slope * (1 + 3 * 0.044715 * z * z) * s * (1 - s)
     raise AssertionError(activation)
 
 

@@ -209,6 +209,28 @@ def _exp_of_minus_twice(z):
 
 
 @triton.jit
+def _exp_less_one(z):
+    """exp(z) - 1 of z up to 0: where that would cancel by its series, which leaves out less than a rounding of float64."""
+    s = tl.maximum(z, -0.25)
+    series = 1.0 + s * (1 / 9) * (1.0 + s * (1 / 10) * (1.0 + s * (1 / 11) * (1.0 + s * (1 / 12))))
+    series = 1.0 + s * (1 / 5) * (1.0 + s * (1 / 6) * (1.0 + s * (1 / 7) * (1.0 + s * (1 / 8) * series)))
+    series = s * (1.0 + s * (1 / 2) * (1.0 + s * (1 / 3) * (1.0 + s * (1 / 4) * series)))
+    return tl.where(z > -0.25, series, tl.exp(z) - 1.0)
+
+
+@triton.jit
+def _exp_up_to_forty(z):
+    """What lies above 20 has mish(z) = z in float32, and above 40 in float64."""
+    return tl.exp(tl.where(z > 40.0 if z.dtype == tl.float64 else z > 20.0, 20.0, z))
+
+
+@triton.jit
+def _inner_of_gelu(z):
+    """Twice what the approximation of gelu takes the tanh of."""
+    return z * (1.5957691216057308 + 0.07135481627260025 * z * z)
+
+
+@triton.jit
 def _activate(z, slope, ACTIVATION: tl.constexpr):
     """The activation at z; NaN stays NaN."""
     if ACTIVATION == "relu":
@@ -232,6 +254,13 @@ def _activate(z, slope, ACTIVATION: tl.constexpr):
         e = _exp_of_minus_twice(z)
         rest = (1.0 - e) / (1.0 + e)
         z = tl.where(tl.abs(z) < 0.25, series, tl.where(z < 0, -rest, rest))
+    elif ACTIVATION == "elu":
+        z = tl.where(z > 0, z, _exp_less_one(tl.where(z > 0, 0.0, z)))
+    elif ACTIVATION == "mish":
+        e = _exp_up_to_forty(z)
+        z = z * (e * (e + 2.0) / (e * (e + 2.0) + 2.0))
+    elif ACTIVATION == "gelu_tanh":
+        z = z / (1.0 + tl.exp(-_inner_of_gelu(z)))
     return z
 
 
@@ -271,6 +300,17 @@ def _through(dy, z, slope, ACTIVATION: tl.constexpr):
         scale = 1.0 if ACTIVATION == "sigmoid" else 4.0
         e = tl.exp(-tl.abs(z)) if ACTIVATION == "sigmoid" else _exp_of_minus_twice(z)
         dy = dy * (scale * e / ((1.0 + e) * (1.0 + e)))
+    elif ACTIVATION == "elu":
+        dy = tl.where(z > 0, dy, dy * tl.exp(tl.where(z > 0, 0.0, z)))
+    elif ACTIVATION == "mish":
+        e = _exp_up_to_forty(z)
+        below = 1.0 / (e * (e + 2.0) + 2.0)
+        dy = dy * (below * (e * (e + 2.0) + z * (4.0 * e * (1.0 + e)) * below))
+    elif ACTIVATION == "gelu_tanh":
+        u = _inner_of_gelu(z)
+        e = tl.exp(-tl.abs(u))
+        s = tl.where(u > 0, 1.0, e) / (1.0 + e)
+        dy = dy * (s + z * (1.5957691216057308 + 0.2140644488178008 * z * z) * (e / ((1.0 + e) * (1.0 + e))))
     return dy
 
 

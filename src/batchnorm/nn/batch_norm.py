@@ -302,7 +302,7 @@ Args:
     track_running_stats: whether running statistics are kept.
     bias: whether beta is learned where gamma is.
     activation: fused into the layer: "relu", "relu6", "leaky_relu", "silu", "gelu" (exact), "hardswish", "sigmoid",
-        "tanh" or None.
+        "tanh", "elu" (of alpha 1), "mish", "gelu_tanh" (the approximation) or None.
     negative_slope: of "leaky_relu".
     source: which statistics normalize: "auto" (the batch's in training, the running ones in evaluation, as torch),
         "batch" or "running".

@@ -35,6 +35,9 @@ ACTIVATIONS = (
     "hardswish",
     "sigmoid",
     "tanh",
+    "elu",
+    "mish",
+    "gelu_tanh",
 )
 
 # Activations whose derivative takes two values: with a residual, one bit an element is enough for the backward.

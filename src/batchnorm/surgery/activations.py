@@ -38,6 +38,9 @@ _MODULES: dict[str, Callable[[float], nn.Module]] = {
     "hardswish": lambda slope: nn.Hardswish(),
     "sigmoid": lambda slope: nn.Sigmoid(),
     "tanh": lambda slope: nn.Tanh(),
+    "elu": lambda slope: nn.ELU(),
+    "mish": lambda slope: nn.Mish(),
+    "gelu_tanh": lambda slope: nn.GELU(approximate="tanh"),
 }
 _NAMES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -48,6 +51,8 @@ _NAMES: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",
+    nn.ELU: "elu",
+    nn.Mish: "mish",
 }
 KNOWN = frozenset(_MODULES)
 
@@ -59,8 +64,10 @@ def of_module(module: nn.Module | None) -> Activation | None:
     name = _NAMES.get(type(module))
     if name is None:
         return _of_forward(module) if _has_forward_alone(module) else None
-    if getattr(module, "approximate", "none") != "none":
+    if getattr(module, "alpha", 1.0) != 1.0:
         return None
+    if getattr(module, "approximate", "none") != "none":
+        return Activation("gelu_tanh") if module.approximate == "tanh" else None
     return Activation(name, float(getattr(module, "negative_slope", 0.01)))
 
 
@@ -91,7 +98,7 @@ def _of_forward(module: nn.Module) -> Activation | None:
 
 
 def _computed(nodes: list[fx.Node]) -> Activation | None:
-    """The activation of its first input that a graph computes: one call, or x sigmoid(x)."""
+    """The activation of its first input that a graph computes: one call, x sigmoid(x), or x tanh(softplus(x))."""
     inputs = [node for node in nodes if node.op == "placeholder"]
     calls = nodes[len(inputs) : -1]
     if not inputs or not calls or nodes[-1].args != (calls[-1],) or any(node.users for node in inputs[1:]):
@@ -99,9 +106,14 @@ def _computed(nodes: list[fx.Node]) -> Activation | None:
     first = of_call(calls[0])
     if len(calls) == 1:
         return first
-    gated = len(calls) == 2 and operation(calls[1]) == "mul" and not calls[1].kwargs
-    is_silu = first == Activation("sigmoid") and gated and set(calls[1].args) == {inputs[0], calls[0]}
-    return Activation("silu") if is_silu else None
+    is_gated = operation(calls[-1]) == "mul" and not calls[-1].kwargs and set(calls[-1].args) == {inputs[0], calls[-2]}
+    if not is_gated:
+        return None
+    if len(calls) == 2:
+        return Activation("silu") if first == Activation("sigmoid") else None
+    is_softplus = operation(calls[0]) == "softplus" and calls[0].args == (inputs[0],) and not calls[0].kwargs
+    is_mish = len(calls) == 3 and is_softplus and of_call(calls[1]) == Activation("tanh")
+    return Activation("mish") if is_mish and calls[1].args == (calls[0],) else None
 
 
 def of_call(node: fx.Node) -> Activation | None:
@@ -109,7 +121,9 @@ def of_call(node: fx.Node) -> Activation | None:
     name = operation(node) if node.op in ("call_function", "call_method") else ""
     if name not in KNOWN or len(node.all_input_nodes) != 1:
         return None
-    if name == "gelu" and argument(node, 1, "approximate", "none") != "none":
+    if name == "gelu" and (how := argument(node, 1, "approximate", "none")) != "none":
+        return Activation("gelu_tanh") if how == "tanh" else None
+    if name == "elu" and (argument(node, 1, "alpha", 1.0) != 1.0 or len(node.args) > 3):
         return None
     return Activation(name, float(argument(node, 1, "negative_slope", 0.01)) if name == "leaky_relu" else 0.01)
 

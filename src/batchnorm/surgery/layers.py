@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm import functional
 from batchnorm.batch import Batch
 from batchnorm.errors import InputError
+from batchnorm.kernels.aten import activate
 from batchnorm.nn.batch_norm import BatchNorm1d
 from batchnorm.nn.leaves import recorded_call
 from batchnorm.ops.context import is_compiled, is_recorded
@@ -97,7 +98,7 @@ class ScaleShift(nn.Module):
             y = y if self.channels_last else y.movedim(-1, 1)
             if residual is not None:
                 y = input.tracer.create_proxy("call_function", _plus, (y, residual), {})
-            return y if self.activation is None else _activated(y, self.activation, self.negative_slope)
+            return y if self.activation is None else activate(y, self.activation, self.negative_slope)
         if is_recorded(input) or _is_recorded():
             return self._by_operators(input, residual)
         x = input
@@ -134,7 +135,7 @@ class ScaleShift(nn.Module):
         if residual is not None:
             y = y + residual
         if self.activation is not None:
-            y = _activated(y, self.activation, self.negative_slope)
+            y = activate(y, self.activation, self.negative_slope)
         return y.to(input.dtype) if narrow else y
 
     def extra_repr(self) -> str:
@@ -151,25 +152,6 @@ def _is_recorded() -> bool:
     if is_compiled():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-def _activated(y: Tensor, name: str, slope: float) -> Tensor:
-    if name == "relu":
-        return torch.relu(y)
-    if name == "relu6":
-        return F.relu6(y)
-    if name == "leaky_relu":
-        return F.leaky_relu(y, slope)
-    if name == "silu":
-        return F.silu(y)
-    if name == "gelu":
-        return F.gelu(y)
-    if name == "hardswish":
-        return F.hardswish(y)
-    if name == "sigmoid":
-        return torch.sigmoid(y)
-    assert name == "tanh"
-    return torch.tanh(y)
 
 
 class AddActivation(nn.Module):
