@@ -514,7 +514,7 @@ void interleaved_moments(const Slab& slab, const Operand& x, const double* shift
 
 // ------------------------------------------------------------------------------------------------ normalize
 // Which activations are compiled into the loops; all others are chosen inside, vector by vector.
-enum class Form { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, any };
+enum class Form { identity, relu, relu6, leaky_relu, silu, gelu, hardswish, sigmoid, tanh, elu, any };
 
 // Of `any`, which is chosen inside: identity.
 constexpr Activation activation_of(Form form) {
@@ -527,6 +527,7 @@ constexpr Activation activation_of(Form form) {
     case Form::hardswish: return Activation::hardswish;
     case Form::sigmoid: return Activation::sigmoid;
     case Form::tanh: return Activation::tanh;
+    case Form::elu: return Activation::elu;
     case Form::identity:
     case Form::any: break;
   }
@@ -568,6 +569,7 @@ void choose_form(Activation a, Kernel kernel) {
     FORM(hardswish);
     FORM(sigmoid);
     FORM(tanh);
+    FORM(elu);
   }
 #undef FORM
   call(std::integral_constant<Form, Form::any>{});
