@@ -210,7 +210,7 @@ def _exp_of_minus_twice(z):
 
 @triton.jit
 def _exp_less_one(z):
-    """exp(z) - 1 of z up to 0: where that would cancel by its series, which leaves out less than a rounding of float64."""
+    """exp(z) - 1 of z up to 0; by its series, but for less than a rounding of float64, where that would cancel."""
     s = tl.maximum(z, -0.25)
     series = 1.0 + s * (1 / 9) * (1.0 + s * (1 / 10) * (1.0 + s * (1 / 11) * (1.0 + s * (1 / 12))))
     series = 1.0 + s * (1 / 5) * (1.0 + s * (1 / 6) * (1.0 + s * (1 / 7) * (1.0 + s * (1 / 8) * series)))
