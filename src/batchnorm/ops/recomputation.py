@@ -231,9 +231,7 @@ def is_active() -> bool:
     return not is_compiled() and bool(_modes())
 
 
-def note(
-    y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any, own: bool
-) -> None:
+def note(y: Tensor, operands: tuple[Tensor | None, ...], statistics: Any, settings: Any, mask: Any, own: bool) -> None:
     """Tells the innermost context what an output was made of; by x's own statistics, or by others."""
     if y.requires_grad:
         _modes()[-1]._sources[y] = InPython(y, operands, statistics, settings, mask, own)
