@@ -668,7 +668,7 @@ def activation_gradient(z: ArrayLike, name: str | None) -> Array:
             return _array(np.where(z > 0, 1.0, np.exp(np.minimum(z, 0))))
         case "mish":
             inner = np.tanh(np.logaddexp(0, z))
-            return inner + z * _sigmoid(z) * (1 - inner**2)
+            return _array(inner + z * _sigmoid(z) * (1 - inner**2))
         case "gelu_tanh":
             gate = _sigmoid(_GELU_SCALE * (z + _GELU_CUBE * z**3))
             return gate + z * _GELU_SCALE * (1 + 3 * _GELU_CUBE * z**2) * gate * (1 - gate)
