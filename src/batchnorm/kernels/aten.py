@@ -21,16 +21,32 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def activate(z: Tensor, activation: str, slope: float) -> Tensor:
+def activate(z: Tensor, activation: str, slope: float) -> Tensor:  # one after the other: TorchScript looks up no name
     """The activation at z."""
     if activation == "identity":
         return z
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "relu6":
+        return F.relu6(z)
     if activation == "leaky_relu":
         return F.leaky_relu(z, slope)
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    function = getattr(torch, activation, None) or getattr(F, activation)
-    return function(z)  # type: ignore[no-any-return]
+    if activation == "silu":
+        return F.silu(z)
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "hardswish":
+        return F.hardswish(z)
+    if activation == "sigmoid":
+        return torch.sigmoid(z)
+    if activation == "tanh":
+        return torch.tanh(z)
+    if activation == "elu":
+        return F.elu(z)
+    if activation == "mish":
+        return F.mish(z)
+    assert activation == "gelu_tanh"
+    return F.gelu(z, approximate="tanh")
 
 
 def derivative(z: Tensor, activation: str, slope: float) -> Tensor:
