@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import batchnorm as bn
+from batchnorm.ops.schemas import ACTIVATIONS
 from batchnorm.surgery.layers import CHANNEL_PADDED, LastAxisBatchNorm, ScaleShift
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -148,6 +149,13 @@ def test_a_layer_recorded_as_the_whole_network():
         traced = torch.fx.symbolic_trace(layer)
         near(traced(x), layer(x))
         near(traced(x, x), layer(x, x))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_layer_scripted_with_each_activation(activation):
+    layer = ScaleShift(torch.randn(4), torch.randn(4), torch.randn(4), activation=activation)
+    x = torch.randn(3, 4, 5)
+    near(torch.jit.script(layer)(x, x), layer(x, x))
 
 
 def test_states_and_pickles_of_before_load():
