@@ -177,17 +177,25 @@ INLINE V gelu_slope_of(V z) {
   return select(z < V{}, tail.cdf, S(1) - tail.cdf) + z * (S(0.39894228040143267794) * tail.bell);
 }
 
-// exp(z) - 1 of what is not above 0, and 0 of what is; NaN stays.
-INLINE f32 elu_tail_of(f32 z) {
-  const Powers<f32> p = powers_of(vmin(vmax(z, f32{} - 87.3f), f32{}));
-  return p.two * p.rest + (p.two - 1.f);
+// exp(z) - 1 of what is not above 0, and 0 of what is; NaN stays. And exp(z).
+template <class V>
+INLINE Powers<V> powers_below(V z) {
+  using S = std::remove_reference_t<decltype(z[0])>;
+  return powers_of(vmin(vmax(z, V{} - (sizeof(S) == 8 ? S(708) : S(87.3))), V{}));
 }
-INLINE f64 elu_tail_of(f64 z) {
-  const Powers<f64> p = powers_of(vmin(vmax(z, f64{} - 708.), f64{}));
-  return p.two * p.rest + (p.two - 1.);
+template <class V>
+INLINE V elu_tail_of(V z) {
+  using S = std::remove_reference_t<decltype(z[0])>;
+  const Powers<V> p = powers_below(z);
+  return p.two * p.rest + (p.two - S(1));
+}
+template <class V>
+INLINE V elu_slope_of(V z) {
+  const Powers<V> p = powers_below(z);
+  return p.two * p.rest + p.two;
 }
 
-// exp(z), and what z mish's tanh(log(1 + exp(z))) is the quotient of: w / (w + 2). Beyond 20 (40) the quotient is 1.
+// exp(z), and what mish's tanh(log(1 + exp(z))) is the quotient of: w / (w + 2). Beyond 20 (40) the quotient is 1.
 template <class V>
 struct Softplus {
   V e, w;
@@ -209,8 +217,9 @@ INLINE V gelu_tanh_inner(V z) {
 }
 
 template <class V>
-INLINE V gelu_tanh_slope_of(V z) {
-  using S = std::remove_reference_t<decltype(z[0])>;
+INLINE V gelu_tanh_slope_of(V given) {
+  using S = std::remove_reference_t<decltype(given[0])>;
+  const V z = vmin(vmax(given, V{} - S(30)), V{} + S(30));  // beyond, all but 0 or 1 is gone
   const V u = gelu_tanh_inner(z), s = sigmoid_of(u), rest = sigmoid_of(-u);
   return s + z * (S(1.5957691216057308) + S(0.21406444881780075) * (z * z)) * (s * rest);
 }
@@ -263,11 +272,12 @@ INLINE V derivative(Activation a, V z, double slope) {
       V t = tanh_of(z);
       return one - t * t;
     }
-    case Activation::elu: return one + elu_tail_of(z);
+    case Activation::elu: return elu_slope_of(z);
     case Activation::mish: {
       const auto p = softplus_of(z);
       const V below = one / (p.w + S(2));
-      return below * (p.w + z * (S(4) * p.e * (one + p.e)) * below);
+      const V inside = vmin(z, zero + (sizeof(S) == 8 ? S(40) : S(20)));
+      return below * (p.w + inside * (S(4) * p.e * (one + p.e)) * below);
     }
     case Activation::gelu_tanh: return gelu_tanh_slope_of(z);
   }

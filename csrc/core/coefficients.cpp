@@ -81,44 +81,30 @@ double without_digits(double v) {  // the power of two that it begins with
 }
 
 // A mean within two standard deviations of 0 stays in the shift, which then is no larger than the largest z, or hardly.
-// Another is taken off in so few digits that the difference is exact where x lies far from the mean.
-//
-// The scale is cut off, not rounded, and its rest is never 0: of an infinite x both products then have one sign, and
-// their sum is infinite, too. What is no number has coefficients that leave the result what it is in float64.
-bool two_parts_in(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
-                  double eps, float* __restrict center, float* __restrict scale, float* __restrict rest,
-                  float* __restrict shift) {
-  constexpr float least = std::numeric_limits<float>::min(), nan = std::numeric_limits<float>::quiet_NaN();
+// Another is taken off in so few digits that the difference is exact where x lies far from the mean. Deviations are
+// those of x, without eps. x itself is finite, or its statistics are not.
+void two_parts_in(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
+                  float* __restrict center, float* __restrict scale, float* __restrict scale_rest,
+                  float* __restrict shift, float* __restrict shift_rest) {
   constexpr double whole = 0x1.8p52;  // a sum with it has no digits behind the point
-  int32_t all = 1;
   for (int64_t c = 0; c < channels; ++c) {
-    const double s = scales[c], m = mean[c], b = beta[c], size = std::fabs(s), std = std::sqrt(var[c] + eps);
-    float first = stored<float>(s);
-    int32_t bits;
-    std::memcpy(&bits, &first, 4);
-    bits -= std::fabs(double(first)) > size;
-    std::memcpy(&first, &bits, 4);
+    const double s = scales[c], m = mean[c], std = std::sqrt(var[c]);
     const double step = std::max(without_digits(std) * 0x1p-12, without_digits(m) * 0x1p-23);
-    const double near = step * (m / step + whole - whole);
-    const bool numbers = (s - s == 0) & (m - m == 0) & (b - b == 0), stays = std::fabs(m) <= 2 * std;
-    const double off = !numbers | stays ? 0 : near, o = b + (off - m) * s;
-    const bool scales = (s == 0) | ((size > 0x1p-70) & (size < 0x1p120));
-    const bool goes = stays | ((std::fabs(m) < 0x1p100) & (std > 0x1p-100));
-    const bool fits = !numbers | (scales & goes & (std::fabs(o) < 0x1p120));
-    const float left = float(s - double(first)), more = std::copysign(least, first);
-    const float some = (left == 0) & (s != 0) ? more : left;
-    all &= fits;
-    center[c] = fits ? float(off) : nan;
+    const bool stays = (s - s != 0) | (m - m != 0) | (std::fabs(m) <= 2 * std) | (std::fabs(m) > 0x1p100);
+    const float off = stays ? 0 : float(step * (m / step + whole - whole)), first = stored<float>(s);
+    const double o = beta[c] + (double(off) - m) * s;
+    const float second = stored<float>(o);
+    center[c] = off;
     scale[c] = first;
-    rest[c] = numbers ? some : first;
-    shift[c] = stored<float>(o);
+    scale_rest[c] = s - s == 0 ? float(s - double(first)) : 0;
+    shift[c] = second;
+    shift_rest[c] = o - o == 0 ? float(o - double(second)) : 0;
   }
-  return all;
 }
 
-bool two_parts(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
-               double eps, float* const parts[4]) {
-  return two_parts_in(channels, scales, mean, var, beta, eps, parts[0], parts[1], parts[2], parts[3]);
+void two_parts(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
+               float* const parts[5]) {
+  two_parts_in(channels, scales, mean, var, beta, parts[0], parts[1], parts[2], parts[3], parts[4]);
 }
 
 // What the mean adds to k3, in units of k2: where it is not taken off, all of it, else what it loses as a value of S.

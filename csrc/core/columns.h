@@ -83,8 +83,8 @@ struct Columns {
   // Those of a forward.
   NormalizeCoefficients forward(const NormalizeCoefficients& from) {
     if (!from.scale_rest) return normalize(from, true, false);
-    const void *const center = of(from.mean, 4), *const scale = of(from.scale, 4);
-    return {center, scale, of(from.shift, 4), center, center, of(from.scale_rest, 4)};
+    const void *const center = of(from.mean, 4), *const scale = of(from.scale, 4), *const shift = of(from.shift, 4);
+    return {center, scale, shift, center, center, of(from.scale_rest, 4), of(from.shift_rest, 4)};
   }
   // What the gate of an activation needs of them.
   NormalizeCoefficients gated(const NormalizeCoefficients& from, Gate gate, Activation activation) {

@@ -27,9 +27,9 @@ struct NormalizeCoefficients {
   // For the gradient of relu, in the type of the vectors (float32, float64 for float64): z > 0 just where
   // (x xor flip) > threshold, flip being 0.0 or -0.0.
   const void *threshold, *flip;
-  // Where a forward of float32 is computed in float32: mean, scale and shift are float32 (see `two_parts`), and this is
-  // what the scale has lost. Absent: they are float64.
-  const void* scale_rest = nullptr;
+  // Where a forward of float32 is computed in float32: mean, scale and shift are float32 (see `two_parts`), and these
+  // are what scale and shift have lost. Absent: they are float64.
+  const void *scale_rest = nullptr, *shift_rest = nullptr;
 };
 
 struct ApplyCoefficients {
@@ -71,7 +71,7 @@ struct Kernels {
   void (*apply)(const Slab&, const Operand& dy, const Operand& x, const Operand& dx, const Operand& d_residual,
                 const NormalizeCoefficients&, const ApplyCoefficients&, const KernelFusion&, Gate);
   bool line;       // whether `normalize` takes the coefficients of `lines`
-  bool two_parts;  // whether it takes the scale in two parts, too
+  bool two_parts;  // whether it takes those of `two_parts`, too
 };
 
 // What sums of a run of channels become; coefficients are in the compute type of the kernels.
@@ -90,10 +90,10 @@ struct CoefficientKernels {
   // product of mean and scale, so a channel whose `own` variance is 0 has no scale, and gives beta.
   void (*lines)(int64_t channels, const double* mean, const double* var, const double* gamma, const double* beta,
                 double eps, bool own, void* scales, void* shifts);
-  // For z = (x - center) * (scale + rest) + shift in float32: these four, of scales that `lines` gives and of x's own
-  // statistics. A channel whose parts would lose digits has NaN for the center; returns whether there is none.
-  bool (*two_parts)(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
-                    double eps, float* const parts[4]);
+  // For z = (x - center) * scale + shift in float32, scale and shift in two parts each: center, both parts of the scale
+  // and both of the shift, of scales that `lines` gives and of x's own statistics.
+  void (*two_parts)(int64_t channels, const double* scales, const double* mean, const double* var, const double* beta,
+                    float* const parts[5]);
   // Those of ApplyCoefficients, of given ones and of the sums of `reduce` over `count` values; of a `line` k3 has the
   // product of mean and k2.
   void (*apply)(int64_t channels, const double* mean, const double* k1, const double* k2, const double* k3, bool line,

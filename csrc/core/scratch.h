@@ -16,12 +16,11 @@ struct Coefficients {
   NormalizeCoefficients normalize(int64_t i) const { return {at(0, i), at(1, i), at(2, i), gate(0, i), gate(1, i)}; }
   // Two arrays more, behind six of eight bytes: float64 for float64, else float32.
   char* gate(int array, int64_t i) const { return base + 48 * count + (array * count + i) * gate_size; }
-  // Center, scale, the rest of the scale, and shift in float32, which lie where a forward has no coefficients of
-  // gradients.
+  // Those of `two_parts`, which lie where a forward has no coefficients of gradients.
   float* part(int k, int64_t i) const { return reinterpret_cast<float*>(base + 24 * count) + k * count + i; }
-  NormalizeCoefficients forward(bool in_parts, int64_t i) const {
-    if (!in_parts) return normalize(i);
-    return {part(0, i), part(1, i), part(3, i), part(0, i), part(0, i), part(2, i)};
+  NormalizeCoefficients forward(bool two_parts, int64_t i) const {
+    if (!two_parts) return normalize(i);
+    return {part(0, i), part(1, i), part(3, i), part(0, i), part(0, i), part(2, i), part(4, i)};
   }
   ApplyCoefficients apply(int64_t i) const { return {at(3, i), at(4, i), at(5, i)}; }
 };

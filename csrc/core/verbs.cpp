@@ -1,6 +1,5 @@
 // The verbs of batchnorm.h: which steps they take, and in which order these go over the pieces of a plan.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -46,9 +45,8 @@ struct Steps {
   const CoefficientKernels& coefficients;
   Fusion fusion;
   double eps = 0;
-  bool large, stream;                        // around the cache go zeros; elements
-  bool two_parts;                            // by x's own statistics, in float32: the scale in two parts
-  mutable std::atomic<bool> strange{false};  // but not those of all channels
+  bool large, stream;  // around the cache go zeros; elements
+  bool two_parts;      // of float32 in float32, by x's own statistics
 
   Steps(Verb verb, const Shape& shape, const Fusion& f, double* workspace)
       : plan(shape, verb == Verb::normalize || verb == Verb::forward_again || verb == Verb::backward_apply,
@@ -145,23 +143,16 @@ struct Steps {
     coefficients.lines(w.piece.channels, mean + w.statistic, var + w.statistic, scratch.gamma + w.piece.channel,
                        scratch.beta + w.piece.channel, eps, own, k.at(1, w.slot), k.at(2, w.slot));
     if (!two_parts) return;
-    float* const parts[] = {k.part(0, w.slot), k.part(1, w.slot), k.part(2, w.slot), k.part(3, w.slot)};
-    if (!coefficients.two_parts(w.piece.channels, reinterpret_cast<const double*>(k.at(1, w.slot)), mean + w.statistic,
-                                var + w.statistic, scratch.beta + w.piece.channel, eps, parts))
-      strange.store(true, std::memory_order_relaxed);
+    float* const parts[] = {k.part(0, w.slot), k.part(1, w.slot), k.part(2, w.slot), k.part(3, w.slot),
+                            k.part(4, w.slot)};
+    coefficients.two_parts(w.piece.channels, reinterpret_cast<const double*>(k.at(1, w.slot)), mean + w.statistic,
+                           var + w.statistic, scratch.beta + w.piece.channel, parts);
   }
 
   // For what is scaled alone.
   void clear_shifts(const Work& w) const {
     const Coefficients& k = w.k();
     for (int array : {0, 2}) std::fill_n(k.at(array, w.slot), w.piece.channels * k.size(), char(0));
-  }
-
-  // Whether a work's channels may all be computed so: one that may not lets all be computed in float64.
-  bool in_two_parts(const Work& w) const {
-    if (!two_parts || !strange.load(std::memory_order_relaxed)) return two_parts;
-    const float* const center = w.k().part(0, w.slot);
-    return std::none_of(center, center + w.piece.channels, [](float v) { return std::isnan(v); });
   }
 
   // Whether the sums of a backward are taken in float32. The differences are then taken from centers: means with as few
@@ -301,7 +292,6 @@ struct Steps {
 
   // Rows whose results lie in planar order: a tile of them at a time, out of the first cache.
   void normalize_across(const Work& w, const Operand& x, const Operand& y) const {
-    const bool in_parts = in_two_parts(w);
     alignas(64) char values[kTileBytes];
     const int64_t size = element_size(plan.shape.dtype), height = tile_rows(size);
     const auto for_tiles = [&](const Piece& rows, const auto& fill) {
@@ -336,7 +326,7 @@ struct Steps {
             if (x.places) from.data = static_cast<char*>(x.data) + at * size;
             KernelFusion f = fused(tile);
             f.stream = false;
-            const NormalizeCoefficients k = w.k().forward(in_parts, slot);
+            const NormalizeCoefficients k = w.k().forward(two_parts, slot);
             kernels.normalize(plan.slab(tile), from, {values, kTileColumns, 1}, k, f);
           });
         },
@@ -348,16 +338,15 @@ struct Steps {
 
   void normalize(const Work& w, const Operand& x, const Operand& y) const {
     if (y.places) return normalize_across(w, x, y);
-    const bool in_parts = in_two_parts(w);
     if (is_padded())
       return for_padded_planes(
           plan, w.piece, y, {}, large,
           [&](const Piece& v, const Slab& slab, int64_t channel, const Operand& to, const Operand&) {
             const int64_t slot = w.slot + channel;
-            const NormalizeCoefficients k = w.k().forward(in_parts, slot);
+            const NormalizeCoefficients k = w.k().forward(two_parts, slot);
             kernels.normalize(slab, plan.operand(x, v), to, k, fused(v));
           });
-    const NormalizeCoefficients k = w.k().forward(in_parts, w.slot);
+    const NormalizeCoefficients k = w.k().forward(two_parts, w.slot);
     for_slabs(
         plan, w.piece,
         [&](const Piece& v, const Slab& slab) {

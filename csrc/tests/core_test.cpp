@@ -545,7 +545,8 @@ std::string extreme_fault(Order order, int64_t from, int64_t channels, Activatio
     const double middle = std::isinf(e.mean) ? 0 : e.mean, width = std::isinf(e.var) ? 1 : std::sqrt(e.var);
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t i = 0; i < inner; ++i) x.set(n, c, i, middle + width * random.normal());
-    x.set(3, c, 0, kInf), x.set(7, c, 0, -kInf), x.set(8, c, 0, NAN), x.set(9, c, 0, 3e38);
+    if (!own) x.set(3, c, 0, kInf), x.set(7, c, 0, -kInf);  // of which x's own statistics would not be finite
+    x.set(8, c, 0, NAN), x.set(9, c, 0, 3e38);
   }
   batchnorm::Fusion fusion;
   fusion.activation = activation;
@@ -558,6 +559,8 @@ std::string extreme_fault(Order order, int64_t from, int64_t channels, Activatio
     const Coefficients k{mean[size_t(c)], var[size_t(c)], gamma[size_t(c)], beta[size_t(c)], 0};
     const Real scale = Real(double(gamma[size_t(c)]) / std::sqrt(var[size_t(c)]));
     const Real shift = Real(double(beta[size_t(c)]) - mean[size_t(c)] * double(scale));
+    // Values so near to such a mean are all alike, and then there is no scale.
+    if (own && std::isfinite(mean[size_t(c)]) && 0x1p-24L * std::fabs(mean[size_t(c)] * scale) > 0x1p100L) continue;
     for (int64_t n = 0; n < samples; ++n)
       for (int64_t i = 0; i < inner; ++i) {
         Real z = Real(x.get(n, c, i)) * scale + shift;

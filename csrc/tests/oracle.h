@@ -77,18 +77,19 @@ struct Coefficients {
   Real scale() const { return gamma / std::sqrt(var + eps); }
 };
 
-// What a forward of float32 in float32 loses of the difference, twice of the shift, and of what the scale's second part
-// adds. A mean within two standard deviations is no difference, but in the shift. What is added last, or stored, rounds
-// once more, which is counted there.
+// What a forward of float32 in float32 loses of the difference, of the shift, and of scales below the normal numbers. A
+// mean within two standard deviations is no difference, but in the shift. What is added last, or stored, rounds once
+// more, which is counted there.
 inline Real two_parts_error(const Precision& p, const Coefficients& k, Real x, Real linear, Real residual) {
   if (p.parts == 0) return 0;
-  const Real scale = std::fabs(k.scale()), std = std::sqrt(k.var + k.eps), mean = std::fabs(k.mean);
-  const bool may_stay = mean <= 2.001L * std, may_go = mean >= 1.999L * std;
+  const Real scale = std::fabs(k.scale()), std = std::sqrt(k.var), mean = std::fabs(k.mean);
+  const bool is_large = mean > 0x1p100L;
+  const bool may_stay = mean <= 2.001L * std || is_large, may_go = mean >= 1.999L * std && !is_large;
   const Real left = 0x1p-12L * std + 0x1p-23L * mean;
   const Real shift = std::fabs(k.beta) + scale * std::max(may_stay ? mean : 0, may_go ? left : 0);
-  const Real difference = scale * std::max(may_stay ? std::fabs(x) : 0, may_go ? std::fabs(x - k.mean) + left : 0);
-  const Real sum = (may_go ? difference : 0) + 2 * shift + (residual != 0 ? std::fabs(linear) : 0);
-  return p.parts * sum * 1.000001L + 8 * p.parts * p.parts * (difference + shift) + 0x1p-146L;
+  const Real reach = std::max(may_stay ? std::fabs(x) : 0, may_go ? std::fabs(x - k.mean) + left : 0);
+  const Real sum = (may_go ? reach * scale : 0) + shift + (residual != 0 ? std::fabs(linear) : 0);
+  return p.parts * sum * 1.000001L + 8 * p.parts * p.parts * (reach * scale + shift) + 0x1p-149L * (reach + 8);
 }
 
 // z = (x - mean) * scale + beta + residual, or the same as a `line`
@@ -219,7 +220,9 @@ struct Curve {
   Bounded derivative(const Bounded& z) const {
     auto f = [&](Real v) { return derivative_at(activation, v, slope); };
     if (activation == Activation::identity) return {1, 0};
-    return {f(z.value), derivative_roundings(activation, z.value) * precision.activation + spread(f, rounded(z))};
+    const Real v = f(z.value), size = activation == Activation::elu ? std::fabs(v) : 1;
+    return {v, derivative_roundings(activation, z.value) * precision.activation * size + spread(f, rounded(z)) +
+                   precision.tiny_activation};
   }
   // dz = dy * derivative
   Bounded gated(const Bounded& derivative, Real dy) const {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from batchnorm import reference
 from batchnorm.kernels import cpu
 from batchnorm.nn import BatchNorm1d, BatchNorm2d
 from operator_contract import assert_within_budget
@@ -28,6 +30,25 @@ def test_gradients_of_gamma_in_large_pools_keep_the_digits_of_float32(dtype: tor
     error = (layer.weight.grad.double() - terms.sum(0)) / terms.square().sum(0).sqrt()
     # Differences from a mean of 24 digits, each rounded, lose 0.91 and 0.92.
     assert float(error.square().mean().sqrt()) < 0.75 * ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ["elu", "mish", "gelu_tanh"])
+def test_gradients_of_activations_keep_their_digits_far_from_zero(activation: str, dtype: torch.dtype):
+    z = torch.tensor([-1e15, -1e9, -80, -40, -20, -15, -9, -3, -1e-6, 1e-6, 3, 9, 15, 25, 45, 1e9, 1e13, 1e18, 1e30])
+    layer = BatchNorm1d(1, eps=0.0, activation=activation, dtype=dtype).eval()  # of mean 0 and variance 1, so it sees z
+    x = z.to(dtype)[:, None].requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    wide = z.double()
+    value = reference.activation(wide, activation)
+    slope = reference.activation_gradient(wide.clamp(-1e3, 1e3), activation)
+    close = {"rtol": 3e-5, "atol": 1e-35} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-300}
+    moderate = wide.abs() < 100
+    np.testing.assert_allclose(y.detach().double()[moderate, 0], value[moderate], **{**close, "atol": 1e-33})
+    loose = 0 if activation == "elu" else 1e-6 if dtype == torch.float32 else 1e-14
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.double()[:, 0], slope, rtol=close["rtol"], atol=max(close["atol"], loose))
 
 
 def test_gelu_keeps_its_digits_down_to_minus_eight():
@@ -107,7 +128,9 @@ def test_float32_of_any_mean_is_rounded_in_digits_of_the_result_alone(samples: i
 
 
 def channels_of(kind: str, samples: int, generator: torch.Generator) -> torch.Tensor:
-    """(samples, 1000): normal values of a mean, what ReLU leaves of them, heavy tails, or one outlier."""
+    """(samples, 1000): normal values of a mean; what ReLU leaves of them, heavy tails, one outlier; of a deviation far
+    below the root of eps; a few different values, where torch's error can be 0.
+    """
     x = torch.randn(samples, 1000, generator=generator)
     if kind == "relu":
         return x.relu()
@@ -116,12 +139,21 @@ def channels_of(kind: str, samples: int, generator: torch.Generator) -> torch.Te
     if kind == "outlier":
         x[0] *= 100
         return x
+    if kind in ("narrow", "narrower"):
+        return 0.006 * torch.rand(1, 1000, generator=generator) + (1e-4 if kind == "narrow" else 1e-6) * x
+    if kind == "binary":
+        return (torch.rand(samples, 1000, generator=generator) < 0.1).float()
+    if kind == "pixels":
+        return torch.randint(0, 256, (samples, 1000), generator=generator).float()
     return x + float(kind)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("samples", [FEW, MANY])
-@pytest.mark.parametrize("kind", ["0", "0.5", "1.9", "2.1", "10", "1e4", "relu", "tails", "outlier"])
+@pytest.mark.parametrize(
+    "kind",
+    ["0", "0.5", "1.9", "2.1", "10", "1e4", "relu", "tails", "outlier", "narrow", "narrower", "binary", "pixels"],
+)
 def test_no_channel_misses_the_budget(kind: str, samples: int, training: bool):
     """Sums of two roundings missed it in one channel in 3,000 to 200, of means near 0 and of tails (DESIGN.md)."""
     generator = torch.Generator().manual_seed(8)

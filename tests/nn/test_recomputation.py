@@ -90,6 +90,17 @@ def test_one_more_normalization_gives_the_same_bits(dtype: torch.dtype, memory: 
             assert_same_bits(torch.ops.batchnorm.normalize(x, mean, var, weight, bias, *fusion, own=True)[0], y)
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_channel_of_a_tiny_scale_leaves_its_neighbours_their_bits(memory: torch.memory_format):
+    x, weight = normal(8, 64, 32, 32).to(memory_format=memory), torch.ones(64)
+    weight[0], weight[9] = 1e-22, 1e-38
+    fusion = (None, None, 8, 1e-5, ACTIVATIONS.index("relu"), 0.0, False)
+    y, mean, var, _ = torch.ops.batchnorm.forward(x, weight, *fusion)
+    assert_same_bits(torch.ops.batchnorm.normalize(x, mean, var, weight, *fusion, own=True)[0], y)
+    expected = torch.nn.functional.batch_norm(x.double(), None, None, weight.double(), None, True).relu()
+    assert float(((y - expected).abs().amax((0, 2, 3)) / expected.amax((0, 2, 3)) * 2**24).max()) < 2
+
+
 def test_readers_may_be_several_and_functions():
     def twice(net: nn.Sequential) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:

@@ -305,8 +305,10 @@ def _through(dy, z, slope, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "mish":
         e = _exp_up_to_forty(z)
         below = 1.0 / (e * (e + 2.0) + 2.0)
-        dy = dy * (below * (e * (e + 2.0) + z * (4.0 * e * (1.0 + e)) * below))
+        inside = tl.where(z > 40.0, 40.0, z)  # beyond, the other factors leave nothing
+        dy = dy * (below * (e * (e + 2.0) + inside * (4.0 * e * (1.0 + e)) * below))
     elif ACTIVATION == "gelu_tanh":
+        z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))  # beyond, all but 0 or 1 is gone
         u = _inner_of_gelu(z)
         e = tl.exp(-tl.abs(u))
         s = tl.where(u > 0, 1.0, e) / (1.0 + e)

@@ -52,6 +52,7 @@ _NAMES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",
     nn.ELU: "elu",
+    nn.CELU: "elu",  # that of alpha 1
     nn.Mish: "mish",
 }
 KNOWN = frozenset(_MODULES)
@@ -62,8 +63,10 @@ def of_module(module: nn.Module | None) -> Activation | None:
     if module is None:
         return None
     name = _NAMES.get(type(module))
+    if not _has_forward_alone(module):
+        return None
     if name is None:
-        return _of_forward(module) if _has_forward_alone(module) else None
+        return _of_forward(module) if not str(type(module).forward.__module__).startswith("torch.") else None
     if getattr(module, "alpha", 1.0) != 1.0:
         return None
     if getattr(module, "approximate", "none") != "none":
@@ -72,12 +75,11 @@ def of_module(module: nn.Module | None) -> Activation | None:
 
 
 def _has_forward_alone(module: nn.Module) -> bool:
-    """Whether a module has nothing but a forward that is not torch's: no tensors, no modules, nothing in its place."""
+    """Whether a module has nothing but its class' forward: no tensors, no modules, nothing in its place."""
     kind = type(module)
     things = (module._parameters, module._buffers, module._modules)
     return (
         not any(map(bool, things))
-        and not str(kind.forward.__module__).startswith("torch.")
         and kind.__call__ is nn.Module.__call__
         and not any(name in module.__dict__ for name in ("forward", "__call__"))
     )
@@ -111,21 +113,35 @@ def _computed(nodes: list[fx.Node]) -> Activation | None:
         return None
     if len(calls) == 2:
         return Activation("silu") if first == Activation("sigmoid") else None
-    is_softplus = operation(calls[0]) == "softplus" and calls[0].args == (inputs[0],) and not calls[0].kwargs
-    is_mish = len(calls) == 3 and is_softplus and of_call(calls[1]) == Activation("tanh")
-    return Activation("mish") if is_mish and calls[1].args == (calls[0],) else None
+    is_mish = len(calls) == 3 and _is_softplus(calls[0]) and of_call(calls[1]) == Activation("tanh")
+    reads = is_mish and calls[0].all_input_nodes == [inputs[0]] and calls[1].all_input_nodes == [calls[0]]
+    return Activation("mish") if reads else None
+
+
+def _is_softplus(node: fx.Node) -> bool:
+    given = argument(node, 1, "beta", 1), argument(node, 2, "threshold", 20)
+    return operation(node) == "softplus" and given == (1, 20)
 
 
 def of_call(node: fx.Node) -> Activation | None:
     """The same for a call such as ``F.relu(x)``, ``x.relu_()`` or ``torch.sigmoid(x)``."""
     name = operation(node) if node.op in ("call_function", "call_method") else ""
+    name = "elu" if name == "celu" else name
     if name not in KNOWN or len(node.all_input_nodes) != 1:
         return None
     if name == "gelu" and (how := argument(node, 1, "approximate", "none")) != "none":
         return Activation("gelu_tanh") if how == "tanh" else None
-    if name == "elu" and (argument(node, 1, "alpha", 1.0) != 1.0 or len(node.args) > 3):
+    if name == "elu" and not _is_plain_elu(node):
         return None
     return Activation(name, float(argument(node, 1, "negative_slope", 0.01)) if name == "leaky_relu" else 0.01)
+
+
+def _is_plain_elu(node: fx.Node) -> bool:
+    """Of alpha 1; the operator of that name takes two scales more, the first where the function has `inplace`."""
+    scales = {"scale", "input_scale"} & node.kwargs.keys() or len(node.args) > 3
+    return (
+        not scales and argument(node, 1, "alpha", 1.0) == 1.0 and isinstance(argument(node, 2, "inplace", False), bool)
+    )
 
 
 def of_layer(layer: Any) -> Activation | None:
