@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.ops import schemas
 
 from . import oracle
 from .cases import CONVOLUTIONS, DENSE, EPS, FUSIONS, LYING, SMALL, TURNED, Case, Data, draw, grid, turned
@@ -172,9 +173,7 @@ COMPILED = (
 """The cases that torch.compile takes part in: compiling one takes about as long as all other figures of five."""
 
 
-ACTIVATIONS = (
-    "relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish", "sigmoid", "tanh", "elu", "mish", "gelu_tanh"
-)  # fmt: skip
+ACTIVATIONS = schemas.ACTIVATIONS[1:]  # without the identity
 OF_NETWORKS = ((16, 96, 48, 48), (8, 240, 12, 12), (8, 1152, 3, 3))
 """Inputs as layers of MobileNet and EfficientNet have them: not in the cache; in it; of short planes."""
 

@@ -36,14 +36,25 @@ constexpr float kMagic = 0x1.8p23f;
 
 INLINE f32 times_power(f32 v, f32 bits) { return (f32)((u32)v + ((u32)bits << 23)); }
 
-// Of values from -87.3 to 88.3; NaN stays.
-INLINE f32 exp_within(f32 v) {
+// v is n log 2 + r, |r| at most log 2 / 2, and n the low bits of the other. Of values from -87.3 to 88.3; NaN stays.
+struct Reduced {
+  f32 bits, r;
+};
+INLINE Reduced reduced_of(f32 v) {
   const f32 bits = v * 0x1.715476p0f + kMagic, n = bits - kMagic;
-  f32 r = v - n * 0x1.62e4p-1f;  // log 2, high part: n * high is exact
-  r = r - n * 1.4286068203094172e-6f;
-  const f32 p = horner<float>(r, {0.001382941147312522f, 0.008374777622520924f, 0.0416683591902256f,
-                                  0.1666642129421234f, 0.49999991059303284f, 1.f, 1.f});
-  return times_power(p, bits);
+  const f32 r = v - n * 0x1.62e4p-1f;  // log 2, high part: n * high is exact
+  return {bits, r - n * 1.4286068203094172e-6f};
+}
+
+// (exp(r) - 1 - r) / r^2
+INLINE f32 exp_rest_of(f32 r) {
+  return horner<float>(r, {0.001382941147312522f, 0.008374777622520924f, 0.0416683591902256f, 0.1666642129421234f,
+                           0.49999991059303284f});
+}
+
+INLINE f32 exp_within(f32 v) {
+  const Reduced e = reduced_of(v);
+  return times_power((exp_rest_of(e.r) * e.r + 1.f) * e.r + 1.f, e.bits);
 }
 
 INLINE f32 exp_of_negative(f32 v) { return exp_within(vmax(v, f32{} - 87.3f)); }
@@ -65,14 +76,9 @@ struct Powers {
   V two, rest;
 };
 
-// Of values from -87.3 to 88.3.
 INLINE Powers<f32> powers_of(f32 v) {
-  const f32 bits = v * 0x1.715476p0f + kMagic, n = bits - kMagic;
-  f32 r = v - n * 0x1.62e4p-1f;  // log 2, high part: n * high is exact
-  r = r - n * 1.4286068203094172e-6f;
-  const f32 p = horner<float>(r, {0.001382941147312522f, 0.008374777622520924f, 0.0416683591902256f,
-                                  0.1666642129421234f, 0.49999991059303284f});
-  return {times_power(f32{} + 1.f, bits), r + r * r * p};
+  const Reduced e = reduced_of(v);
+  return {times_power(f32{} + 1.f, e.bits), e.r + e.r * e.r * exp_rest_of(e.r)};
 }
 
 INLINE f32 tanh_of(f32 z) {

@@ -90,7 +90,7 @@ size_t workspace_size(const Shape& shape);
 void moments(const Shape&, const Operand& x, double* mean, double* m2, double* workspace, Parallel);
 
 // y = activation((x - mean) * gamma / sqrt(var + eps) + beta + residual), var biased. If the statistics are x's `own`,
-// as `forward` finds them, y has the bits that it gives.
+// as `forward` finds them, y has the bits of `forward`.
 void normalize(const Shape&, const Operand& x, const Operand& y, const double* mean, const double* var, Vector gamma,
                Vector beta, double eps, const Fusion&, double* workspace, Parallel, bool own = false);
 

@@ -518,9 +518,9 @@ std::string conversion_fault(Order order, Dtype dtype, float gamma) {
   return "";
 }
 
-// Forwards of float32, of many values a channel, by statistics that are given or called x's own: then they are computed
-// in float32, with a scale in two parts where these hold it. Some channels have scales and shifts that they do not
-// hold, or that are no numbers; some values are infinite.
+// Forwards of float32, of many values a channel. The statistics are given, or called x's own: then elements are
+// computed in float32, with scale and shift in two parts. Some channels have extreme scales and shifts, or such that
+// are no numbers. Some values are infinite where the statistics are given.
 struct Extreme {
   double mean, var;
   float gamma, beta;

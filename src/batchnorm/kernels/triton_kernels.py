@@ -220,7 +220,7 @@ def _exp_less_one(z):
 
 @triton.jit
 def _exp_up_to_forty(z):
-    """What lies above 20 has mish(z) = z in float32, and above 40 in float64."""
+    """exp(z), cut where mish(z) is z: above 20 in float32, above 40 in float64."""
     return tl.exp(tl.where(z > 40.0 if z.dtype == tl.float64 else z > 20.0, 20.0, z))
 
 
